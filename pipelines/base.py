@@ -1,0 +1,115 @@
+"""The contract every data loader fulfils, and the settings they share.
+
+A loader turns one split of a data set into uint8 batches on its device. What it delivers is a pure function of
+(data set, settings, seed, epoch, rank, world size): order, crops and flips do not depend on the number of threads,
+on the back end or on where an interrupted run was resumed. Everything after the crop (flip, normalisation, mixing)
+happens once, for all back ends, in `pipelines.device`.
+
+Legend: B images per rank and step, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Interpolation = Literal["bilinear", "bicubic"]
+Backend = Literal["auto", "torch", "dali", "ffcv"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class DataError(ValueError):
+    """The data set, or one of its files, cannot be used; the message names it and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How images become model inputs. The same for every loader."""
+
+    img_size: int = 224
+    """Side of the square model input, in pixels."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the random crop's area, as a share of the image's (training)."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the random crop's aspect ratio, width over height (training)."""
+    flip: float = 0.5
+    """Probability of a horizontal flip (training)."""
+    interpolation: Interpolation = "bicubic"
+    """Resampling filter of the torch and DALI loaders. FFCV always averages areas."""
+    crop_pct: float = 0.875
+    """Evaluation: the shorter side is resized to floor(img_size / crop_pct), then the centre is cropped."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Channel means on the 0-1 scale, subtracted on the device."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Channel standard deviations on the 0-1 scale."""
+
+    def __post_init__(self) -> None:
+        if self.img_size < 1:
+            raise ValueError(f"data.img_size is {self.img_size}; it must be at least 1")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"data.crop_scale is {self.crop_scale}; it must be (low, high) with 0 < low <= high <= 1"
+            )
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ValueError(
+                f"data.crop_ratio is {self.crop_ratio}; it must be (low, high) with 0 < low <= high"
+            )
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"data.flip is {self.flip}; it is a probability between 0 and 1")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"data.crop_pct is {self.crop_pct}; it must lie in (0, 1]")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"data.interpolation is {self.interpolation!r}; use 'bilinear' or 'bicubic'")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images on one rank. The tensors belong to the receiver: no loader overwrites them later."""
+
+    images: Tensor  # uint8 (B, 3, S, S), RGB, cropped and resized, not yet flipped
+    labels: Tensor  # int64 (B,)
+    index: Tensor  # int64 (B,), the sample's position in the split
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """Iterating yields the remaining batches of the epoch chosen by `set_epoch`.
+
+    Training (`split="train"`): every rank delivers `steps_per_epoch` full batches; each sample at most once an epoch,
+    the remainder that fills no global batch is left out (another one each epoch). Evaluation (any other split or
+    `train=False`): samples in file order, rank r takes r, r + world, ...; the last batch may be short; every sample
+    exactly once over all ranks.
+    """
+
+    backend: str
+    num_classes: int
+    num_samples: int  # in the split, over all ranks
+    batch_size: int  # per rank
+    steps_per_epoch: int  # batches this rank delivers in an epoch
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose what the next iteration delivers: `epoch`, from its batch `start_step` on."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must match for a resumed run to see the same data (plain numbers and strings, a few hundred bytes)."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that `state` was taken from an equal loader; raise `DataError` naming the fields that differ."""
+        ...
+
+    def close(self) -> None:
+        """Stop and join all threads and processes. May be called more than once."""
+        ...
