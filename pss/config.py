@@ -1,0 +1,312 @@
+"""Everything a run is made of, as nested frozen dataclasses.
+
+A recipe (`pss.recipes`) is a function that returns a `Config`; `--set section.key=value` changes fields of it;
+the result is saved with the run as `config.json`. Values are checked at construction, so a `Config` that exists
+is valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pipelines.base import DataConfig
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The Vision Transformer. A field left at None is what the named model has."""
+
+    name: str = "deit_small_patch16_224"
+    """A timm ViT's name, or a preset of `pss.create_model`."""
+    rel_pos: Literal["none", "bias"] = "none"
+    """Learned relative position bias in every attention layer."""
+    sort: Literal["magnitude", "random"] = "magnitude"
+    """How patches are ranked before the first ones are kept."""
+    qkv_bias: Literal["full", "qv"] = "full"
+    """Bias on queries, keys and values, or on queries and values only (BEiT)."""
+    init: Literal["timm", "published"] = "timm"
+    """Initial weights: timm's, or those of the published patch sampling runs."""
+    patch_size: int | None = None
+    """Side of a patch, in pixels."""
+    embed_dim: int | None = None
+    """Width D."""
+    depth: int | None = None
+    """Number of blocks."""
+    num_heads: int | None = None
+    """Attention heads per block."""
+    global_pool: Literal["token", "avg"] | None = None
+    """What the classifier reads: the class token, or the mean of the kept patch tokens."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth, rising linearly to this rate at the last block."""
+
+    def overrides(self) -> Json:
+        """The keyword arguments for `pss.create_model` beside name, classes and image size."""
+        own = dataclasses.asdict(self)
+        del own["name"]
+        return {key: value for key, value in own.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The patch sampling schedule, rho as a function of the step. The dense method ignores it."""
+
+    name: Literal["fixed", "linear", "cosine", "cyclic"] = "cyclic"
+    """The shape over time."""
+    form: Literal["published", "symmetric"] = "published"
+    """`published` overshoots to a drop of -0.1 before clamping, which gives rho = 1 a full share of the steps;
+    `symmetric` stops at a drop of 0."""
+    low: float = 0.2
+    """Smallest rho of linear, cosine and cyclic."""
+    high: float = 1.0
+    """Largest rho of linear, cosine and cyclic."""
+    rho: float = 0.6
+    """The constant rho of `fixed`."""
+    period_steps: int | None = None
+    """Length of a cycle, in steps; None is one epoch, as published."""
+    cooldown_epochs: int = 0
+    """The last epochs, at rho = 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay, per step."""
+
+    lr: float = 5e-4
+    """Peak learning rate at a global batch of `lr_batch`; it scales linearly with the global batch."""
+    lr_batch: int | None = 512
+    """The global batch that `lr`, `min_lr` and `warmup_lr` are given for; None switches scaling off."""
+    min_lr: float = 1e-5
+    """Learning rate at the end (not scaled)."""
+    warmup_lr: float = 1e-6
+    """Learning rate at step 0 (not scaled)."""
+    warmup_epochs: float = 5.0
+    """Length of the linear warm-up."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; none on 1-D parameters, position embedding and class token."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging coefficients."""
+    clip_grad: float | None = None
+    """Largest gradient norm; None does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Cross entropy, with soft targets where images are mixed."""
+
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's Beta distribution; 0 is off."""
+    mix_switch_prob: float = 0.5
+    """How often CutMix takes mixup's place where both are on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    epochs: int = 300
+    """Passes over the training images."""
+    batch_size: int = 1024
+    """Images per optimizer step over all processes."""
+    seed: int = 0
+    """Seed of weights, order, crops, mixing and random sampling."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward pass; `auto` is bf16 autocast on a GPU and fp32 on a CPU."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights, per step; 0 keeps none."""
+    num_workers: int | None = None
+    """Decoding threads or processes of the loader per rank; None takes the cores at hand."""
+    log_every_steps: int = 50
+    """Steps between two rows of `log.jsonl`."""
+    checkpoint_every_minutes: float = 15.0
+    """Longest time between two checkpoints; one is also written after every epoch."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    max_steps: int | None = None
+    """Stop after so many steps, with a checkpoint; learning rate and rho keep the course `epochs` gives them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, complete."""
+
+    recipe: str
+    """The recipe this began as."""
+    method: str = "sampled"
+    """How the model is trained: a name in `pss.methods`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "")
+        _require_positive(self.train, "train", "epochs", "batch_size", "log_every_steps", "keep_checkpoints")
+        for name in ("low", "high", "rho"):
+            value = getattr(self.schedule, name)
+            if not 0 < value <= 1:
+                raise ValueError(f"schedule.{name} is {value}; rho is the kept share of patches and lies in (0, 1]")
+        if self.schedule.low > self.schedule.high:
+            raise ValueError(f"schedule.low ({self.schedule.low}) is above schedule.high ({self.schedule.high})")
+        if not 0 <= self.schedule.cooldown_epochs <= self.train.epochs:
+            raise ValueError(
+                f"schedule.cooldown_epochs is {self.schedule.cooldown_epochs}; "
+                f"it must lie between 0 and the run's {self.train.epochs} epochs (--set schedule.cooldown_epochs=0)"
+            )
+        if not 0 <= self.train.ema_decay < 1:
+            raise ValueError(f"train.ema_decay is {self.train.ema_decay}; it must lie in [0, 1)")
+        if not 0 <= self.loss.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing is {self.loss.label_smoothing}; it must lie in [0, 1)")
+        if self.optim.warmup_epochs > self.train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs ({self.optim.warmup_epochs}) is longer than the run "
+                f"(train.epochs={self.train.epochs}); lower it, for example --set optim.warmup_epochs=0"
+            )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> Config:
+        """Read a run's `config.json`. Raises `ValueError` naming the file where it cannot be read."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return _from_dict(Config, raw)
+        except FileNotFoundError:
+            raise ValueError(f"{path} not found; name the --output folder of a pss-train run") from None
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is no run configuration of this version of pss ({error})") from None
+
+    def with_settings(self, settings: Sequence[str]) -> Config:
+        """A copy with `section.key=value` settings applied. Raises `ValueError` that suggests the nearest key."""
+        tree = dataclasses.asdict(self)
+        known = [key for key in _flatten(tree) if key != "recipe"]
+        for setting in settings:
+            key, separator, text = (part.strip() for part in setting.partition("="))
+            if not separator:
+                raise ValueError(f"--set {setting}: write section.key=value, for example train.epochs=10")
+            if key not in known:
+                raise ValueError(f"--set {setting}: there is no key {key!r}{_nearest(key, known)}")
+            *sections, name = key.split(".")
+            kind: Any = type(self)
+            branch = tree
+            for section in sections:
+                kind, branch = get_type_hints(kind)[section], branch[section]
+            hint = get_type_hints(kind)[name]
+            try:
+                branch[name] = _parse(text, hint)
+            except ValueError:
+                raise ValueError(f"--set {setting}: {text!r} is not {_describe(hint)}") from None
+        return _from_dict(Config, tree)
+
+
+def differing_fields(a: Config, b: Config) -> list[str]:
+    """`section.key (a's value, b's value)` for every field in which two configurations differ."""
+    flat_a, flat_b = _flatten(dataclasses.asdict(a)), _flatten(dataclasses.asdict(b))
+    return [f"{key} ({flat_a[key]!r}, {flat_b[key]!r})" for key in flat_a if flat_a[key] != flat_b[key]]
+
+
+def _flatten(tree: Json, prefix: str = "") -> Json:
+    flat: Json = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
+        # People often leave the section out: compare the last part on its own as well.
+        last = key.split(".")[-1]
+        near = [k for k in known if difflib.get_close_matches(last, [k.split(".")[-1]], cutoff=0.6)]
+    return f"; did you mean {near[0]}?" if near else f"; keys are {', '.join(known)}"
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """`text` as a value of type `hint`; ValueError where it is none."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if text.lower() in ("none", "null") and type(None) in args:
+            return None
+        return _parse(text, next(a for a in args if a is not type(None)))
+    if origin is Literal:
+        if text not in args:
+            raise ValueError
+        return text
+    if origin is tuple:
+        parts = [part for part in text.strip("()[] ").split(",") if part.strip()]
+        if len(parts) != len(args):
+            raise ValueError
+        return tuple(_parse(part.strip(), arg) for part, arg in zip(parts, args, strict=True))
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
+    if hint in (int, float):
+        return hint(text)
+    assert hint is str
+    return text
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        inner = next(a for a in args if a is not type(None))
+        return f"{_describe(inner)}{' or none' if type(None) in args else ''}"
+    if origin is Literal:
+        return "one of " + ", ".join(args)
+    if origin is tuple:
+        return f"{len(args)} numbers with commas between them"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
+
+
+def _from_dict(kind: type[T], raw: Json) -> T:
+    hints = get_type_hints(kind)
+    unknown = set(raw) - set(hints)
+    if unknown:
+        raise KeyError(f"unknown keys {sorted(unknown)}")
+    values: Json = {}
+    for name, value in raw.items():
+        section = hints[name]
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            values[name] = _from_dict(section, value)
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def _check_choices(section: Any, prefix: str) -> None:
+    hints = get_type_hints(type(section))
+    for f in dataclasses.fields(section):
+        value, hint = getattr(section, f.name), hints[f.name]
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{prefix}{f.name}.")
+            continue
+        choices = [hint, *get_args(hint)] if get_origin(hint) in (Union, types.UnionType) else [hint]
+        for choice in choices:
+            if get_origin(choice) is Literal and value is not None and value not in get_args(choice):
+                raise ValueError(f"{prefix}{f.name} is {value!r}; use one of {', '.join(map(str, get_args(choice)))}")
+
+
+def _require_positive(section: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < 1:
+            raise ValueError(f"{prefix}.{name} is {getattr(section, name)}; it must be at least 1")

@@ -1,0 +1,63 @@
+"""Small real data sets, for a first look on a laptop."""
+
+from __future__ import annotations
+
+from pipelines.base import DataConfig
+from pss.config import Config, LossConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+
+
+def digits() -> Config:
+    """Handwritten digits (1,797 scans, 32 px): a small ViT in about a minute on two cores."""
+    return Config(
+        recipe="digits",
+        model=ModelConfig(
+            name="vit_tiny_patch16_224",
+            rel_pos="bias",
+            patch_size=8,
+            embed_dim=96,
+            depth=4,
+            num_heads=3,
+            global_pool="avg",
+        ),
+        schedule=ScheduleConfig(name="cyclic", form="published"),
+        data=DataConfig(
+            img_size=32,
+            crop_scale=(0.7, 1.0),
+            crop_ratio=(0.85, 1.18),
+            flip=0.0,
+            crop_pct=1.0,
+            mean=(0.3, 0.3, 0.3),
+            std=(0.35, 0.35, 0.35),
+        ),
+        optim=OptimConfig(lr=1e-3, lr_batch=None, warmup_epochs=3),
+        loss=LossConfig(label_smoothing=0.1),
+        train=TrainConfig(epochs=60, batch_size=32, ema_decay=0.998, log_every_steps=44),
+    )
+
+
+def cifar10() -> Config:
+    """CIFAR-10 (32 px, 64 patches of 4x4): a ViT of width 192 and 6 blocks."""
+    return Config(
+        recipe="cifar10",
+        model=ModelConfig(
+            name="vit_tiny_patch16_224",
+            rel_pos="bias",
+            patch_size=4,
+            embed_dim=192,
+            depth=6,
+            num_heads=3,
+            global_pool="avg",
+            drop_path_rate=0.05,
+        ),
+        schedule=ScheduleConfig(name="cyclic", form="published"),
+        data=DataConfig(
+            img_size=32,
+            crop_scale=(0.5, 1.0),
+            crop_pct=1.0,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.247, 0.2435, 0.2616),
+        ),
+        optim=OptimConfig(lr=1e-3, lr_batch=256, warmup_epochs=3),
+        loss=LossConfig(label_smoothing=0.1),
+        train=TrainConfig(epochs=60, batch_size=256, ema_decay=0.999),
+    )
