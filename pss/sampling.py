@@ -1,0 +1,86 @@
+"""Which patches a training step sees: token counts, sort functions and the gather (PSS, section 1).
+
+Prefix tokens (class, distillation, registers) come first in the sequence and are always kept. All images of a batch
+keep the same number of patches, each its own set.
+"""
+
+from hashlib import blake2b
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Sort = Literal["magnitude", "random"]
+
+
+def num_kept_tokens(rho: float, num_patches: int, num_prefix: int) -> int:
+    """Tokens kept at share `rho`, prefix included: `rho * (num_patches + num_prefix)`, rounded half to even.
+
+    At least one patch is kept.
+
+    Raises:
+        ValueError: rho is outside (0, 1].
+    """
+    if not 0 < rho <= 1:
+        raise ValueError(f"rho must be in (0, 1], got {rho}")
+    num_tokens = num_patches + num_prefix
+    # The inner rounding removes the float noise of the product, which would decide ties: 0.7 * 45 < 31.5.
+    return max(num_prefix + 1, round(round(rho * num_tokens, 9)))
+
+
+def select(
+    tokens: Tensor, num_kept: int, num_prefix: int, sort: Sort, generator: torch.Generator | None = None
+) -> Tensor:
+    """Choose the patches of each image that stay.
+
+    Args:
+        tokens: Embedded tokens, (B, N, D), prefix first. No gradient flows into the choice.
+        num_kept: Tokens to keep, prefix included (see `num_kept_tokens`).
+        num_prefix: Leading tokens that are not patches.
+        sort: `magnitude` keeps the tokens of largest L1 norm, the lower patch index winning a tie; `random`
+            draws uniformly, independently per image.
+        generator: Source of the random sort, on the device of the tokens; torch's default generator if None.
+
+    Returns:
+        Patch indices (0 is the first patch, not the first token), ascending in each row, (B, num_kept - num_prefix).
+
+    Raises:
+        ValueError: unknown sort, or no such number of patches.
+    """
+    patches = tokens.detach()[:, num_prefix:]  # (B, N - num_prefix, D)
+    num_kept_patches = num_kept - num_prefix
+    if not 1 <= num_kept_patches <= patches.shape[1]:
+        raise ValueError(f"cannot keep {num_kept_patches} of {patches.shape[1]} patches")
+    if sort == "magnitude":
+        # Half-precision sums over D are too coarse to rank by.
+        score_dtype = torch.promote_types(tokens.dtype, torch.float32)
+        scores = torch.linalg.vector_norm(patches, ord=1, dim=-1, dtype=score_dtype)
+    elif sort == "random":
+        scores = torch.rand(patches.shape[:2], generator=generator, device=patches.device)
+    else:
+        raise ValueError(f"sort must be one of {', '.join(get_args(Sort))}, got {sort!r}")
+    # topk is faster, but which of two equal scores it takes depends on the device.
+    order = scores.sort(dim=1, descending=True, stable=True).indices  # (B, N - num_prefix)
+    kept: Tensor = order[:, :num_kept_patches].sort(dim=1).values
+    return kept
+
+
+def gather(tokens: Tensor, kept: Tensor, num_prefix: int) -> Tensor:
+    """The prefix and the kept patches as one dense tensor.
+
+    Args:
+        tokens: (B, N, D), prefix first.
+        kept: Patch indices as `select` returns them, (B, K - num_prefix).
+        num_prefix: Leading tokens that are not patches.
+
+    Returns:
+        (B, K, D). Dropped tokens get no gradient, kept ones the ordinary one.
+    """
+    index = kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])  # (B, K - num_prefix, D)
+    return torch.cat((tokens[:, :num_prefix], tokens[:, num_prefix:].gather(1, index)), dim=1)
+
+
+def step_generator(seed: int, step: int, rank: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random source that depends on the three numbers alone: a resumed run draws what the first would have."""
+    digest = blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))

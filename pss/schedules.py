@@ -1,0 +1,249 @@
+"""Patch sampling schedules: the kept share rho as a pure function of the optimizer step.
+
+A schedule ramps the *dropped* share, `drop = 1 - rho`, and rounds it to the nearest fifth, ties to the even
+multiple, so a whole run sees at most five token counts. Nothing is remembered between calls: a resumed run and
+every rank see the same rho at the same step, and a run can be plotted and costed before it starts.
+
+Two forms of each ramp exist, told apart by name:
+
+* `published`: what McDanel & Huynh (2022) trained with. The ramp runs half a level past `high` (drop 0.8 to -0.1)
+  and is clamped, which gives rho = 1 as many steps as the levels between.
+* `symmetric`: the ramp ends at `high` (drop 0.8 to 0), so that both end levels get half the steps of the others.
+
+Rounding uses integers throughout, so a step that lies exactly between two levels is decided by the rule and not
+by floating-point noise.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self, runtime_checkable
+
+Form = Literal["published", "symmetric"]
+
+NUM_LEVELS = 5
+_COSINE_RESOLUTION = 10**12
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Anything that maps the global optimizer step, counted from 0, to the kept share in (0, 1]."""
+
+    def __call__(self, step: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same kept share at every step; any value in (0, 1], not only the levels of the ramps."""
+
+    rho: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rho <= 1:
+            raise ValueError(f"rho must be in (0, 1], got {self.rho}")
+
+    def __call__(self, step: int) -> float:
+        return self.rho
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ramp:
+    """What the three ramps share: range, form, rounding, and the optional rho = 1 at the end of training."""
+
+    form: Form
+    """Whether the ramp overshoots `high` by half a level (`published`) or ends there (`symmetric`)."""
+
+    low: float = 0.2
+    """Smallest kept share, a multiple of 0.2; every ramp starts here."""
+
+    high: float = 1.0
+    """Largest kept share, a multiple of 0.2."""
+
+    cooldown_start: int | None = None
+    """First step of the cooldown, during which rho is 1; None for no cooldown."""
+
+    def __post_init__(self) -> None:
+        if self.form not in ("published", "symmetric"):
+            raise ValueError(f"form must be 'published' or 'symmetric', got {self.form!r}")
+        for name, rho in (("low", self.low), ("high", self.high)):
+            if not 0 < rho <= 1 or rho != round(NUM_LEVELS * rho) / NUM_LEVELS:
+                raise ValueError(f"{name} must be one of 0.2, 0.4, 0.6, 0.8 and 1.0, got {rho}")
+        if self.low > self.high:
+            raise ValueError(f"low must not exceed high, got low={self.low} and high={self.high}")
+        if self.cooldown_start is not None and self.cooldown_start < 0:
+            raise ValueError(f"cooldown_start must not be negative, got {self.cooldown_start}")
+
+    def _is_cooldown(self, step: int) -> bool:
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        return self.cooldown_start is not None and step >= self.cooldown_start
+
+    def _rho(self, done: int, of: int) -> float:
+        """The level at the share `done / of` of the ramp's way from low to high."""
+        first, last = (NUM_LEVELS - round(NUM_LEVELS * rho) for rho in (self.low, self.high))
+        twice_span = 2 * (first - last) + (self.form == "published")
+        twice_drop, denominator = 2 * first * of - twice_span * done, 2 * of  # 5 * drop, as a fraction
+        level = max(last, _round_half_even(twice_drop, denominator))
+        return (NUM_LEVELS - level) / NUM_LEVELS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(_Ramp):
+    """rho climbs from `low` to `high` once, linearly in the step, and stays there."""
+
+    ramp_steps: int
+    """Steps that the climb takes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(ramp_steps=self.ramp_steps)
+
+    def __call__(self, step: int) -> float:
+        if self._is_cooldown(step):
+            return 1.0
+        return self._rho(min(step, self.ramp_steps), self.ramp_steps)
+
+    @classmethod
+    def published(
+        cls, *, steps_per_epoch: int, epochs: int, cooldown_epochs: int = 0, low: float = 0.2, high: float = 1.0
+    ) -> Self:
+        """The climb of the paper, over all training steps (PSS, section 3).
+
+        The cooldown cuts the climb short instead of compressing it: up to its first step, rho is what it would be
+        without one. As the last two ninths of this climb are at rho = 1 anyway, a short cooldown changes nothing.
+        """
+        total, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
+        return cls(form="published", ramp_steps=total, low=low, high=high, cooldown_start=start)
+
+    @classmethod
+    def symmetric(
+        cls, *, steps_per_epoch: int, epochs: int, cooldown_epochs: int = 0, low: float = 0.2, high: float = 1.0
+    ) -> Self:
+        """A climb over all training steps in which both end levels get half the steps of the others."""
+        total, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
+        return cls(form="symmetric", ramp_steps=total, low=low, high=high, cooldown_start=start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(_Ramp):
+    """As `Linear`, along half a cosine: slow at both ends, fast in the middle."""
+
+    ramp_steps: int
+    """Steps that the climb takes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(ramp_steps=self.ramp_steps)
+
+    def __call__(self, step: int) -> float:
+        if self._is_cooldown(step):
+            return 1.0
+        share = (1 - math.cos(math.pi * min(step, self.ramp_steps) / self.ramp_steps)) / 2
+        # The resolution is coarser than the noise of cos, so its few rational values are met exactly.
+        return self._rho(round(share * _COSINE_RESOLUTION), _COSINE_RESOLUTION)
+
+    @classmethod
+    def published(
+        cls, *, steps_per_epoch: int, epochs: int, cooldown_epochs: int = 0, low: float = 0.2, high: float = 1.0
+    ) -> Self:
+        """The cosine between the paper's two drops, over all training steps; cooldown as in `Linear`."""
+        total, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
+        return cls(form="published", ramp_steps=total, low=low, high=high, cooldown_start=start)
+
+    @classmethod
+    def symmetric(
+        cls, *, steps_per_epoch: int, epochs: int, cooldown_epochs: int = 0, low: float = 0.2, high: float = 1.0
+    ) -> Self:
+        """A half-cosine over all training steps that ends at `high`."""
+        total, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
+        return cls(form="symmetric", ramp_steps=total, low=low, high=high, cooldown_start=start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cyclic(_Ramp):
+    """rho goes from `low` to `high` and back, linearly in the step, once per period.
+
+    The published form keeps 0.2 for a ninth of the period and 0.4, 0.6, 0.8 and 1.0 for two ninths each; mean 0.6444.
+    """
+
+    period_steps: int
+    """Steps of one way up and back."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(period_steps=self.period_steps)
+
+    def __call__(self, step: int) -> float:
+        if self._is_cooldown(step):
+            return 1.0
+        phase = step % self.period_steps
+        return self._rho(2 * min(phase, self.period_steps - phase), self.period_steps)
+
+    @classmethod
+    def published(
+        cls,
+        *,
+        steps_per_epoch: int,
+        epochs: int,
+        cooldown_epochs: int = 0,
+        low: float = 0.2,
+        high: float = 1.0,
+        period_steps: int | None = None,
+    ) -> Self:
+        """The cycle of the paper: one period per epoch, unless `period_steps` says otherwise (PSS, section 3)."""
+        _, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
+        period = steps_per_epoch if period_steps is None else period_steps
+        return cls(form="published", period_steps=period, low=low, high=high, cooldown_start=start)
+
+    @classmethod
+    def symmetric(
+        cls,
+        *,
+        steps_per_epoch: int,
+        epochs: int,
+        cooldown_epochs: int = 0,
+        low: float = 0.2,
+        high: float = 1.0,
+        period_steps: int | None = None,
+    ) -> Self:
+        """One period per epoch (or `period_steps`) in which both end levels get half the steps of the others."""
+        _, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
+        period = steps_per_epoch if period_steps is None else period_steps
+        return cls(form="symmetric", period_steps=period, low=low, high=high, cooldown_start=start)
+
+
+def histogram(schedule: Schedule, total_steps: int) -> dict[float, float]:
+    """The share of `total_steps` steps that each kept share gets, by ascending rho; the shares add up to 1."""
+    _check_positive(total_steps=total_steps)
+    counts = Counter(map(schedule, range(total_steps)))
+    return {rho: counts[rho] / total_steps for rho in sorted(counts)}
+
+
+def levels(schedule: Schedule, total_steps: int) -> tuple[float, ...]:
+    """The distinct kept shares of a run, ascending: one set of tensor shapes each."""
+    return tuple(histogram(schedule, total_steps))
+
+
+def mean_rho(schedule: Schedule, total_steps: int) -> float:
+    """The kept share averaged over a run."""
+    return sum(rho * share for rho, share in histogram(schedule, total_steps).items())
+
+
+def _training_steps(steps_per_epoch: int, epochs: int, cooldown_epochs: int) -> tuple[int, int | None]:
+    """All steps of a run, and the first of its cooldown if it has one."""
+    _check_positive(steps_per_epoch=steps_per_epoch, epochs=epochs)
+    if not 0 <= cooldown_epochs <= epochs:
+        raise ValueError(f"cooldown_epochs must be between 0 and epochs={epochs}, got {cooldown_epochs}")
+    return steps_per_epoch * epochs, steps_per_epoch * (epochs - cooldown_epochs) if cooldown_epochs else None
+
+
+def _check_positive(**steps: int) -> None:
+    for name, value in steps.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _round_half_even(numerator: int, denominator: int) -> int:
+    """`numerator / denominator` to the nearest integer, ties to the even one."""
+    quotient, rest = divmod(numerator, denominator)
+    return quotient + (2 * rest > denominator or (2 * rest == denominator and quotient % 2))

@@ -1,0 +1,345 @@
+"""A Vision Transformer that accepts any share of its patches, composed from timm's parts.
+
+The parts keep timm's names, so a state dict of timm's plain model loads as it is when there is no relative position
+bias. The public pieces (`embed`, `sample`, `bias_index`, `blocks`, `readout`) are what `forward` is made of; a method
+that selects tokens elsewhere puts them together in its own way.
+"""
+
+import difflib
+import math
+from typing import Any, Literal, get_args
+
+import timm
+import torch
+from timm.layers import Attention as TimmAttention
+from timm.layers import PatchEmbed, trunc_normal_
+from timm.models import list_models
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from timm.models.vision_transformer import global_pool_nlc
+from torch import Tensor, nn
+
+from pss import relpos, sampling
+from pss.attention import Attention
+from pss.relpos import Grid
+from pss.sampling import Sort
+
+RelPos = Literal["none", "bias"]
+QkvBias = Literal["full", "qv"]
+Init = Literal["timm", "published"]
+
+_POOLING = ("token", "avg", "max", "avgmax")
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # ViT-B as SimMIM fine-tunes it: positions are known through the bias alone.
+    "simmim_base_patch16": {
+        "name": "vit_base_patch16_224",
+        "rel_pos": "bias",
+        "qkv_bias": "qv",
+        "init": "published",
+        "pos_embed": "none",
+        "global_pool": "avg",
+        "init_values": 0.1,
+    },
+}
+
+# Options of timm's model that would drop patches, or change the grid, behind the back of the sampling.
+_REFUSED_OVERRIDES = ("patch_drop_rate", "dynamic_img_size", "dynamic_img_pad")
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    img_size: int | tuple[int, int] = 224,
+    rel_pos: RelPos | None = None,
+    sort: Sort = "magnitude",
+    qkv_bias: QkvBias | None = None,
+    init: Init | None = None,
+    **overrides: Any,
+) -> "VisionTransformer":
+    """Build a Vision Transformer by name.
+
+    Args:
+        name: A plain ViT of timm (`deit_small_patch16_224`, `vit_base_patch16_224`, distilled ones too), or a preset:
+            `simmim_base_patch16`, the ViT-B that SimMIM fine-tunes.
+        num_classes: Width of the classifier; 0 for none, so that features come out.
+        img_size: Height and width of the images in pixels, or one number for both; multiples of the patch size.
+        rel_pos: `bias` gives every block a relative position bias table, `none` does not; None is the preset's choice,
+            or `none`.
+        sort: Which patches `forward` keeps unless told otherwise (see `pss.sampling.select`).
+        qkv_bias: `full` leaves timm's bias on queries, keys and values; `qv` has none on the keys, as BEiT.
+        init: `timm`, or `published` for the initialisation of the PSS runs (PSS, section 4): truncated normal 0.02, the
+            outputs of block l divided by sqrt(2l), a classifier near zero.
+        overrides: Passed on to `timm.create_model` (patch_size, embed_dim, depth, num_heads, drop_path_rate, ...).
+
+    Raises:
+        ValueError: unknown name, a model that is not a plain ViT, or settings that do not go together.
+    """
+    preset = _PRESETS.get(name, {})
+    settings = {"rel_pos": "none", "qkv_bias": "full", "init": "timm", "name": name, **preset, **overrides}
+    explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
+    settings |= {key: value for key, value in explicit.items() if value is not None}
+    for key, choices in (("rel_pos", RelPos), ("qkv_bias", QkvBias), ("init", Init)):
+        if settings[key] not in get_args(choices):
+            raise ValueError(f"{key} must be one of {', '.join(get_args(choices))}, got {settings[key]!r}")
+    timm_name, rel_pos, qkv_bias, init = (settings.pop(key) for key in ("name", "rel_pos", "qkv_bias", "init"))
+    if qkv_bias == "qv":
+        settings["qkv_bias"] = True
+
+    plain = _create_plain(timm_name, num_classes=num_classes, img_size=img_size, **settings)
+    if init == "published":
+        _init_published(plain)
+    return VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block, made of the parts of timm's, that hands extra arguments on to its attention."""
+
+    attn: Attention
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.norm1: nn.Module = source.norm1
+        self.attn = Attention(source.attn)
+        self.ls1: nn.Module = source.ls1
+        self.drop_path1: nn.Module = source.drop_path1
+        self.norm2: nn.Module = source.norm2
+        self.mlp: nn.Module = source.mlp
+        self.ls2: nn.Module = source.ls2
+        self.drop_path2: nn.Module = source.drop_path2
+
+    def forward(self, x: Tensor, bias_index: Tensor | None = None, **attention_options: Any) -> Tensor:
+        """Tokens (B, K, D) to tokens (B, K, D).
+
+        `attention_options` go to the attention: `attn_mask`, or what a method's own attention module takes.
+        """
+        x = x + self.attention_branch(x, bias_index, **attention_options)
+        return x + self.mlp_branch(x)
+
+    def attention_branch(self, x: Tensor, bias_index: Tensor | None = None, **attention_options: Any) -> Tensor:
+        """What attention adds to the tokens (B, K, D)."""
+        branch: Tensor = self.drop_path1(self.ls1(self.attn(self.norm1(x), bias_index, **attention_options)))
+        return branch
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """What the MLP adds to the tokens (B, K, D)."""
+        branch: Tensor = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return branch
+
+
+class VisionTransformer(nn.Module):
+    """A ViT whose forward pass takes the kept share of patches as an argument; it remembers nothing about it.
+
+    At rho = 1 nothing is sampled and the numbers are those of timm's model. Training and evaluation mode obey rho
+    alike.
+    """
+
+    def __init__(
+        self, plain: Any, *, rel_pos: RelPos = "none", qkv_bias: QkvBias = "full", sort: Sort = "magnitude"
+    ) -> None:
+        """Take over the parts of timm's plain ViT; use `create_model`, which also checks that it is one."""
+        super().__init__()
+        if sort not in get_args(Sort):
+            raise ValueError(f"sort must be one of {', '.join(get_args(Sort))}, got {sort!r}")
+        self.sort: Sort = sort
+        self.rel_pos: RelPos = rel_pos
+        self.grid_size: Grid = plain.patch_embed.grid_size
+        self.image_size: tuple[int, int] = plain.patch_embed.img_size
+        self.embed_dim: int = plain.embed_dim
+        self.num_classes: int = plain.num_classes
+        self.num_prefix_tokens: int = plain.num_prefix_tokens
+        self.global_pool: str = plain.global_pool
+        self.pool_include_prefix: bool = plain.pool_include_prefix
+
+        self.patch_embed: nn.Module = plain.patch_embed
+        self.cls_token: nn.Parameter | None = plain.cls_token
+        self.reg_token: nn.Parameter | None = plain.reg_token
+        self.dist_token: nn.Parameter | None = getattr(plain, "dist_token", None)
+        self.pos_embed: nn.Parameter | None = plain.pos_embed
+        self.pos_drop: nn.Module = plain.pos_drop
+        self.norm_pre: nn.Module = plain.norm_pre
+        blocks = [Block(block) for block in plain.blocks]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm: nn.Module = plain.norm
+        self.fc_norm: nn.Module = plain.fc_norm
+        self.head_drop: nn.Module = plain.head_drop
+        self.head: nn.Module = plain.head
+        self.head_dist: nn.Module | None = getattr(plain, "head_dist", None)
+
+        for block in blocks:
+            if qkv_bias == "qv":
+                block.attn.drop_key_bias()
+            if rel_pos == "bias":
+                block.attn.add_bias_table(relpos.num_table_rows(self.grid_size))
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a whole image."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a whole image, prefix included."""
+        return self.num_prefix_tokens + self.num_patches
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are not to be decayed although they are not 1-D, as in timm."""
+        return {"pos_embed", "cls_token", "reg_token", "dist_token"}
+
+    def forward(
+        self,
+        images: Tensor,
+        rho: float = 1.0,
+        *,
+        sort: Sort | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Classify images from a share of their patches.
+
+        Args:
+            images: (B, 3, height, width), of the size the model was built for.
+            rho: Share of the tokens to keep, in (0, 1].
+            sort: Which patches to keep; the model's own `sort` if None.
+            generator: Source of the random sort; torch's default generator if None.
+
+        Returns:
+            Logits, (B, num_classes).
+
+        Raises:
+            ValueError: wrong image size, rho or sort.
+        """
+        tokens, kept = self.sample(self.embed(images), rho, sort, generator)
+        bias_index = self.bias_index(kept)
+        for block in self.blocks:
+            tokens = block(tokens, bias_index)
+        return self.readout(tokens)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width) to all tokens (B, N, D): prefix, patches, position embedding, input norm.
+
+        Raises:
+            ValueError: the images have another size than the model was built for.
+        """
+        if tuple(images.shape[-2:]) != tuple(self.image_size):
+            raise ValueError(
+                f"this model takes images of {self.image_size[0]} x {self.image_size[1]} pixels, "
+                f"got {images.shape[-2]} x {images.shape[-1]}; build it with that img_size"
+            )
+        x: Tensor = self.patch_embed(images)  # (B, N - prefix, D)
+        prefix = [
+            token.expand(x.shape[0], -1, -1)
+            for token in (self.cls_token, self.dist_token, self.reg_token)
+            if token is not None
+        ]
+        if self.pos_embed is None:
+            x = torch.cat((*prefix, x), dim=1)
+        elif self.pos_embed.shape[1] == self.num_patches:  # prefix tokens have no position
+            x = self.pos_drop(torch.cat((*prefix, x + self.pos_embed), dim=1))
+        else:
+            x = self.pos_drop(torch.cat((*prefix, x), dim=1) + self.pos_embed)
+        tokens: Tensor = self.norm_pre(x)
+        return tokens
+
+    def sample(
+        self, tokens: Tensor, rho: float, sort: Sort | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Keep a share of the patches (PSS, section 1).
+
+        Args:
+            tokens: All tokens, (B, N, D).
+            rho: Share of the tokens to keep, in (0, 1].
+            sort: Which patches to keep; the model's own `sort` if None.
+            generator: Source of the random sort; torch's default generator if None.
+
+        Returns:
+            The prefix and the kept patches (B, K, D), and the indices of the latter (B, K - prefix); at rho = 1 the
+            tokens themselves and None.
+        """
+        num_kept = sampling.num_kept_tokens(rho, self.num_patches, self.num_prefix_tokens)
+        if num_kept == self.num_tokens:
+            return tokens, None
+        kept = sampling.select(tokens, num_kept, self.num_prefix_tokens, self.sort if sort is None else sort, generator)
+        return sampling.gather(tokens, kept, self.num_prefix_tokens), kept
+
+    def bias_index(self, kept: Tensor | None) -> Tensor | None:
+        """What the blocks need to know of the kept patches' positions: (B, K, K), or None without a position bias.
+
+        `kept` is (B, K - prefix), or None if all patches are there.
+        """
+        if self.rel_pos == "none":
+            return None
+        device = next(self.parameters()).device
+        return relpos.bias_index(self.grid_size, self.num_prefix_tokens, kept, device)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """The last block's tokens (B, K, D) to one feature vector per image, (B, D)."""
+        x = self.norm(tokens)
+        if self.head_dist is not None:
+            features: Tensor = (self.head_drop(x[:, 0]) + self.head_drop(x[:, 1])) / 2
+        else:
+            x = global_pool_nlc(
+                x, self.global_pool, self.num_prefix_tokens, reduce_include_prefix=self.pool_include_prefix
+            )
+            features = self.head_drop(self.fc_norm(x))
+        return features
+
+    def readout(self, tokens: Tensor) -> Tensor:
+        """The last block's tokens (B, K, D) to logits (B, num_classes); a distilled model averages its two heads."""
+        if self.head_dist is None:
+            logits: Tensor = self.head(self.pooled(tokens))
+            return logits
+        x = self.norm(tokens)
+        logits = (self.head(self.head_drop(x[:, 0])) + self.head_dist(self.head_drop(x[:, 1]))) / 2
+        return logits
+
+
+def _create_plain(name: str, **settings: Any) -> Any:
+    """timm's model of that name, once it is known to be a plain ViT whose grid fits the image."""
+    known = [*_PRESETS, *list_models(module="vision_transformer"), *list_models(module="deit")]
+    if name.split(".")[0] not in known:
+        nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]
+        raise ValueError(f"no plain Vision Transformer is called {name!r}; did you mean {', '.join(nearest)}?")
+    if refused := [key for key in _REFUSED_OVERRIDES if key in settings]:
+        raise ValueError(f"{', '.join(refused)} cannot be combined with patch sampling; pass rho to forward instead")
+    try:
+        plain = timm.create_model(name, **settings)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm cannot build {name} with these settings: {error}") from error
+    plain_parts = (
+        type(plain) in (TimmVisionTransformer, VisionTransformerDistilled)
+        and type(plain.patch_embed) is PatchEmbed
+        and all(type(block) is TimmBlock and type(block.attn) is TimmAttention for block in plain.blocks)
+        and plain.global_pool in _POOLING
+    )
+    if not plain_parts:
+        raise ValueError(
+            f"{name} is not a plain Vision Transformer (patch embedding, pre-norm blocks with ordinary attention, "
+            f"{', '.join(_POOLING)} pooling); choose one that is, such as deit_small_patch16_224"
+        )
+    if any(size % patch for size, patch in zip(plain.patch_embed.img_size, plain.patch_embed.patch_size, strict=True)):
+        raise ValueError(
+            f"img_size {plain.patch_embed.img_size} is not a multiple of the patch size {plain.patch_embed.patch_size}"
+        )
+    return plain
+
+
+def _init_published(plain: Any) -> None:
+    """Initialise a timm ViT as the published PSS runs did (PSS, section 4)."""
+    for module in plain.modules():
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+        if getattr(plain, name, None) is not None:
+            trunc_normal_(getattr(plain, name), std=0.02)
+    with torch.no_grad():
+        for number, block in enumerate(plain.blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2 * number))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+        for name in ("head", "head_dist"):
+            if isinstance(head := getattr(plain, name, None), nn.Linear):
+                head.weight.mul_(0.001)
+                head.bias.mul_(0.001)
