@@ -97,8 +97,6 @@ def create_model(
 class Block(nn.Module):
     """One pre-norm transformer block, made of the parts of timm's, that hands extra arguments on to its attention."""
 
-    attn: Attention
-
     def __init__(self, source: Any) -> None:
         super().__init__()
         self.norm1: nn.Module = source.norm1
