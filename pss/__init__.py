@@ -1,0 +1,40 @@
+"""pss: train Vision Transformers on a schedule of sampled patches.
+
+The names below are the public API. They are imported on first use, so that `import pss` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pss.version import __version__
+
+if TYPE_CHECKING:
+    from pss.flops import macs
+    from pss.schedules import Cosine, Cyclic, Fixed, Linear
+    from pss.vit import create_model
+    from pss.weights import load_weights
+
+__all__ = ["Cosine", "Cyclic", "Fixed", "Linear", "__version__", "create_model", "load_weights", "macs"]
+
+_HOME = {
+    "Cosine": "pss.schedules",
+    "Cyclic": "pss.schedules",
+    "Fixed": "pss.schedules",
+    "Linear": "pss.schedules",
+    "create_model": "pss.vit",
+    "load_weights": "pss.weights",
+    "macs": "pss.flops",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pss' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -189,7 +189,7 @@ class Config:
             return _from_dict(Config, raw)
         except FileNotFoundError:
             raise ValueError(f"{path} not found; name the --output folder of a pss-train run") from None
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no run configuration of this version of pss ({error})") from None
 
     def with_settings(self, settings: Sequence[str]) -> Config:

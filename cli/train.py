@@ -1,0 +1,130 @@
+"""pss-train: train a recipe on a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from cli.errors import run
+
+app = typer.Typer(add_completion=True, rich_markup_mode=None)
+
+# A resumed run may change these; everything else would make it another run.
+_MAY_DIFFER = ("train.max_steps", "train.num_workers", "train.log_every_steps", "train.checkpoint_every_minutes",
+               "train.keep_checkpoints")  # fmt: skip
+_STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "run again"
+
+
+def _list_recipes(show: bool) -> None:
+    if not show:
+        return
+    from pss.recipes import RECIPES
+
+    width = max(map(len, RECIPES))
+    for name, recipe in RECIPES.items():
+        summary = (recipe.__doc__ or "").strip().splitlines()[0]
+        typer.echo(f"{name:{width}}  {summary}")
+    raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="What to train; --list shows the recipes.", show_default=False)],
+    data: Annotated[
+        Path, typer.Option(help="A folder made by pss-convert, or one with train|val/class/*.jpg.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="The run's folder: log, checkpoints, config.", show_default=False)],
+    loader: Annotated[Literal["auto", "dali", "ffcv", "torch"], typer.Option(help="What decodes the images.")] = "auto",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output where it stopped.")] = False,
+    list_recipes: Annotated[
+        bool, typer.Option("--list", help="Show the recipes and leave.", is_eager=True, callback=_list_recipes)
+    ] = False,
+) -> None:
+    """Train a recipe, alone or under torchrun (`torchrun --nproc-per-node 8 -m cli.train ...`)."""
+    from pss import recipes
+
+    config = recipes.get(recipe).with_settings(settings or [])
+    _check_output(output, resume)
+
+    import pipelines
+    from pss import dist
+    from pss.config import Config, differing_fields
+    from pss.train import Interrupted, Trainer
+
+    saved_config = output / "config.json"
+    if resume and saved_config.exists():
+        changed = [
+            field
+            for field in differing_fields(Config.from_json(saved_config), config)
+            if not field.startswith(_MAY_DIFFER)
+        ]
+        if changed:
+            raise ValueError(
+                f"--resume: the run in {output} has other settings (saved, now): {'; '.join(changed)}; "
+                "repeat its --set options, or choose another --output"
+            )
+    dataset = pipelines.open_dataset(data)
+    with dist.start() as world:
+        if config.train.batch_size % world.size:
+            raise ValueError(
+                f"train.batch_size is {config.train.batch_size}, which {world.size} processes cannot share evenly"
+            )
+        options: dict[str, Any] = {
+            "config": config.data,
+            "batch_size": config.train.batch_size // world.size,
+            "seed": config.train.seed,
+            "rank": world.rank,
+            "world_size": world.size,
+            "device": world.device,
+            "num_workers": config.train.num_workers,
+        }
+        train_loader = pipelines.build(data, "train", train=True, loader=loader, **options)
+        val_loader = None
+        try:
+            # Accuracy is measured on the original bytes, which FFCV's files do not hold.
+            val_backend = "auto" if loader == "ffcv" else loader
+            val_loader = pipelines.build(data, "val", train=False, loader=val_backend, **options)
+            trainer = Trainer(
+                config, train_loader, val_loader, classes=list(dataset.classes), output=output, world=world
+            )
+            if world.is_main:
+                output.mkdir(parents=True, exist_ok=True)
+                partial = saved_config.with_suffix(".partial")
+                partial.write_text(config.to_json(), encoding="utf-8")
+                partial.replace(saved_config)
+                begin = f"continuing at step {trainer.step}" if trainer.step else "starting"
+                typer.echo(
+                    f"{recipe}: {begin}, {config.method} on {world.device.type}, {train_loader.num_samples:,} images, "
+                    f"{len(dataset.classes)} classes, {trainer.total_steps:,} steps, {train_loader.backend} loader",
+                    err=True,
+                )
+            world.barrier()
+            trainer.fit()
+        except Interrupted:
+            if world.is_main:
+                typer.echo(f"stopped at step {trainer.step}; continue with --resume", err=True)
+            raise typer.Exit(_STOPPED) from None
+        finally:
+            train_loader.close()
+            if val_loader is not None:
+                val_loader.close()
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    if output.is_file():
+        raise ValueError(f"--output {output} is a file; name a folder")
+    if (output / "config.json").exists() and not resume:
+        raise ValueError(f"{output} already holds a run; add --resume to continue it, or choose another --output")
+
+
+def main() -> None:
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Checkpoints that survive anything: atomic, self-verifying, read without unpickling code.
+
+A checkpoint is one file, `step-<step>-<hash>.pt`, where `<hash>` begins the SHA-256 of its content: a file that was
+cut short or damaged is recognised by its name alone, and the newest one that is whole is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import random
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
+
+
+def save(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
+    """Write `state` durably, then remove all but the `keep` newest checkpoints.
+
+    `state` may hold tensors, numbers, strings, None, and lists, tuples and dicts of these.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".partial-{os.getpid()}"
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        path = folder / f"step-{step:09d}-{_digest(partial)}.pt"
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync_folder(folder)
+    for old in list_checkpoints(folder)[keep:]:
+        if old != path:
+            old.unlink()
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest step first, damaged ones included."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(named, key=lambda path: (path.name.split("-")[1], path.stat().st_mtime_ns), reverse=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read one checkpoint on the CPU. Raises `ValueError` where it is damaged or no checkpoint."""
+    match = _NAME.fullmatch(path.name)
+    if match is not None and _digest(path) != match[2]:
+        raise ValueError(f"{path} is damaged: its content does not match the hash in its name")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} cannot be read as a checkpoint: it holds more than tensors and plain values") from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint ({error})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is no checkpoint of a pss run")
+    return state
+
+
+def load_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """The newest whole checkpoint in `folder`, or None; warns about each damaged one that was passed over."""
+    for path in list_checkpoints(folder):
+        try:
+            return load(path), path
+        except ValueError as error:
+            warnings.warn(f"{error}; trying the one before it", stacklevel=2)
+    return None
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random number generator of this process, as plain values and tensors."""
+    algorithm, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - timm's Mixup draws from it
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [algorithm, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put every generator back to where `rng_state` found it."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

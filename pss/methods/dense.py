@@ -1,0 +1,15 @@
+"""The plain model: every patch at every step. The baseline that all others are measured against."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pss.methods.base import Method, Progress
+
+
+class Dense(Method):
+    """Trains on all patches; `predict` samples like any other method's."""
+
+    def forward(self, images: Tensor, targets: Tensor, at: Progress) -> dict[str, Tensor]:
+        logits = self.model(images)
+        return {"loss": self.classification_loss(logits, targets), "logits": logits}

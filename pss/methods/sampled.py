@@ -1,0 +1,48 @@
+"""Training under a patch sampling schedule (McDanel & Huynh 2022, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pss.config import Config
+from pss.methods.base import Method, Progress
+from pss.sampling import step_generator
+from pss.schedules import Cosine, Cyclic, Fixed, Linear, Schedule
+from pss.vit import VisionTransformer
+
+
+class Sampled(Method):
+    """Each step sees the share of patches that the schedule gives it."""
+
+    def __init__(self, model: VisionTransformer, config: Config, steps_per_epoch: int) -> None:
+        super().__init__(model, config, steps_per_epoch)
+        self.schedule = build_schedule(config, steps_per_epoch)
+
+    def rho(self, at: Progress) -> float:
+        return self.schedule(at.step)
+
+    def forward(self, images: Tensor, targets: Tensor, at: Progress) -> dict[str, Tensor]:
+        generator = step_generator(at.seed, at.step, at.rank, images.device)
+        logits = self.model(images, rho=self.rho(at), generator=generator)
+        return {"loss": self.classification_loss(logits, targets), "logits": logits}
+
+
+def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
+    """The schedule that a configuration describes, as a function of the global step."""
+    settings = config.schedule
+    if settings.name == "fixed":
+        return Fixed(settings.rho)
+    options: dict[str, Any] = {
+        "steps_per_epoch": steps_per_epoch,
+        "epochs": config.train.epochs,
+        "cooldown_epochs": settings.cooldown_epochs,
+        "low": settings.low,
+        "high": settings.high,
+    }
+    if settings.name == "cyclic":
+        options["period_steps"] = settings.period_steps
+    ramps: dict[str, type[Linear | Cosine | Cyclic]] = {"linear": Linear, "cosine": Cosine, "cyclic": Cyclic}
+    ramp = ramps[settings.name]
+    return ramp.published(**options) if settings.form == "published" else ramp.symmetric(**options)

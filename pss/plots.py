@@ -1,0 +1,54 @@
+"""Pictures of results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by people with any colour vision, and in grey by the markers.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Top-1 against throughput and against GFLOPs, one line per run, one labelled point per rho.
+
+    `rows` are those of `rho.json`: `run`, `rho`, `top1`, `gflops`, `images_per_second`.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    speed, cost = figure.subplots(1, 2, sharey=True)
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    for axes, key, label in (
+        (speed, "images_per_second", "images per second, model alone"),
+        (cost, "gflops", "GFLOPs (multiply-accumulates) per image"),
+    ):
+        for number, run in enumerate(runs):
+            points = sorted((row for row in rows if row["run"] == run), key=lambda row: float(row["rho"]))
+            _draw_run(axes, points, key, run, number)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.25, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.08, y=0.1)
+    speed.set_ylabel("top-1 accuracy, %")
+    cost.legend(frameon=False, loc="lower right")
+    figure.suptitle("Accuracy against cost as ρ, the share of patches kept, varies", fontsize=12)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=150, format="png")
+    partial.replace(path)
+
+
+def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, run: str, number: int) -> None:
+    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    xs, ys = [point[key] for point in points], [point["top1"] for point in points]
+    axes.plot(xs, ys, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=run)
+    # Labels go above the upper curves and below the lower ones, so that two runs do not overprint each other.
+    offset, align = ((0, 7), "bottom") if number % 2 == 0 else ((0, -8), "top")
+    for point, x, y in zip(points, xs, ys, strict=True):
+        axes.annotate(
+            f"{point['rho']:g}", (x, y), xytext=offset, textcoords="offset points",
+            ha="center", va=align, fontsize=8, color=colour,
+        )  # fmt: skip

@@ -1,0 +1,301 @@
+"""The training loop: build, resume, step, log, validate, save. It knows no method and no loader by name."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from pipelines.device import DeviceTransform
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.base import Batch, DataError, Loader
+from pss import checkpoint, methods
+from pss.config import Config
+from pss.console import TrainView
+from pss.dist import World
+from pss.evaluate import accuracy
+from pss.methods import Method, Phase, Progress
+from pss.metrics import Meter, RunLog
+from pss.optim import build_optimizer
+from pss.version import __version__
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved a checkpoint."""
+
+
+class Trainer:
+    """One run in one folder. `fit` trains it to its end, from its newest checkpoint where there is one."""
+
+    def __init__(
+        self,
+        config: Config,
+        train_loader: Loader,
+        val_loader: Loader,
+        *,
+        classes: list[str],
+        output: Path,
+        world: World,
+    ) -> None:
+        self.config, self.world, self.output, self.classes = config, world, output, classes
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.steps_per_epoch = train_loader.steps_per_epoch
+        self.epochs = config.train.epochs
+        self.step = self.epoch = 0
+        self.autocast = autocast(config, world.device)
+        seed = config.train.seed
+        self.prepare = DeviceTransform(config.data, seed=seed, train=True)
+        self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
+        seed_generators(seed)  # the same on every process: they must begin with the same weights
+        self.method: Method = methods.build(config, len(classes), self.steps_per_epoch).to(world.device)
+        seed_generators(seed + 1 + world.rank)  # dropout and mixing must differ between processes
+        self.mixup = build_mixup(config, len(classes))
+        decay = config.train.ema_decay
+        self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
+        saved = checkpoint.load_latest(output / "checkpoints")
+        self._saved: dict[str, Any] | None = saved[0] if saved is not None else None
+        if self._saved is not None:
+            self._restore(self._saved)
+        self._last_save = time.monotonic()
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def last_step(self) -> int:
+        """Where this run stops: its end, or `train.max_steps`."""
+        return min(self.total_steps, self.config.train.max_steps or self.total_steps)
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end and return the last epoch's row of the log."""
+        main = self.world.is_main
+        self.log = RunLog(self.output, resume_step=self.step) if main else None
+        self.view = TrainView(total_steps=self.last_step, done_steps=self.step, epochs=self.epochs, enabled=main)
+        self.row: dict[str, Any] = {}
+        try:
+            with catch_signals() as stop:
+                first_epoch = 0
+                for number, phase in enumerate(self.method.phases()):
+                    end_epoch = first_epoch + phase.epochs
+                    if self.epoch < end_epoch and self.step < self.last_step:
+                        self._run_phase(number, phase, first_epoch, stop)
+                    first_epoch = end_epoch
+        finally:
+            self.view.close()
+            if self.log is not None:
+                self.log.close()
+        return self.row
+
+    def _run_phase(self, number: int, phase: Phase, first_epoch: int, stop: list[int]) -> None:
+        self.phase = number
+        self.method.begin_phase(phase)
+        self.optimizer, self.lr_schedule = build_optimizer(
+            self.method, phase, batch_size=self.config.train.batch_size, steps_per_epoch=self.steps_per_epoch
+        )
+        if self._saved is not None and self._saved["phase"] == number:
+            self.optimizer.load_state_dict(self._saved["optimizer"])
+        self._saved = None
+        engine = wrap(self.method, self.world)
+        first_step = first_epoch * self.steps_per_epoch
+        while self.epoch < first_epoch + phase.epochs and self.step < self.last_step:
+            self._run_epoch(engine, phase, first_step, stop)
+
+    def _run_epoch(self, engine: nn.Module, phase: Phase, first_step: int, stop: list[int]) -> None:
+        """The loop: one epoch, or what is left of it."""
+        train, world = self.config.train, self.world
+        engine.train()
+        self.train_loader.set_epoch(self.epoch, self.step - self.epoch * self.steps_per_epoch)
+        epoch_meter, meter = Meter(world.device), Meter(world.device)
+        batches = iter(self.train_loader)
+        while self.step < min((self.epoch + 1) * self.steps_per_epoch, self.last_step):
+            began = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                raise DataError(
+                    f"the {self.train_loader.backend} loader ended at step {self.step}, before its epoch did"
+                )
+            wait = time.perf_counter() - began
+
+            at = Progress(self.step, self.total_steps, self.epoch, self.epochs, train.seed, world.rank)
+            self.lr_schedule.step_update(self.step - first_step)
+            images, targets = self._inputs(batch)
+            with self.autocast:
+                out = engine(images, targets, at)
+            out["loss"].backward()
+            if phase.optim.clip_grad is not None:
+                nn.utils.clip_grad_norm_(self.method.parameters(), phase.optim.clip_grad)
+            self.optimizer.step()
+            self.method.after_optimizer(at)
+            if self.ema is not None:
+                self.ema.update(self.method, step=self.step)
+            self.method.end_step(at)
+            self.optimizer.zero_grad(set_to_none=True)
+
+            self.step += 1
+            for m in (meter, epoch_meter):
+                m.add(len(images) * world.size, out["loss"], wait)
+            at_log = self.step % train.log_every_steps == 0
+            if at_log:
+                self._log_step(meter, at, out)
+            if at_log or world.size == 1:
+                due = time.monotonic() - self._last_save > 60 * train.checkpoint_every_minutes
+                stopping, saving = world.any(bool(stop), due and world.is_main)
+                if stopping or saving:
+                    self._save()
+                if stopping:
+                    raise Interrupted
+        if self.step == (self.epoch + 1) * self.steps_per_epoch:
+            self.epoch += 1
+        self._end_epoch(epoch_meter)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, targets = self.prepare(batch, self.epoch), batch.labels
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        return images, targets
+
+    def _log_step(self, meter: Meter, at: Progress, out: dict[str, Tensor]) -> None:
+        summary = meter.summary()
+        if not np.isfinite(summary["loss"]):
+            raise ValueError(
+                f"the loss became {summary['loss']} within steps {self.step - meter.steps}-{self.step - 1}; "
+                "lower optim.lr, or set train.precision=fp32; the last checkpoint is from before"
+            )
+        rho = self.method.rho(at)
+        tokens = self.method.num_tokens(rho)
+        extra = {name: float(value) for name, value in out.items() if value.ndim == 0 and name != "loss"}
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        if self.log is not None:
+            self.log.write("step", self.step, epoch=at.epoch, rho=rho, tokens=tokens, lr=lr, **summary, **extra)
+        self.view.step(self.step, epoch=at.epoch, rho=rho, tokens=tokens, **summary)
+        meter.reset()
+
+    def _end_epoch(self, meter: Meter) -> None:
+        seconds, summary = meter.seconds, meter.summary()
+        row: dict[str, Any] = {"epoch": self.epoch, "train_seconds": seconds, **summary, **self._validate()}
+        self.row = {"step": self.step, **row}
+        if self.log is not None:
+            self.log.write("epoch", self.step, **row)
+        averaged = f"  (average {row['ema_top1']:.2f} %)" if "ema_top1" in row else ""
+        self.view.say(
+            f"epoch {self.epoch}/{self.epochs}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  "
+            f"top-1 {row['top1']:.2f} %{averaged}  {seconds:.1f} s  data wait {row['data_wait']:.0%}"
+        )
+        self._save()
+
+    def _validate(self) -> dict[str, float]:
+        """Accuracy at rho = 1 of the weights and, where there is one, of their moving average."""
+        models = {"": self.method} | ({"ema_": self.ema.module} if self.ema is not None else {})
+        row: dict[str, float] = {}
+        for prefix, model in models.items():
+            model.eval()
+            (result,) = accuracy(
+                model.predict, self.val_loader, self.prepare_val, self.world, rhos=[1.0], autocast=self.autocast
+            )
+            row |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5}
+            row[f"{prefix}val_loss"] = result.loss
+        return row
+
+    def _save(self) -> None:
+        rng = self.world.gather(checkpoint.rng_state())
+        if self.world.is_main:
+            state = {
+                "version": __version__,
+                "config": asdict(self.config),
+                "classes": self.classes,
+                "step": self.step,
+                "epoch": self.epoch,
+                "phase": self.phase,
+                "method": self.method.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "loader": self.train_loader.state_dict(),
+                "rng": rng,
+            }
+            checkpoint.save(self.output / "checkpoints", state, step=self.step, keep=self.config.train.keep_checkpoints)
+        self.world.barrier()
+        self._last_save = time.monotonic()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        if saved["classes"] != self.classes:
+            raise DataError(
+                f"the run in {self.output} was trained on {len(saved['classes'])} classes "
+                f"and the data has {len(self.classes)}, or other ones; resume with the data it began with"
+            )
+        if len(saved["rng"]) != self.world.size:
+            raise ValueError(
+                f"the run in {self.output} was trained by {len(saved['rng'])} processes; resume it with as many"
+            )
+        self.train_loader.load_state_dict(saved["loader"])
+        self.method.load_state_dict(saved["method"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved["ema"])
+        self.step, self.epoch = saved["step"], saved["epoch"]
+        checkpoint.set_rng_state(saved["rng"][self.world.rank])
+
+
+def wrap(method: Method, world: World) -> nn.Module:
+    """The method as the loop calls it: in DDP where there are several processes."""
+    if world.size == 1:
+        return method
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(method, device_ids=devices)
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """The arithmetic that `train.precision` asks for on this device."""
+    precision = config.train.precision
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def build_mixup(config: Config, num_classes: int) -> Mixup | None:
+    """timm's mixup and CutMix per batch, or None where both are off."""
+    loss = config.loss
+    if not loss.mixup and not loss.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=loss.mixup,
+        cutmix_alpha=loss.cutmix,
+        switch_prob=loss.mix_switch_prob,
+        label_smoothing=loss.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every global random number generator."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - timm's Mixup draws from it
+    random.seed(seed)
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying; a second SIGINT dies as usual."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,81 @@
+"""Configurations: every recipe is valid, settings change what they name, mistakes are answered in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+
+from pss import recipes
+from pss.config import Config, differing_fields
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_is_valid_and_survives_its_json(name, tmp_path):
+    config = recipes.get(name)
+    assert config.recipe == name
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json(), encoding="utf-8")
+    assert Config.from_json(path) == config
+    assert recipes.RECIPES[name].__doc__
+
+
+def test_settings_reach_their_fields():
+    before = recipes.get("digits")
+    after = before.with_settings(
+        ["train.epochs=7", "data.crop_scale=0.5,1", "schedule.period_steps=12", "method=dense", "optim.clip_grad=none"]
+    )
+    assert after.train.epochs == 7
+    assert after.data.crop_scale == (0.5, 1.0)
+    assert after.schedule.period_steps == 12
+    assert after.method == "dense"
+    assert {field.split(" ")[0] for field in differing_fields(before, after)} == {
+        "train.epochs", "data.crop_scale", "schedule.period_steps", "method"
+    }  # fmt: skip
+
+
+def test_settings_are_checked_together_not_one_by_one():
+    # Warm-up is longer than the run only between the two settings.
+    config = recipes.get("deit-s-224").with_settings(
+        ["train.epochs=2", "optim.warmup_epochs=1", "schedule.cooldown_epochs=0"]
+    )
+    assert config.train.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.epoch=3", "did you mean train.epochs"),
+        ("trian.epochs=3", "did you mean train.epochs"),
+        ("epochs=3", "did you mean train.epochs"),
+        ("train.epochs=three", "is not a whole number"),
+        ("optim.lr=fast", "is not a number"),
+        ("data.mean=1,2", "is not 3 numbers"),
+        ("schedule.name=cyc", "one of fixed, linear, cosine, cyclic"),
+        ("schedule.low=0", r"lies in \(0, 1\]"),
+        ("schedule.rho=1.5", r"lies in \(0, 1\]"),
+        ("schedule.high=0.1", "above schedule.high"),
+        ("train.epochs=0", "must be at least 1"),
+        ("train.epochs=1", "optim.warmup_epochs"),
+        ("train.ema_decay=1", "ema_decay"),
+        ("data.crop_scale=0,1", "crop_scale"),
+        ("recipe=other", "there is no key"),
+        ("train.epochs", "write section.key=value"),
+    ],
+)
+def test_mistakes_are_named_with_their_remedy(setting, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.get("digits").with_settings([setting])
+
+
+def test_unknown_recipe_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"did you mean deit-s-224\?"):
+        recipes.get("deit_s_22")
+
+
+def test_a_foreign_config_file_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    for text in ("{", '{"recipe": "digits", "extra": 1}', "[]"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="no run configuration"):
+            Config.from_json(path)
+    with pytest.raises(ValueError, match="not found"):
+        Config.from_json(tmp_path / "none.json")
