@@ -1,0 +1,66 @@
+"""A loader over images in memory: the contract with nothing behind it, for tests of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.base import Batch, DataError
+
+
+class MemoryLoader:
+    """`num_samples` images of `num_classes` classes that a model can tell apart by the brightness of their rows."""
+
+    backend = "memory"
+
+    def __init__(
+        self,
+        num_samples: int = 40,
+        *,
+        num_classes: int = 4,
+        img_size: int = 32,
+        batch_size: int = 8,
+        train: bool = True,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> None:
+        generator = np.random.default_rng(0)
+        self.num_samples, self.num_classes, self.batch_size, self.train = num_samples, num_classes, batch_size, train
+        self.labels = np.arange(num_samples) % num_classes
+        images = generator.integers(0, 80, (num_samples, 3, img_size, img_size))
+        rows = np.arange(img_size)[None] * num_classes // img_size == self.labels[:, None]  # (samples, rows)
+        self.images = (images + 150 * rows[:, None, :, None]).astype(np.uint8)
+        whole, rest = divmod(num_samples, batch_size)
+        self.steps_per_epoch = whole if train or not rest else whole + 1
+        self.on_batch = on_batch
+        self.epoch, self.start = 0, 0
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.epoch, self.start = epoch, start_step
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = np.arange(self.num_samples)
+        if self.train:
+            order = np.random.default_rng([7, self.epoch]).permutation(order)
+        for step in range(self.start, self.steps_per_epoch):
+            index = order[step * self.batch_size : (step + 1) * self.batch_size]
+            if self.on_batch is not None:
+                self.on_batch(self.epoch * self.steps_per_epoch + step)
+            yield Batch(*map(torch.from_numpy, (self.images[index], self.labels[index], index)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_samples": self.num_samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state != self.state_dict():
+            raise DataError(
+                f"the checkpoint is of other data: num_samples ({state['num_samples']}, {self.num_samples})"
+            )
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,163 @@
+"""The loop: it learns, it records, and a run that was stopped anywhere ends exactly like one that was not."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from memory_loader import MemoryLoader
+
+from pipelines.base import DataError
+from pss import checkpoint, recipes
+from pss.dist import World
+from pss.metrics import read_rows
+from pss.train import Interrupted, Trainer
+
+CLASSES = ["a", "b", "c", "d"]
+HERE = World(rank=0, size=1, device=torch.device("cpu"))
+# Everything that draws random numbers is on: drop path, mixing, random sampling.
+SETTINGS = [
+    "model.embed_dim=24", "model.depth=2", "model.drop_path_rate=0.2", "model.sort=random", "loss.mixup=0.8",
+    "loss.cutmix=1.0", "train.epochs=4", "train.batch_size=8", "optim.warmup_epochs=1", "optim.clip_grad=1.0",
+    "train.log_every_steps=2", "train.ema_decay=0.9", "data.flip=0.5",
+]  # fmt: skip
+
+
+def trainer(output, *settings, on_batch=None, num_samples=40):
+    config = recipes.get("digits").with_settings([*SETTINGS, *settings])
+    loaders = MemoryLoader(num_samples, on_batch=on_batch), MemoryLoader(num_samples, train=False)
+    return Trainer(config, *loaders, classes=CLASSES, output=output, world=HERE)
+
+
+def final_state(output):
+    state, _ = checkpoint.load_latest(output / "checkpoints")
+    return state
+
+
+def assert_same(a, b, path=""):
+    """Equal to the bit, all the way down."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{number}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted")
+    trainer(output).fit()
+    return final_state(output)
+
+
+@pytest.mark.parametrize("method", ["sampled", "dense"])
+def test_it_learns(tmp_path, method):
+    plain = ["loss.mixup=0", "loss.cutmix=0", "model.drop_path_rate=0", "data.flip=0", "model.sort=magnitude"]
+    row = trainer(tmp_path, *plain, "train.epochs=25", "optim.lr=3e-3", f"method={method}").fit()
+    assert row["top1"] == 100.0
+    losses = [row["loss"] for row in read_rows(tmp_path, "epoch")]
+    assert losses[-1] < 0.6 < losses[0]
+
+
+@pytest.mark.parametrize("stop", [5, 10, 15, 2, 7, 13])
+def test_a_stopped_run_ends_bit_identical(tmp_path, uninterrupted, stop):
+    trainer(tmp_path, f"train.max_steps={stop}").fit()
+    assert final_state(tmp_path)["step"] == stop
+    torch.manual_seed(12345)  # whatever the process did in between must not matter
+    resumed = trainer(tmp_path)
+    assert resumed.step == stop
+    resumed.fit()
+    state = final_state(tmp_path)
+    state["config"]["train"]["max_steps"] = None
+    assert_same(state, uninterrupted)
+
+
+def test_the_uninterrupted_run_depends_on_its_seed(tmp_path, uninterrupted):
+    trainer(tmp_path, "train.seed=1").fit()
+    other = final_state(tmp_path)["method"]
+    assert not torch.equal(other["model.head.weight"], uninterrupted["method"]["model.head.weight"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_identically(tmp_path, uninterrupted, number):
+    def kill(step):
+        if step == 7:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, on_batch=kill).fit()
+    assert final_state(tmp_path)["step"] == 8
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    trainer(tmp_path).fit()
+    assert_same(final_state(tmp_path)["method"], uninterrupted["method"])
+    assert_same(final_state(tmp_path)["ema"], uninterrupted["ema"])
+
+
+def test_the_log_has_each_step_once_also_after_a_crash(tmp_path):
+    class Crash(Exception):
+        pass
+
+    def crash(step):
+        if step == 13:
+            raise Crash
+
+    with pytest.raises(Crash):
+        trainer(tmp_path, on_batch=crash).fit()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 1')  # the line a killed process was writing
+    trainer(tmp_path).fit()
+    assert [row["step"] for row in read_rows(tmp_path, "step")] == list(range(2, 21, 2))
+    assert [row["epoch"] for row in read_rows(tmp_path, "epoch")] == [1, 2, 3, 4]
+    row = read_rows(tmp_path, "step")[1]
+    assert {"loss", "lr", "rho", "tokens", "images_per_second", "data_wait", "epoch"} <= row.keys()
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    trainer(tmp_path, "train.max_steps=5").fit()
+    with pytest.raises(DataError, match="num_samples"):
+        trainer(tmp_path, num_samples=48)
+
+
+def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
+    trainer(tmp_path, "train.max_steps=5").fit()
+    config = recipes.get("digits").with_settings(SETTINGS)
+    with pytest.raises(DataError, match="4 classes"):
+        Trainer(config, MemoryLoader(), MemoryLoader(train=False), classes=["a", "b"], output=tmp_path, world=HERE)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_steps(tmp_path):
+    with pytest.raises(ValueError, match=r"steps \d+-\d+; lower optim.lr"):
+        trainer(tmp_path, "optim.lr=1e30", "optim.warmup_epochs=0", "optim.clip_grad=none").fit()
+
+
+def test_a_loader_that_ends_early_is_an_error(tmp_path):
+    run = trainer(tmp_path)
+    run.train_loader.steps_per_epoch = 3
+    run.steps_per_epoch = 5
+    with pytest.raises(DataError, match="ended at step 3"):
+        run.fit()
+
+
+def test_a_loader_that_loses_an_image_fails_validation(tmp_path):
+    run = trainer(tmp_path)
+    run.val_loader.num_samples += 1
+    with pytest.raises(DataError, match="saw 40 images of a split of 41"):
+        run.fit()
+
+
+def test_the_average_follows_the_weights(tmp_path):
+    state = trainer(tmp_path).fit() and final_state(tmp_path)
+    weights, average = state["method"]["model.head.weight"], state["ema"]["model.head.weight"]
+    assert not torch.equal(weights, average)
+    assert (weights - average).abs().mean() < 0.1 * weights.abs().mean() + 1e-3
