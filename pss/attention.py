@@ -74,9 +74,10 @@ def logit_bias(
     # Looked up in the table's own precision, as its gradient adds up B * K * K terms. On a CPU this lookup is several
     # times faster, backwards too, than an embedding or an advanced index, and its result is contiguous.
     num_images, num_kept, _ = bias_index.shape
+    num_heads = table.shape[1]
     rows = table.t().expand(num_images, -1, -1)  # (1 or B, H, rows)
-    pairs = bias_index.flatten(1).unsqueeze(1).expand(-1, rows.shape[1], -1)  # (1 or B, H, K * K)
-    bias = rows.gather(2, pairs).unflatten(2, (num_kept, num_kept)).to(dtype)  # (1 or B, H, K, K)
+    pairs = bias_index.flatten(1).unsqueeze(1).expand(-1, num_heads, -1)  # (1 or B, H, K * K)
+    bias = rows.gather(2, pairs).view(num_images, num_heads, num_kept, num_kept).to(dtype)
     if attn_mask is None:
         return bias
     return bias.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else bias + attn_mask
