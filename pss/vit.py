@@ -80,6 +80,9 @@ def create_model(
     preset = _PRESETS.get(name, {})
     settings = {"rel_pos": "none", "qkv_bias": "full", "init": "timm", "name": name, **preset, **overrides}
     explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
+    for key in ("rel_pos", "qkv_bias"):
+        if key in preset and explicit[key] not in (None, preset[key]):
+            raise ValueError(f"{name} has {key}={preset[key]!r}, got {explicit[key]!r}; leave {key} out")
     settings |= {key: value for key, value in explicit.items() if value is not None}
     for key, choices in (("rel_pos", RelPos), ("qkv_bias", QkvBias), ("init", Init)):
         if settings[key] not in get_args(choices):

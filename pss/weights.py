@@ -1,17 +1,17 @@
 """Load pretrained weights, whoever saved them, into a `VisionTransformer`.
 
-Files are safetensors or what `torch.save` wrote; the latter are read without running pickled code. The names understood:
+Files are safetensors or what `torch.save` wrote; the latter are read without running pickled code. Names understood:
 
-* timm and DeiT: `patch_embed`, `cls_token`, `dist_token`, `reg_token`, `pos_embed`, `blocks.0.attn.qkv`, `blocks.0.ls1.gamma`,
-  `norm` or `fc_norm`, `head`, `head_dist`. These are our own names too.
-* BEiT: `blocks.0.attn.q_bias` and `v_bias` instead of `qkv.bias`, `blocks.0.gamma_1` and `gamma_2` for the layer scale,
-  `blocks.0.attn.relative_position_bias_table`, and `relative_position_index` buffers, which are not needed.
-* SimMIM: as BEiT, with `encoder.` before every name of a pretrained model and one `rel_pos_bias` table for all layers,
-  which every layer gets a copy of.
+* timm and DeiT: `patch_embed`, `cls_token`, `dist_token`, `reg_token`, `pos_embed`, `blocks.0.attn.qkv`,
+  `blocks.0.ls1.gamma`, `norm` or `fc_norm`, `head`, `head_dist`. These are our own names too.
+* BEiT: `blocks.0.attn.q_bias` and `v_bias` instead of `qkv.bias`, `blocks.0.gamma_1` and `gamma_2` for the layer
+  scale, `blocks.0.attn.relative_position_bias_table`, and `relative_position_index` buffers, which are not needed.
+* SimMIM: as BEiT, with `encoder.` before every name of a pretrained model and one `rel_pos_bias` table for all
+  layers, which every layer gets a copy of.
 
-The state dict may lie under `model`, `state_dict`, `module`, `method`, `model_ema` or `state_dict_ema` (the first of these that
-is there: plain weights before averaged ones), and its names may begin with `module.`, `model.`, `encoder.`,
-`backbone.` or `_orig_mod.`.
+The state dict may lie under `model`, `state_dict`, `module`, `method`, `model_ema` or `state_dict_ema` (the first of
+these that is there: plain weights before averaged ones), and its names may begin with `module.`, `model.`,
+`encoder.`, `backbone.` or `_orig_mod.`.
 """
 
 import argparse
@@ -39,6 +39,9 @@ _ANCHOR = "patch_embed.proj.weight"  # every ViT has it, so it tells what preced
 
 _BACKBONE = {"patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre", "blocks"}
 _HEADS = {"head", "head_dist"}
+
+# What the two readers raise for files that are damaged or not what their name says.
+_UNREADABLE = (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError, LookupError)
 
 _TABLE = "relative_position_bias_table"
 _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
@@ -75,18 +78,18 @@ class Report:
 def load_weights(model: VisionTransformer, path: str | Path, *, ignore_head: bool = False) -> Report:
     """Copy the weights of a file into `model`, converting names and patch grids on the way.
 
-    A relative position bias that the file lacks stays zero, which changes nothing. Everything is checked before the model
-    is touched.
+    A relative position bias that the file lacks stays zero, which changes nothing. Everything is checked before the
+    model is touched.
 
     Args:
         model: Where to; the values are cast to its parameters' dtype.
         path: A .safetensors file, or one written by `torch.save`.
-        ignore_head: Leave the classifier as it is, and the norm before it too if the file has none. For fine-tuning on other
-            classes, or from an encoder that was pretrained without labels.
+        ignore_head: Leave the classifier as it is, and the norm before it too if the file has none. For fine-tuning
+            on other classes, or from an encoder that was pretrained without labels.
 
     Raises:
-        ValueError: the file cannot be read as plain weights, or the model would not be what the file describes: parts missing,
-            parts left over, shapes that differ by more than the patch grid, another number of classes.
+        ValueError: the file cannot be read as plain weights, or the model would not be what the file describes: parts
+            missing, parts left over, shapes that differ by more than the patch grid, another number of classes.
     """
     found, outside = _plain_names(_read(Path(path)), path)
     unused_head = sorted(name for name in found if ignore_head and _part(name) in _HEADS)
@@ -111,7 +114,9 @@ def load_weights(model: VisionTransformer, path: str | Path, *, ignore_head: boo
         raise ValueError(f"{path} lacks {_first(lacking)}; {remedy}")
     surplus = [name for name in unexpected if _part(name) in _BACKBONE]
     if surplus:
-        raise ValueError(f"{path} has {_first(surplus)}, which this model does not; build the model they belong to")
+        only_tables = all(name.endswith(_TABLE) for name in surplus)
+        remedy = "create it with rel_pos='bias'" if only_tables else "build the model they belong to"
+        raise ValueError(f"{path} has {_first(surplus)}, which this model does not; {remedy}")
 
     model.load_state_dict({name: value for name, value in found.items() if name in own}, strict=False)
     return Report(
@@ -133,14 +138,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             # Training scripts leave their settings in the file; these two types hold plain values and are not needed.
             with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-    ) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"{path} cannot be read as plain weights: it is damaged, or holds Python objects other than tensors "
             "(then save its state dict alone, as safetensors)"
