@@ -1,0 +1,120 @@
+"""Image data pipelines: one contract (`pipelines.base`), three back ends (torchvision, DALI, FFCV)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.base import Backend, Batch, DataConfig, DataError, Loader
+from pipelines.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, read_manifest
+from pipelines.source import class_names, find_split_folder, open_source
+
+__all__ = ["Backend", "Batch", "DataConfig", "DataError", "DataSet", "Loader", "build", "open_dataset"]
+
+
+def build(
+    root: str | Path,
+    split: str,
+    *,
+    config: DataConfig,
+    batch_size: int,
+    train: bool,
+    loader: Backend = "auto",
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+    num_workers: int | None = None,
+) -> Loader:
+    """A loader over one split of the data set at `root`.
+
+    `root` is a folder written by pss-convert, or a plain one with `train|val/<class>/*.jpg`. `batch_size` is per rank.
+    `num_workers` counts processes (torch; 0: none) or threads (DALI, FFCV); by default this rank's share of the cores.
+    `loader="auto"` takes DALI if it is installed and the split holds original bytes, else torch; FFCV only for a
+    split that exists in no other form. Raises `DataError` for data or a back end that cannot be used.
+    """
+    root = Path(root)
+    settings: dict[str, Any] = {
+        "config": config,
+        "batch_size": batch_size,
+        "train": train,
+        "seed": seed,
+        "rank": rank,
+        "world_size": world_size,
+        "device": device,
+        "num_workers": num_workers,
+    }
+    backend = choose_backend(root, split) if loader == "auto" else loader
+    if backend == "ffcv":
+        module = _import_backend("ffcv", "FFCV is not installed; install its headers, then run `make setup`")
+        made: Loader = module.FfcvLoader(root, split, **settings)
+        return made
+    source = open_source(root, split)
+    if backend == "torch":
+        made = import_module("pipelines.torch_loader").TorchLoader(source, **settings)
+    elif backend == "dali":
+        module = _import_backend("dali", "DALI is not installed; run `make setup`, or use loader='torch'")
+        made = module.DaliLoader(source, **settings)
+    else:
+        raise DataError(f"there is no loader {loader!r}; use 'auto', 'torch', 'dali' or 'ffcv'")
+    return made
+
+
+def _import_backend(name: str, remedy: str) -> Any:
+    try:
+        return import_module(f"pipelines.{name}_loader")
+    except ImportError as error:
+        raise DataError(f"{remedy} ({error})") from error
+
+
+def choose_backend(root: Path, split: str) -> Backend:
+    """What `loader="auto"` stands for."""
+    if (root / MANIFEST).exists():
+        manifest, _ = read_manifest(root)
+        entry = manifest.splits.get(canonical_split(split))
+        if entry is not None and not entry.shards and entry.beton:
+            return "ffcv"
+    return "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torch"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What there is to train on."""
+
+    root: Path
+    classes: tuple[str, ...]
+    splits: tuple[str, ...]
+    """`train`, `val` or both."""
+    manifest: Manifest | None
+    """Of a converted data set; None for a plain folder."""
+
+    @cached_property
+    def per_class(self) -> dict[str, tuple[int, ...]]:
+        """Per split the number of samples of each class. A plain folder is listed for it."""
+        if self.manifest is not None:
+            return {name: self.manifest.splits[name].per_class for name in self.splits}
+        counts = {}
+        for split in self.splits:
+            labels = open_source(self.root, split).labels
+            counts[split] = tuple(np.bincount(labels, minlength=len(self.classes)).tolist())
+        return counts
+
+
+def open_dataset(root: str | Path) -> DataSet:
+    """Look at the data set at `root`; `DataError` if there is none."""
+    root = Path(root)
+    if (root / MANIFEST).exists():
+        manifest, _ = read_manifest(root)
+        return DataSet(root, manifest.classes, tuple(manifest.splits), manifest)
+    folders = {split: folder for split in SPLIT_ALIASES if (folder := find_split_folder(root, split))}
+    if not folders:
+        raise DataError(
+            f"there is no data set in {root}; expected {MANIFEST} (see pss-convert) or train|val/<class>/*.jpg"
+        )
+    return DataSet(root, class_names(next(iter(folders.values()))), tuple(folders), None)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:  # conversion, and the processes it starts, need no torch
+    from torch import Tensor
 
 Interpolation = Literal["bilinear", "bicubic"]
 Backend = Literal["auto", "torch", "dali", "ffcv"]
@@ -53,14 +54,10 @@ class DataConfig:
             raise ValueError(f"data.img_size is {self.img_size}; it must be at least 1")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise ValueError(
-                f"data.crop_scale is {self.crop_scale}; it must be (low, high) with 0 < low <= high <= 1"
-            )
+            raise ValueError(f"data.crop_scale is {self.crop_scale}; it must be (low, high) with 0 < low <= high <= 1")
         low, high = self.crop_ratio
         if not 0 < low <= high:
-            raise ValueError(
-                f"data.crop_ratio is {self.crop_ratio}; it must be (low, high) with 0 < low <= high"
-            )
+            raise ValueError(f"data.crop_ratio is {self.crop_ratio}; it must be (low, high) with 0 < low <= high")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"data.flip is {self.flip}; it is a probability between 0 and 1")
         if not 0 < self.crop_pct <= 1:
@@ -98,7 +95,9 @@ class Loader(Protocol):
         """Choose what the next iteration delivers: `epoch`, from its batch `start_step` on."""
         ...
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """`steps_per_epoch`, wherever the next iteration starts."""
+        ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 

@@ -1,0 +1,35 @@
+"""How the three commands end: 0, or 2 with one sentence on stderr for what a user can put right."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+_TRACEBACK = "--traceback"
+
+
+def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
+    """Run `app` on the command line and exit.
+
+    `ValueError` and `OSError` are user errors; Ctrl-C exits with 130. With --traceback anywhere on the command line,
+    or PSS_TRACEBACK=1 in the environment, they are raised instead.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = os.environ.get("PSS_TRACEBACK") == "1"
+    if _TRACEBACK in arguments:
+        arguments.remove(_TRACEBACK)
+        debug = True
+    try:
+        app(args=arguments)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,74 @@
+"""Random numbers without a generator: each is a pure function of (seed, epoch, sample index, stream, counter).
+
+There is no state to save, to fork into workers or to advance in order, so what a sample receives does not depend on
+which process handles it, or when. The hash is splitmix64 (Steele, Lea and Flood, 2014). The numpy and the torch
+functions return the same bits; torch has no unsigned 64-bit arithmetic, so its twin works on wrapping int64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+UInt64 = NDArray[np.uint64]
+
+CROP, FLIP = 0, 1
+"""Streams: unrelated draws for the same sample and epoch. Numbers once used keep their meaning."""
+
+_GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_TO_UNIT = 1.0 / (1 << 53)
+
+
+@np.errstate(over="ignore")  # wrapping is the arithmetic meant; numpy warns about it for scalars only
+def mix(value: ArrayLike) -> UInt64:
+    """The splitmix64 hash of each uint64."""
+    z: UInt64 = np.asarray(value, dtype=np.uint64) + np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MULTIPLY_1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MULTIPLY_2)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def key(seed: int, epoch: int, index: ArrayLike, stream: int) -> UInt64:
+    """One key per sample, in the shape of `index`; all arguments are at least 0."""
+    samples = np.asarray(index, dtype=np.uint64)
+    return mix(mix(mix(seed) ^ np.uint64(epoch)) ^ samples) ^ mix(stream)
+
+
+def u01(k: UInt64, n: int) -> NDArray[np.float64]:
+    """Draw number `n` of each key, uniform on [0, 1) in steps of 2^-53."""
+    return (mix(k ^ mix(n)) >> np.uint64(11)).astype(np.float64) * _TO_UNIT
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical shift; torch's own copies the sign bit in."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix_torch(z: Tensor) -> Tensor:
+    """The same hash as `mix`, of int64 read as uint64."""
+    z = z + _signed(_GOLDEN)
+    z = (z ^ _shift_right(z, 30)) * _signed(_MULTIPLY_1)
+    z = (z ^ _shift_right(z, 27)) * _signed(_MULTIPLY_2)
+    return z ^ _shift_right(z, 31)
+
+
+def _constant(value: Any) -> int:
+    return _signed(int(mix(value)))
+
+
+def key_torch(seed: int, epoch: int, index: Tensor, stream: int) -> Tensor:
+    """The same keys as `key`, on the device of `index` (int64)."""
+    return mix_torch(index ^ _constant(mix(seed) ^ np.uint64(epoch))) ^ _constant(stream)
+
+
+def u01_torch(k: Tensor, n: int) -> Tensor:
+    """The same draws as `u01`, float64 on the device of `k`."""
+    return _shift_right(mix_torch(k ^ _constant(n)), 11).to(torch.float64) * _TO_UNIT

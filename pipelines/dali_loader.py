@@ -1,0 +1,142 @@
+"""NVIDIA DALI as decoder and resizer, on the CPU or on the GPU.
+
+DALI gets encoded bytes and crop boxes from a callback that is a pure function of the step, so it keeps no order and
+no random state of its own: resuming at any step, or with another number of ranks, gives the same images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import nvidia.dali
+import torch
+import torch.utils.dlpack
+from numpy.typing import NDArray
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+from PIL import Image
+
+from pipelines.base import Batch, DataError
+from pipelines.geometry import evaluation_resize, random_crops
+from pipelines.planned import PlannedLoader
+from pipelines.source import Source
+
+_PREFETCH = 2
+_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+
+
+class DaliLoader(PlannedLoader):
+    """DALI with `num_workers` threads (at least one); decodes on the GPU if `device` is one."""
+
+    backend = "dali"
+
+    def __init__(self, source: Source, **settings: Any) -> None:
+        super().__init__(source, **settings)
+        self.source = source
+        self._epoch = 0
+        self._to_feed: Iterator[NDArray[np.int64]] = iter(())
+        self._in_flight: deque[NDArray[np.int64]] = deque()
+        self._pipe: Any = self._build()
+
+    def _build(self) -> Any:
+        on_gpu = self.device.type == "cuda"
+        pipe = Pipeline(
+            batch_size=self.batch_size,
+            num_threads=max(1, self.num_workers),
+            device_id=(self.device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=_PREFETCH,
+        )
+        decoder, side = "mixed" if on_gpu else "cpu", self.config.img_size
+        decoding = {"device": decoder, "output_type": types.RGB, "adjust_orientation": False}
+        resizing = {"interp_type": _FILTERS[self.config.interpolation], "antialias": True}
+        geometry = types.INT32 if self.train else types.FLOAT
+        with pipe:
+            encoded, first, second = fn.external_source(
+                source=self._feed,
+                num_outputs=3,
+                batch=True,
+                no_copy=True,
+                dtype=[types.UINT8, geometry, types.INT32],
+                ndim=1,
+            )
+            if self.train:
+                crops = fn.decoders.image_slice(encoded, first, second, axes=[0, 1], **decoding)
+                images = fn.resize(crops, size=[side, side], **resizing)
+            else:
+                whole = fn.resize(fn.decoders.image(encoded, **decoding), size=first, **resizing)
+                images = fn.slice(whole, second, np.array([side, side], dtype=np.int32), axes=[0, 1])
+            pipe.set_outputs(images)
+        pipe.build()
+        return pipe
+
+    def _feed(self) -> tuple[Any, ...]:
+        """DALI's callback, run in the caller's thread: the inputs of the next step; StopIteration ends the epoch."""
+        index = next(self._to_feed)
+        encoded = self.source.read_many(index)
+        heights, widths = self.source.sizes(index)
+        if self.train:
+            boxes = random_crops(heights, widths, index, seed=self.seed, epoch=self._epoch, config=self.config).astype(
+                np.int32
+            )
+            first, second = boxes[:, :2], boxes[:, 2:]
+        else:
+            sizes, corners = evaluation_resize(heights, widths, self.config)
+            first, second = sizes.astype(np.float32), corners.astype(np.int32)
+        self._in_flight.append(index)
+        return encoded, np.ascontiguousarray(first), np.ascontiguousarray(second)
+
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Iterator[Batch]:
+        self._rewind()
+        self._epoch, self._to_feed = epoch, iter(steps)
+        for _ in steps:
+            images = self._run()
+            yield self.batch(images, self._in_flight.popleft())
+
+    def _run(self) -> torch.Tensor:
+        """The next decoded batch, uint8 (B, 3, S, S), channels last in memory."""
+        try:
+            (output,) = self._pipe.run()
+        except DataError:  # from the callback: the file cannot be read
+            self.close()
+            raise
+        except RuntimeError as error:  # DALI may go on afterwards, with a batch lost; we do not
+            message = self._explain(error)
+            self.close()
+            raise DataError(message) from error
+        # DALI allocates each batch anew and this view keeps it alive, so nothing overwrites it.
+        images: torch.Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
+        return images.permute(0, 3, 1, 2)
+
+    def _rewind(self) -> None:
+        """Drop what an iteration that was left early had in flight, and make DALI forget the end of the epoch."""
+        self._to_feed = iter(())
+        with contextlib.suppress(StopIteration):
+            while True:
+                self._run()
+        self._in_flight.clear()
+        self._pipe.reset()
+
+    def _explain(self, error: RuntimeError) -> str:
+        """DALI seldom says which image it could not decode: Pillow tries those it may have been."""
+        suspects = [int(i) for index in self._in_flight for i in index]
+        for i in suspects:
+            try:
+                with Image.open(io.BytesIO(self.source.read(i).data)) as image:
+                    image.load()
+            except (OSError, SyntaxError, ValueError) as reason:
+                return f"{self.source.name(i)} cannot be decoded: {reason}"
+        names = ", ".join(self.source.name(i) for i in suspects[:3])
+        return f"DALI cannot decode one of {len(suspects)} images ({names}, ...): {error}"
+
+    def library_versions(self) -> dict[str, str]:
+        return {"dali": nvidia.dali.__version__}
+
+    def close(self) -> None:
+        super().close()
+        self._pipe = None
+        self.source.close()

@@ -1,0 +1,150 @@
+"""What the back ends have in common: the plan of an epoch, and the state a resumed run compares.
+
+A back end derives from `PlannedLoader` and turns planned steps into pixels; it decides neither order nor crops.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.base import Batch, DataConfig, DataError
+from pipelines.order import ORDER_VERSION, evaluation_samples, train_batches, train_steps
+from pipelines.source import Table
+
+_log = logging.getLogger(__name__)
+
+
+class PlannedLoader(ABC):
+    """Base of the loaders; see `pipelines.base.Loader` for the contract."""
+
+    backend: str
+
+    def __init__(
+        self,
+        table: Table,
+        *,
+        config: DataConfig,
+        batch_size: int,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+        num_workers: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} does not exist among {world_size}; ranks count from 0")
+        if not 0 <= seed < 1 << 63:
+            raise ValueError(f"the data seed is {seed}; it must lie in 0 ... 2^63 - 1")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"the number of workers is {num_workers}; it must be at least 0")
+        self.table, self.config, self.train = table, config, train
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.device = torch.device(device)
+        self.num_workers = cores_of_this_rank() if num_workers is None else num_workers
+        self.num_classes = len(table.classes)
+        self.num_samples = table.num_samples
+        self.batch_size = batch_size
+        if train:
+            self.steps_per_epoch = train_steps(self.num_samples, batch_size, world_size)
+        else:
+            own = len(evaluation_samples(self.num_samples, rank, world_size))
+            self.steps_per_epoch = -(-own // batch_size)
+        self.epoch = self.start_step = 0
+        self._closed = False
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose what the next iteration delivers: `epoch`, from its batch `start_step` on."""
+        if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(
+                f"epoch {epoch}, step {start_step} does not exist; an epoch has {self.steps_per_epoch} steps"
+            )
+        self.epoch, self.start_step = epoch, start_step
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever the next iteration starts."""
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._closed:
+            raise DataError(f"the {self.backend} loader has been closed; build a new one")
+        return self._batches(self.epoch, self.planned_steps())
+
+    @abstractmethod
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Iterator[Batch]:
+        """Deliver `steps`, each the sample numbers of one batch."""
+
+    @abstractmethod
+    def library_versions(self) -> dict[str, str]:
+        """The libraries that decode and resize, noted in the state."""
+
+    def planned_steps(self) -> list[NDArray[np.int64]]:
+        """The sample numbers of every batch the next iteration delivers."""
+        if self.train:
+            batches = train_batches(
+                self.num_samples,
+                self.seed,
+                self.epoch,
+                batch_size=self.batch_size,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+            return list(batches[self.start_step :])
+        own = evaluation_samples(self.num_samples, self.rank, self.world_size)
+        first = range(self.start_step * self.batch_size, len(own), self.batch_size)
+        return [own[i : i + self.batch_size] for i in first]
+
+    def batch(self, images: torch.Tensor, index: NDArray[np.int64]) -> Batch:
+        """Put labels and sample numbers beside `images`, on the loader's device."""
+        labels = torch.from_numpy(self.table.labels[index]).to(self.device)
+        return Batch(images, labels, torch.from_numpy(index.copy()).to(self.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides which data is delivered. Resuming with another number of ranks is possible while the global
+        batch stays the same."""
+        return {
+            "backend": self.backend,
+            "libraries": self.library_versions(),
+            "order_version": ORDER_VERSION,
+            "data": self.table.fingerprint,
+            "num_samples": self.num_samples,
+            "train": self.train,
+            "global_batch": self.batch_size * self.world_size,
+            "seed": self.seed,
+            "config": json.dumps(asdict(self.config), sort_keys=True),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check `state` against this loader; `DataError` names what differs. Other library versions are only logged:
+        they change neither the order nor the crops."""
+        own = self.state_dict()
+        differing = [
+            f"{name} was {state.get(name)!r} and is {own[name]!r}"
+            for name in own
+            if name != "libraries" and state.get(name) != own[name]
+        ]
+        if differing:
+            raise DataError(f"the run was started with other data settings: {'; '.join(differing)}")
+        if state.get("libraries") != own["libraries"]:
+            _log.warning("decoded by %s, until now by %s", own["libraries"], state.get("libraries"))
+
+    def close(self) -> None:
+        """Stop and join all threads and processes."""
+        self._closed = True
+
+
+def cores_of_this_rank() -> int:
+    """The processor cores this process may use, shared evenly among the ranks on this machine (torchrun's count)."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
