@@ -9,7 +9,6 @@ says everything about its position, whichever tokens are kept.
 """
 
 import torch
-from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
 Grid = tuple[int, int]
@@ -56,13 +55,48 @@ def bias_index(
 def resize_table(table: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
     """Interpolate a table (rows, H) to another grid; the three prefix rows are kept as they are.
 
-    Offsets near zero keep their spacing and far ones are stretched geometrically, as BEiT does it.
+    As in BEiT, small offsets keep their meaning in patches and larger ones are stretched more and more, in geometric
+    progression, so that the largest offset of the old grid becomes that of the new one. A smaller grid gets the
+    offsets that it has unchanged.
 
     Raises:
         ValueError: the table does not belong to `old_grid`.
     """
     if table.shape[0] != num_table_rows(old_grid):
         raise ValueError(f"a table of {table.shape[0]} rows does not belong to a patch grid of {old_grid}")
-    shape = (num_table_rows(new_grid), table.shape[1])
-    resized: Tensor = resize_rel_pos_bias_table(table, new_grid, shape, old_window_size=old_grid)
-    return resized
+    offsets = table[:-NUM_PREFIX_ROWS].reshape(2 * old_grid[0] - 1, 2 * old_grid[1] - 1, -1)  # (rows, columns, H)
+    vertical, horizontal = (_interpolation(old, new).to(table) for old, new in zip(old_grid, new_grid, strict=True))
+    resized = torch.einsum("yi,xj,ijh->yxh", vertical, horizontal, offsets)
+    return torch.cat((resized.flatten(0, 1), table[-NUM_PREFIX_ROWS:]))
+
+
+def _interpolation(old: int, new: int) -> Tensor:
+    """The linear map from values at the offsets between `old` positions to values at those between `new` ones.
+
+    (2 new - 1, 2 old - 1)
+    """
+    if old == 1:
+        return torch.ones(2 * new - 1, 1)
+    positive = _stretch(old - 1, new - 1) ** torch.arange(old - 1, dtype=torch.float64)
+    positive = positive.cumsum(0)  # where the old offsets 1, 2, ... come to lie on the new grid
+    source = torch.cat((-positive.flip(0), torch.zeros(1), positive))
+    target = torch.arange(1 - new, new, dtype=torch.float64).clamp(source[0], source[-1])
+    right = torch.searchsorted(source, target).clamp(min=1)
+    share = (target - source[right - 1]) / (source[right] - source[right - 1])
+    rows = torch.arange(2 * new - 1)
+    weights = torch.zeros(2 * new - 1, 2 * old - 1, dtype=torch.float64)
+    weights[rows, right - 1] = 1 - share
+    weights[rows, right] = share
+    return weights
+
+
+def _stretch(num_offsets: int, reach: int) -> float:
+    """The ratio r >= 1 for which 1 + r + ... + r ** (num_offsets - 1) is `reach`; 1 if there is none."""
+    if num_offsets < 2:
+        return 1.0
+    low, high = 1.0, float(max(1, reach))
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_far = sum(middle**power for power in range(num_offsets)) > reach
+        low, high = (low, middle) if too_far else (middle, high)
+    return low

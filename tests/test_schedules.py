@@ -1,0 +1,152 @@
+"""The kept share at every step, against exact fractions and the published distributions."""
+
+import pickle
+import subprocess
+import sys
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pss.schedules import Cosine, Cyclic, Fixed, Linear, Schedule, histogram, levels, mean_rho
+
+STEPS_PER_EPOCH = 1251  # ImageNet in batches of 1024
+GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
+NINTHS = {0.2: 1 / 9, 0.4: 2 / 9, 0.6: 2 / 9, 0.8: 2 / 9, 1.0: 2 / 9}
+EIGHTHS = {0.2: 1 / 8, 0.4: 1 / 4, 0.6: 1 / 4, 0.8: 1 / 4, 1.0: 1 / 8}
+
+
+def exact_rho(share: Fraction, form: str) -> float:
+    """The definition: interpolate the drop, clamp, round 5 * drop half to even."""
+    end = Fraction(-1, 10) if form == "published" else Fraction(0)
+    drop = Fraction(8, 10) + (end - Fraction(8, 10)) * share
+    return float(1 - Fraction(round(5 * min(max(drop, Fraction(0)), Fraction(1))), 5))
+
+
+@given(steps=st.integers(1, 3000), form=st.sampled_from(["published", "symmetric"]), data=st.data())
+@settings(deadline=None)
+def test_ramps_follow_their_definition_exactly(steps: int, form: str, data: st.DataObject) -> None:
+    step = data.draw(st.integers(0, steps))
+    options: dict[str, Any] = {"steps_per_epoch": steps, "epochs": 1}
+    linear = Linear.published(**options) if form == "published" else Linear.symmetric(**options)
+    assert linear(step) == exact_rho(Fraction(step, steps), form)
+
+    cyclic = Cyclic.published(**options) if form == "published" else Cyclic.symmetric(**options)
+    phase = Fraction(step % steps, steps)
+    assert cyclic(step) == exact_rho(1 - abs(2 * phase - 1), form)
+
+
+@pytest.mark.parametrize("share", [Fraction(0), Fraction(1, 3), Fraction(1, 2), Fraction(2, 3), Fraction(1)])
+def test_cosine_meets_the_rational_points_of_the_cosine_exactly(share: Fraction) -> None:
+    climbed = {Fraction(1, 3): Fraction(1, 4), Fraction(2, 3): Fraction(3, 4)}.get(share, share)
+    for form in ("published", "symmetric"):
+        cosine = Cosine(form=form, ramp_steps=600)
+        assert cosine(int(600 * share)) == exact_rho(climbed, form)
+    # From 0.2 to 0.6 those points lie exactly between two levels: 5 * drop is 3.5 and 2.5.
+    narrow = Cosine(form="symmetric", ramp_steps=600, high=0.6)
+    assert (narrow(200), narrow(400)) == (0.2, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total_steps", "expected"),
+    [
+        (Cyclic.published(steps_per_epoch=STEPS_PER_EPOCH, epochs=300), STEPS_PER_EPOCH, NINTHS),
+        (Linear.published(steps_per_epoch=STEPS_PER_EPOCH, epochs=1), STEPS_PER_EPOCH, NINTHS),
+        (Cyclic.symmetric(steps_per_epoch=STEPS_PER_EPOCH, epochs=300), STEPS_PER_EPOCH, EIGHTHS),
+        (Linear.symmetric(steps_per_epoch=STEPS_PER_EPOCH, epochs=1), STEPS_PER_EPOCH, EIGHTHS),
+        (Fixed(0.7), 10, {0.7: 1.0}),
+    ],
+)
+def test_distribution_over_one_epoch(schedule: Schedule, total_steps: int, expected: dict[float, float]) -> None:
+    shares = histogram(schedule, total_steps)
+    assert shares == pytest.approx(expected, abs=2 / total_steps)
+    assert levels(schedule, total_steps) == tuple(expected)
+    assert mean_rho(schedule, total_steps) == pytest.approx(
+        sum(r * s for r, s in expected.items()), abs=1 / total_steps
+    )
+
+
+def test_published_cycle_has_the_quoted_distribution_and_mean() -> None:
+    schedule = Cyclic.published(steps_per_epoch=1251, epochs=1)
+    assert histogram(schedule, 1251) == pytest.approx(NINTHS, abs=1 / 1251)
+    assert mean_rho(schedule, 1251) == pytest.approx(0.6444, abs=1e-3)
+
+
+def test_linear_climbs_once_and_stays() -> None:
+    schedule = Linear.published(steps_per_epoch=100, epochs=3)
+    course = [schedule(step) for step in range(310)]
+    assert course == sorted(course)
+    assert (course[0], course[299], course[309]) == (0.2, 1.0, 1.0)
+
+
+def test_cyclic_repeats_and_is_its_own_mirror_image() -> None:
+    schedule = Cyclic.published(steps_per_epoch=1000, epochs=2, period_steps=90)
+    course = [schedule(step) for step in range(90)]
+    assert [schedule(step) for step in range(900, 990)] == course
+    assert course[1:] == course[:0:-1]
+    assert (course[0], course[45]) == (0.2, 1.0)
+    assert schedule.period_steps == 90
+
+
+@pytest.mark.parametrize("form", ["published", "symmetric"])
+@pytest.mark.parametrize("shape", [Linear, Cosine, Cyclic])
+def test_range_is_respected_and_reached(shape: Any, form: str) -> None:
+    build = getattr(shape, form)
+    for low, high in [(0.2, 0.6), (0.4, 0.8), (0.6, 1.0), (0.4, 0.4)]:
+        schedule = build(steps_per_epoch=500, epochs=1, low=low, high=high)
+        assert levels(schedule, 501) == tuple(rho for rho in GRID if low <= rho <= high)
+
+
+@pytest.mark.parametrize("form", ["published", "symmetric"])
+@pytest.mark.parametrize("shape", [Linear, Cosine, Cyclic])
+def test_cooldown_replaces_the_last_epochs_only(shape: Any, form: str) -> None:
+    build = getattr(shape, form)
+    plain = build(steps_per_epoch=50, epochs=6)
+    cooled = build(steps_per_epoch=50, epochs=6, cooldown_epochs=4)
+    assert [cooled(step) for step in range(100)] == [plain(step) for step in range(100)]
+    assert {cooled(step) for step in range(100, 300)} == {1.0}
+
+
+@given(step=st.integers(0, 10**9))
+@settings(deadline=None)
+def test_every_rank_and_a_resumed_run_see_the_same_rho(step: int) -> None:
+    """A schedule is a value: built anew, or sent to another process, and asked for any step in any order."""
+    options: dict[str, Any] = {"steps_per_epoch": 1251, "epochs": 300, "cooldown_epochs": 10}
+    for shape in (Linear, Cosine, Cyclic):
+        schedule, again = shape.published(**options), shape.published(**options)
+        schedule(7)
+        assert schedule == again
+        assert schedule(step) == again(step) == pickle.loads(pickle.dumps(schedule))(step)
+        assert schedule(step) in GRID
+
+
+def test_module_costs_no_torch_import() -> None:
+    program = "import sys, pss.schedules; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Fixed(0.0), "rho .* 0.0"),
+        (lambda: Fixed(1.2), "rho .* 1.2"),
+        (lambda: Cyclic.published(steps_per_epoch=0, epochs=1), "steps_per_epoch .* 0"),
+        (lambda: Linear.symmetric(steps_per_epoch=5, epochs=-1), "epochs .* -1"),
+        (lambda: Cosine.published(steps_per_epoch=5, epochs=2, cooldown_epochs=3), "cooldown_epochs .* 3"),
+        (lambda: Cyclic(form="published", period_steps=0), "period_steps .* 0"),
+        (lambda: Linear(form="published", ramp_steps=0), "ramp_steps .* 0"),
+        (lambda: Cosine(form="published", ramp_steps=-2), "ramp_steps .* -2"),
+        (lambda: Linear(form="published", ramp_steps=5, low=0.3), "low .* 0.3"),
+        (lambda: Linear(form="published", ramp_steps=5, high=1.2), "high .* 1.2"),
+        (lambda: Linear(form="published", ramp_steps=5, low=0.8, high=0.4), "low=0.8 and high=0.4"),
+        (lambda: Linear(form="published", ramp_steps=5, cooldown_start=-1), "cooldown_start .* -1"),
+        (lambda: Linear(form="other", ramp_steps=5), "form .* 'other'"),  # type: ignore[arg-type]
+        (lambda: Linear(form="published", ramp_steps=5)(-1), "step .* -1"),
+        (lambda: histogram(Fixed(1.0), 0), "total_steps .* 0"),
+    ],
+)
+def test_what_a_user_can_get_wrong(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
