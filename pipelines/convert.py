@@ -16,9 +16,10 @@ import numpy as np
 
 from pipelines.base import DataError
 from pipelines.digits import write_digits
+from pipelines.ffcv_file import write_betons
 from pipelines.manifest import MANIFEST, SAMPLE, SPLIT_ALIASES, FileEntry, Manifest, Split, canonical_split
 from pipelines.scan import ImageFile, Unreadable, check_images, list_split
-from pipelines.shards import write_file, write_shards
+from pipelines.shards import hash_file, write_file, write_shards
 from pipelines.source import class_names, find_split_folder
 
 DIGITS = "digits"
@@ -112,12 +113,26 @@ def _convert_into(folder: Path, source: str, options: Options, progress: Progres
     else:
         classes, listed = _list_folder(Path(source), options)
     images, skipped = _check(listed, classes, options, progress)
-    splits, files = {}, {}
+    splits: dict[str, Split] = {}
+    files: dict[str, FileEntry] = {}
+    betons: dict[Path, Sequence[ImageFile]] = {}
     for split, members in images.items():
         if split == "train":
             members = _permuted(members, options.seed, _SHUFFLE)
         splits[split], written = _write_split(folder, split, members, len(classes), options, progress)
         files.update(written)
+        if beton := splits[split].beton:
+            betons[folder / beton] = members
+    if betons:
+        progress.start("writing .beton files", sum(len(members) for members in betons.values()))
+        write_betons(
+            betons,
+            max_size=options.max_size,
+            quality=options.quality,
+            jobs=options.jobs,
+            progress=progress.advance,
+        )
+        files.update({path.name: hash_file(path) for path in betons})
     if source == DIGITS:
         shutil.rmtree(scans)
     manifest = Manifest(
@@ -245,12 +260,13 @@ def _write_split(
         for shard in written:
             files.update(shard.files)
         shards = tuple(name for name in files if name.endswith(".tar"))
+    beton = f"{split}.beton" if "ffcv" in options.formats else None
     table = f"{split}.samples.npy"
     content = io.BytesIO()
     np.save(content, rows)
     files[table] = write_file(folder / table, content.getvalue())
     per_class = np.bincount(rows["label"], minlength=num_classes)
-    return Split(len(images), tuple(int(n) for n in per_class), table, shards), files
+    return Split(len(images), tuple(int(n) for n in per_class), table, shards, beton), files
 
 
 def _sync_folder(folder: Path) -> None:

@@ -103,6 +103,12 @@ def write_file(path: Path, content: bytes) -> FileEntry:
     return out.entry()
 
 
+def hash_file(path: Path) -> FileEntry:
+    """Size and sha256 of a file."""
+    with path.open("rb") as file:
+        return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
 def _encoded(image: ImageFile) -> bytes:
     encoded = Path(image.path).read_bytes()
     if zlib.crc32(encoded) != image.crc32:

@@ -1,0 +1,216 @@
+"""FFCV as decoder and resizer, for nodes with few cores: it reads re-encoded images from one .beton file.
+
+FFCV's loop runs a decoder of ours, compiled by numba, that takes each sample's crop from an array filled before the
+epoch and counts what the JPEG library refuses. Order, crops and labels are those of the other back ends; pixels
+differ, because images were scaled down and encoded again, and because FFCV always averages areas.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.base import Batch, DataError
+from pipelines.ffcv_file import FFCV_VERSION, import_ffcv, open_beton
+from pipelines.geometry import evaluation_resize, random_crops, scale_boxes
+from pipelines.planned import PlannedLoader
+from pipelines.source import ConvertedTable
+
+import_ffcv()
+import numba  # noqa: E402
+from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder  # noqa: E402
+from ffcv.libffcv import imdecode, resize_crop  # noqa: E402
+from ffcv.loader import Loader as BetonLoader  # noqa: E402
+from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
+from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
+from ffcv.pipeline.compiler import Compiler  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
+
+_log = logging.getLogger(__name__)
+_POLL = 1.0  # seconds between looks at whether FFCV's thread still lives
+_BATCHES_AHEAD = 3
+
+EVALUATION_WARNING = (
+    "evaluating on re-encoded, downscaled images: the accuracy is not comparable with that on the original ones"
+)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typing_context: Any, address: Any) -> Any:
+    """An integer as a pointer, so that compiled code sees an array that changes between epochs."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return numba.types.voidptr(address), generate
+
+
+class _PlannedCrops(SimpleRGBImageDecoder):  # type: ignore[misc]
+    """Decodes sample i and resizes its box `boxes[i]`; `failed[i]` becomes 1 if the JPEG library refuses it."""
+
+    def __init__(self, side: int, boxes: NDArray[np.int32], failed: NDArray[np.int32]) -> None:
+        super().__init__()
+        self.side, self.boxes, self.failed = side, boxes, failed
+
+    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
+        pixels, whole = (self.side, self.side, 3), np.dtype(np.uint8)
+        largest = int(self.metadata["height"].max()) * int(self.metadata["width"].max()) * 3
+        state = previous_state.__class__(jit_mode=True, device=previous_state.device, shape=pixels, dtype=whole)
+        return state, (AllocationQuery(pixels, whole), AllocationQuery((largest,), whole))
+
+    def generate_code(self) -> Callable[..., Any]:
+        read = self.memory_read
+        each = Compiler.get_iterator()
+        decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
+        num_samples = len(self.boxes)
+        boxes_at, failed_at = self.boxes.ctypes.data, self.failed.ctypes.data
+
+        def decode(batch: Any, memory: Any, metadata: Any, storage: Any) -> Any:
+            out, scratch = memory
+            boxes = numba.carray(_pointer(boxes_at), (num_samples, 4), dtype=np.int32)
+            # not uint8: FFCV declares numba's type of a contiguous uint8 vector read-only, for everyone
+            failed = numba.carray(_pointer(failed_at), (num_samples,), dtype=np.int32)
+            for row in each(len(batch)):
+                i = batch[row]
+                field = metadata[i]
+                encoded = read(field["data_ptr"], storage)
+                height, width = np.uint32(field["height"]), np.uint32(field["width"])
+                pixels = scratch[row][: 3 * height * width].reshape(height, width, 3)
+                if decode_jpeg(encoded, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+                    failed[i] = 1
+                top, left = boxes[i, 0], boxes[i, 1]
+                resize(pixels, top, top + boxes[i, 2], left, left + boxes[i, 3], out[row])
+            return out[: len(batch)]
+
+        decode.is_parallel = True  # type: ignore[attr-defined]
+        return decode
+
+
+class _Epoch(EpochIterator):  # type: ignore[misc]
+    """FFCV's thread, which keeps what stopped it instead of printing it and leaving its reader waiting."""
+
+    failure: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:
+            self.failure = error
+
+    def next_batch(self) -> tuple[Any, ...]:
+        """Views into memory that FFCV will use again. Raises `DataError` within seconds if the thread has ended."""
+        while True:
+            alive = self.is_alive()  # asked first: what it put before it ended must not be missed
+            try:
+                _, result = self.output_queue.get(timeout=_POLL if alive else 0)
+                views: tuple[Any, ...] = result
+                return views
+            except Empty:
+                if not alive:
+                    reason = str(self.failure).split("\n")[0]
+                    raise DataError(f"FFCV stopped in mid-epoch: {reason}") from self.failure
+
+    def stop(self) -> None:
+        """End the thread and wait for it."""
+        self.close()
+        while self.is_alive():
+            while not self.output_queue.empty():
+                self.output_queue.get()
+            self.join(0.05)
+
+
+class FfcvLoader(PlannedLoader):
+    """FFCV with `num_workers` threads (at least one)."""
+
+    backend = "ffcv"
+
+    def __init__(self, root: Path, split: str, **settings: Any) -> None:
+        table = ConvertedTable(root, split)
+        if table.entry.beton is None:
+            raise DataError(
+                f"the {table.split} split of {root} has no FFCV file; use loader='auto', or convert with --format ffcv"
+            )
+        super().__init__(table, **settings)
+        table.check_size(table.entry.beton)
+        self._path = root / table.entry.beton
+        picture = open_beton(self._path, table.labels).metadata["f0"]
+        self._stored = np.stack([picture["height"], picture["width"]], axis=1).astype(np.int64)  # (N, 2)
+        self._boxes = np.zeros((self.num_samples, 4), dtype=np.int32)
+        self._failed = np.zeros(self.num_samples, dtype=np.int32)
+        decoder = _PlannedCrops(self.config.img_size, self._boxes, self._failed)
+        self._threads = min(max(1, self.num_workers), numba.config.NUMBA_NUM_THREADS)
+        self._beton = BetonLoader(
+            str(self._path),
+            batch_size=self.batch_size,
+            num_workers=self._threads,
+            os_cache=True,
+            pipelines={"image": [decoder], "index": [IntDecoder()], "label": None},
+            batches_ahead=_BATCHES_AHEAD,
+        )
+        self._running: _Epoch | None = None
+        self.warning = None if self.train else EVALUATION_WARNING
+        if self.warning:
+            _log.warning("%s: %s", self._path, self.warning)
+
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Iterator[Batch]:
+        self._stop()  # the crops may change only when nobody reads them
+        if not steps:
+            return
+        samples = np.concatenate(steps)
+        self._boxes[samples] = self._crops(epoch, samples)
+        self._failed[:] = 0
+        Compiler.set_num_threads(self._threads)
+        running = self._running = _Epoch(self._beton, samples.astype(np.uint64))
+        try:
+            for index in steps:
+                pixels, numbers = running.next_batch()
+                if not np.array_equal(numbers[:, 0], index):
+                    raise DataError(f"{self._path} delivers other samples than asked for; convert the data set again")
+                if (bad := index[self._failed[index] != 0]).size:
+                    raise DataError(
+                        f"{self._path}, sample {bad[0]} cannot be decoded; copy the file again or convert anew"
+                    )
+                yield self.batch(self._copy(pixels), index)
+        except DataError:
+            self.close()
+            raise
+        finally:
+            running.stop()
+
+    def _crops(self, epoch: int, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        heights, widths = self.table.sizes(samples)
+        if self.train:
+            sizes = np.stack([heights, widths], axis=1)
+            boxes = random_crops(heights, widths, samples, seed=self.seed, epoch=epoch, config=self.config)
+        else:
+            sizes, corners = evaluation_resize(heights, widths, self.config)
+            boxes = np.concatenate([corners, np.full_like(corners, self.config.img_size)], axis=1)
+        return scale_boxes(boxes, sizes, self._stored[samples])
+
+    def _copy(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        """Out of FFCV's memory, onto the device; uint8 (B, 3, S, S), channels last in memory."""
+        images = torch.from_numpy(pixels)
+        if self.device.type == "cuda":
+            images = images.pin_memory().to(self.device, non_blocking=True)
+        else:
+            images = images.clone()
+        return images.permute(0, 3, 1, 2)
+
+    def library_versions(self) -> dict[str, str]:
+        return {"ffcv": FFCV_VERSION}
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.stop()
+            self._running = None
+
+    def close(self) -> None:
+        super().close()
+        self._stop()
