@@ -16,7 +16,6 @@ these that is there: plain weights before averaged ones), and its names may begi
 
 import argparse
 import math
-import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -39,9 +37,6 @@ _ANCHOR = "patch_embed.proj.weight"  # every ViT has it, so it tells what preced
 
 _BACKBONE = {"patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre", "blocks"}
 _HEADS = {"head", "head_dist"}
-
-# What the two readers raise for files that are damaged or not what their name says.
-_UNREADABLE = (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError, LookupError)
 
 _TABLE = "relative_position_bias_table"
 _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
@@ -138,7 +133,9 @@ def _read(path: Path) -> Mapping[str, Any]:
             # Training scripts leave their settings in the file; these two types hold plain values and are not needed.
             with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle fail the reader in any way they like
         raise ValueError(
             f"{path} cannot be read as plain weights: it is damaged, or holds Python objects other than tensors "
             "(then save its state dict alone, as safetensors)"
