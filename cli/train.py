@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,6 +54,7 @@ def train(
 
     import pipelines
     from pss import dist
+    from pss.checkpoint import list_checkpoints
     from pss.config import Config, differing_fields
     from pss.train import Interrupted, Trainer
 
@@ -85,6 +87,7 @@ def train(
         }
         train_loader = pipelines.build(data, "train", train=True, loader=loader, **options)
         val_loader = None
+        created = False
         try:
             # Accuracy is measured on the original bytes, which FFCV's files do not hold.
             val_backend = "auto" if loader == "ffcv" else loader
@@ -93,6 +96,7 @@ def train(
                 config, train_loader, val_loader, classes=list(dataset.classes), output=output, world=world
             )
             if world.is_main:
+                created = not output.exists()
                 output.mkdir(parents=True, exist_ok=True)
                 partial = saved_config.with_suffix(".partial")
                 partial.write_text(config.to_json(), encoding="utf-8")
@@ -113,6 +117,9 @@ def train(
             train_loader.close()
             if val_loader is not None:
                 val_loader.close()
+            # A run that failed before its first checkpoint leaves nothing to continue, so it leaves nothing.
+            if created and not list_checkpoints(output / "checkpoints"):
+                shutil.rmtree(output)
 
 
 def _check_output(output: Path, resume: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,7 @@ class TorchLoader(PlannedLoader):
         self._workers: DataLoader[Tensor | str] | None = None
         self._results: Iterator[Tensor | str] = iter(())
 
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Iterator[Batch]:
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Batch]:
         if self.num_workers == 0:
             for index in steps:
                 yield self.batch(self._decoder(epoch, index).to(self.device), index)
@@ -126,11 +126,9 @@ class TorchLoader(PlannedLoader):
         for index in steps:
             try:
                 images = next(self._results)
-            except RuntimeError as error:
-                self.close()
+            except (RuntimeError, OSError, EOFError) as error:
                 raise DataError(f"a loader process died ({error}); is there too little memory?") from error
             if isinstance(images, str):
-                self.close()
                 raise DataError(images)
             yield self.batch(images.to(self.device, non_blocking=True), index)
 
@@ -152,7 +150,7 @@ class TorchLoader(PlannedLoader):
         return self._workers
 
     def library_versions(self) -> dict[str, str]:
-        return {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__}
+        return {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "pillow": PIL.__version__}
 
     def close(self) -> None:
         super().close()

@@ -26,6 +26,7 @@ def save(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
 
     `state` may hold tensors, numbers, strings, None, and lists, tuples and dicts of these.
     """
+    assert_plain(state)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".partial-{os.getpid()}"
     try:
@@ -44,6 +45,21 @@ def save(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
     return path
 
 
+def assert_plain(value: Any, where: str = "state") -> None:
+    """A checkpoint that holds anything else could be written but never read again, so this is checked on writing."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            assert type(key) in (str, int), f"{where} has a key of {type(key)}"
+            assert_plain(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            if not isinstance(inner, int):  # a generator's state holds hundreds
+                assert_plain(inner, f"{where}[{number}]")
+    else:
+        plain = type(value) in (int, float, str, bool, type(None)) or isinstance(value, torch.Tensor)
+        assert plain, f"{where} is a {type(value)}"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest step first, damaged ones included."""
     if not folder.is_dir():
@@ -60,7 +76,9 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} cannot be read as a checkpoint: it holds more than tensors and plain values") from None
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it holds more than tensors and plain values"
+        ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint ({error})") from None
     if not isinstance(state, dict):

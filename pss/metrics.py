@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from pss.dist import World
+
 
 class RunLog:
     """Appends rows to `log.jsonl` and TensorBoard. A resumed run first drops what came after its checkpoint."""
@@ -61,22 +63,23 @@ def _drop_rows_after(path: Path, step: int) -> None:
 class Meter:
     """Sums over the steps since the last `reset`: images, loss, time, and how much of it went to waiting for data."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, world: World) -> None:
+        self._world = world
         self.reset()
 
     def reset(self) -> None:
-        self.images = 0
         self.steps = 0
-        self.wait_seconds = 0.0
+        self._images = 0
+        self._wait_seconds = 0.0
         # Kept on the device: reading it would make the host wait for every step.
-        self._loss = torch.zeros((), device=self._device)
+        self._loss = torch.zeros((), device=self._world.device)
         self._began = time.perf_counter()
 
     def add(self, images: int, loss: Tensor, wait_seconds: float) -> None:
-        self.images += images
+        """Count one step of this process: its images, its loss, and how long it waited for its batch."""
         self.steps += 1
-        self.wait_seconds += wait_seconds
+        self._images += images
+        self._wait_seconds += wait_seconds
         self._loss += loss.detach()
 
     @property
@@ -84,10 +87,12 @@ class Meter:
         return time.perf_counter() - self._began
 
     def summary(self) -> dict[str, float]:
-        """Mean loss, images per second of this process, and the share of time that passed waiting for data."""
-        seconds = max(self.seconds, 1e-9)
+        """Over all processes (each must call this): mean loss, images per second, share of time waiting for data."""
+        seconds, size = max(self.seconds, 1e-9), self._world.size
+        means = torch.stack([self._loss, self._loss.new_tensor(self._wait_seconds)])
+        loss, wait = (self._world.sum(means) / size).tolist()
         return {
-            "loss": float(self._loss) / max(self.steps, 1),
-            "images_per_second": self.images / seconds,
-            "data_wait": self.wait_seconds / seconds,
+            "loss": loss / max(self.steps, 1),
+            "images_per_second": self._images * size / seconds,
+            "data_wait": wait / seconds,
         }

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 # Okabe and Ito's palette: told apart by people with any colour vision, and in grey by the markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -19,17 +20,23 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     `rows` are those of `rho.json`: `run`, `rho`, `top1`, `gflops`, `images_per_second`.
     """
+    # Small models cost so little that GFLOPs would be all zeros.
+    in_mega = max(row["gflops"] for row in rows) < 0.1
+    rows = [row | {"cost": row["gflops"] * (1000 if in_mega else 1)} for row in rows]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     speed, cost = figure.subplots(1, 2, sharey=True)
     runs = list(dict.fromkeys(row["run"] for row in rows))
     for axes, key, label in (
         (speed, "images_per_second", "images per second, model alone"),
-        (cost, "gflops", "GFLOPs (multiply-accumulates) per image"),
+        (cost, "cost", f"{'M' if in_mega else 'G'}FLOPs (multiply-accumulates) per image"),
     ):
         for number, run in enumerate(runs):
             points = sorted((row for row in rows if row["run"] == run), key=lambda row: float(row["rho"]))
             _draw_run(axes, points, key, run, number)
         axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")
+        )
         axes.grid(alpha=0.25, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.08, y=0.1)
@@ -48,7 +55,6 @@ def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, run: str, 
     # Labels go above the upper curves and below the lower ones, so that two runs do not overprint each other.
     offset, align = ((0, 7), "bottom") if number % 2 == 0 else ((0, -8), "top")
     for point, x, y in zip(points, xs, ys, strict=True):
-        axes.annotate(
-            f"{point['rho']:g}", (x, y), xytext=offset, textcoords="offset points",
-            ha="center", va=align, fontsize=8, color=colour,
-        )  # fmt: skip
+        label = f"ρ {point['rho']:g}" if point is points[-1] else f"{point['rho']:g}"
+        place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": "center", "va": align}
+        axes.annotate(label, (x, y), fontsize=8, color=colour, **place)

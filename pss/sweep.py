@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pipelines.device import DeviceTransform
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pipelines.base import DataConfig, Loader
+from pipelines.device import DeviceTransform
 from pss.dist import World
 from pss.evaluate import accuracy, rates
 from pss.plots import plot_sweep

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from pipelines.device import DeviceTransform
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.base import Batch, DataError, Loader
+from pipelines.device import DeviceTransform
 from pss import checkpoint, methods
 from pss.config import Config
 from pss.console import TrainView
@@ -118,7 +118,7 @@ class Trainer:
         train, world = self.config.train, self.world
         engine.train()
         self.train_loader.set_epoch(self.epoch, self.step - self.epoch * self.steps_per_epoch)
-        epoch_meter, meter = Meter(world.device), Meter(world.device)
+        epoch_meter, meter = Meter(world), Meter(world)
         batches = iter(self.train_loader)
         while self.step < min((self.epoch + 1) * self.steps_per_epoch, self.last_step):
             began = time.perf_counter()
@@ -146,7 +146,7 @@ class Trainer:
 
             self.step += 1
             for m in (meter, epoch_meter):
-                m.add(len(images) * world.size, out["loss"], wait)
+                m.add(len(images), out["loss"], wait)
             at_log = self.step % train.log_every_steps == 0
             if at_log:
                 self._log_step(meter, at, out)

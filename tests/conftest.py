@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
+
+# The tensors of the tests are too small to share: threads would only wait for each other.
+torch.set_num_threads(1)
+
+from pipelines.convert import Options, convert
+from pipelines.manifest import Manifest
+
+# One fork server serves the whole run, whichever test starts it: let it import torch once for all workers.
+multiprocessing.set_forkserver_preload(["pipelines.torch_loader"])
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
@@ -33,3 +46,34 @@ def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(root / "train", {"cat": 17, "dog": 19, "emu": 17}, seed=1)
     write_folder(root / "val", {"cat": 8, "dog": 9, "emu": 6}, seed=2)
     return root
+
+
+def missing(backend: str) -> str | None:
+    """Why a back end cannot be tested here; None if it can."""
+    if backend == "dali" and not (find_spec("nvidia") and find_spec("nvidia.dali")):
+        return "DALI is not installed"
+    if backend == "ffcv" and not find_spec("ffcv"):
+        return "FFCV is not installed"
+    return None
+
+
+@pytest.fixture(scope="session")
+def converted_root(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`image_root` in every format that can be written here."""
+    dest = tmp_path_factory.mktemp("converted") / "set"
+    convert_folder(image_root, dest, "dali" if missing("ffcv") else "ffcv,dali")
+    return dest
+
+
+def convert_folder(source: Path, dest: Path, formats: str, **options: Any) -> Manifest:
+    """`pss-convert` as a function, silently."""
+    settings = Options(formats=tuple(formats.split(",")), shard_size=20, jobs=2, **options)
+    return convert(str(source), dest, settings, Silent())
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def start(self, phase: str, total: int) -> None: ...
+
+    def advance(self, images: int) -> None: ...

@@ -105,3 +105,9 @@ def test_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
         assert state["step"] >= told > last
         assert torch.equal(state["w"], torch.full((1_000_000,), float(state["step"])))
         last = state["step"]
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    with pytest.raises(AssertionError, match=r"state\.a\[0\]\.b is a <class 'torch.torch_version.TorchVersion'>"):
+        checkpoint.save(tmp_path, {"a": [{"b": torch.__version__}]}, step=0, keep=1)
+    assert not list(tmp_path.iterdir())

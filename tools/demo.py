@@ -27,6 +27,7 @@ def main() -> int:
     output: Path = args.output
     if output.exists():
         shutil.rmtree(output)
+    output.mkdir(parents=True)
     data = output / "data"
     loader = "dali" if importlib.util.find_spec("nvidia.dali") else "torch"
     settings = [word for setting in args.set for word in ("--set", setting)]

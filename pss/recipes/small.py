@@ -31,7 +31,7 @@ def digits() -> Config:
         ),
         optim=OptimConfig(lr=1e-3, lr_batch=None, warmup_epochs=3),
         loss=LossConfig(label_smoothing=0.1),
-        train=TrainConfig(epochs=60, batch_size=32, ema_decay=0.998, log_every_steps=44),
+        train=TrainConfig(epochs=50, batch_size=32, ema_decay=0.998, log_every_steps=44),
     )
 
 

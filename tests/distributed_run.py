@@ -1,0 +1,58 @@
+"""Run under torchrun by test_distributed.py: train a few steps and tell what this rank saw.
+
+distributed_run.py DATA OUTPUT [SECTION.KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import pipelines
+from pss import dist, recipes
+from pss.train import Trainer
+
+
+def main() -> None:
+    data, output = Path(sys.argv[1]), Path(sys.argv[2])
+    config = recipes.get("digits").with_settings(sys.argv[3:])
+    torch.set_num_threads(1)
+    seen: list[tuple[float, list[int]]] = []
+    with dist.start() as world:
+        options = {
+            "config": config.data, "batch_size": config.train.batch_size // world.size, "seed": config.train.seed,
+            "rank": world.rank, "world_size": world.size, "loader": "torch", "num_workers": 0,
+        }  # fmt: skip
+        loaders = (
+            pipelines.build(data, "train", train=True, **options),
+            pipelines.build(data, "val", train=False, **options),
+        )
+        output.mkdir(exist_ok=True)
+        trainer = Trainer(
+            config, *loaders, classes=list(pipelines.open_dataset(data).classes), output=output, world=world
+        )
+        prepare = trainer.prepare
+
+        def record(batch, epoch):
+            at = methods_progress(trainer)
+            seen.append((trainer.method.rho(at), batch.index.tolist()))
+            return prepare(batch, epoch)
+
+        trainer.prepare = record
+        row = trainer.fit()
+        digest = sum(float(p.double().abs().sum()) for p in trainer.method.parameters())
+        report = {"seen": seen, "row": row, "digest": digest, "num_val": loaders[1].num_samples}
+        (output / f"rank{world.rank}.json").write_text(json.dumps(report))
+
+
+def methods_progress(trainer):
+    from pss.methods import Progress
+
+    return Progress(trainer.step, trainer.total_steps, trainer.epoch, trainer.epochs, 0, trainer.world.rank)
+
+
+if __name__ == "__main__":
+    main()
