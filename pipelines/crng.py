@@ -35,7 +35,8 @@ def mix(value: ArrayLike) -> UInt64:
 def key(seed: int, epoch: int, index: ArrayLike, stream: int) -> UInt64:
     """One key per sample, in the shape of `index`; all arguments are at least 0."""
     samples = np.asarray(index, dtype=np.uint64)
-    return mix(mix(mix(seed) ^ np.uint64(epoch)) ^ samples) ^ mix(stream)
+    # The stream is hashed in like the rest: merely combined by xor, stream s draw n would be stream n draw s.
+    return mix(mix(mix(mix(seed) ^ np.uint64(epoch)) ^ samples) ^ np.uint64(stream))
 
 
 def u01(k: UInt64, n: int) -> NDArray[np.float64]:
@@ -66,7 +67,7 @@ def _constant(value: Any) -> int:
 
 def key_torch(seed: int, epoch: int, index: Tensor, stream: int) -> Tensor:
     """The same keys as `key`, on the device of `index` (int64)."""
-    return mix_torch(index ^ _constant(mix(seed) ^ np.uint64(epoch))) ^ _constant(stream)
+    return mix_torch(mix_torch(index ^ _constant(mix(seed) ^ np.uint64(epoch))) ^ stream)
 
 
 def u01_torch(k: Tensor, n: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,7 @@ class DaliLoader(PlannedLoader):
         self._in_flight.append(index)
         return encoded, np.ascontiguousarray(first), np.ascontiguousarray(second)
 
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Iterator[Batch]:
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Batch]:
         self._rewind()
         self._epoch, self._to_feed = epoch, iter(steps)
         for _ in steps:
@@ -99,18 +99,16 @@ class DaliLoader(PlannedLoader):
 
     def _run(self) -> torch.Tensor:
         """The next decoded batch, uint8 (B, 3, S, S), channels last in memory."""
+        # DALI frees its memory in the order of this stream; without it, perhaps before torch has read it.
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
-            (output,) = self._pipe.run()
-        except DataError:  # from the callback: the file cannot be read
-            self.close()
-            raise
-        except RuntimeError as error:  # DALI may go on afterwards, with a batch lost; we do not
-            message = self._explain(error)
-            self.close()
-            raise DataError(message) from error
-        # DALI allocates each batch anew and this view keeps it alive, so nothing overwrites it.
+            (output,) = self._pipe.run(stream)
+        except RuntimeError as error:
+            raise DataError(self._explain(error)) from error
         images: torch.Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
-        return images.permute(0, 3, 1, 2)
+        if stream is not None:
+            images = images.clone()
+        return images.permute(0, 3, 1, 2)  # on the CPU a view, which keeps memory alive that DALI never reuses
 
     def _rewind(self) -> None:
         """Drop what an iteration that was left early had in flight, and make DALI forget the end of the epoch."""

@@ -8,7 +8,7 @@ differ, because images were scaled down and encoded again, and because FFCV alwa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -159,7 +159,7 @@ class FfcvLoader(PlannedLoader):
         if self.warning:
             _log.warning("%s: %s", self._path, self.warning)
 
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Iterator[Batch]:
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Batch]:
         self._stop()  # the crops may change only when nobody reads them
         if not steps:
             return
@@ -178,9 +178,6 @@ class FfcvLoader(PlannedLoader):
                         f"{self._path}, sample {bad[0]} cannot be decoded; copy the file again or convert anew"
                     )
                 yield self.batch(self._copy(pixels), index)
-        except DataError:
-            self.close()
-            raise
         finally:
             running.stop()
 

@@ -89,6 +89,8 @@ class Manifest:
 def read_manifest(root: Path) -> tuple[Manifest, str]:
     """The manifest of a converted data set and the sha256 of its text; `DataError` if it is not one."""
     path = root / MANIFEST
+    if not path.exists():
+        raise DataError(f"{root} holds no {MANIFEST}; convert it with pss-convert first")
     try:
         text = path.read_bytes()
         content = json.loads(text)

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -63,6 +63,7 @@ class PlannedLoader(ABC):
             own = len(evaluation_samples(self.num_samples, rank, world_size))
             self.steps_per_epoch = -(-own // batch_size)
         self.epoch = self.start_step = 0
+        self._iteration = 0
         self._closed = False
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
@@ -80,10 +81,24 @@ class PlannedLoader(ABC):
     def __iter__(self) -> Iterator[Batch]:
         if self._closed:
             raise DataError(f"the {self.backend} loader has been closed; build a new one")
-        return self._batches(self.epoch, self.planned_steps())
+        self._iteration += 1
+        return self._supervised(self._iteration, self._batches(self.epoch, self.planned_steps()))
+
+    def _supervised(self, iteration: int, batches: Generator[Batch]) -> Iterator[Batch]:
+        """A failure is final: what a library delivers after one cannot be trusted."""
+        try:
+            for batch in batches:
+                yield batch
+                if iteration != self._iteration:
+                    raise RuntimeError("this loader has been iterated anew; only its latest iterator goes on")
+        except DataError:
+            self.close()
+            raise
+        finally:
+            batches.close()
 
     @abstractmethod
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Iterator[Batch]:
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Batch]:
         """Deliver `steps`, each the sample numbers of one batch."""
 
     @abstractmethod

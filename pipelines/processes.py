@@ -23,9 +23,7 @@ def map_processes(
     The processes come from a fork server: forked from here, they could inherit a lock that some thread holds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
-    workers = min(jobs, len(tasks))
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_ignore_interrupt)
     try:
         futures = [pool.submit(function, task) for task in tasks]
         for future in as_completed(futures):

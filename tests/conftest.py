@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-# The tensors of the tests are too small to share: threads would only wait for each other.
-torch.set_num_threads(1)
-
 from pipelines.convert import Options, convert
 from pipelines.manifest import Manifest
 
 # One fork server serves the whole run, whichever test starts it: let it import torch once for all workers.
 multiprocessing.set_forkserver_preload(["pipelines.torch_loader"])
+
+# The tensors of the tests are too small to share: threads would only wait for each other.
+torch.set_num_threads(1)
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:

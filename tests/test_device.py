@@ -1,0 +1,78 @@
+"""The transform on the device: normalisation as torchvision's, flips decided by seed, epoch and sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from pipelines import Batch, DataConfig, crng
+from pipelines.device import DeviceTransform
+
+CONFIG = DataConfig(img_size=8)
+
+
+def _batch(size: int, first: int = 0) -> Batch:
+    images = torch.randint(0, 256, (size, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Batch(images, torch.zeros(size, dtype=torch.int64), torch.arange(first, first + size))
+
+
+def _reference(images: torch.Tensor) -> torch.Tensor:
+    return v2.Normalize(CONFIG.mean, CONFIG.std)(images.float() / 255)
+
+
+def test_evaluation_normalises_as_torchvision() -> None:
+    batch = _batch(5)
+    values = DeviceTransform(CONFIG, seed=0, train=False)(batch, 0)
+    assert (values.dtype, values.is_contiguous()) == (torch.float32, True)
+    torch.testing.assert_close(values, _reference(batch.images))
+
+
+def test_memory_layout_makes_no_difference() -> None:
+    batch = _batch(4)
+    other = Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels, batch.index)
+    transform = DeviceTransform(CONFIG, seed=0, train=True)
+    a, b = transform(batch, 1), transform(other, 1)
+    assert torch.equal(a, b)
+    assert a.stride() == b.stride()
+
+
+def test_flips_follow_the_sample() -> None:
+    """Exactly the samples that the numpy twin draws, wherever they are in a batch; half of them; others next epoch."""
+    transform = DeviceTransform(CONFIG, seed=3, train=True)
+    batch = _batch(512)
+    plain, mirrored = _reference(batch.images), _reference(batch.images.flip(-1))
+    flipped = {}
+    for epoch in (0, 1):
+        draws = crng.u01(crng.key(3, epoch, np.arange(512), crng.FLIP), 0) < 0.5
+        expected = torch.where(torch.from_numpy(draws).view(-1, 1, 1, 1), mirrored, plain)
+        torch.testing.assert_close(transform(batch, epoch), expected)
+        flipped[epoch] = draws
+    assert 200 < flipped[0].sum() < 312
+    assert 200 < (flipped[0] != flipped[1]).sum() < 312
+    part = Batch(batch.images[100:], batch.labels[100:], batch.index[100:])
+    assert torch.equal(transform(part, 0), transform(batch, 0)[100:])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_share_of_flips_is_a_setting(share: float) -> None:
+    batch = _batch(16)
+    values = DeviceTransform(DataConfig(img_size=8, flip=share), seed=0, train=True)(batch, 0)
+    torch.testing.assert_close(values, _reference(batch.images.flip(-1) if share else batch.images))
+
+
+def test_the_batch_is_left_alone() -> None:
+    batch = _batch(16)
+    before = batch.images.clone()
+    DeviceTransform(CONFIG, seed=0, train=True)(batch, 0)
+    assert torch.equal(batch.images, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpu_does_the_same() -> None:
+    batch = _batch(64)
+    there = Batch(batch.images.cuda(), batch.labels.cuda(), batch.index.cuda())
+    on_cpu, on_gpu = (DeviceTransform(CONFIG, seed=0, train=True) for _ in range(2))
+    torch.testing.assert_close(on_gpu(there, 2).cpu(), on_cpu(batch, 2))

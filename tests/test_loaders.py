@@ -1,0 +1,449 @@
+"""One contract, three back ends: what is delivered does not depend on back end, threads, ranks or interruptions."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import missing, picture
+from PIL import Image
+from torchvision.transforms import v2
+
+from pipelines import Batch, DataConfig, DataError, Loader, build, open_dataset
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(missing(name) is not None, reason=str(missing(name))))
+    for name in ("torch", "dali", "ffcv")
+]
+CONFIG = DataConfig(img_size=48)
+NUM_TRAIN, NUM_VAL = 53, 23
+
+Make = Callable[..., Loader]
+
+
+@pytest.fixture
+def make(converted_root: Path) -> Iterator[Make]:
+    """Builds loaders and closes them after the test."""
+    made: list[Loader] = []
+
+    def build_one(backend: str, split: str = "train", root: Path = converted_root, **options: Any) -> Loader:
+        settings = {"config": CONFIG, "batch_size": 4, "num_workers": 0, "train": split == "train", **options}
+        made.append(build(root, split, loader=backend, **settings))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield build_one
+    for loader in made:
+        loader.close()
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    """Bit for bit."""
+    return len(a) == len(b) and all(
+        torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) and torch.equal(x.index, y.index)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def difference(a: list[Batch], b: list[Batch]) -> float:
+    """Mean absolute pixel difference, of 255."""
+    return float(np.mean([(x.images.int() - y.images.int()).abs().float().mean() for x, y in zip(a, b, strict=True)]))
+
+
+def epoch_of(loader: Loader, epoch: int, start_step: int = 0) -> list[Batch]:
+    loader.set_epoch(epoch, start_step)
+    return list(loader)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_delivers_each_sample_once_over_all_ranks(backend: str, make: Make) -> None:
+    loaders = [make(backend, rank=rank, world_size=3) for rank in range(3)]
+    labels = {}
+    for epoch in range(3):
+        seen = []
+        for loader in loaders:
+            batches = epoch_of(loader, epoch)
+            assert len(batches) == loader.steps_per_epoch == len(loader) == NUM_TRAIN // 12
+            for batch in batches:
+                assert batch.images.shape == (4, 3, 48, 48)
+                assert (batch.images.dtype, batch.labels.dtype) == (torch.uint8, torch.int64)
+                seen.extend(batch.index.tolist())
+                labels.update(zip(batch.index.tolist(), batch.labels.tolist(), strict=True))
+        assert len(seen) == len(set(seen)) == NUM_TRAIN // 12 * 12
+    assert {i: labels[i] for i in sorted(labels)} == {
+        i: loaders[0].table.labels[i]
+        for i in sorted(labels)  # type: ignore[attr-defined]
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation_delivers_every_sample_once_in_order(backend: str, world_size: int, make: Make) -> None:
+    for rank in range(world_size):
+        loader = make(backend, "val", rank=rank, world_size=world_size)
+        batches = list(loader)
+        index = torch.cat([batch.index for batch in batches]).tolist()
+        assert index == list(range(rank, NUM_VAL, world_size))
+        assert len(batches) == loader.steps_per_epoch
+        assert sum(len(batch.images) for batch in batches) == len(index)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_epoch_resumes_at_any_step(backend: str, make: Make) -> None:
+    """Bit for bit, in a new loader with another number of threads, and the epoch after it too."""
+    whole, resumed = make(backend), make(backend, num_workers=2)
+    chance = random.Random(backend)
+    for epoch, step in [(0, 12), *((chance.randrange(50), chance.randrange(13)) for _ in range(3))]:
+        expected = epoch_of(whole, epoch)
+        resumed.load_state_dict(whole.state_dict())
+        assert same(epoch_of(resumed, epoch, step), expected[step:])
+        assert same(epoch_of(resumed, epoch + 1), epoch_of(whole, epoch + 1))
+    assert epoch_of(resumed, 1, start_step=resumed.steps_per_epoch) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_may_change_while_the_global_batch_stays(backend: str, make: Make) -> None:
+    one = make(backend, batch_size=8)
+    two = [make(backend, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
+    two[1].load_state_dict(one.state_dict())
+    halves = [epoch_of(loader, 7, 2) for loader in two]
+    for batch, first, second in zip(epoch_of(one, 7, 2), *halves, strict=True):
+        assert torch.equal(batch.images, torch.cat([first.images, second.images]))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("backend", "tolerance"), [("dali", 1.5), ("ffcv", 6.0)])
+def test_back_ends_show_the_same_crops(backend: str, tolerance: float, split: str, make: Make) -> None:
+    """The same samples, labels and regions. FFCV differs by its second encoding and its filter."""
+    if reason := missing(backend):
+        pytest.skip(reason)
+    ours, reference = epoch_of(make(backend, split), 3), epoch_of(make("torch", split), 3)
+    for a, b in zip(ours, reference, strict=True):
+        assert torch.equal(a.index, b.index)
+        assert torch.equal(a.labels, b.labels)
+    shifted = [Batch(batch.images.roll(3, -1), batch.labels, batch.index) for batch in reference]
+    assert difference(ours, reference) < tolerance
+    assert difference(shifted, reference) > tolerance  # crops off by a few pixels would show
+
+
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_a_plain_folder_gives_the_pixels_of_its_conversion(backend: str, image_root: Path, make: Make) -> None:
+    if reason := missing(backend):
+        pytest.skip(reason)
+    folder, tars = epoch_of(make(backend, "val", image_root), 0), epoch_of(make(backend, "val"), 0)
+    assert same(folder, tars)
+
+
+@pytest.mark.parametrize(("backend", "tolerance"), [("torch", 0.2), ("dali", 0.2)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_evaluation_is_pillow_and_torchvision(
+    backend: str, tolerance: float, interpolation: str, image_root: Path, make: Make
+) -> None:
+    if reason := missing(backend):
+        pytest.skip(reason)
+    config = DataConfig(img_size=48, interpolation=interpolation)  # type: ignore[arg-type]
+    loader = make(backend, "val", image_root, config=config)
+    transform = v2.Compose([v2.Resize(54, v2.InterpolationMode(interpolation)), v2.CenterCrop(48), v2.PILToTensor()])
+    errors = []
+    for batch in loader:
+        for pixels, i in zip(batch.images, batch.index.tolist(), strict=True):
+            with Image.open(loader.table.name(i)) as image:  # type: ignore[attr-defined]
+                errors.append((transform(image).int() - pixels.int()).abs().float().mean().item())
+    assert len(errors) == NUM_VAL
+    assert np.mean(errors) < tolerance
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_are_not_overwritten(backend: str, make: Make) -> None:
+    loader = make(backend, num_workers=2)
+    batches = iter(loader)
+    first = next(batches)
+    kept = first.images.clone()
+    assert len(list(batches)) == loader.steps_per_epoch - 1
+    epoch_of(loader, 1)
+    assert torch.equal(first.images, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_iteration_left_early_leaves_nothing_behind(backend: str, make: Make) -> None:
+    """Neither its batches in the next iteration nor, once closed, threads or processes."""
+    threads, tasks = set(threading.enumerate()), _native_threads()
+    loader = make(backend, num_workers=2)
+    expected = epoch_of(loader, 2)
+    for _ in loader:
+        break
+    left = iter(loader)
+    next(left)
+    assert same(epoch_of(loader, 2), expected)
+    with pytest.raises(RuntimeError, match="iterated anew"):
+        next(left)
+    for _ in loader:
+        break
+    loader.close()
+    loader.close()
+    with pytest.raises(DataError, match="closed"):
+        iter(loader)
+    deadline = time.monotonic() + 10
+    gc.collect()
+    while time.monotonic() < deadline and (set(threading.enumerate()) - threads or multiprocessing.active_children()):
+        time.sleep(0.05)
+    assert set(threading.enumerate()) <= threads
+    assert not multiprocessing.active_children()
+    if backend == "dali":
+        assert _native_threads() <= tasks
+
+
+def _native_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_of_other_settings_is_refused(backend: str, make: Make) -> None:
+    loader = make(backend)
+    state = loader.state_dict()
+    loader.load_state_dict(state)
+    for name, other in {
+        "seed": make(backend, seed=1),
+        "global_batch": make(backend, batch_size=5),
+        "config": make(backend, config=DataConfig(img_size=32)),
+        "data": make(backend, "val", train=True),
+    }.items():
+        with pytest.raises(DataError, match=name):
+            other.load_state_dict(state)
+    loader.load_state_dict(state | {"libraries": {}})
+
+
+def test_the_seed_and_the_epoch_change_order_and_crops(make: Make) -> None:
+    first = epoch_of(make("torch"), 0)
+    for other in (epoch_of(make("torch"), 1), epoch_of(make("torch", seed=1), 0)):
+        assert not torch.equal(first[0].index, other[0].index)
+        seen = {int(i): pixels for batch in first for i, pixels in zip(batch.index, batch.images, strict=True)}
+        again = [
+            torch.equal(seen[int(i)], pixels)
+            for batch in other
+            for i, pixels in zip(batch.index, batch.images, strict=True)
+            if int(i) in seen
+        ]
+        assert not any(again)
+
+
+@pytest.mark.parametrize(("damage", "workers"), [("truncated", 0), ("zeroed", 0), ("truncated", 2)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_damaged_image_is_named(
+    backend: str, damage: str, workers: int, converted_root: Path, tmp_path: Path, make: Make
+) -> None:
+    if backend == "ffcv":
+        shutil.copytree(converted_root, tmp_path / "set")
+        root, victim = tmp_path / "set", 31
+        _damage_beton(root / "train.beton", victim, damage)
+        name = f"sample {victim} "
+    else:
+        root = tmp_path
+        path = root / "train" / "cat" / "003.jpg"
+        path.parent.mkdir(parents=True)
+        for i in range(12):
+            picture(80, 100, i).save(path.with_name(f"{i:03d}.jpg"))
+        encoded = path.read_bytes()
+        start = len(encoded) // 2
+        path.write_bytes(encoded[:start] if damage == "truncated" else b"\0" * len(encoded))
+        name = "cat/003.jpg"
+    loader = make(backend, root=root, num_workers=workers)
+    with pytest.raises(DataError, match=name):
+        list(loader)
+    with pytest.raises(DataError, match="closed"):
+        iter(loader)
+
+
+def _damage_beton(path: Path, sample: int, damage: str) -> None:
+    from ffcv.reader import Reader
+
+    row = Reader(str(path)).alloc_table
+    start, size = next((int(r["ptr"]), int(r["size"])) for r in row if r["sample_id"] == sample)
+    content = bytearray(path.read_bytes())
+    first = start + (size // 2 if damage == "truncated" else 0)
+    content[first : start + size] = bytes(start + size - first)
+    path.write_bytes(content)
+
+
+def test_a_killed_worker_ends_the_epoch(make: Make) -> None:
+    loader = make("torch", num_workers=1, batch_size=2)
+
+    def kill_then_go_on() -> None:
+        for step, _ in enumerate(loader):
+            if step == 1:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # type: ignore[arg-type]
+
+    began = time.monotonic()
+    with pytest.raises((DataError, RuntimeError), match=r"died|killed"):
+        kill_then_go_on()
+    assert time.monotonic() - began < 20
+
+
+def test_an_ffcv_thread_that_fails_is_reported(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := missing("ffcv"):
+        pytest.skip(reason)
+    loader = make("ffcv")
+    from pipelines.ffcv_loader import _Epoch
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory for this batch")
+
+    monkeypatch.setattr(_Epoch, "run_pipeline", fail)
+    with pytest.raises(DataError, match="no memory for this batch"):
+        next(iter(loader))
+
+
+def test_ffcv_leaves_torchs_threads_alone(make: Make) -> None:
+    if reason := missing("ffcv"):
+        pytest.skip(reason)
+    before = torch.get_num_threads()
+    list(make("ffcv", num_workers=before + 1))
+    assert torch.get_num_threads() == before
+
+
+def test_ffcv_evaluation_warns(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    if reason := missing("ffcv"):
+        pytest.skip(reason)
+    from pipelines.ffcv_loader import EVALUATION_WARNING
+
+    assert make("ffcv", "val").warning == EVALUATION_WARNING  # type: ignore[attr-defined]
+    assert EVALUATION_WARNING in caplog.text
+
+
+def test_damaged_or_missing_files_are_refused_at_once(converted_root: Path, tmp_path: Path) -> None:
+    if reason := missing("ffcv"):
+        pytest.skip(reason)
+
+    def refused(file: str, loader: str, change: Callable[[bytes], bytes]) -> str:
+        root = tmp_path / f"{loader}{len(list(tmp_path.iterdir()))}"
+        root.mkdir()
+        for path in converted_root.iterdir():
+            (root / path.name).write_bytes(change(path.read_bytes()) if path.name == file else path.read_bytes())
+        with pytest.raises(DataError) as error:
+            build(root, "train", config=CONFIG, batch_size=4, train=True, loader=loader)  # type: ignore[arg-type]
+        return str(error.value)
+
+    assert "train-00001.tar has" in refused("train-00001.tar", "torch", lambda b: b[:-512])
+    assert "train.beton has" in refused("train.beton", "ffcv", lambda b: b[:-100])
+    assert "is damaged" in refused("train.beton", "ffcv", lambda b: b[:3200] + bytes(400) + b[3600:])
+    assert "is damaged" in refused("train.beton", "ffcv", lambda b: b"\7" + b[1:])
+    assert "cannot be read" in refused("dataset.json", "torch", lambda b: b[:-20])
+    assert "format version" in refused(
+        "dataset.json", "torch", lambda b: b.replace(b'"format_version": 1', b'"format_version": 9')
+    )
+
+
+def test_too_little_data_is_refused(make: Make) -> None:
+    with pytest.raises(DataError, match=r"53 samples.*64"):
+        make("torch", batch_size=32, rank=0, world_size=2)
+
+
+def test_wrong_settings_are_refused(make: Make, image_root: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"rank": 2, "world_size": 2}, "rank 2"),
+        ({"seed": -1}, "seed is -1"),
+        ({"num_workers": -1}, "workers is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make("torch", **options)
+    with pytest.raises(DataError, match="no loader 'tf'"):
+        make("tf")
+    with pytest.raises(DataError, match="no split 'holdout'"):
+        make("torch", "holdout")
+    with pytest.raises(DataError, match=r"holds no dataset\.json"):
+        make("ffcv", root=image_root)
+    with pytest.raises(DataError, match="there is no folder"):
+        make("torch", root=tmp_path / "nowhere")
+    loader = make("torch")
+    with pytest.raises(ValueError, match="step 14"):
+        loader.set_epoch(0, 14)
+
+
+def test_open_dataset(image_root: Path, converted_root: Path, tmp_path: Path) -> None:
+    counts = {"train": (17, 19, 17), "val": (8, 9, 6)}
+    for root in (image_root, converted_root):
+        data = open_dataset(root)
+        assert (data.classes, data.splits, data.per_class) == (("cat", "dog", "emu"), ("train", "val"), counts)
+    with pytest.raises(DataError, match="no data set"):
+        open_dataset(tmp_path)
+
+
+def test_auto_takes_what_the_data_allows(image_root: Path, converted_root: Path, tmp_path: Path, make: Make) -> None:
+    preferred = "torch" if missing("dali") else "dali"
+    assert make("auto").backend == make("auto", root=image_root).backend == preferred
+    if missing("ffcv"):
+        return
+    ffcv_only = _with_train(converted_root, tmp_path / "ffcv", shards=[])
+    assert make("auto", root=ffcv_only).backend == "ffcv"
+    assert make("auto", "val", ffcv_only).backend == preferred
+    with pytest.raises(DataError, match="FFCV data only"):
+        make("torch", root=ffcv_only)
+    with pytest.raises(DataError, match="has no FFCV file"):
+        make("ffcv", root=_with_train(converted_root, tmp_path / "dali", beton=None))
+
+
+def _with_train(root: Path, copy: Path, **entries: Any) -> Path:
+    """A copy of a converted data set whose manifest says something else about the training split."""
+    shutil.copytree(root, copy)
+    manifest = json.loads((copy / "dataset.json").read_text())
+    manifest["splits"]["train"].update(entries)
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def test_pictures_of_every_kind(tmp_path: Path, make: Make) -> None:
+    """Gray, CMYK, progressive, PNG, and EXIF orientation, which is ignored: the same in all back ends."""
+    folder = tmp_path / "val" / "all"
+    folder.mkdir(parents=True)
+    image = picture(90, 120, 0)
+    image.convert("L").save(folder / "gray.jpg")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.save(folder / "progressive.jpg", progressive=True)
+    image.save(folder / "picture.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    image.save(folder / "rotated.jpg", exif=exif)
+    (reference,) = list(make("torch", "val", tmp_path, batch_size=8))
+    for i, name in enumerate(("cmyk", "gray", "picture", "progressive", "rotated")):
+        mean = np.asarray(image.convert("L").convert("RGB") if name == "gray" else image).mean((0, 1))
+        assert abs(reference.images[i].float().mean((1, 2)).numpy() - mean).max() < 12
+    if not missing("dali"):
+        (ours,) = list(make("dali", "val", tmp_path, batch_size=8))
+        assert difference([ours], [reference]) < 0.5
+
+
+@pytest.mark.skipif(
+    "PSS_IMAGENET_SAMPLE" not in os.environ, reason="PSS_IMAGENET_SAMPLE names no tar of ImageNet images"
+)
+def test_back_ends_agree_on_photographs(tmp_path: Path, make: Make) -> None:
+    with tarfile.open(os.environ["PSS_IMAGENET_SAMPLE"]) as tar:
+        for member in tar.getmembers()[:400]:
+            if member.isfile():
+                content = tar.extractfile(member)
+                assert content is not None
+                with Image.open(io.BytesIO(content.read())) as image:
+                    image.load()
+                content.seek(0)
+                target = tmp_path / "train" / "all" / Path(member.name).name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content.read())
+    options = {"root": tmp_path, "config": DataConfig(), "batch_size": 32, "num_workers": 2}
+    for train in (True, False):
+        reference, ours = (epoch_of(make(name, train=train, **options), 0) for name in ("torch", "dali"))
+        assert all(torch.equal(a.index, b.index) for a, b in zip(ours, reference, strict=True))
+        assert difference(ours, reference) < 0.5
