@@ -343,4 +343,3 @@ def _init_published(plain: Any) -> None:
         for name in ("head", "head_dist"):
             if isinstance(head := getattr(plain, name, None), nn.Linear):
                 head.weight.mul_(0.001)
-                head.bias.mul_(0.001)

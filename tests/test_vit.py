@@ -245,6 +245,16 @@ def test_dropped_patches_leave_no_trace_in_the_position_embedding(sort: Any) -> 
     assert {position for position in range(25) if gradient[position].any()} == touched
 
 
+def test_at_rho_1_the_tokens_pass_untouched() -> None:
+    model = tiny(rel_pos="bias")
+    tokens = model.embed(images())
+    for sort in ("magnitude", "random"):
+        same, kept = model.sample(tokens, 1.0, sort)  # type: ignore[arg-type]
+        assert same is tokens
+        assert kept is None
+    assert model.bias_index(None).shape == (1, 25, 25)  # type: ignore[union-attr]
+
+
 def test_training_and_evaluation_obey_rho_and_nothing_is_remembered() -> None:
     model = tiny(spread=0.1)
     x = images()
