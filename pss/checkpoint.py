@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import random
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
@@ -53,8 +51,7 @@ def assert_plain(value: Any, where: str = "state") -> None:
             assert_plain(inner, f"{where}.{key}")
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
-            if not isinstance(inner, int):  # a generator's state holds hundreds
-                assert_plain(inner, f"{where}[{number}]")
+            assert_plain(inner, f"{where}[{number}]")
     else:
         plain = type(value) in (int, float, str, bool, type(None)) or isinstance(value, torch.Tensor)
         assert plain, f"{where} is a {type(value)}"
@@ -94,29 +91,6 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
         except ValueError as error:
             warnings.warn(f"{error}; trying the one before it", stacklevel=2)
     return None
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every global random number generator of this process, as plain values and tensors."""
-    algorithm, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - timm's Mixup draws from it
-    version, internal, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [algorithm, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "python": [version, list(internal), gauss],
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put every generator back to where `rng_state` found it."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    algorithm, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
 
 
 def _digest(path: Path) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,14 +37,6 @@ class World:
             return list(flags)
         raised = self.sum(torch.tensor([int(flag) for flag in flags], device=self.device))
         return [bool(count) for count in raised.tolist()]
-
-    def gather(self, value: Any) -> list[Any]:
-        """`value` of every process, by rank; on every process."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -60,7 +60,6 @@ class Trainer:
         self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
         seed_generators(seed)  # the same on every process: they must begin with the same weights
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch).to(world.device)
-        seed_generators(seed + 1 + world.rank)  # dropout and mixing must differ between processes
         self.mixup = build_mixup(config, len(classes))
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
@@ -130,6 +129,8 @@ class Trainer:
             wait = time.perf_counter() - began
 
             at = Progress(self.step, self.total_steps, self.epoch, self.epochs, train.seed, world.rank)
+            # Dropout and mixing are then functions of (seed, step, rank), whatever else drew random numbers before.
+            seed_generators(train.seed, self.step, world.rank)
             self.lr_schedule.step_update(self.step - first_step)
             images, targets = self._inputs(batch)
             with self.autocast:
@@ -210,7 +211,6 @@ class Trainer:
         return row
 
     def _save(self) -> None:
-        rng = self.world.gather(checkpoint.rng_state())
         if self.world.is_main:
             state = {
                 "version": __version__,
@@ -219,11 +219,11 @@ class Trainer:
                 "step": self.step,
                 "epoch": self.epoch,
                 "phase": self.phase,
+                "world_size": self.world.size,
                 "method": self.method.state_dict(),
                 "ema": None if self.ema is None else self.ema.module.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "loader": self.train_loader.state_dict(),
-                "rng": rng,
             }
             checkpoint.save(self.output / "checkpoints", state, step=self.step, keep=self.config.train.keep_checkpoints)
         self.world.barrier()
@@ -235,16 +235,15 @@ class Trainer:
                 f"the run in {self.output} was trained on {len(saved['classes'])} classes "
                 f"and the data has {len(self.classes)}, or other ones; resume with the data it began with"
             )
-        if len(saved["rng"]) != self.world.size:
+        if saved["world_size"] != self.world.size:
             raise ValueError(
-                f"the run in {self.output} was trained by {len(saved['rng'])} processes; resume it with as many"
+                f"the run in {self.output} was trained by {saved['world_size']} processes; resume it with as many"
             )
         self.train_loader.load_state_dict(saved["loader"])
         self.method.load_state_dict(saved["method"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
         self.step, self.epoch = saved["step"], saved["epoch"]
-        checkpoint.set_rng_state(saved["rng"][self.world.rank])
 
 
 def wrap(method: Method, world: World) -> nn.Module:
@@ -277,11 +276,12 @@ def build_mixup(config: Config, num_classes: int) -> Mixup | None:
     )
 
 
-def seed_generators(seed: int) -> None:
-    """Seed every global random number generator."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - timm's Mixup draws from it
-    random.seed(seed)
+def seed_generators(*key: int) -> None:
+    """Seed every global random number generator from `key`."""
+    first, second = np.random.SeedSequence(key).generate_state(2, np.uint64).tolist()
+    torch.manual_seed(first >> 1)
+    np.random.seed(second >> 32)  # noqa: NPY002 - timm's Mixup draws from it
+    random.seed(second)
 
 
 @contextmanager

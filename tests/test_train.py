@@ -66,15 +66,15 @@ def test_it_learns(tmp_path, method):
     row = trainer(tmp_path, *plain, "train.epochs=25", "optim.lr=3e-3", f"method={method}").fit()
     assert row["top1"] == 100.0
     losses = [row["loss"] for row in read_rows(tmp_path, "epoch")]
-    assert losses[-1] < 0.6 < losses[0]
+    assert losses[-1] < 0.75 < losses[0]
 
 
 @pytest.mark.parametrize("stop", [5, 10, 15, 2, 7, 13])
 def test_a_stopped_run_ends_bit_identical(tmp_path, uninterrupted, stop):
     trainer(tmp_path, f"train.max_steps={stop}").fit()
     assert final_state(tmp_path)["step"] == stop
-    torch.manual_seed(12345)  # whatever the process did in between must not matter
-    resumed = trainer(tmp_path)
+    torch.manual_seed(12345)  # whatever the process, or a loader, draws in between must not matter
+    resumed = trainer(tmp_path, on_batch=lambda step: torch.rand(step + 1))
     assert resumed.step == stop
     resumed.fit()
     state = final_state(tmp_path)

@@ -1,0 +1,252 @@
+"""The commands as people use them: real runs in real processes, and every mistake answered in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import cli.eval
+import cli.train
+from cli.errors import run
+from pss import checkpoint
+from pss.metrics import read_rows
+
+ROOT = Path(__file__).parent.parent
+TINY = ["model.embed_dim=24", "model.depth=2", "train.batch_size=16", "train.num_workers=1", "optim.warmup_epochs=0"]
+
+
+def settings(*extra):
+    return [word for setting in (*TINY, *extra) for word in ("--set", setting)]
+
+
+def call(app, *arguments):
+    """Run a command in this process; returns its exit code."""
+    with pytest.raises(SystemExit) as done:
+        run(app, [str(argument) for argument in arguments])
+    return done.value.code
+
+
+def train(data, output, *extra, options=("--loader", "torch")):
+    return call(cli.train.app, "digits", "--data", data, "--output", output, *options, *settings(*extra))
+
+
+def mistake(capsys, app, *arguments):
+    """The one sentence that a mistake is answered with."""
+    assert call(app, *arguments) == 2
+    told = capsys.readouterr().err
+    (sentence,) = [line for line in told.splitlines() if not line.startswith("digits: starting")]
+    assert sentence.startswith("error: ")
+    return sentence
+
+
+@pytest.fixture(scope="module")
+def trained(image_root, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "run"
+    assert train(image_root, output, "train.epochs=2", "train.ema_decay=0.9") in (0, None)
+    return output
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    assert {path.name for path in trained.iterdir()} == {"config.json", "log.jsonl", "tensorboard", "checkpoints"}
+    epochs = read_rows(trained, "epoch")
+    assert [row["epoch"] for row in epochs] == [1, 2]
+    assert {"loss", "top1", "top5", "val_loss", "ema_top1", "data_wait", "images_per_second"} <= epochs[0].keys()
+    assert json.loads((trained / "config.json").read_text())["train"]["epochs"] == 2
+
+
+def test_eval_writes_table_rows_and_picture(trained, image_root, tmp_path, capsys):
+    assert call(
+        cli.eval.app, trained, "--data", image_root, "--rho", "1.0,0.5", "--output", tmp_path, "--batch-size", 8,
+        "--loader", "torch",
+    ) in (0, None)  # fmt: skip
+    rows = json.loads((tmp_path / "rho.json").read_text())
+    assert [(row["rho"], row["tokens"], row["num_images"]) for row in rows] == [(1.0, 17, 23), (0.5, 8, 23)]
+    assert rows[0]["top1"] == pytest.approx(read_rows(trained, "epoch")[-1]["top1"], abs=1e-3)
+    assert (tmp_path / "rho.png").exists()
+    assert "GFLOPs" in capsys.readouterr().out
+
+
+def test_accuracy_does_not_depend_on_batch_size_or_loader(trained, image_root, tmp_path):
+    pytest.importorskip("nvidia.dali")
+    found = []
+    for number, (loader, size) in enumerate((("torch", 5), ("torch", 23), ("dali", 7))):
+        output = tmp_path / str(number)
+        call(cli.eval.app, trained, "--data", image_root, "--output", output, "--batch-size", size,
+             "--loader", loader, "--rho", "0.6")  # fmt: skip
+        (row,) = json.loads((output / "rho.json").read_text())
+        found.append((row["top1"], row["loss"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[2][1] == pytest.approx(found[0][1], abs=0.02)  # the decoders differ by rounding
+
+
+def test_list_shows_every_recipe(capsys):
+    assert call(cli.train.app, "--list") == 0
+    assert "deit-s-224" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["digit", "--data", "{data}"], "did you mean digits?"),
+        (["digits", "--data", "{data}", "--set", "train.epoch=1"], "did you mean train.epochs?"),
+        (["digits", "--data", "{data}", "--set", "schedule.low=1.2"], "lies in (0, 1]"),
+        (["digits", "--data", "{data}", "--set", "method=dnese"], "use one of sampled, dense"),
+        (["digits", "--data", "{data}", "--set", "model.name=deit_smal_patch16_224"], "deit_small_patch16_224"),
+        (["digits", "--data", "{data}", "--set", "data.img_size=33"], "33"),
+        (["digits", "--data", "{data}", "--set", "train.batch_size=100"], "53"),
+        (["digits", "--data", "{missing}"], "no data set in"),
+        (["digits", "--data", "{empty}"], "empty"),
+        (["digits", "--data", "{text}"], "note.jpg"),
+        (["digits", "--data", "{truncated}"], "cut.jpg"),
+    ],
+)
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_train_answers_mistakes_and_leaves_nothing(capsys, bad_data, tmp_path, arguments, words, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    filled = [word.format(**bad_data) for word in arguments]
+    tiny = settings("train.epochs=1")
+    sentence = mistake(capsys, cli.train.app, *filled[:1], *tiny, *filled[1:], "--output", tmp_path / "run",
+                       "--loader", loader)  # fmt: skip
+    assert words in sentence
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def bad_data(image_root, tmp_path_factory):
+    """Folders that cannot be trained on, by name."""
+    base = tmp_path_factory.mktemp("bad")
+    (base / "empty" / "train" / "cat").mkdir(parents=True)
+    (base / "empty" / "val" / "cat").mkdir(parents=True)
+    for name, content in (("text/note", b"no picture"), ("truncated/cut", None)):
+        folder, stem = name.split("/")
+        for split in ("train", "val"):
+            for category in ("cat", "dog"):
+                place = base / folder / split / category
+                place.mkdir(parents=True)
+                for number, path in enumerate(sorted((image_root / "train" / category).glob("*.jpg"))[:16]):
+                    whole = path.read_bytes()
+                    (place / f"{number}.jpg").write_bytes(whole)
+                (place / f"{stem}.jpg").write_bytes(whole[: len(whole) // 2] if content is None else content)
+    return {"data": image_root, "missing": base / "missing"} | {n: base / n for n in ("empty", "text", "truncated")}
+
+
+@pytest.mark.parametrize(
+    ("rho", "words"),
+    [
+        ("0", "out of range"),
+        ("1.2", "out of range"),
+        ("", "--rho is empty"),
+        ("a,b", "write numbers"),
+        ("1:2", "write numbers"),
+    ],
+)
+def test_eval_answers_bad_rhos(capsys, trained, image_root, rho, words):
+    assert words in mistake(capsys, cli.eval.app, trained, "--data", image_root, "--rho", rho)
+
+
+def test_rho_ranges():
+    assert cli.eval.parse_rhos("0.2:1.0:0.2") == [1.0, 0.8, 0.6, 0.4, 0.2]
+    assert cli.eval.parse_rhos("1,.5,.5") == [1.0, 0.5]
+
+
+def test_eval_refuses_data_of_another_class_count(capsys, trained, bad_data):
+    sentence = mistake(capsys, cli.eval.app, trained, "--data", bad_data["truncated"])
+    assert "3 classes" in sentence
+    assert "has 2" in sentence
+
+
+def test_eval_names_what_is_no_run(capsys, image_root, tmp_path):
+    assert "config.json not found" in mistake(capsys, cli.eval.app, tmp_path, "--data", image_root)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_is_not_overwritten(capsys, trained, image_root):
+    before = sorted(path.name for path in (trained / "checkpoints").iterdir())
+    sentence = mistake(capsys, cli.train.app, "digits", "--data", image_root, "--output", trained)
+    assert "--resume" in sentence
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == before
+
+
+def test_resume_with_other_settings_names_them(capsys, trained, image_root):
+    sentence = mistake(
+        capsys,
+        cli.train.app,
+        "digits",
+        "--data",
+        image_root,
+        "--output",
+        trained,
+        "--resume",
+        *settings("train.epochs=2"),
+    )
+    assert "train.ema_decay (0.9, 0.998)" in sentence
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_stopped_after_an_epoch_and_resumed_is_bit_identical(image_root, tmp_path, loader):
+    """Each stretch in a process of its own, so that nothing but the checkpoint connects them."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    options = [
+        "--loader",
+        loader,
+        *settings("train.epochs=3", "loss.mixup=0.8", "data.flip=0.5", "model.drop_path_rate=0.2"),
+    ]
+    for output, stretches in (("straight", [None]), ("resumed", [3, None])):
+        for stop in stretches:
+            extra = ["--set", f"train.max_steps={stop}"] if stop else []
+            launch("train", "digits", "--data", image_root, "--output", tmp_path / output, "--resume", *options, *extra)
+    straight, resumed = (checkpoint.load_latest(tmp_path / name / "checkpoints")[0] for name in ("straight", "resumed"))
+    assert straight["step"] == resumed["step"] == 9
+    for part in ("method", "ema"):
+        for name, weight in straight[part].items():
+            assert weight.equal(resumed[part][name]), name
+
+
+def test_kill_9_and_sigterm_and_resume_end_bit_identical(image_root, tmp_path):
+    options = ["digits", "--data", image_root, "--loader", "torch", "--resume", *settings("train.epochs=30")]
+    launch("train", *options, "--output", tmp_path / "straight")
+    for number, expected in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)):
+        process = start("train", *options, "--output", tmp_path / "killed")
+        wait_for_new_checkpoint(process, tmp_path / "killed" / "checkpoints")
+        process.send_signal(number)
+        assert finish(process)[0] == expected
+    launch("train", *options, "--output", tmp_path / "killed")
+    states = [checkpoint.load_latest(tmp_path / name / "checkpoints")[0] for name in ("straight", "killed")]
+    for name, weight in states[0]["method"].items():
+        assert weight.equal(states[1]["method"][name]), name
+    assert [row["epoch"] for row in read_rows(tmp_path / "killed", "epoch")] == list(range(1, 31))
+
+
+def wait_for_new_checkpoint(process, folder):
+    before = set(checkpoint.list_checkpoints(folder))
+    deadline = time.monotonic() + 60
+    while set(checkpoint.list_checkpoints(folder)) <= before:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def start(name, *arguments):
+    command = [sys.executable, "-m", f"cli.{name}", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """Its exit code and what it said; also closes the pipe, which a leaked child process would keep open."""
+    _, told = process.communicate(timeout=120)
+    return process.returncode, told
+
+
+def launch(name, *arguments):
+    code, told = finish(start(name, *arguments))
+    assert code == 0, told
