@@ -1,6 +1,6 @@
 """What a forward pass costs, in closed form, and what a schedule saves.
 
-The unit is one multiply-accumulate (MAC); torch's flop counter reports two per MAC. Counted, as in the PSS paper, are
+The unit is one multiply-accumulate (MAC); torch's flop counter reports two per MAC. Counted, as by McDanel & Huynh (2022), are
 the patch embedding (always of all patches), every linear layer, both attention products and the classifier; not
 counted are norms, activations, softmax and biases.
 
@@ -48,7 +48,7 @@ def macs_of_tokens(model: VisionTransformer, num_tokens: Sequence[int]) -> int:
 
 
 def macs(model: VisionTransformer, rho: float = 1.0) -> int:
-    """MACs of one image's forward pass at kept share `rho` (PSS, section 4).
+    """MACs of one image's forward pass at kept share `rho`.
 
     DeiT-S at 224 pixels: 4.60 G, 3.16 G and 2.23 G at rho = 1, 0.7 and 0.5.
     """
@@ -57,7 +57,7 @@ def macs(model: VisionTransformer, rho: float = 1.0) -> int:
 
 
 def training_saving(model: VisionTransformer, schedule: Schedule, total_steps: int) -> float:
-    """The share of a dense run's arithmetic that a schedule saves over `total_steps` steps (PSS, section 4).
+    """The share of a dense run's arithmetic that a schedule saves over `total_steps` steps.
 
     A backward pass costs twice its forward pass at every rho, so the forward passes alone give the share. DeiT-S at
     224 pixels under the published cycle: 0.363.

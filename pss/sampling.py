@@ -1,4 +1,4 @@
-"""Which patches a training step sees: token counts, sort functions and the gather (PSS, section 1).
+"""Which patches a training step sees: token counts, sort functions and the gather (McDanel & Huynh 2022).
 
 Prefix tokens (class, distillation, registers) come first in the sequence and are always kept. All images of a batch
 keep the same number of patches, each its own set.

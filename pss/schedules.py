@@ -107,7 +107,7 @@ class Linear(_Ramp):
     def published(
         cls, *, steps_per_epoch: int, epochs: int, cooldown_epochs: int = 0, low: float = 0.2, high: float = 1.0
     ) -> Self:
-        """The climb of the paper, over all training steps (PSS, section 3).
+        """The climb of the paper, over all training steps.
 
         The cooldown cuts the climb short instead of compressing it: up to its first step, rho is what it would be
         without one. As the last two ninths of this climb are at rho = 1 anyway, a short cooldown changes nothing.
@@ -190,7 +190,7 @@ class Cyclic(_Ramp):
         high: float = 1.0,
         period_steps: int | None = None,
     ) -> Self:
-        """The cycle of the paper: one period per epoch, unless `period_steps` says otherwise (PSS, section 3)."""
+        """The cycle of the paper: one period per epoch, unless `period_steps` says otherwise."""
         _, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
         period = steps_per_epoch if period_steps is None else period_steps
         return cls(form="published", period_steps=period, low=low, high=high, cooldown_start=start)

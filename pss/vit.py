@@ -70,7 +70,7 @@ def create_model(
             or `none`.
         sort: Which patches `forward` keeps unless told otherwise (see `pss.sampling.select`).
         qkv_bias: `full` leaves timm's bias on queries, keys and values; `qv` has none on the keys, as BEiT.
-        init: `timm`, or `published` for the initialisation of the PSS runs (PSS, section 4): truncated normal 0.02, the
+        init: `timm`, or `published` for the initialisation of the PSS runs: truncated normal 0.02, the
             outputs of block l divided by sqrt(2l), a classifier near zero.
         overrides: Passed on to `timm.create_model` (patch_size, embed_dim, depth, num_heads, drop_path_rate, ...).
 
@@ -246,7 +246,7 @@ class VisionTransformer(nn.Module):
     def sample(
         self, tokens: Tensor, rho: float, sort: Sort | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Keep a share of the patches (PSS, section 1).
+        """Keep a share of the patches: the patch sampling block of McDanel & Huynh (2022).
 
         Args:
             tokens: All tokens, (B, N, D).
@@ -327,7 +327,7 @@ def _create_plain(name: str, **settings: Any) -> Any:
 
 
 def _init_published(plain: Any) -> None:
-    """Initialise a timm ViT as the published PSS runs did (PSS, section 4)."""
+    """Initialise a timm ViT as the runs of McDanel & Huynh (2022) were."""
     for module in plain.modules():
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
