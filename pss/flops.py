@@ -1,8 +1,8 @@
 """What a forward pass costs, in closed form, and what a schedule saves.
 
-The unit is one multiply-accumulate (MAC); torch's flop counter reports two per MAC. Counted, as by McDanel & Huynh (2022), are
-the patch embedding (always of all patches), every linear layer, both attention products and the classifier; not
-counted are norms, activations, softmax and biases.
+The unit is one multiply-accumulate (MAC); torch's flop counter reports two per MAC. Counted, as by McDanel & Huynh
+(2022), are the patch embedding (always of all patches), every linear layer, both attention products and the
+classifier; not counted are norms, activations, softmax and biases.
 
 A method that has other token counts in other blocks, or extra modules, adds up the same pieces.
 """
