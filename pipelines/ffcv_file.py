@@ -158,8 +158,8 @@ def _last_words(task: _WriterTask) -> str:
 class _Pictures:
     """The images as the writer wants them: decoded, RGB, with label and number."""
 
-    def __init__(self, images: Sequence[ImageFile], error: str, done: Synchronized[int]) -> None:
-        self.images, self.error, self.done = images, error, done
+    def __init__(self, images: Sequence[ImageFile], task: _WriterTask, done: Synchronized[int]) -> None:
+        self.images, self.task, self.done = images, task, done
 
     def __len__(self) -> int:
         return len(self.images)
@@ -170,10 +170,12 @@ class _Pictures:
             encoded = Path(image.path).read_bytes()
             if zlib.crc32(encoded) != image.crc32:
                 raise DataError("it changed while it was being converted")
+            if min(image.height, image.width) * self.task.max_size < max(image.height, image.width):
+                raise DataError(f"it is too narrow to be scaled down to {self.task.max_size} pixels")
             with Image.open(io.BytesIO(encoded)) as picture:
                 pixels = np.array(picture.convert("RGB"))
         except Exception as error:
-            Path(self.error).write_text(f"{image.path}: {error}")
+            Path(self.task.error).write_text(f"{image.path}: {error}")
             raise
         with self.done.get_lock():
             self.done.value += 1
@@ -216,7 +218,7 @@ def _write(task: _WriterTask, done: Synchronized[int]) -> None:
         }
         jobs = min(task.jobs, len(images))
         beton = writer.DatasetWriter(str(path), fields, page_size=page, num_workers=jobs)
-        pictures = _Pictures(images, task.error, done)
+        pictures = _Pictures(images, task, done)
         beton.from_indexed_dataset(pictures, chunksize=max(1, min(100, len(images) // jobs)))
 
 

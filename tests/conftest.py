@@ -21,6 +21,9 @@ multiprocessing.set_forkserver_preload(["pipelines.torch_loader"])
 # The tensors of the tests are too small to share: threads would only wait for each other.
 torch.set_num_threads(1)
 
+MAX_SIZE = 128
+"""Longest side of the images in the converted data set's FFCV files; some originals are larger, some smaller."""
+
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
     """A smooth random image: like a photograph, it has little energy at high frequencies."""
@@ -61,7 +64,7 @@ def missing(backend: str) -> str | None:
 def converted_root(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`image_root` in every format that can be written here."""
     dest = tmp_path_factory.mktemp("converted") / "set"
-    convert_folder(image_root, dest, "dali" if missing("ffcv") else "ffcv,dali")
+    convert_folder(image_root, dest, "dali" if missing("ffcv") else "ffcv,dali", max_size=MAX_SIZE)
     return dest
 
 
