@@ -13,9 +13,12 @@ _TRACEBACK = "--traceback"
 def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
     """Run `app` on the command line and exit.
 
-    `ValueError` and `OSError` are user errors; Ctrl-C exits with 130. With --traceback anywhere on the command line,
-    or PSS_TRACEBACK=1 in the environment, they are raised instead.
+    `ValueError` and `OSError` are user errors. With --traceback anywhere on the command line, or PSS_TRACEBACK=1 in
+    the environment, they are raised instead. Typer itself turns Ctrl-C into exit code 130.
     """
+    # Waiting threads must not spin: the loader's threads and the model's share the cores, and a spinning team that
+    # misses one member for a time slice costs ten times the step. Read once, when torch loads OpenMP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("PSS_TRACEBACK") == "1"
     if _TRACEBACK in arguments:
@@ -28,8 +31,3 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -28,13 +28,13 @@ class ModelConfig:
 
     name: str = "deit_small_patch16_224"
     """A timm ViT's name, or a preset of `pss.create_model`."""
-    rel_pos: Literal["none", "bias"] = "none"
+    rel_pos: Literal["none", "bias"] | None = None
     """Learned relative position bias in every attention layer."""
     sort: Literal["magnitude", "random"] = "magnitude"
     """How patches are ranked before the first ones are kept."""
-    qkv_bias: Literal["full", "qv"] = "full"
+    qkv_bias: Literal["full", "qv"] | None = None
     """Bias on queries, keys and values, or on queries and values only (BEiT)."""
-    init: Literal["timm", "published"] = "timm"
+    init: Literal["timm", "published"] | None = None
     """Initial weights: timm's, or those of the published patch sampling runs."""
     patch_size: int | None = None
     """Side of a patch, in pixels."""
