@@ -23,8 +23,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="'digits', or a folder: CLASS/*.jpg or train|val|test/CLASS/*.jpg")],
-    dest: Annotated[Path, typer.Argument(help="the new folder to write")],
-    format: Annotated[str, typer.Option(help="dali, ffcv or ffcv,dali")],
+    dest: Annotated[Path | None, typer.Argument(help="the new folder to write")] = None,
+    format: Annotated[str, typer.Option(help="dali, ffcv or ffcv,dali")] = "",
     split: Annotated[str | None, typer.Option(help="CLASS/*.jpg source: the split it is, train or val")] = None,
     val_fraction: Annotated[
         float | None, typer.Option(help="share of each class held out for validation (digits: 0.2)")
@@ -35,28 +35,36 @@ def convert(
     on_error: Annotated[str, typer.Option(help="unreadable images: fail, or skip and list them")] = "fail",
     shard_size: Annotated[int, typer.Option(help="images per tar")] = 2000,
     seed: Annotated[int, typer.Option(help="of the shuffle and of the held-out choice")] = 0,
+    verify: Annotated[bool, typer.Option("--verify", help="check the files of SOURCE, a converted folder")] = False,
 ) -> None:
     """Check every image of SOURCE and write it to DEST, for DALI (tars, original bytes) or FFCV (.beton).
 
     With --traceback, errors show where they arose.
     """
-    from pipelines.convert import Options
-    from pipelines.convert import convert as convert_folder
+    from pipelines import convert as conversion
 
-    options = Options(
+    signal.signal(signal.SIGTERM, _terminate)
+    jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
+    if verify:
+        with _Display("files") as display:
+            manifest = conversion.verify(Path(source), jobs, display)
+        print(f"{source}: {len(manifest.files)} files are as they were written")
+        return
+    if dest is None or not format:
+        raise ValueError("give a folder to write and --format dali, ffcv or ffcv,dali")
+    options = conversion.Options(
         formats=tuple(dict.fromkeys(format.split(","))),  # type: ignore[arg-type]  # Options checks them
         split=split,
         val_fraction=val_fraction,
         max_size=max_size,
         quality=quality,
-        jobs=len(os.sched_getaffinity(0)) if jobs is None else jobs,
+        jobs=jobs,
         on_error=on_error,  # type: ignore[arg-type]
         shard_size=shard_size,
         seed=seed,
     )
-    signal.signal(signal.SIGTERM, _terminate)
-    with _Display() as display:
-        manifest = convert_folder(source, dest, options, display)
+    with _Display("images") as display:
+        manifest = conversion.convert(source, dest, options, display)
     counts = ", ".join(f"{part.num_samples} {name}" for name, part in manifest.splits.items())
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
     print(f"{dest}: {len(manifest.classes)} classes, {counts} images, {size:.1f} MB")
@@ -73,6 +81,9 @@ class _Display:
 
     _EVERY = 10.0  # seconds between lines
 
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+
     def __enter__(self) -> _Display:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -83,7 +94,7 @@ class _Display:
             TextColumn("{task.description:<20}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:>8} images/s"),
+            TextColumn("{task.fields[rate]:>8} " + self._unit + "/s"),
             TimeRemainingColumn(),
             console=console,
             disable=not self._live,
@@ -109,7 +120,7 @@ class _Display:
         if not self._live and (now - self._told > self._EVERY or self._done == self._total):
             self._told = now
             left = (self._total - self._done) / rate
-            line = f"{self._phase}: {self._done}/{self._total} images, {rate:.0f}/s, {left:.0f} s left"
+            line = f"{self._phase}: {self._done}/{self._total} {self._unit}, {rate:.0f}/s, {left:.0f} s left"
             print(line, file=sys.stderr, flush=True)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import io
 from collections import deque
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,14 @@ _PREFETCH = 2
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A batch that DALI is working on, and the memory it reads without having copied it."""
+
+    index: NDArray[np.int64]
+    inputs: tuple[Any, ...]
+
+
 class DaliLoader(PlannedLoader):
     """DALI with `num_workers` threads (at least one); decodes on the GPU if `device` is one."""
 
@@ -38,21 +47,24 @@ class DaliLoader(PlannedLoader):
     def __init__(self, source: Source, **settings: Any) -> None:
         super().__init__(source, **settings)
         self.source = source
+        self._decoder = "mixed" if self.device.type == "cuda" else "cpu"
         self._epoch = 0
         self._to_feed: Iterator[NDArray[np.int64]] = iter(())
-        self._in_flight: deque[NDArray[np.int64]] = deque()
+        self._in_flight: deque[_Step] = deque()
         self._pipe: Any = self._build()
 
     def _build(self) -> Any:
-        on_gpu = self.device.type == "cuda"
+        device_id = None
+        if self.device.type == "cuda":
+            device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
         pipe = Pipeline(
             batch_size=self.batch_size,
             num_threads=max(1, self.num_workers),
-            device_id=(self.device.index or 0) if on_gpu else None,
+            device_id=device_id,
             prefetch_queue_depth=_PREFETCH,
         )
-        decoder, side = "mixed" if on_gpu else "cpu", self.config.img_size
-        decoding = {"device": decoder, "output_type": types.RGB, "adjust_orientation": False}
+        side = self.config.img_size
+        decoding = {"device": self._decoder, "output_type": types.RGB, "adjust_orientation": False}
         resizing = {"interp_type": _FILTERS[self.config.interpolation], "antialias": True}
         geometry = types.INT32 if self.train else types.FLOAT
         with pipe:
@@ -87,15 +99,16 @@ class DaliLoader(PlannedLoader):
         else:
             sizes, corners = evaluation_resize(heights, widths, self.config)
             first, second = sizes.astype(np.float32), corners.astype(np.int32)
-        self._in_flight.append(index)
-        return encoded, np.ascontiguousarray(first), np.ascontiguousarray(second)
+        inputs = (encoded, np.ascontiguousarray(first), np.ascontiguousarray(second))
+        self._in_flight.append(_Step(index, inputs))
+        return inputs
 
     def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Batch]:
         self._rewind()
         self._epoch, self._to_feed = epoch, iter(steps)
         for _ in steps:
             images = self._run()
-            yield self.batch(images, self._in_flight.popleft())
+            yield self.batch(images, self._in_flight.popleft().index)
 
     def _run(self) -> torch.Tensor:
         """The next decoded batch, uint8 (B, 3, S, S), channels last in memory."""
@@ -121,7 +134,7 @@ class DaliLoader(PlannedLoader):
 
     def _explain(self, error: RuntimeError) -> str:
         """DALI seldom says which image it could not decode: Pillow tries those it may have been."""
-        suspects = [int(i) for index in self._in_flight for i in index]
+        suspects = [int(i) for step in self._in_flight for i in step.index]
         for i in suspects:
             try:
                 with Image.open(io.BytesIO(self.source.read(i).data)) as image:
@@ -132,7 +145,7 @@ class DaliLoader(PlannedLoader):
         return f"DALI cannot decode one of {len(suspects)} images ({names}, ...): {error}"
 
     def library_versions(self) -> dict[str, str]:
-        return {"dali": nvidia.dali.__version__}
+        return {"dali": f"{nvidia.dali.__version__}, {self._decoder} decoder"}
 
     def close(self) -> None:
         super().close()

@@ -118,12 +118,13 @@ class _Epoch(EpochIterator):  # type: ignore[misc]
                     raise DataError(f"FFCV stopped in mid-epoch: {reason}") from self.failure
 
     def stop(self) -> None:
-        """End the thread and wait for it."""
-        self.close()
+        """End the thread and wait for it. FFCV's own `close` lets it go on while its queue has room."""
+        self.iter_ixes = iter(())
         while self.is_alive():
             while not self.output_queue.empty():
                 self.output_queue.get()
             self.join(0.05)
+        self.close()
 
 
 class FfcvLoader(PlannedLoader):
@@ -192,12 +193,9 @@ class FfcvLoader(PlannedLoader):
         return scale_boxes(boxes, sizes, self._stored[samples])
 
     def _copy(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
-        """Out of FFCV's memory, onto the device; uint8 (B, 3, S, S), channels last in memory."""
+        """Out of the memory that FFCV will use again; uint8 (B, 3, S, S), channels last in memory."""
         images = torch.from_numpy(pixels)
-        if self.device.type == "cuda":
-            images = images.pin_memory().to(self.device, non_blocking=True)
-        else:
-            images = images.clone()
+        images = images.pin_memory() if self.device.type == "cuda" else images.clone()
         return images.permute(0, 3, 1, 2)
 
     def library_versions(self) -> dict[str, str]:

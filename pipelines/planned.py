@@ -122,9 +122,9 @@ class PlannedLoader(ABC):
         return [own[i : i + self.batch_size] for i in first]
 
     def batch(self, images: torch.Tensor, index: NDArray[np.int64]) -> Batch:
-        """Put labels and sample numbers beside `images`, on the loader's device."""
-        labels = torch.from_numpy(self.table.labels[index]).to(self.device)
-        return Batch(images, labels, torch.from_numpy(index.copy()).to(self.device))
+        """Put labels and sample numbers beside `images`, all on the loader's device."""
+        labels, numbers = torch.from_numpy(self.table.labels[index]), torch.from_numpy(index.copy())
+        return Batch(images.to(self.device, non_blocking=True), labels.to(self.device), numbers.to(self.device))
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which data is delivered. Resuming with another number of ranks is possible while the global

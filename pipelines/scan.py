@@ -21,7 +21,7 @@ _CHUNK = 64  # images per task
 _KEPT = {"JPEG": ("L", "RGB", "CMYK"), "MPO": ("L", "RGB", "CMYK"), "PNG": ("L", "RGB")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are a million of them
 class ImageFile:
     """A readable image."""
 

@@ -37,7 +37,7 @@ class Table(Protocol):
     classes: tuple[str, ...]
     num_samples: int
     labels: NDArray[np.int64]  # (N,)
-    fingerprint: str  # equal for equal data sets
+    fingerprint: str  # of a conversion: every byte of it; of a plain folder: the names of classes and images
 
     def sizes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Heights and widths of the original images, each (len(index),)."""
@@ -121,6 +121,17 @@ class TarSource(ConvertedTable):
         self._maps: dict[int, mmap.mmap] = {}
 
     def read(self, i: int) -> Bytes:
+        mapped, offset, length = self._locate(i)
+        return np.frombuffer(mapped, dtype=np.uint8, count=length, offset=offset)
+
+    def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
+        for i in index:  # let the system fetch the whole batch while its first images are decoded
+            mapped, offset, length = self._locate(i)
+            page = offset - offset % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, page, offset - page + length)
+        return [self.read(i) for i in index]
+
+    def _locate(self, i: int) -> tuple[mmap.mmap, int, int]:
         row = self._rows[i]
         shard = int(row["shard"])
         mapped = self._maps.get(shard)
@@ -128,10 +139,7 @@ class TarSource(ConvertedTable):
             with (self.root / self.entry.shards[shard]).open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._maps[shard] = mapped
-        return np.frombuffer(mapped, dtype=np.uint8, count=int(row["length"]), offset=int(row["offset"]))
-
-    def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
-        return [self.read(int(i)) for i in index]
+        return mapped, int(row["offset"]), int(row["length"])
 
     def close(self) -> None:
         """Nothing runs: the operating system unmaps the tars when the last view of them is gone."""

@@ -119,7 +119,7 @@ class TorchLoader(PlannedLoader):
     def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Batch]:
         if self.num_workers == 0:
             for index in steps:
-                yield self.batch(self._decoder(epoch, index).to(self.device), index)
+                yield self.batch(self._decoder(epoch, index), index)
             return
         self._steps.epoch, self._steps.steps = epoch, steps
         self._results = iter(self._start_workers())
@@ -130,7 +130,7 @@ class TorchLoader(PlannedLoader):
                 raise DataError(f"a loader process died ({error}); is there too little memory?") from error
             if isinstance(images, str):
                 raise DataError(images)
-            yield self.batch(images.to(self.device, non_blocking=True), index)
+            yield self.batch(images, index)
 
     def _start_workers(self) -> DataLoader[Tensor | str]:
         if self._workers is None:

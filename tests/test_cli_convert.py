@@ -41,7 +41,18 @@ def test_help_is_quick_and_complete() -> None:
     assert loaded.stdout.strip() == "[]"
     result = run("--help", COLUMNS="200")
     assert result.returncode == 0
-    for option in ("format", "split", "val-fraction", "max-size", "quality", "jobs", "on-error", "shard-size", "seed"):
+    for option in (
+        "format",
+        "split",
+        "val-fraction",
+        "max-size",
+        "quality",
+        "jobs",
+        "on-error",
+        "shard-size",
+        "seed",
+        "verify",
+    ):
         assert f"--{option} " in result.stdout
 
 
@@ -50,7 +61,11 @@ def test_a_conversion_says_what_it_did(source: Path, tmp_path: Path) -> None:
     assert (result.returncode, result.stdout.count("\n")) == (0, 1)
     assert "2 classes, 6 train, 6 val images" in result.stdout
     assert "checking train: 6/6 images" in result.stderr  # plain lines: this is no terminal
-    assert (tmp_path / "set" / "dataset.json").exists()
+    assert "files are as they were written" in run(tmp_path / "set", "--verify").stdout
+    (tmp_path / "set" / "val-00000.idx").unlink()
+    damaged = run(tmp_path / "set", "--verify")
+    assert damaged.returncode == 2
+    assert "val-00000.idx are not as they were written" in damaged.stderr
 
 
 def test_skipped_images_are_counted(source: Path, tmp_path: Path) -> None:
@@ -64,6 +79,8 @@ def test_skipped_images_are_counted(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["{src}"], "give a folder to write and --format"),
+        (["{src}", "--verify"], "holds no dataset.json"),
         (["{src}", "{dest}", "--format", "dali"], "give either --val-fraction"),
         (["{src}/none", "{dest}", "--format", "dali"], "there is no folder"),
         (["{src}", "{dest}", "--format", "zip", "--split", "train"], "--format is 'zip'"),

@@ -43,7 +43,7 @@ def make(converted_root: Path) -> Iterator[Make]:
 
     def build_one(backend: str, split: str = "train", root: Path = converted_root, **options: Any) -> Loader:
         settings = {"config": CONFIG, "batch_size": 4, "num_workers": 0, "train": split == "train", **options}
-        made.append(build(root, split, loader=backend, **settings))  # type: ignore[arg-type]
+        made.append(build(root, split, loader=backend, **settings))
         return made[-1]
 
     yield build_one
@@ -84,10 +84,7 @@ def test_training_delivers_each_sample_once_over_all_ranks(backend: str, make: M
                 seen.extend(batch.index.tolist())
                 labels.update(zip(batch.index.tolist(), batch.labels.tolist(), strict=True))
         assert len(seen) == len(set(seen)) == NUM_TRAIN // 12 * 12
-    assert {i: labels[i] for i in sorted(labels)} == {
-        i: loaders[0].table.labels[i]
-        for i in sorted(labels)  # type: ignore[attr-defined]
-    }
+    assert {i: labels[i] for i in sorted(labels)} == {i: loaders[0].table.labels[i] for i in sorted(labels)}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -155,13 +152,13 @@ def test_evaluation_is_pillow_and_torchvision(
 ) -> None:
     if reason := missing(backend):
         pytest.skip(reason)
-    config = DataConfig(img_size=48, interpolation=interpolation)  # type: ignore[arg-type]
+    config = DataConfig(img_size=48, interpolation=interpolation)
     loader = make(backend, "val", image_root, config=config)
     transform = v2.Compose([v2.Resize(54, v2.InterpolationMode(interpolation)), v2.CenterCrop(48), v2.PILToTensor()])
     errors = []
     for batch in loader:
         for pixels, i in zip(batch.images, batch.index.tolist(), strict=True):
-            with Image.open(loader.table.name(i)) as image:  # type: ignore[attr-defined]
+            with Image.open(loader.table.name(i)) as image:
                 errors.append((transform(image).int() - pixels.int()).abs().float().mean().item())
     assert len(errors) == NUM_VAL
     assert np.mean(errors) < tolerance
@@ -279,13 +276,39 @@ def _damage_beton(path: Path, sample: int, damage: str) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("backend", "tolerance"), [("torch", 0.0), ("dali", 3.0), ("ffcv", 6.0)])
+def test_batches_reach_the_gpu(backend: str, tolerance: float, split: str, make: Make) -> None:
+    """The reference's samples and crops, kept intact while the GPU is busy and further batches arrive."""
+    if reason := missing(backend):
+        pytest.skip(reason)
+    reference = epoch_of(make("torch", split), 1)
+    busy = torch.zeros(4096, 4096, device="cuda")
+    loader = make(backend, split, device="cuda", num_workers=2)
+    copies = []
+    loader.set_epoch(1)
+    for batch in loader:
+        assert batch.images.device.type == batch.labels.device.type == batch.index.device.type == "cuda"
+        for _ in range(20):
+            busy = busy @ busy
+        copies.append(Batch(batch.images.clone(), batch.labels.clone(), batch.index.clone()))
+        del batch
+    ours = [Batch(b.images.cpu(), b.labels.cpu(), b.index.cpu()) for b in copies]
+    assert same(
+        [Batch(b.labels, b.labels, b.index) for b in ours], [Batch(b.labels, b.labels, b.index) for b in reference]
+    )
+    assert difference(ours, reference) <= tolerance
+
+
 def test_a_killed_worker_ends_the_epoch(make: Make) -> None:
     loader = make("torch", num_workers=1, batch_size=2)
 
     def kill_then_go_on() -> None:
         for step, _ in enumerate(loader):
             if step == 1:
-                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # type: ignore[arg-type]
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
     began = time.monotonic()
     with pytest.raises((DataError, RuntimeError), match=r"died|killed"):
@@ -307,6 +330,26 @@ def test_an_ffcv_thread_that_fails_is_reported(make: Make, monkeypatch: pytest.M
         next(iter(loader))
 
 
+def test_ffcv_stops_when_it_is_left(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := missing("ffcv"):
+        pytest.skip(reason)
+    from pipelines.ffcv_loader import _Epoch
+
+    loader = make("ffcv", batch_size=1)
+    decoded = []
+    run_pipeline = _Epoch.run_pipeline
+
+    def count(*arguments: Any) -> Any:
+        decoded.append(arguments[1])
+        return run_pipeline(*arguments)
+
+    monkeypatch.setattr(_Epoch, "run_pipeline", count)
+    for _ in loader:
+        break
+    loader.close()
+    assert len(decoded) < NUM_TRAIN // 2
+
+
 def test_ffcv_leaves_torchs_threads_alone(make: Make) -> None:
     if reason := missing("ffcv"):
         pytest.skip(reason)
@@ -320,7 +363,7 @@ def test_ffcv_evaluation_warns(make: Make, caplog: pytest.LogCaptureFixture) -> 
         pytest.skip(reason)
     from pipelines.ffcv_loader import EVALUATION_WARNING
 
-    assert make("ffcv", "val").warning == EVALUATION_WARNING  # type: ignore[attr-defined]
+    assert make("ffcv", "val").warning == EVALUATION_WARNING
     assert EVALUATION_WARNING in caplog.text
 
 
@@ -334,7 +377,7 @@ def test_damaged_or_missing_files_are_refused_at_once(converted_root: Path, tmp_
         for path in converted_root.iterdir():
             (root / path.name).write_bytes(change(path.read_bytes()) if path.name == file else path.read_bytes())
         with pytest.raises(DataError) as error:
-            build(root, "train", config=CONFIG, batch_size=4, train=True, loader=loader)  # type: ignore[arg-type]
+            build(root, "train", config=CONFIG, batch_size=4, train=True, loader=loader)
         return str(error.value)
 
     assert "train-00001.tar has" in refused("train-00001.tar", "torch", lambda b: b[:-512])
