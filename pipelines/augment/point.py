@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.augment.transfer import to_device
+
 _LEVELS = np.arange(256)
 
 
@@ -34,7 +36,7 @@ def posterize_table(bits: NDArray[np.float64]) -> NDArray[Any]:
 
 def solarize_table(threshold: NDArray[np.float64]) -> NDArray[Any]:
     """Inverts the levels from `threshold` on."""
-    return np.where(_LEVELS < threshold[:, None], _LEVELS, 255 - _LEVELS)
+    return np.where(threshold[:, None] > _LEVELS, _LEVELS, 255 - _LEVELS)
 
 
 def solarize_add_table(addend: NDArray[np.float64]) -> NDArray[Any]:
@@ -47,9 +49,14 @@ def brightness_table(factor: NDArray[np.float64]) -> NDArray[Any]:
     return np.clip(factor[:, None].astype(np.float32) * _LEVELS.astype(np.float32), 0, 255)
 
 
+def to_bytes(values: Tensor) -> Tensor:
+    """Truncates float32 values between 0 and 255; in two steps, which torch does in half the time of one."""
+    return values.to(torch.int16).to(torch.uint8)
+
+
 def blend(degenerate: Tensor, image: Tensor, factor: Tensor) -> Tensor:
     """Pillow's blend of float32 values: `factor` 0 gives `degenerate`, 1 gives `image`; truncated to uint8."""
-    return (image - degenerate).mul_(factor).add_(degenerate).clamp_(0, 255).to(torch.uint8)
+    return to_bytes((image - degenerate).mul_(factor).add_(degenerate).clamp_(0, 255))
 
 
 def luma(values: Tensor) -> Tensor:
@@ -59,26 +66,27 @@ def luma(values: Tensor) -> Tensor:
     return total.mul_(2.0**-16).floor_().unsqueeze(1)
 
 
-def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blends with the mean grey value; `factor` float32 (G,)."""
+def contrast(images: Tensor, factor: NDArray[np.float64]) -> Tensor:
+    """Blends with the mean grey value; `factor` (G,), 0 is that grey."""
     sums = luma(images.to(torch.float32)).to(torch.int64).sum((1, 2, 3))
     num_pixels = images.shape[2] * images.shape[3]
     mean = (2 * sums + num_pixels).div(2 * num_pixels, rounding_mode="floor")  # nearest, halves up
     levels = torch.arange(256, dtype=torch.float32, device=images.device)
-    return lookup(images, blend(mean.to(torch.float32)[:, None], levels, factor[:, None]).unsqueeze(1))
+    factors = to_device(factor.astype(np.float32), images.device)[:, None]
+    return lookup(images, blend(mean.to(torch.float32)[:, None], levels, factors).unsqueeze(1))
 
 
-def auto_contrast(images: Tensor) -> Tensor:
+def auto_contrast(images: Tensor, _: NDArray[np.float64]) -> Tensor:
     """Stretches each channel to the full range."""
     low, high = (extreme[..., None].to(torch.float64) for extreme in (images.amin((2, 3)), images.amax((2, 3))))
     levels = torch.arange(256, dtype=torch.float64, device=images.device)
-    # Double precision in this order: where the quotient is a whole number, truncation shows the last bit.
-    scale = 255 / (high - low).clamp_(min=1)
+    # Double precision in this order, and a division (torch makes 255 / x a product): truncation shows the last bit.
+    scale = torch.full_like(low, 255).div_((high - low).clamp_(min=1))
     stretched = (levels * scale).add_(-low * scale).clamp_(0, 255)
     return lookup(images, torch.where(high > low, stretched, levels).to(torch.uint8))
 
 
-def equalize(images: Tensor) -> Tensor:
+def equalize(images: Tensor, _: NDArray[np.float64]) -> Tensor:
     """Makes each channel's histogram as even as a table can."""
     values = images.flatten(2).long()
     histogram = torch.zeros((*values.shape[:2], 256), dtype=torch.int64, device=images.device)
