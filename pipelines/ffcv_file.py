@@ -11,14 +11,17 @@ import importlib.metadata
 import io
 import multiprocessing
 import os
+import pickle
+import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -103,37 +106,63 @@ def write_betons(
 ) -> None:
     """Write each file with its images in order, by FFCV's own writer; `progress` hears how many more are done.
 
-    The writer runs in a process group of its own. If any of it fails, or nothing happens for two minutes, the group
-    is killed and a `DataError` says why.
+    The writer runs in a session of its own. If any of it fails, or nothing happens for two minutes, all of it is
+    ended and a `DataError` says why.
     """
     first = min(betons)
-    task = _WriterTask(dict(betons), max_size, quality, jobs, f"{first}.log", f"{first}.error")
-    context = multiprocessing.get_context("spawn")
-    done = context.Value("Q", 0)
-    process = context.Process(target=_write, args=(task, done), name="pss-ffcv-writer")
-    process.start()
+    task = _WriterTask(dict(betons), max_size, quality, jobs, f"{first}.error")
+    log = Path(f"{first}.log")
+    ours, theirs = os.pipe()  # a byte for every image written
+    # Not multiprocessing: its resource tracker, shared with the parent, would report there what a failure leaves over.
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import run_writer; run_writer({theirs})"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=[theirs],
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
+        )
+    os.close(theirs)
     try:
-        told, moved = 0, time.monotonic()
-        while process.is_alive():
-            process.join(0.2)
-            if (count := done.value) != told:
-                progress(count - told)
-                told, moved = count, time.monotonic()
-            elif time.monotonic() - moved > _STALLED:
-                raise DataError(f"FFCV's writer made no progress for {_STALLED:.0f} s and was stopped")
-        if process.exitcode:
-            raise DataError(f"FFCV's writer failed: {_last_words(task)}")
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # it has failed already
+            pickle.dump(task, process.stdin)
+        _follow(process, ours, progress)
+        if process.returncode:
+            raise DataError(f"FFCV's writer failed: {_last_words(Path(task.error), log)}")
     finally:
-        assert process.pid is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()  # it may not have made itself a group yet
-        process.join()
-    for name in (task.log, task.error):
-        Path(name).unlink(missing_ok=True)
+        os.close(ours)
+        _end(process)
+    log.unlink()
     for path in betons:
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def _follow(process: subprocess.Popen[bytes], finished: int, progress: Callable[[int], None]) -> None:
+    """Count the images written until the writer ends."""
+    moved = time.monotonic()
+    while process.poll() is None:
+        if select.select([finished], [], [], 0.2)[0] and (count := len(os.read(finished, 1 << 16))):
+            progress(count)
+            moved = time.monotonic()
+        elif time.monotonic() - moved > _STALLED:
+            raise DataError(f"FFCV's writer made no progress for {_STALLED:.0f} s and was stopped")
+    if process.returncode == 0:
+        while rest := os.read(finished, 1 << 16):
+            progress(len(rest))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End whatever is left of the writer's session, first in a way that lets Python remove its shared memory."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sent)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+            return
 
 
 @dataclass(frozen=True)
@@ -142,15 +171,13 @@ class _WriterTask:
     max_size: int
     quality: int
     jobs: int
-    log: str
     error: str
 
 
-def _last_words(task: _WriterTask) -> str:
-    for name in (task.error, task.log):
+def _last_words(*files: Path) -> str:
+    for file in files:
         with contextlib.suppress(OSError):
-            lines = Path(name).read_text(errors="replace").split("\n")
-            if spoken := [line.strip() for line in lines if line.strip()]:
+            if spoken := [line.strip() for line in file.read_text(errors="replace").split("\n") if line.strip()]:
                 return spoken[-1]
     return "its process was killed, perhaps for want of memory"
 
@@ -158,8 +185,8 @@ def _last_words(task: _WriterTask) -> str:
 class _Pictures:
     """The images as the writer wants them: decoded, RGB, with label and number."""
 
-    def __init__(self, images: Sequence[ImageFile], task: _WriterTask, done: Synchronized[int]) -> None:
-        self.images, self.task, self.done = images, task, done
+    def __init__(self, images: Sequence[ImageFile], task: _WriterTask, finished: int) -> None:
+        self.images, self.task, self.finished = images, task, finished
 
     def __len__(self) -> int:
         return len(self.images)
@@ -177,17 +204,16 @@ class _Pictures:
         except Exception as error:
             Path(self.task.error).write_text(f"{image.path}: {error}")
             raise
-        with self.done.get_lock():
-            self.done.value += 1
+        os.write(self.finished, b".")
         return pixels, image.label, i
 
 
-def _write(task: _WriterTask, done: Synchronized[int]) -> None:
-    """The writer process. FFCV's writer polls a counter that its workers advance, and never looks at the workers."""
-    os.setsid()
-    log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def run_writer(finished: int) -> None:
+    """The writer process: its task comes from stdin, and `finished` is the pipe to report images on.
+
+    FFCV's writer polls a counter that its workers advance, and never looks at the workers.
+    """
+    task: _WriterTask = pickle.load(sys.stdin.buffer)
     import_ffcv()
     from ffcv import writer
     from ffcv.fields import IntField, RGBImageField
@@ -218,13 +244,15 @@ def _write(task: _WriterTask, done: Synchronized[int]) -> None:
         }
         jobs = min(task.jobs, len(images))
         beton = writer.DatasetWriter(str(path), fields, page_size=page, num_workers=jobs)
-        pictures = _Pictures(images, task, done)
+        pictures = _Pictures(images, task, finished)
         beton.from_indexed_dataset(pictures, chunksize=max(1, min(100, len(images) // jobs)))
 
 
 def _watch(workers: Sequence[Any]) -> None:
     """End the process, and with it FFCV's endless wait, when a worker has failed."""
-    while any(worker.exitcode is None for worker in workers):
+    codes: list[int | None] = [None]
+    while None in codes:
         time.sleep(0.1)
-        if any(worker.exitcode for worker in workers):
+        codes = [worker.exitcode for worker in workers]
+        if any(codes):
             os._exit(1)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import picture, write_folder
+from conftest import missing, picture, write_folder
 
 COMMAND = [sys.executable, "-m", "cli.convert"]
 ROOT = Path(__file__).parents[1]
@@ -97,6 +97,18 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(missing("ffcv") is not None, reason="FFCV is not installed")
+def test_a_failure_of_the_ffcv_writer_is_one_sentence(tmp_path: Path) -> None:
+    write_folder(tmp_path / "src", {"a": 4})
+    picture(2, 200, 0).save(tmp_path / "src" / "a" / "strip.jpg")
+    result = run(tmp_path / "src", tmp_path / "set", "--format", "ffcv", "--max-size", "64", "--split", "train")
+    assert result.returncode == 2
+    progress, message = result.stderr.splitlines()
+    assert progress.startswith("checking train: 5/5")
+    assert "strip.jpg: it is too narrow" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_a_traceback_on_request(source: Path, tmp_path: Path) -> None:

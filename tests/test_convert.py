@@ -291,28 +291,6 @@ def test_an_image_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
 
 @needs_ffcv
 @pytest.mark.timeout(60)
-def test_a_failing_ffcv_writer_ends_the_conversion(tmp_path: Path) -> None:
-    """An image vanishes before it is written: FFCV's own writer would wait for ever."""
-    write_folder(tmp_path / "src" / "train", {"a": 12})
-    victim = tmp_path / "src" / "train" / "a" / "007.jpg"
-    progress = _Interrupting("writing .beton files", victim.unlink)
-    options = Options(formats=("ffcv",), jobs=2)
-    with pytest.raises(DataError, match=r"writer failed.*007\.jpg"):
-        conversion.convert(str(tmp_path / "src"), tmp_path / "set", options, progress)
-    assert [path.name for path in tmp_path.iterdir()] == ["src"]
-
-
-@needs_ffcv
-@pytest.mark.timeout(60)
-def test_an_image_too_narrow_for_ffcv_is_named(tmp_path: Path) -> None:
-    write_folder(tmp_path / "src" / "train", {"a": 2})
-    picture(2, 200, 0).save(tmp_path / "src" / "train" / "a" / "strip.jpg")
-    with pytest.raises(DataError, match=r"strip\.jpg.*too narrow"):
-        convert_folder(tmp_path / "src", tmp_path / "set", "ffcv", max_size=64)
-
-
-@needs_ffcv
-@pytest.mark.timeout(60)
 def test_a_killed_ffcv_worker_ends_the_conversion(tmp_path: Path) -> None:
     write_folder(tmp_path / "src" / "train", {"a": 300})
 
