@@ -74,8 +74,8 @@ def rotate(images: Tensor, degrees: NDArray[np.float64], fill: Tensor, interpola
     line = np.arange(side) - middle
     first_x, fraction_x = _position(cosine * line + middle, -sine * line, images.device)
     first_y, fraction_y = _position(sine * line, cosine * line + middle, images.device)
-    distance = torch.maximum((first_x + fraction_x - middle).abs_(), (first_y + fraction_y - middle).abs_())
-    inside = distance <= side / 2  # (G, S, S)
+    nearest_x, nearest_y = first_x + (fraction_x >= 0.5), first_y + (fraction_y >= 0.5)
+    inside = torch.maximum((nearest_x - middle).abs_(), (nearest_y - middle).abs_()) <= middle  # (G, S, S)
 
     weights_x = _weights(fraction_x, interpolation)
     weights_y = _weights(fraction_y, interpolation)
