@@ -158,9 +158,11 @@ class Trainer:
                     self._save()
                 if stopping:
                     raise Interrupted
-        if self.step == (self.epoch + 1) * self.steps_per_epoch:
+        whole = self.step == (self.epoch + 1) * self.steps_per_epoch
+        if whole:
             self.epoch += 1
-        self._end_epoch(epoch_meter)
+        where = f"epoch {self.epoch}/{self.epochs}" if whole else f"step {self.step}/{self.total_steps}"
+        self._end_epoch(epoch_meter, where)
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, targets = self.prepare(batch, self.epoch), batch.labels
@@ -184,7 +186,7 @@ class Trainer:
         self.view.step(self.step, epoch=at.epoch, rho=rho, tokens=tokens, **summary)
         meter.reset()
 
-    def _end_epoch(self, meter: Meter) -> None:
+    def _end_epoch(self, meter: Meter, where: str) -> None:
         seconds, summary = meter.seconds, meter.summary()
         row: dict[str, Any] = {"epoch": self.epoch, "train_seconds": seconds, **summary, **self._validate()}
         self.row = {"step": self.step, **row}
@@ -192,7 +194,7 @@ class Trainer:
             self.log.write("epoch", self.step, **row)
         averaged = f"  (average {row['ema_top1']:.2f} %)" if "ema_top1" in row else ""
         self.view.say(
-            f"epoch {self.epoch}/{self.epochs}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  "
+            f"{where}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  "
             f"top-1 {row['top1']:.2f} %{averaged}  {seconds:.1f} s  data wait {row['data_wait']:.0%}"
         )
         self._save()

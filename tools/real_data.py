@@ -39,15 +39,18 @@ def main() -> int:
 
 def imagenet(archive: Path, output: Path, steps: int) -> None:
     """A few steps of the real recipe at its real size, with each loader, and a sweep."""
-    unpack(archive, output / "images")
+    # The sample has one photograph per class, so there is none to hold out: accuracy here says nothing.
+    unpack(archive, output / "images" / "train")
+    unpack(archive, output / "images" / "val")
     data = output / "data"
-    command("convert", str(output / "images"), str(data), "--format", "dali,ffcv", "--val-fraction", "0.1")
+    command("convert", str(output / "images"), str(data), "--format", "dali,ffcv")
     # Nine steps a cycle visit every level of rho; the published cycle is one epoch.
     short = ["train.batch_size=16", f"train.max_steps={steps}", "train.log_every_steps=1", "schedule.period_steps=9"]
+    short.append("train.ema_decay=0")
     runs = [output / loader for loader in LOADERS]
     for loader, run in zip(LOADERS, runs, strict=True):
         train("deit-s-224", data, run, loader, short)
-    rhos = ["--rho", "1.0,0.6,0.2", "--batch-size", "16"]
+    rhos = ["--rho", "1.0,0.2", "--batch-size", "16"]
     command("eval", *map(str, runs), "--data", str(data), "--output", str(output), *rhos)
     for run in runs:
         rows = [row for row in log(run) if row["kind"] == "step"]
