@@ -109,6 +109,8 @@ def train(
                 )
             world.barrier()
             trainer.fit()
+            if world.is_main:
+                typer.echo(f"done: {output}; next: pss-eval {output} --data {data}", err=True)
         except Interrupted:
             if world.is_main:
                 typer.echo(f"stopped at step {trainer.step}; continue with --resume", err=True)

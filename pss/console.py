@@ -21,7 +21,7 @@ class TrainView:
         self._live: Progress | None = None
         if enabled and self.console.is_terminal:
             columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
-            self._live = Progress(*columns, console=self.console, refresh_per_second=4)
+            self._live = Progress(*columns, console=self.console, refresh_per_second=4, transient=True)
             self._task = self._live.add_task("starting", total=total_steps, completed=done_steps)
             self._live.start()
 
