@@ -111,6 +111,8 @@ class LossConfig:
     """Alpha of CutMix's Beta distribution; 0 is off."""
     mix_switch_prob: float = 0.5
     """How often CutMix takes mixup's place where both are on."""
+    mix_mode: Literal["batch", "elem"] = "batch"
+    """One draw for the whole batch, or one for each image."""
 
 
 @dataclass(frozen=True, kw_only=True)

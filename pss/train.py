@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipelines.augment import Mixing, MixingConfig
 from pipelines.base import Batch, DataError, Loader
 from pipelines.device import DeviceTransform
 from pss import checkpoint, methods
@@ -58,9 +57,9 @@ class Trainer:
         seed = config.train.seed
         self.prepare = DeviceTransform(config.data, seed=seed, train=True)
         self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
-        seed_generators(seed)  # the same on every process: they must begin with the same weights
+        seed_generator(seed)  # the same on every process: they must begin with the same weights
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch).to(world.device)
-        self.mixup = build_mixup(config, len(classes))
+        self.mixing = build_mixing(config, len(classes), world.rank)
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
         saved = checkpoint.load_latest(output / "checkpoints")
@@ -129,8 +128,8 @@ class Trainer:
             wait = time.perf_counter() - began
 
             at = Progress(self.step, self.total_steps, self.epoch, self.epochs, train.seed, world.rank)
-            # Dropout and mixing are then functions of (seed, step, rank), whatever else drew random numbers before.
-            seed_generators(train.seed, self.step, world.rank)
+            # Dropout is then a function of (seed, step, rank), whatever else drew random numbers before.
+            seed_generator(train.seed, self.step, world.rank)
             self.lr_schedule.step_update(self.step - first_step)
             images, targets = self._inputs(batch)
             with self.autocast:
@@ -166,8 +165,8 @@ class Trainer:
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, targets = self.prepare(batch, self.epoch), batch.labels
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets, self.step)
         return images, targets
 
     def _log_step(self, meter: Meter, at: Progress, out: dict[str, Tensor]) -> None:
@@ -264,26 +263,24 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any
     return nullcontext()
 
 
-def build_mixup(config: Config, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix per batch, or None where both are off."""
+def build_mixing(config: Config, num_classes: int, rank: int) -> Mixing | None:
+    """Mixup and CutMix as configured, or None where both are off."""
     loss = config.loss
     if not loss.mixup and not loss.cutmix:
         return None
-    return Mixup(
+    mixing = MixingConfig(
         mixup_alpha=loss.mixup,
         cutmix_alpha=loss.cutmix,
-        switch_prob=loss.mix_switch_prob,
-        label_smoothing=loss.label_smoothing,
-        num_classes=num_classes,
+        switch_probability=loss.mix_switch_prob,
+        mode=loss.mix_mode,
     )
+    return Mixing(mixing, num_classes, seed=config.train.seed, rank=rank, label_smoothing=loss.label_smoothing)
 
 
-def seed_generators(*key: int) -> None:
-    """Seed every global random number generator from `key`."""
-    first, second = np.random.SeedSequence(key).generate_state(2, np.uint64).tolist()
-    torch.manual_seed(first >> 1)
-    np.random.seed(second >> 32)  # noqa: NPY002 - timm's Mixup draws from it
-    random.seed(second)
+def seed_generator(*key: int) -> None:
+    """Seed torch's global generator from `key`."""
+    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64).tolist()
+    torch.manual_seed(seed >> 1)
 
 
 @contextmanager
