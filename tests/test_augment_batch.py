@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data import mixup as timm_mixup
 from timm.data.random_erasing import RandomErasing as TimmErasing
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipelines.augment import Mixing, MixingConfig, RandomErasing
+from pipelines.augment import Mixing, MixingConfig, RandAugment, RandAugmentSpec, RandomErasing, ThreeAugment
 from pipelines.augment.erasing import draw_rectangles
-from pipelines.augment.mixing import draw_mixing
+from pipelines.augment.mixing import MixingMode, draw_mixing
 
 
 def noise(num: int, side: int = 32) -> torch.Tensor:
@@ -256,6 +257,41 @@ def test_mixing_refuses(settings: dict[str, Any], message: str) -> None:
 def test_smoothing_is_a_share() -> None:
     with pytest.raises(ValueError, match="label_smoothing is 2"):
         Mixing(MixingConfig(), 3, seed=0, rank=0, label_smoothing=2)
+
+
+# All transforms
+
+
+class HostReads(TorchDispatchMode):
+    """Collects the operators that make a GPU's caller wait: a value, or the size of a result, is read on the host."""
+
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal.default")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in self.waiting):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_back_from_the_device() -> None:
+    images, values = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8), noise(40, 16)
+    index, labels = np.arange(40), torch.arange(40)
+    rand_augment = RandAugment(RandAugmentSpec(num_ops=4), seed=0, fill=(1, 2, 3), interpolation="bicubic")
+    with HostReads() as reads:
+        values[0, 0, 0, 0].item()
+    assert len(reads.seen) == 1
+    with HostReads() as reads:
+        rand_augment(images, index, 0)
+        ThreeAugment(seed=0)(images, index, 0)
+        RandomErasing(0.5, seed=0)(values, index, 0)
+        for mode in get_args(MixingMode):
+            for step in range(4):
+                Mixing(MixingConfig(**BOTH, mode=mode), 40, seed=0, rank=0)(values, labels, step)
+    assert not reads.seen
 
 
 @pytest.mark.gpu

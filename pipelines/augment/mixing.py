@@ -123,18 +123,15 @@ def _mix_batch(images: Tensor, share: float, rectangle: list[int]) -> None:
         window = images[:, :, top:bottom, left:right]
         window.copy_(window.flip(0))
     elif share < 1:
-        others = images.flip(0).mul_(1 - share)
-        images.mul_(share).add_(others)
+        images.lerp_(images.flip(0), 1 - share)
 
 
 def _mix_each(images: Tensor, share: NDArray[np.float64], rectangle: NDArray[np.int64]) -> None:
-    """As a weight per pixel: CutMix's is 0 inside its rectangle and 1 outside, mixup's the share everywhere."""
+    """As a weight per pixel of the other image: CutMix's is 1 inside its rectangle and 0 outside."""
     cut = np.any(rectangle[:, 1::2] > rectangle[:, ::2], axis=1)
-    shares = to_device(np.where(cut, 1, share).astype(np.float32), images.device).view(-1, 1, 1, 1)
+    others = to_device(np.where(cut, 0, 1 - share).astype(np.float32), images.device).view(-1, 1, 1, 1)
     top, bottom, left, right = to_device(rectangle, images.device).view(-1, 4, 1, 1, 1).unbind(1)
     x = torch.arange(images.shape[-1], device=images.device)
     y = x.unsqueeze(1)
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # (B, 1, S, S)
-    weights = shares.masked_fill(inside, 0)
-    others = images.flip(0).mul_(1 - weights)
-    images.mul_(weights).add_(others)
+    images.lerp_(images.flip(0), others.masked_fill(inside, 1).to(images.dtype))

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import geometric, neighbourhood, point
+from pipelines.augment.point import Arguments
 from pipelines.augment.transfer import to_device
 from pipelines.base import Interpolation
-
-Arguments = NDArray[np.float64]
 
 
 class Op(IntEnum):
@@ -42,26 +41,25 @@ class Op(IntEnum):
     ROTATE = 16  # degrees, counter-clockwise
 
 
-_TABLES: dict[Op, Callable[[Arguments], NDArray[np.generic]]] = {
-    Op.INVERT: point.invert_table,
-    Op.POSTERIZE: point.posterize_table,
-    Op.SOLARIZE: point.solarize_table,
-    Op.SOLARIZE_ADD: point.solarize_add_table,
-    Op.BRIGHTNESS: point.brightness_table,
-}
-
-_OTHERS: dict[Op, Callable[[Tensor, Arguments], Tensor]] = {
+_INDEPENDENT: dict[Op, Callable[[Tensor, Arguments], Tensor]] = {
     Op.AUTO_CONTRAST: point.auto_contrast,
     Op.EQUALIZE: point.equalize,
+    Op.INVERT: point.invert,
+    Op.POSTERIZE: point.posterize,
+    Op.SOLARIZE: point.solarize,
+    Op.SOLARIZE_ADD: point.solarize_add,
+    Op.BRIGHTNESS: point.brightness,
     Op.CONTRAST: point.contrast,
     Op.COLOR: neighbourhood.color,
     Op.SHARPNESS: neighbourhood.sharpness,
     Op.BLUR: neighbourhood.blur,
 }
+"""Those that need nothing but the image and their argument."""
 
 _ROWS, _COLUMNS = (Op.SHEAR_X, Op.TRANSLATE_X), (Op.SHEAR_Y, Op.TRANSLATE_Y)
-_GROUPS = (tuple(_TABLES), *((op,) for op in _OTHERS), _ROWS, _COLUMNS, (Op.ROTATE,))
+_GROUPS = (*((op,) for op in _INDEPENDENT), _ROWS, _COLUMNS, (Op.ROTATE,))
 """Operations that one pass carries out together."""
+_GROUP_OF = np.array([next((number for number, group in enumerate(_GROUPS) if op in group), -1) for op in Op])
 
 _CPU_IMAGES, _GPU_IMAGES = 1, 128
 """Images a pass takes at most: what a CPU's cache holds with the intermediate values; a bound on a GPU's memory."""
@@ -87,8 +85,9 @@ def apply(
     operations = np.take_along_axis(operations, order, axis=0)
     arguments = np.take_along_axis(arguments, order, axis=0)
     for layer, layer_arguments in zip(operations, arguments, strict=True):
-        for group in _GROUPS:
-            members = np.flatnonzero(np.isin(layer, group))
+        groups = _GROUP_OF[layer]
+        for number, group in enumerate(_GROUPS):
+            members = np.flatnonzero(groups == number)
             for start in range(0, len(members), size):
                 rows = members[start : start + size]
                 where = to_device(rows, images.device)
@@ -112,14 +111,8 @@ def _apply_group(
     fill: Tensor,
     interpolation: Interpolation,
 ) -> Tensor:
-    if group[0] in _OTHERS:
-        return _OTHERS[group[0]](images, arguments)
-    if group[0] in _TABLES:
-        tables = np.empty((len(operations), 1, 256), dtype=np.uint8)
-        for operation, table in _TABLES.items():
-            members = operations == operation
-            tables[members, 0] = table(arguments[members])
-        return point.lookup(images, to_device(tables, images.device))
+    if group[0] in _INDEPENDENT:
+        return _INDEPENDENT[group[0]](images, arguments)
     if group == (Op.ROTATE,):
         return geometric.rotate(images, arguments, fill, interpolation)
     sheared = np.isin(operations, (Op.SHEAR_X, Op.SHEAR_Y))[:, None]

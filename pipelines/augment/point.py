@@ -1,12 +1,10 @@
-"""Operations that replace each grey level by another: one table of 256 entries per image and channel.
+"""Operations that replace each grey level by another, whatever its neighbours.
 
-Each equals Pillow's (`ImageOps`, `ImageEnhance`) exactly. All take and return uint8 (G, 3, S, S); G is the number of
-images an operation was drawn for.
+Each equals Pillow's (`ImageOps`, `ImageEnhance`) exactly. All take uint8 (G, 3, S, S), G being the number of images an
+operation was drawn for, and one argument per image, (G,); all return uint8 of the same shape.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,38 +13,12 @@ from torch import Tensor
 
 from pipelines.augment.transfer import to_device
 
-_LEVELS = np.arange(256)
+Arguments = NDArray[np.float64]
 
 
-def lookup(images: Tensor, tables: Tensor) -> Tensor:
-    """Each value replaced by its entry in `tables`, uint8 (G, 3, 256) or (G, 1, 256) for all channels alike."""
-    tables = tables.expand(-1, 3, -1)
-    return tables.gather(2, images.flatten(2).long()).view_as(images)
-
-
-def invert_table(_: NDArray[np.float64]) -> NDArray[Any]:
-    return 255 - _LEVELS
-
-
-def posterize_table(bits: NDArray[np.float64]) -> NDArray[Any]:
-    """Keeps the top `bits` of each level."""
-    dropped = 8 - bits.astype(np.int64)[:, None]
-    return _LEVELS >> dropped << dropped
-
-
-def solarize_table(threshold: NDArray[np.float64]) -> NDArray[Any]:
-    """Inverts the levels from `threshold` on."""
-    return np.where(threshold[:, None] > _LEVELS, _LEVELS, 255 - _LEVELS)
-
-
-def solarize_add_table(addend: NDArray[np.float64]) -> NDArray[Any]:
-    """Adds to the levels below 128."""
-    return np.where(_LEVELS < 128, np.minimum(_LEVELS + addend[:, None], 255), _LEVELS)
-
-
-def brightness_table(factor: NDArray[np.float64]) -> NDArray[Any]:
-    """Blends with black. Single precision and truncation, as Pillow's blend has them."""
-    return np.clip(factor[:, None].astype(np.float32) * _LEVELS.astype(np.float32), 0, 255)
+def per_image(values: Arguments, like: Tensor, dtype: type[np.generic] = np.float32) -> Tensor:
+    """One number per image, (G, 1, 1, 1), on the device of `like`."""
+    return to_device(values.astype(dtype), like.device).view(-1, 1, 1, 1)
 
 
 def to_bytes(values: Tensor) -> Tensor:
@@ -66,27 +38,52 @@ def luma(values: Tensor) -> Tensor:
     return total.mul_(2.0**-16).floor_().unsqueeze(1)
 
 
-def contrast(images: Tensor, factor: NDArray[np.float64]) -> Tensor:
-    """Blends with the mean grey value; `factor` (G,), 0 is that grey."""
-    sums = luma(images.to(torch.float32)).to(torch.int64).sum((1, 2, 3))
+def invert(images: Tensor, _: Arguments) -> Tensor:
+    return ~images
+
+
+def posterize(images: Tensor, bits: Arguments) -> Tensor:
+    """Keeps the top `bits`, 1 to 8, of each level."""
+    return images & per_image(256 - 2 ** (8 - bits), images, np.uint8)
+
+
+def solarize(images: Tensor, threshold: Arguments) -> Tensor:
+    """Inverts the levels from `threshold`, 0 to 256, on."""
+    inverted = images >= per_image(threshold, images, np.int16)
+    return images ^ inverted.to(torch.uint8).neg_()
+
+
+def solarize_add(images: Tensor, addend: Arguments) -> Tensor:
+    """Adds to the levels below 128; at most 128, so that none exceeds 255."""
+    return images + (images < 128) * per_image(addend, images, np.uint8)
+
+
+def brightness(images: Tensor, factor: Arguments) -> Tensor:
+    """Blends with black."""
+    return to_bytes(images.to(torch.float32).mul_(per_image(factor, images)).clamp_(0, 255))
+
+
+def contrast(images: Tensor, factor: Arguments) -> Tensor:
+    """Blends with the mean grey value."""
+    values = images.to(torch.float32)
+    sums = luma(values).to(torch.int64).sum((1, 2, 3), keepdim=True)
     num_pixels = images.shape[2] * images.shape[3]
     mean = (2 * sums + num_pixels).div(2 * num_pixels, rounding_mode="floor")  # nearest, halves up
-    levels = torch.arange(256, dtype=torch.float32, device=images.device)
-    factors = to_device(factor.astype(np.float32), images.device)[:, None]
-    return lookup(images, blend(mean.to(torch.float32)[:, None], levels, factors).unsqueeze(1))
+    return blend(mean.to(torch.float32), values, per_image(factor, images))
 
 
-def auto_contrast(images: Tensor, _: NDArray[np.float64]) -> Tensor:
+def auto_contrast(images: Tensor, _: Arguments) -> Tensor:
     """Stretches each channel to the full range."""
     low, high = (extreme[..., None].to(torch.float64) for extreme in (images.amin((2, 3)), images.amax((2, 3))))
     levels = torch.arange(256, dtype=torch.float64, device=images.device)
     # Double precision in this order, and a division (torch makes 255 / x a product): truncation shows the last bit.
     scale = torch.full_like(low, 255).div_((high - low).clamp_(min=1))
     stretched = (levels * scale).add_(-low * scale).clamp_(0, 255)
-    return lookup(images, torch.where(high > low, stretched, levels).to(torch.uint8))
+    tables = torch.where(high > low, stretched, levels).to(torch.uint8)  # (G, 3, 256)
+    return tables.gather(2, images.flatten(2).long()).view_as(images)
 
 
-def equalize(images: Tensor, _: NDArray[np.float64]) -> Tensor:
+def equalize(images: Tensor, _: Arguments) -> Tensor:
     """Makes each channel's histogram as even as a table can."""
     values = images.flatten(2).long()
     histogram = torch.zeros((*values.shape[:2], 256), dtype=torch.int64, device=images.device)

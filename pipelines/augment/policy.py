@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import crng
-from pipelines.augment.operations import Arguments, Op, apply
+from pipelines.augment.operations import Op, apply
+from pipelines.augment.point import Arguments
 from pipelines.augment.streams import RAND_AUGMENT, THREE_AUGMENT
 from pipelines.augment.transfer import host_index
 from pipelines.base import Interpolation
