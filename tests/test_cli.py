@@ -238,12 +238,19 @@ def wait_for_new_checkpoint(process, folder):
 def start(name, *arguments):
     command = [sys.executable, "-m", f"cli.{name}", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def finish(process):
     """Its exit code and what it said; also closes the pipe, which a leaked child process would keep open."""
-    _, told = process.communicate(timeout=120)
+    try:
+        _, told = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
     return process.returncode, told
 
 
