@@ -35,7 +35,7 @@ def build(
     """A loader over one split of the data set at `root`.
 
     `root` is a folder written by pss-convert, or a plain one with `train|val/<class>/*.jpg`. `batch_size` is per rank.
-    `num_workers` counts processes (torch; 0: none) or threads (DALI, FFCV); by default this rank's share of the cores.
+    `num_workers` counts threads (0: torch decodes in the caller's); by default this rank's share of the cores.
     `loader="auto"` takes DALI if it is installed and the split holds original bytes, else torch; FFCV only for a
     split that exists in no other form. Raises `DataError` for data or a back end that cannot be used.
     """

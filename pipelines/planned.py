@@ -28,6 +28,8 @@ class PlannedLoader(ABC):
     """Base of the loaders; see `pipelines.base.Loader` for the contract."""
 
     backend: str
+    stall_seconds = 30.0
+    """How long nothing may be decoded before the loader gives up with a `DataError`."""
 
     def __init__(
         self,

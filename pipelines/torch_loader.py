@@ -1,10 +1,17 @@
-"""The reference back end: torchvision decodes, crops and resizes, in this process or in worker processes."""
+"""The reference back end: torchvision decodes, crops and resizes, in this thread or in worker threads.
+
+Threads suffice, because decoding and resizing release the interpreter's lock. They end with the process however it
+dies, start at once, and share the source's memory.
+"""
 
 from __future__ import annotations
 
 import io
-import multiprocessing
-from collections.abc import Generator, Iterator
+import threading
+import weakref
+from collections import deque
+from collections.abc import Generator
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -14,7 +21,6 @@ import torchvision.io
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
@@ -24,6 +30,8 @@ from pipelines.planned import PlannedLoader
 from pipelines.source import Bytes, Source
 
 _JPEG_MAGIC = b"\xff\xd8"
+_BATCHES_AHEAD = 3
+_JOIN_SECONDS = 5.0
 
 
 def decode(encoded: Bytes, name: str) -> Tensor:
@@ -46,29 +54,34 @@ def decode(encoded: Bytes, name: str) -> Tensor:
 
 
 class Decoder:
-    """Turns sample numbers into a uint8 batch; the part that runs in the workers."""
+    """Turns sample numbers into a uint8 batch: `open` once, then `decode` for every row, from any thread."""
 
     def __init__(self, source: Source, config: DataConfig, train: bool, seed: int) -> None:
         self.source, self.config, self.train, self.seed = source, config, train, seed
 
-    def __call__(self, epoch: int, index: NDArray[np.int64]) -> Tensor:
-        """Images of `index`, uint8 (B, 3, S, S)."""
-        side = self.config.img_size
-        encoded = self.source.read_many(index)
+    def open(self, step: DecodedStep) -> None:
+        """Read the batch's files and decide its crops."""
+        index = step.index
+        step.encoded = self.source.read_many(index)
         heights, widths = self.source.sizes(index)
-        out = torch.empty((len(index), 3, side, side), dtype=torch.uint8)
         if self.train:
-            boxes = random_crops(heights, widths, index, seed=self.seed, epoch=epoch, config=self.config).tolist()
-            for image, data, i, (top, left, height, width) in zip(out, encoded, index, boxes, strict=True):
-                pixels = decode(data, self.source.name(int(i)))[:, top : top + height, left : left + width]
-                image.copy_(self._resize(pixels, [side, side]))
+            boxes = random_crops(heights, widths, index, seed=self.seed, epoch=step.epoch, config=self.config)
+            step.geometry = boxes.tolist()
         else:
             sizes, corners = evaluation_resize(heights, widths, self.config)
-            rows = zip(out, encoded, index, sizes.tolist(), corners.tolist(), strict=True)
-            for image, data, i, size, (top, left) in rows:
-                pixels = self._resize(decode(data, self.source.name(int(i))), size)
-                image.copy_(pixels[:, top : top + side, left : left + side])
-        return out
+            step.geometry = np.concatenate([sizes, corners], axis=1).tolist()
+
+    def decode(self, step: DecodedStep, row: int) -> None:
+        """Fill row `row` of the batch."""
+        side = self.config.img_size
+        pixels = decode(step.encoded[row], self.source.name(int(step.index[row])))
+        if self.train:
+            top, left, height, width = step.geometry[row]
+            pixels = self._resize(pixels[:, top : top + height, left : left + width], [side, side])
+        else:
+            *size, top, left = step.geometry[row]
+            pixels = self._resize(pixels, size)[:, top : top + side, left : left + side]
+        step.images[row].copy_(pixels)
 
     def _resize(self, pixels: Tensor, size: list[int]) -> Tensor:
         mode = InterpolationMode(self.config.interpolation)
@@ -76,35 +89,84 @@ class Decoder:
         return resized
 
 
-class _DecodedSteps(Dataset[Tensor | str]):
-    """What a worker holds. A failure comes back as its message: exceptions would arrive wrapped in a traceback."""
+class DecodedStep:
+    """A batch being decoded, each row by whichever thread comes to it."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, epoch: int, index: NDArray[np.int64], side: int, pin_memory: bool = False) -> None:
+        self.epoch, self.index = epoch, index
+        stored = torch.empty((len(index), side, side, 3), dtype=torch.uint8, pin_memory=pin_memory)
+        self.images = stored.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory like what decoders return
+        self.encoded: list[Bytes] = []
+        self.geometry: list[list[int]] = []  # per row the crop's box, or the resized size and the crop's corner
+        self.rows_done = 0
+        self.done = threading.Event()
+        self.failure: BaseException | None = None
+        self._lock = threading.Lock()
 
-    def __getitem__(self, step: tuple[int, NDArray[np.int64]]) -> Tensor | str:
+    def finish_row(self) -> None:
+        with self._lock:
+            self.rows_done += 1
+            if self.rows_done == len(self.index):
+                self.done.set()
+
+    def fail(self, failure: BaseException) -> None:
+        self.failure = failure
+        self.done.set()
+
+
+class _Workers:
+    """Threads that decode rows in the order of submission; ended by `stop`, at the latest when Python exits."""
+
+    def __init__(self, decoder: Decoder, count: int) -> None:
+        self._tasks: SimpleQueue[tuple[DecodedStep, int] | None] = SimpleQueue()  # -1 for a row: open the batch
+        stopping, begun = threading.Event(), threading.Barrier(count + 1)
+        arguments = (decoder, self._tasks, stopping, begun)
+        threads = [
+            # Daemons, so that a read which never returns cannot keep the process from ending.
+            threading.Thread(target=_work, args=arguments, name=f"pss-decode-{i}", daemon=True)
+            for i in range(count)
+        ]
+        intra_op = torch.get_num_threads()
+        for thread in threads:
+            thread.start()
+        begun.wait()
+        torch.set_num_threads(intra_op)  # a worker's setting is also what threads started later would begin with
+        self.stop = weakref.finalize(self, _stop, self._tasks, threads, stopping)
+
+    def submit(self, step: DecodedStep) -> None:
+        self._tasks.put((step, -1))
+
+
+def _work(decoder: Decoder, tasks: SimpleQueue[Any], stopping: threading.Event, begun: threading.Barrier) -> None:
+    torch.get_num_threads()  # torch sets up a thread at its first use; later, that would undo the next line
+    torch.set_num_threads(1)
+    begun.wait()
+    while (task := tasks.get()) is not None:
+        step, row = task
+        if stopping.is_set() or step.failure is not None:
+            continue
         try:
-            return self.decoder(*step)
-        except DataError as error:
-            return str(error)
+            if row >= 0:
+                decoder.decode(step, row)
+                step.finish_row()
+            else:
+                decoder.open(step)
+                for i in range(len(step.index)):
+                    tasks.put((step, i))
+        except BaseException as error:  # whatever it is, the reader of this batch must hear of it
+            step.fail(error)
 
 
-class _Steps:
-    """The sampler: (epoch, sample numbers) of each batch to come."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.steps: list[NDArray[np.int64]] = []
-
-    def __iter__(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        return ((self.epoch, index) for index in self.steps)
-
-    def __len__(self) -> int:
-        return len(self.steps)
+def _stop(tasks: SimpleQueue[Any], threads: list[threading.Thread], stopping: threading.Event) -> None:
+    stopping.set()
+    for _ in threads:
+        tasks.put(None)
+    for thread in threads:
+        thread.join(_JOIN_SECONDS)
 
 
 class TorchLoader(PlannedLoader):
-    """torchvision's decoder; `num_workers` processes, or none for 0."""
+    """torchvision's decoder in `num_workers` threads, or in the caller's own for 0."""
 
     backend = "torch"
 
@@ -112,48 +174,57 @@ class TorchLoader(PlannedLoader):
         super().__init__(source, **settings)
         self.source = source
         self._decoder = Decoder(source, self.config, self.train, self.seed)
-        self._steps = _Steps()
-        self._workers: DataLoader[Tensor | str] | None = None
-        self._results: Iterator[Tensor | str] = iter(())
+        self._workers: _Workers | None = None
 
     def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Batch]:
+        self._stop_workers()
         if self.num_workers == 0:
             for index in steps:
-                yield self.batch(self._decoder(epoch, index), index)
+                step = self._step(epoch, index)
+                self._decoder.open(step)
+                for row in range(len(index)):
+                    self._decoder.decode(step, row)
+                yield self.batch(step.images, index)
             return
-        self._steps.epoch, self._steps.steps = epoch, steps
-        self._results = iter(self._start_workers())
-        for index in steps:
-            try:
-                images = next(self._results)
-            except (RuntimeError, OSError, EOFError) as error:
-                raise DataError(f"a loader process died ({error}); is there too little memory?") from error
-            if isinstance(images, str):
-                raise DataError(images)
-            yield self.batch(images, index)
+        workers = self._workers = _Workers(self._decoder, self.num_workers)
+        ahead: deque[DecodedStep] = deque()
+        to_submit = deque(steps)
+        try:
+            for _ in steps:
+                while to_submit and len(ahead) < _BATCHES_AHEAD:
+                    ahead.append(self._step(epoch, to_submit.popleft()))
+                    workers.submit(ahead[-1])
+                step = ahead.popleft()
+                self._wait(step)
+                yield self.batch(step.images, step.index)
+        finally:
+            workers.stop()
 
-    def _start_workers(self) -> DataLoader[Tensor | str]:
-        if self._workers is None:
-            # Not fork: this process runs threads (torch's, CUDA's), whose locks a forked child may inherit held.
-            # A fork server has none, and imports this module once for all workers.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
-            self._workers = DataLoader(
-                _DecodedSteps(self._decoder),
-                batch_size=None,
-                sampler=self._steps,
-                num_workers=self.num_workers,
-                multiprocessing_context=context,
-                persistent_workers=True,
-                pin_memory=self.device.type == "cuda",
-            )
-        return self._workers
+    def _step(self, epoch: int, index: NDArray[np.int64]) -> DecodedStep:
+        return DecodedStep(epoch, index, self.config.img_size, pin_memory=self.device.type == "cuda")
+
+    def _wait(self, step: DecodedStep) -> None:
+        """Until `step` is decoded; raises what its decoding raised, and `DataError` if it makes no progress."""
+        before = -1
+        while not step.done.wait(self.stall_seconds):
+            if step.rows_done == before:
+                raise DataError(
+                    f"no image was decoded for {self.stall_seconds:g} s; the threads wait for "
+                    f"{self.source.name(int(step.index[0]))} or one of the {len(step.index) - 1} images after it"
+                )
+            before = step.rows_done
+        if step.failure is not None:
+            raise step.failure
+
+    def _stop_workers(self) -> None:
+        if self._workers is not None:
+            self._workers.stop()
+            self._workers = None
 
     def library_versions(self) -> dict[str, str]:
         return {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "pillow": PIL.__version__}
 
     def close(self) -> None:
         super().close()
-        self._results = iter(())
-        self._workers = None  # the last reference: its destructor joins the workers
+        self._stop_workers()
         self.source.close()

@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -302,18 +303,77 @@ def test_batches_reach_the_gpu(backend: str, tolerance: float, split: str, make:
     assert difference(ours, reference) <= tolerance
 
 
-def test_a_killed_worker_ends_the_epoch(make: Make) -> None:
-    loader = make("torch", num_workers=1, batch_size=2)
+_ENDLESS = """
+import sys
+from pipelines import DataConfig, build
+loader = build(sys.argv[1], "train", config=DataConfig(img_size=48), batch_size=4, train=True, loader=sys.argv[2],
+               num_workers=2)
+while True:
+    for _ in loader:
+        print("delivered", flush=True)
+"""
 
-    def kill_then_go_on() -> None:
-        for step, _ in enumerate(loader):
-            if step == 1:
-                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
-    began = time.monotonic()
-    with pytest.raises((DataError, RuntimeError), match=r"died|killed"):
-        kill_then_go_on()
-    assert time.monotonic() - began < 20
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_killed_trainer_leaves_nothing_behind(backend: str, converted_root: Path) -> None:
+    """It has no child that could outlive it, and nobody holds its streams open."""
+    command = [sys.executable, "-c", _ENDLESS, str(converted_root), backend]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            assert process.stdout.readline() == b"delivered\n"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        process.communicate(timeout=20)
+    assert children == []
+
+
+def test_decoding_threads_leave_torchs_threads_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each runs its operators alone; the caller's setting, and that of threads to come, stays."""
+    from pipelines.torch_loader import Decoder
+
+    inside, later = [], []
+    decode = Decoder.decode
+
+    def note(*arguments: Any) -> None:
+        inside.append(torch.get_num_threads())
+        decode(*arguments)
+
+    monkeypatch.setattr(Decoder, "decode", note)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        list(make("torch", num_workers=2))
+        assert torch.get_num_threads() == 3
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert set(inside) == {1}
+    assert later == [3]
+
+
+@pytest.mark.parametrize("part", ["open", "decode"])
+def test_a_failure_in_a_thread_arrives_at_its_batch(part: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.torch_loader import Decoder
+
+    loader = make("torch", num_workers=2)
+    loader.set_epoch(0)
+    victim, work = loader.planned_steps()[5], getattr(Decoder, part)
+
+    def fail(decoder: Decoder, step: Any, *row: int) -> None:
+        if np.array_equal(step.index, victim):
+            raise MemoryError("no memory for this batch")
+        work(decoder, step, *row)
+
+    monkeypatch.setattr(Decoder, part, fail)
+    batches = iter(loader)
+    assert len([next(batches) for _ in range(5)]) == 5
+    with pytest.raises(MemoryError, match="this batch"):
+        next(batches)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pss-decode")]
 
 
 def test_an_ffcv_thread_that_fails_is_reported(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
