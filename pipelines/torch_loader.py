@@ -28,6 +28,7 @@ from pipelines.base import Batch, DataConfig, DataError
 from pipelines.geometry import evaluation_resize, random_crops
 from pipelines.planned import PlannedLoader
 from pipelines.source import Bytes, Source
+from pipelines.unreadable import UNREADABLE, unreadable
 
 _JPEG_MAGIC = b"\xff\xd8"
 _BATCHES_AHEAD = 3
@@ -49,8 +50,8 @@ def decode(encoded: Bytes, name: str) -> Tensor:
     try:
         with Image.open(io.BytesIO(encoded.data)) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{name} cannot be decoded: {error}") from error
+    except UNREADABLE as error:
+        raise unreadable(name, len(encoded), error) from error
 
 
 class Decoder:
@@ -94,7 +95,8 @@ class DecodedStep:
 
     def __init__(self, epoch: int, index: NDArray[np.int64], side: int, pin_memory: bool = False) -> None:
         self.epoch, self.index = epoch, index
-        stored = torch.empty((len(index), side, side, 3), dtype=torch.uint8, pin_memory=pin_memory)
+        with torch.inference_mode(False):  # the caller's mode: threads outside it could not write into the batch
+            stored = torch.empty((len(index), side, side, 3), dtype=torch.uint8, pin_memory=pin_memory)
         self.images = stored.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory like what decoders return
         self.encoded: list[Bytes] = []
         self.geometry: list[list[int]] = []  # per row the crop's box, or the resized size and the crop's corner

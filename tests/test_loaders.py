@@ -545,3 +545,10 @@ def test_back_ends_agree_on_photographs(tmp_path: Path, make: Make) -> None:
         reference, ours = (epoch_of(make(name, train=train, **options), 0) for name in ("torch", "dali"))
         assert all(torch.equal(a.index, b.index) for a, b in zip(ours, reference, strict=True))
         assert difference(ours, reference) < 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_can_be_read_in_inference_mode(backend: str, make: Make) -> None:
+    plain = list(make(backend, "val", num_workers=1))
+    with torch.inference_mode():
+        assert same(list(make(backend, "val", num_workers=1)), plain)
