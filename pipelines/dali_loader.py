@@ -26,8 +26,11 @@ from pipelines.base import Batch, DataError
 from pipelines.geometry import evaluation_resize, random_crops
 from pipelines.planned import PlannedLoader
 from pipelines.source import Source
+from pipelines.unreadable import UNREADABLE, unreadable
 
 _PREFETCH = 2
+_DECODED = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
+_REMEDY = "use loader='torch', or convert the data set with pss-convert"
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -117,7 +120,7 @@ class DaliLoader(PlannedLoader):
         try:
             (output,) = self._pipe.run(stream)
         except RuntimeError as error:
-            raise DataError(self._explain(error)) from error
+            raise self._explain(error) from error
         images: torch.Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
         if stream is not None:
             images = images.clone()
@@ -132,17 +135,22 @@ class DaliLoader(PlannedLoader):
         self._in_flight.clear()
         self._pipe.reset()
 
-    def _explain(self, error: RuntimeError) -> str:
+    def _explain(self, error: RuntimeError) -> DataError:
         """DALI seldom says which image it could not decode: Pillow tries those it may have been."""
         suspects = [int(i) for step in self._in_flight for i in step.index]
         for i in suspects:
+            encoded = self.source.read(i)
             try:
-                with Image.open(io.BytesIO(self.source.read(i).data)) as image:
+                with Image.open(io.BytesIO(encoded.data)) as image:
                     image.load()
-            except (OSError, SyntaxError, ValueError) as reason:
-                return f"{self.source.name(i)} cannot be decoded: {reason}"
+                    if image.format not in _DECODED:
+                        return DataError(
+                            f"{self.source.name(i)} is a {image.format} image, which DALI cannot decode; {_REMEDY}"
+                        )
+            except UNREADABLE as reason:
+                return unreadable(self.source.name(i), len(encoded), reason)
         names = ", ".join(self.source.name(i) for i in suspects[:3])
-        return f"DALI cannot decode one of {len(suspects)} images ({names}, ...): {error}"
+        return DataError(f"DALI cannot decode one of {len(suspects)} images ({names}, ...): {error}")
 
     def library_versions(self) -> dict[str, str]:
         return {"dali": f"{nvidia.dali.__version__}, {self._decoder} decoder"}

@@ -22,6 +22,7 @@ from PIL import Image
 
 from pipelines.base import DataError
 from pipelines.manifest import MANIFEST, SAMPLE, SPLIT_ALIASES, Manifest, Split, canonical_split, read_manifest
+from pipelines.unreadable import UNREADABLE, unreadable
 
 Bytes = NDArray[np.uint8]
 
@@ -180,11 +181,14 @@ class FolderSource:
     def read(self, i: int) -> Bytes:
         try:
             encoded = np.fromfile(self.folder / self.names[i], dtype=np.uint8)
-            if not self._sizes[i, 0]:
+        except OSError as error:
+            raise DataError(f"{self.name(i)} cannot be read ({error.strerror})") from error
+        if not self._sizes[i, 0]:
+            try:
                 with Image.open(io.BytesIO(encoded.data)) as image:
                     self._sizes[i] = image.height, image.width
-        except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG header as SyntaxError
-            raise DataError(f"{self.name(i)} cannot be read as an image: {error}") from error
+            except UNREADABLE as error:
+                raise unreadable(self.name(i), len(encoded), error) from error
         return encoded
 
     def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
