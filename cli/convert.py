@@ -1,4 +1,4 @@
-"""pss-convert: turn a folder of images into the files the training loaders read."""
+"""pss-convert: turn images into the files the training loaders read."""
 
 from __future__ import annotations
 
@@ -17,63 +17,113 @@ from cli import errors
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from pipelines.manifest import Manifest
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+_SOURCES = (
+    "'digits'; a folder of CLASS/*.jpg or train|val|test/CLASS/*.jpg; ImageNet's downloaded tars; Parquet; a saved "
+    "Hugging Face data set; WebDataset tars; CIFAR's archive"
+)
 
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="'digits', or a folder: CLASS/*.jpg or train|val|test/CLASS/*.jpg")],
+    source: Annotated[str, typer.Argument(help=_SOURCES)],
     dest: Annotated[Path | None, typer.Argument(help="the new folder to write")] = None,
     format: Annotated[str, typer.Option(help="dali, ffcv or ffcv,dali")] = "",
-    split: Annotated[str | None, typer.Option(help="CLASS/*.jpg source: the split it is, train or val")] = None,
+    split: Annotated[str | None, typer.Option(help="a source without splits: the one it is, train or val")] = None,
     val_fraction: Annotated[
         float | None, typer.Option(help="share of each class held out for validation (digits: 0.2)")
     ] = None,
-    max_size: Annotated[int, typer.Option(help="ffcv: longest side in pixels")] = 500,
+    profile: Annotated[str | None, typer.Option(help="ffcv: jpg500, jpg400, mix500, raw400 or raw256")] = None,
+    max_size: Annotated[int | None, typer.Option(help="ffcv: longest side in pixels [default: 500]")] = None,
     quality: Annotated[int, typer.Option(help="ffcv: JPEG quality")] = 90,
     jobs: Annotated[int | None, typer.Option(help="processes; default: all cores")] = None,
     on_error: Annotated[str, typer.Option(help="unreadable images: fail, or skip and list them")] = "fail",
     shard_size: Annotated[int, typer.Option(help="images per tar")] = 2000,
     seed: Annotated[int, typer.Option(help="of the shuffle and of the held-out choice")] = 0,
+    engine: Annotated[str, typer.Option(help="processes, or ray: the nodes of a Ray cluster")] = "processes",
+    part: Annotated[str | None, typer.Option(help="i/n: do one of n shares; the last one merges")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="drop an unfinished conversion to DEST")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="finish SOURCE, a folder begun with --part")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check the files of SOURCE, a converted folder")] = False,
+    full: Annotated[bool, typer.Option("--full", help="with --verify: every sample and checksum")] = False,
 ) -> None:
     """Check every image of SOURCE and write it to DEST, for DALI (tars, original bytes) or FFCV (.beton).
 
-    With --traceback, errors show where they arose.
+    Interrupted, the same command continues. With --traceback, errors show where they arose.
     """
     from pipelines import convert as conversion
+    from pipelines import verify as verification
 
     signal.signal(signal.SIGTERM, _terminate)
     jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
+    if full and not verify:
+        raise ValueError("--full is for --verify")
     if verify:
         with _Display("files") as display:
-            manifest = conversion.verify(Path(source), jobs, display)
-        print(f"{source}: {len(manifest.files)} files are as they were written")
+            manifest = verification.verify(Path(source), jobs, display, full=full)
+        how = "every sample and checksum" if full else "sizes, tables and a sample of the images; --full checks all"
+        print(f"{source}: {len(manifest.files)} files are as they were written ({how})")
+        return
+    if merge:
+        with _Display("images") as display:
+            _report(Path(source), conversion.merge(Path(source), jobs, display, _tell), display)
         return
     if dest is None or not format:
         raise ValueError("give a folder to write and --format dali, ffcv or ffcv,dali")
+    if profile is not None and (profile not in conversion.PROFILES or max_size is not None):
+        raise ValueError(f"--profile is {profile!r}; use {', '.join(conversion.PROFILES)}, and no --max-size with it")
+    size, store = (500 if max_size is None else max_size, "jpg") if profile is None else conversion.PROFILES[profile]
     options = conversion.Options(
         formats=tuple(dict.fromkeys(format.split(","))),  # type: ignore[arg-type]  # Options checks them
         split=split,
         val_fraction=val_fraction,
-        max_size=max_size,
+        max_size=size,
         quality=quality,
-        jobs=jobs,
+        store=store,  # type: ignore[arg-type]
         on_error=on_error,  # type: ignore[arg-type]
         shard_size=shard_size,
         seed=seed,
+        jobs=jobs,
+        engine=engine,  # type: ignore[arg-type]
+        part=_part(part),
+        restart=restart,
     )
     with _Display("images") as display:
-        manifest = conversion.convert(source, dest, options, display)
+        result = conversion.convert(source, dest, options, display, _tell)
+    if result is None:
+        print(f"part {part} of {dest} is done; the last part, or pss-convert --merge {dest}, puts all together")
+    else:
+        _report(dest, result, display)
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    numbers = text.split("/")
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        raise ValueError(f"--part is {text!r}; use i/n, for instance 2/8")
+    return int(numbers[0]), int(numbers[1])
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _report(dest: Path, manifest: Manifest, display: _Display) -> None:
     counts = ", ".join(f"{part.num_samples} {name}" for name, part in manifest.splits.items())
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
     print(f"{dest}: {len(manifest.classes)} classes, {counts} images, {size:.1f} MB")
+    print(f"images/s: {display.rates()}")
     if manifest.skipped:
         print(f"{len(manifest.skipped)} unreadable image(s) left out; dataset.json lists them")
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signum)  # an exception, so that unfinished files are removed
+    sys.exit(128 + signum)  # an exception, so that what is finished is kept in order
 
 
 class _Display:
@@ -83,6 +133,7 @@ class _Display:
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
+        self._phases: list[tuple[str, int, float, float]] = []  # name, images, start, end
 
     def __enter__(self) -> _Display:
         from rich.console import Console
@@ -104,9 +155,24 @@ class _Display:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
         self._bar.stop()
 
+    def _close(self) -> None:
+        if self._task is not None:
+            self._phases.append((self._phase.split()[0], self._done, self._began, time.monotonic()))
+        self._task = None
+
+    def rates(self) -> str:
+        """How fast each kind of work went, over all its phases."""
+        told = []
+        for kind in dict.fromkeys(phase[0] for phase in self._phases):
+            own = [phase for phase in self._phases if phase[0] == kind]
+            told.append(f"{kind} {sum(p[1] for p in own) / max(sum(p[3] - p[2] for p in own), 1e-3):.0f}")
+        return ", ".join(told)
+
     def start(self, phase: str, total: int) -> None:
+        self._close()
         self._phase, self._total, self._done = phase, total, 0
         self._began = self._told = time.monotonic()
         self._task = self._bar.add_task(phase, total=total, rate="")

@@ -1,44 +1,44 @@
-"""Turn a folder of images into a data set the loaders read: all of it appears at the destination, or nothing."""
+"""Turn images of many sources into a data set the loaders read. All of it appears at the destination, or nothing."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import io
-import os
-import secrets
-import shutil
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
 from pipelines.base import DataError
-from pipelines.digits import write_digits
-from pipelines.ffcv_file import write_betons
-from pipelines.manifest import (
-    MANIFEST,
-    SAMPLE,
-    SPLIT_ALIASES,
-    FileEntry,
-    Manifest,
-    Split,
-    canonical_split,
-    read_manifest,
-)
-from pipelines.processes import map_processes
-from pipelines.scan import ImageFile, Unreadable, check_images, list_split
-from pipelines.shards import hash_file, write_file, write_shards
-from pipelines.source import class_names, find_split_folder
+from pipelines.beton import BetonFile, Piece, Store, encode_piece, plan_raw, stored_path
+from pipelines.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split
+from pipelines.processes import Engine, Progress, WorkerLost, map_tasks
+from pipelines.readers import DIGITS, Listing, Sample, Spool, list_source
+from pipelines.scan import CHECKED, ImageFile, Unreadable, check_chunk, checked_images
+from pipelines.shards import hash_file, plan_shards, write_file, write_shard
+from pipelines.splits import SHUFFLE, divide, permuted
+from pipelines.verify import LISTED, check_samples, listed
+from pipelines.work import Busy, Crew, Finished, Workplace, chunks_of, write_whole
 
-DIGITS = "digits"
 DIGITS_VAL_FRACTION = 0.2
 
 Format = Literal["ffcv", "dali"]
-T = TypeVar("T")
-_LISTED = 10  # unreadable files named in a message
-_SHUFFLE, _HOLD_OUT = 1, 2  # second Philox key, keeping the two uses of the seed apart
+
+PROFILES: Mapping[str, tuple[int, Store]] = {
+    "jpg500": (500, "jpg"),
+    "jpg400": (400, "jpg"),
+    "mix500": (500, "mix"),
+    "raw400": (400, "raw"),
+    "raw256": (256, "raw"),
+}
+"""FFCV: longest side in pixels, and whether images are stored as JPEG, as pixels, or half of them each way."""
+
+_HOW = ("jobs", "engine", "part", "restart")
+"""Options that say how the work is done; the result does not depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,262 +48,275 @@ class Options:
     formats: tuple[Format, ...]
     """`dali`: tars with the original bytes, for DALI and torch. `ffcv`: .beton files, and tars for validation."""
     split: str | None = None
-    """Of a `<class>/*.jpg` source: the one split all images belong to."""
+    """Of a source that names no split: the one all images belong to."""
     val_fraction: float | None = None
     """Share of every class held out for validation, where the source has no validation split."""
     max_size: int = 500
     """FFCV: longest side in pixels; larger images are scaled down."""
     quality: int = 90
     """FFCV: JPEG quality."""
-    jobs: int = 1
-    """Processes."""
+    store: Store = "jpg"
+    """FFCV: images as JPEG, as pixels (`raw`), or a random half of them each way (`mix`)."""
     on_error: Literal["fail", "skip"] = "fail"
     """What an unreadable image means."""
     shard_size: int = 2000
     """Images per tar."""
     seed: int = 0
     """Of the one shuffle the training split gets, and of the choice of held-out images."""
+    jobs: int = 1
+    """Processes."""
+    engine: Engine = "processes"
+    """`processes` of this machine, or tasks of a `ray` cluster."""
+    part: tuple[int, int] | None = None
+    """(i, n): do the i-th of n shares of the work, from 1, in a folder that all n can reach."""
+    restart: bool = False
+    """Drop what an interrupted conversion to the same destination has left."""
 
     def __post_init__(self) -> None:
         if not self.formats or not set(self.formats) <= {"ffcv", "dali"}:
             raise ValueError(f"--format is {','.join(self.formats)!r}; use ffcv, dali or ffcv,dali")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction is {self.val_fraction}; it must lie between 0 and 1")
-        if self.on_error not in ("fail", "skip"):
-            raise ValueError(f"--on-error is {self.on_error!r}; use fail or skip")
+        for name, allowed in (("on_error", ("fail", "skip")), ("engine", ("processes", "ray"))):
+            if getattr(self, name) not in allowed:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} is {getattr(self, name)!r}; use {' or '.join(allowed)}")
         if not 16 <= self.max_size <= 16384:
             raise ValueError(f"--max-size is {self.max_size}; it must lie in 16 ... 16384 pixels")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality is {self.quality}; it must lie in 1 ... 100")
         if self.jobs < 1 or self.shard_size < 1 or self.seed < 0:
             raise ValueError("--jobs and --shard-size must be at least 1, --seed at least 0")
+        if self.part is not None:
+            if not 1 <= self.part[0] <= self.part[1]:
+                raise ValueError(f"--part is {self.part[0]}/{self.part[1]}; use 1/n to n/n")
+            if self.restart:
+                raise ValueError("--restart would drop the work of the other parts; leave --part or --restart out")
+
+    def purpose(self) -> dict[str, Any]:
+        """The options that the result depends on."""
+        return {name: value for name, value in asdict(self).items() if name not in _HOW}
 
 
-class Progress(Protocol):
-    """Hears how a conversion is getting on."""
+def convert(
+    source: str,
+    dest: Path,
+    options: Options,
+    progress: Progress,
+    tell: Callable[[str], None] = lambda message: None,
+) -> Manifest | None:
+    """Convert `source`, the word "digits", a file or a folder, to the new folder `dest`.
 
-    def start(self, phase: str, total: int) -> None:
-        """A phase of `total` images begins."""
-
-    def advance(self, images: int) -> None:
-        """So many more images are done."""
-
-
-def convert(source: str, dest: Path, options: Options, progress: Progress) -> Manifest:
-    """Convert `source`, the word "digits" or a folder, to the new folder `dest`.
-
-    Everything is written beside `dest` and renamed at the end. Raises `DataError` or `ValueError` with nothing left
-    behind; the same holds for any other way out, Ctrl-C included.
+    Everything is written beside `dest` and renamed at the end. Raises `DataError` or `ValueError`, with nothing left
+    behind, for what is wrong with source and options. Any other way out, Ctrl-C included, keeps what is finished: the
+    same call continues it. None: the share of `options.part` is done, but others are not. `tell` hears sentences.
     """
     if dest.exists():
         raise DataError(f"{dest} already exists; remove it or choose another name")
-    if not dest.parent.is_dir():
-        raise DataError(f"there is no folder {dest.parent} to put {dest.name} in")
-    partial = dest.with_name(f"{dest.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir()
+    source = source if source == DIGITS else str(Path(source).resolve())
+    purpose = {"source": source, **options.purpose()}
+    place = Workplace(dest, purpose, restart=options.restart, shared=options.part is not None)
+    if place.continued and options.part is None:
+        tell(f"continuing the unfinished conversion to {dest}")
     try:
-        manifest = _convert_into(partial, source, options, progress)
-        _sync_folder(partial)
-        partial.rename(dest)
-        _sync_folder(dest.parent)
-        return manifest
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        return _Conversion(place, source, options, progress).run()
+    except (Busy, WorkerLost):
+        place.leave()
+        raise
+    except ValueError:
+        if options.part is None:
+            place.remove()
+        raise
+    except BaseException as error:
+        place.leave()
+        if options.part is not None and isinstance(error, FileNotFoundError) and dest.exists():
+            return None  # the last part has cleared up
+        tell(f"what is finished is kept; the same command continues, and --restart drops it ({place.folder})")
         raise
 
 
-def _convert_into(folder: Path, source: str, options: Options, progress: Progress) -> Manifest:
-    if source == DIGITS:
-        if options.split is not None:
-            raise DataError("--split is for a folder of classes; the digits are split by --val-fraction")
-        scans = folder / "scans"
-        write_digits(scans)
-        fraction = DIGITS_VAL_FRACTION if options.val_fraction is None else options.val_fraction
-        classes, listed = _list_classes(scans, None, fraction, options.seed)
-    else:
-        classes, listed = _list_folder(Path(source), options)
-    images, skipped = _check(listed, classes, options, progress)
-    splits: dict[str, Split] = {}
-    files: dict[str, FileEntry] = {}
-    betons: dict[Path, Sequence[ImageFile]] = {}
-    for split, members in images.items():
-        if split == "train":
-            members = _permuted(members, options.seed, _SHUFFLE)
-        splits[split], written = _write_split(folder, split, members, len(classes), options, progress)
-        files.update(written)
-        if beton := splits[split].beton:
-            betons[folder / beton] = members
-    if betons:
-        progress.start("writing .beton files", sum(len(members) for members in betons.values()))
-        write_betons(
-            betons,
-            max_size=options.max_size,
-            quality=options.quality,
-            jobs=options.jobs,
-            progress=progress.advance,
-        )
-        files.update({path.name: hash_file(path) for path in betons})
-    if source == DIGITS:
-        shutil.rmtree(scans)
-    manifest = Manifest(
-        classes=classes,
-        splits=splits,
-        files=files,
-        made={
-            "source": source if source == DIGITS else str(Path(source).resolve()),
-            "options": asdict(options),
-            "versions": {name: importlib.metadata.version(name) for name in ("numpy", "pillow")},
-        },
-        skipped=tuple({"file": bad.path, "reason": bad.reason} for bad in skipped),
-        transcoded=tuple(image.path for members in images.values() for image in members if image.transcode),
-    )
-    write_file(folder / MANIFEST, manifest.to_json().encode())
+def merge(dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None]) -> Manifest:
+    """Finish a conversion that was begun in parts: do what is missing, put all together, verify."""
+    journal = dest.with_name(f".{dest.name}.partial") / "journal.json"
+    if not journal.exists():
+        raise DataError(f"there is no unfinished conversion to {dest}; start one with --part")
+    purpose = json.loads(journal.read_text())
+    source = purpose.pop("source")
+    options = Options(**{**purpose, "formats": tuple(purpose["formats"])}, jobs=jobs)
+    manifest = convert(source, dest, options, progress, tell)
+    assert manifest is not None
     return manifest
 
 
-def verify(root: Path, jobs: int, progress: Progress) -> Manifest:
-    """Compare every file of a converted data set with its manifest; `DataError` names those that differ.
+class _Conversion:
+    """One run of a conversion in its workplace."""
 
-    The loaders themselves look at sizes only: a checksum of every image would cost them more than 3 % of their time.
-    """
-    manifest, _ = read_manifest(root)
-    names = sorted(manifest.files)
-    progress.start("verifying files", len(names))
-    paths = [root / name for name in names]
-    found = map_processes(_hash_if_present, paths, jobs, lambda _: progress.advance(1))
-    if bad := [name for name, entry in zip(names, found, strict=True) if entry != manifest.files[name]]:
-        more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-        raise DataError(
-            f"{root}: {', '.join(bad[:_LISTED])}{more} are not as they were written; copy them again or convert anew"
+    def __init__(self, place: Workplace, source: str, options: Options, progress: Progress) -> None:
+        self.place, self.source, self.options, self.progress = place, source, options, progress
+        self.crew = Crew(place.work, options.jobs, options.engine, options.part)
+
+    def run(self) -> Manifest | None:
+        listing = list_source(self.source, Spool(self.place.work))
+        if self.source == DIGITS and self.options.split is not None:
+            raise DataError("--split is for other sources; the digits are split by --val-fraction")
+        self._compare_listing(listing)
+        fraction = self.options.val_fraction
+        if self.source == DIGITS and fraction is None:
+            fraction = DIGITS_VAL_FRACTION
+        samples = divide(listing, self.source, self.options.split, fraction, self.options.seed)
+        images, skipped = self._check(samples, listing.classes)
+        if "train" in images:
+            images["train"] = permuted(images["train"], self.options.seed, SHUFFLE)
+        tars = {split: self._write_tars(split, members) for split, members in images.items()}
+        betons = {split: self._write_beton(split, members) for split, members in images.items() if self._ffcv}
+        written = [result for results in (*tars.values(), *betons.values()) for result in results]
+        if None in written:
+            return None
+        with self.place.merging() as ours:
+            return self._merge(listing.classes, images, tars, skipped) if ours else None
+
+    @property
+    def _ffcv(self) -> bool:
+        return "ffcv" in self.options.formats
+
+    def _compare_listing(self, listing: Listing) -> None:
+        """Raise `Busy` if the source is not what it was when an interrupted conversion began."""
+        digest = hashlib.sha256(repr(listing.classes).encode())
+        for split, samples in listing.splits.items():
+            digest.update(split.encode())
+            for sample in samples:
+                digest.update(f"{sample.name}\0{sample.label}\0{sample.offset}\0{sample.length}\n".encode())
+        path = self.place.work / "listing.sha256"
+        if path.exists() and path.read_text() != digest.hexdigest():
+            raise Busy(
+                f"{self.source} has changed since the conversion to {self.place.dest} began; give --restart to begin "
+                "again"
+            )
+        write_whole(path, digest.hexdigest().encode())
+
+    def _check(
+        self, splits: Mapping[str, Sequence[Sample]], classes: Sequence[str]
+    ) -> tuple[dict[str, list[ImageFile]], list[Unreadable]]:
+        images: dict[str, list[ImageFile]] = {}
+        unreadable: list[Unreadable] = []
+        for split, samples in splits.items():
+            self.progress.start(f"checking {split}", len(samples))
+            chunks = [samples[chunk] for chunk in chunks_of(len(samples), 8, 1024)]
+            # numbers in the split depend on every check, so parts do not leave any to each other
+            results = self.crew.run(f"check-{split}", check_chunk, chunks, self.progress.advance, take_over=True)
+            images[split] = []
+            for chunk, finished in zip(chunks, results, strict=True):
+                assert finished is not None
+                assert finished.rows.dtype == CHECKED
+                good, bad = checked_images(chunk, finished)
+                images[split].extend(good)
+                unreadable.extend(bad)
+            if self.options.on_error == "skip":
+                left = {image.sample.label for image in images[split]}
+                if empty := [name for label, name in enumerate(classes) if label not in left]:
+                    raise DataError(f"class {empty[0]!r} has no readable image in the {split} split")
+        if unreadable and self.options.on_error == "fail":
+            names = "; ".join(f"{bad.name}: {bad.reason}" for bad in unreadable[:LISTED])
+            more = f"; and {len(unreadable) - LISTED} more" if len(unreadable) > LISTED else ""
+            raise DataError(
+                f"{len(unreadable)} image(s) cannot be read ({names}{more}); repair or remove them, "
+                "or leave them out with --on-error skip"
+            )
+        return images, unreadable
+
+    def _write_tars(self, split: str, images: Sequence[ImageFile]) -> list[Finished | None]:
+        if "dali" not in self.options.formats and split == "train":
+            return []  # validation keeps the original bytes: accuracy is measured on them
+        shards = plan_shards(self.place.set, self.place.work, split, images, self.options.shard_size)
+        self.progress.start(f"writing {split} tars", len(images))
+        return self.crew.run(f"tar-{split}", write_shard, shards, self.progress.advance)
+
+    def _write_beton(self, split: str, images: Sequence[ImageFile]) -> list[Finished | None]:
+        options = self.options
+        raw = plan_raw(len(images), options.store, options.seed).tolist()
+        pieces = [
+            Piece(f"{path}.data", images[chunk], raw[chunk], options.max_size, options.quality)
+            for chunk, path in zip(self._beton_chunks(images), self._beton_results(split, images), strict=True)
+        ]
+        self.progress.start(f"writing {split}.beton", len(images))
+        beton = self._beton_file(split, images)
+
+        def advance(count: int) -> None:
+            self.progress.advance(count)
+            if options.part is None:
+                beton.advance()
+
+        return self.crew.run(f"beton-{split}", encode_piece, pieces, advance)
+
+    @staticmethod
+    def _beton_chunks(images: Sequence[ImageFile]) -> list[slice]:
+        return chunks_of(len(images), 8, 512)
+
+    def _beton_results(self, split: str, images: Sequence[ImageFile]) -> list[Path]:
+        return [self.place.work / f"beton-{split}-{k:06d}" for k in range(len(self._beton_chunks(images)))]
+
+    def _beton_file(self, split: str, images: Sequence[ImageFile]) -> BetonFile:
+        results = self._beton_results(split, images)
+        data = [path.with_name(f"{path.name}.data") for path in results]
+        return BetonFile(self.place.set / f"{split}.beton", results, data, len(images), self.options.max_size)
+
+    def _merge(
+        self,
+        classes: tuple[str, ...],
+        images: Mapping[str, Sequence[ImageFile]],
+        tars: Mapping[str, Sequence[Finished | None]],
+        skipped: Sequence[Unreadable],
+    ) -> Manifest:
+        """Everything that is written once all images are, then the look at what is on the disk."""
+        folder = self.place.set
+        splits: dict[str, Split] = {}
+        files: dict[str, FileEntry] = {}
+        for split, members in images.items():
+            shards = [shard for shard in tars[split] if shard is not None]
+            rows = np.concatenate([shard.rows for shard in shards]) if shards else _rows_without_tars(members)
+            for shard in shards:
+                files.update({name: FileEntry(**entry) for name, entry in shard.notes["files"].items()})
+            table = f"{split}.samples.npy"
+            content = io.BytesIO()
+            np.save(content, rows)
+            files[table] = write_file(folder / table, content.getvalue())
+            if self._ffcv:
+                beton = self._beton_file(split, members)
+                files[stored_path(beton.path).name] = beton.finish(rows["label"].astype(np.int64))
+            splits[split] = Split(
+                num_samples=len(members),
+                per_class=tuple(np.bincount(rows["label"], minlength=len(classes)).tolist()),
+                table=table,
+                shards=tuple(name for shard in shards for name in shard.notes["files"] if name.endswith(".tar")),
+                beton=f"{split}.beton" if self._ffcv else None,
+            )
+        problems = check_samples(folder, splits, self.options.jobs, self.progress, engine=self.options.engine)
+        if problems:
+            raise DataError(f"{listed(problems)} cannot be read back as written; check the disk of {folder}")
+        betons = [folder / entry.beton for entry in splits.values() if entry.beton]
+        hashes = map_tasks(hash_file, betons, self.options.jobs, lambda _: None)
+        files.update({path.name: entry for path, entry in zip(betons, hashes, strict=True)})
+        manifest = Manifest(
+            classes=classes,
+            splits=splits,
+            files=dict(sorted(files.items())),
+            made={
+                "source": self.source,
+                "options": self.options.purpose(),
+                "versions": {name: importlib.metadata.version(name) for name in ("numpy", "pillow")},
+            },
+            skipped=tuple({"file": bad.name, "reason": bad.reason} for bad in skipped),
+            transcoded=tuple(image.sample.name for members in images.values() for image in members if image.transcode),
         )
-    return manifest
+        write_file(folder / MANIFEST, manifest.to_json().encode())
+        self.place.finish()
+        return manifest
 
 
-def _hash_if_present(path: Path) -> FileEntry | None:
-    return hash_file(path) if path.exists() else None
-
-
-Listing = dict[str, list[tuple[str, int]]]
-"""Per split the (path, label) of its images."""
-
-
-def _list_folder(source: Path, options: Options) -> tuple[tuple[str, ...], Listing]:
-    if not source.is_dir():
-        raise DataError(f"there is no folder {source}")
-    folders = {split: found for split in SPLIT_ALIASES if (found := find_split_folder(source, split))}
-    if not folders:
-        return _list_classes(source, options.split, options.val_fraction, options.seed)
-    if options.split is not None:
-        raise DataError(f"--split is for a folder of classes; {source} has {', '.join(folders)} folders itself")
-    if set(folders) == {"train"} and options.val_fraction is not None:
-        return _list_classes(folders["train"], None, options.val_fraction, options.seed)
-    if options.val_fraction is not None:
-        raise DataError(f"{source} has a validation split of its own; leave --val-fraction out")
-    classes = _classes(next(iter(folders.values())))
-    return classes, {split: list_split(folder, classes) for split, folder in folders.items()}
-
-
-def _list_classes(
-    folder: Path, split: str | None, val_fraction: float | None, seed: int
-) -> tuple[tuple[str, ...], Listing]:
-    classes = _classes(folder)
-    if (split is None) == (val_fraction is None):
-        raise DataError(
-            f"{folder} holds classes, not splits; give either --val-fraction, to hold some out for validation, "
-            "or --split, to say which split they are"
-        )
-    files = list_split(folder, classes)
-    if split is not None:
-        return classes, {canonical_split(split): files}
-    assert val_fraction is not None
-    by_class: list[list[tuple[str, int]]] = [[] for _ in classes]
-    for file in files:
-        by_class[file[1]].append(file)
-    train, val = [], []
-    for label, (name, own) in enumerate(zip(classes, by_class, strict=True)):
-        held_out = max(1, round(len(own) * val_fraction))
-        if held_out >= len(own):
-            raise DataError(f"class {name!r} has {len(own)} image(s), too few to hold out {held_out} for validation")
-        chosen = _permuted(own, seed, _HOLD_OUT + label)
-        val.extend(sorted(chosen[:held_out]))
-        train.extend(sorted(chosen[held_out:]))
-    return classes, {"train": train, "val": val}
-
-
-def _classes(folder: Path) -> tuple[str, ...]:
-    if classes := class_names(folder):
-        return classes
-    raise DataError(f"{folder} has no class folder; expected <class>/*.jpg or train|val/<class>/*.jpg in the source")
-
-
-def _permuted(items: Sequence[T], seed: int, purpose: int) -> list[T]:
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64)))
-    return [items[i] for i in generator.permutation(len(items))]
-
-
-def _check(
-    listed: Listing, classes: tuple[str, ...], options: Options, progress: Progress
-) -> tuple[dict[str, list[ImageFile]], list[Unreadable]]:
-    images: dict[str, list[ImageFile]] = {}
-    unreadable: list[Unreadable] = []
-    for split, files in listed.items():
-        progress.start(f"checking {split}", len(files))
-        images[split], bad = check_images(files, options.jobs, progress.advance)
-        unreadable.extend(bad)
-        if options.on_error == "skip":
-            left = {image.label for image in images[split]}
-            if empty := [name for label, name in enumerate(classes) if label not in left]:
-                raise DataError(f"class {empty[0]!r} has no readable image in the {split} split")
-    if unreadable and options.on_error == "fail":
-        names = "; ".join(f"{bad.path}: {bad.reason}" for bad in unreadable[:_LISTED])
-        more = f"; and {len(unreadable) - _LISTED} more" if len(unreadable) > _LISTED else ""
-        raise DataError(
-            f"{len(unreadable)} image(s) cannot be read ({names}{more}); repair or remove them, "
-            "or leave them out with --on-error skip"
-        )
-    return images, unreadable
-
-
-def _write_split(
-    folder: Path,
-    split: str,
-    images: Sequence[ImageFile],
-    num_classes: int,
-    options: Options,
-    progress: Progress,
-) -> tuple[Split, dict[str, FileEntry]]:
-    files: dict[str, FileEntry] = {}
+def _rows_without_tars(images: Sequence[ImageFile]) -> Any:
     rows = np.zeros(len(images), dtype=SAMPLE)
-    for name in ("label", "height", "width", "crc32"):
-        rows[name] = [getattr(image, name) for image in images]
     rows["shard"] = -1
-    shards: tuple[str, ...] = ()
-    if "dali" in options.formats or split == "val":  # accuracy is measured on the original bytes
-        progress.start(f"writing {split} tars", len(images))
-        written = write_shards(
-            folder,
-            split,
-            images,
-            shard_size=options.shard_size,
-            jobs=options.jobs,
-            progress=progress.advance,
-        )
-        rows = np.concatenate([shard.rows for shard in written])
-        for shard in written:
-            files.update(shard.files)
-        shards = tuple(name for name in files if name.endswith(".tar"))
-    beton = f"{split}.beton" if "ffcv" in options.formats else None
-    table = f"{split}.samples.npy"
-    content = io.BytesIO()
-    np.save(content, rows)
-    files[table] = write_file(folder / table, content.getvalue())
-    per_class = np.bincount(rows["label"], minlength=num_classes)
-    return Split(len(images), tuple(int(n) for n in per_class), table, shards, beton), files
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    rows["label"] = [image.sample.label for image in images]
+    for name in ("height", "width", "crc32"):
+        rows[name] = [getattr(image, name) for image in images]
+    return rows

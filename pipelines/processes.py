@@ -3,37 +3,83 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from pipelines.base import DataError
 
+Engine = Literal["processes", "ray"]
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+class Progress(Protocol):
+    """Hears how a conversion is getting on."""
+
+    def start(self, phase: str, total: int) -> None:
+        """A phase of `total` images or files begins."""
+
+    def advance(self, images: int) -> None:
+        """So many more are done."""
+
+
+class WorkerLost(DataError):
+    """A process died under its work. What the others finished is good."""
+
+
+def map_tasks(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    jobs: int,
+    on_result: Callable[[Result], None],
+    engine: Engine = "processes",
+) -> list[Result]:
+    """`[function(task) for task in tasks]`, `jobs` at a time; `on_result` hears of each as it is done."""
+    if not tasks:
+        return []
+    if engine == "ray":
+        from pipelines.ray_tasks import map_ray
+
+        return map_ray(function, tasks, on_result)
+    return map_processes(function, tasks, jobs, on_result)
 
 
 def map_processes(
     function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int, on_result: Callable[[Result], None]
 ) -> list[Result]:
-    """`[function(task) for task in tasks]` in `jobs` processes; `on_result` hears of each as it is done.
+    """`map_tasks` on this machine.
 
     The processes come from a fork server: forked from here, they could inherit a lock that some thread holds.
     """
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_prepare_worker)
     try:
         futures = [pool.submit(function, task) for task in tasks]
         for future in as_completed(futures):
             on_result(future.result())
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
-        raise DataError("a conversion process was killed, perhaps for want of memory; try a smaller --jobs") from error
+        raise WorkerLost("a conversion process was killed, perhaps for want of memory; try a smaller --jobs") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupt() -> None:
+def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone reacts
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """End this process when the one that uses it is gone, however that ended.
+
+    Workers hold the fork server's life line open for each other, so neither would notice by itself.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,90 +1,107 @@
-"""Find the images of a folder and decode every one strictly, before anything is written."""
+"""Decode every image of a source strictly, before anything is written."""
 
 from __future__ import annotations
 
 import io
+import re
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.base import DataError
-from pipelines.processes import map_processes
-from pipelines.source import class_names, image_files
-
-_CHUNK = 64  # images per task
+from pipelines.readers.sample import Sample
+from pipelines.work import Finished
 
 # What torchvision, Pillow and DALI all decode to the same colours. MPO is a JPEG with more pictures behind it.
 _KEPT = {"JPEG": ("L", "RGB", "CMYK"), "MPO": ("L", "RGB", "CMYK"), "PNG": ("L", "RGB")}
+
+CHECKED = np.dtype([("height", "<i4"), ("width", "<i4"), ("crc32", "<u4"), ("transcode", "?"), ("good", "?")])
 
 
 @dataclass(frozen=True, slots=True)  # there are a million of them
 class ImageFile:
     """A readable image."""
 
-    path: str
-    label: int
+    sample: Sample
     height: int
     width: int
     crc32: int
     transcode: bool
     """No loader reads this format: store it as PNG."""
 
+    def read(self) -> bytes:
+        """The encoded bytes, which must be those that were checked."""
+        try:
+            encoded = self.sample.read()
+        except FileNotFoundError:
+            encoded = b""
+        if zlib.crc32(encoded) != self.crc32:
+            raise DataError(f"{self.sample.name} changed while it was being converted")
+        return encoded
+
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A file that cannot be used, and why."""
+    """A sample that cannot be used, and why."""
 
-    path: str
+    name: str
     reason: str
 
 
-def list_split(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """(path, label) of every image in `<folder>/<class>/`, by class and name; `DataError` for an empty class."""
-    unknown = sorted(set(class_names(folder)) - set(classes))
-    if unknown:
-        raise DataError(f"{folder} has the class {unknown[0]!r}, which the training split has not")
-    files: list[tuple[str, int]] = []
-    for label, name in enumerate(classes):
-        images = image_files(folder / name) if (folder / name).is_dir() else ()
-        if not images:
-            raise DataError(f"class {name!r} has no image in {folder / name}; add some or remove the folder")
-        files.extend((str(folder / name / image), label) for image in images)
-    return files
-
-
-def check_images(
-    files: Sequence[tuple[str, int]], jobs: int, progress: Callable[[int], None]
-) -> tuple[list[ImageFile], list[Unreadable]]:
-    """Decode all `files` in `jobs` processes; `progress` hears how many more are done."""
-    chunks = [files[i : i + _CHUNK] for i in range(0, len(files), _CHUNK)]
-    results = map_processes(_check_chunk, chunks, jobs, lambda chunk: progress(len(chunk)))
-    checked: Iterable[ImageFile | Unreadable] = chain.from_iterable(results)
-    good, bad = [], []
-    for result in checked:
-        if isinstance(result, ImageFile):
-            good.append(result)
+def check_chunk(samples: Sequence[Sample]) -> Finished:
+    """Check some images: a row of `CHECKED` for each, and the reasons against those that are not good."""
+    rows = np.zeros(len(samples), dtype=CHECKED)
+    reasons = {}
+    for i, sample in enumerate(samples):
+        image = check_image(sample)
+        if isinstance(image, ImageFile):
+            rows[i] = (image.height, image.width, image.crc32, image.transcode, True)
         else:
-            bad.append(result)
-    return good, bad
+            reasons[str(i)] = image.reason
+    return Finished(rows, {"reasons": reasons})
 
 
-def _check_chunk(files: Sequence[tuple[str, int]]) -> list[ImageFile | Unreadable]:
-    return [check_image(path, label) for path, label in files]
+def checked_images(samples: Sequence[Sample], finished: Finished) -> tuple[list[ImageFile], list[Unreadable]]:
+    """What `check_chunk` found out about `samples`."""
+    images = [
+        ImageFile(sample, *row[:4]) for sample, row in zip(samples, finished.rows.tolist(), strict=True) if row[4]
+    ]
+    bad = [Unreadable(samples[int(i)].name, reason) for i, reason in finished.notes["reasons"].items()]
+    return images, bad
 
 
-def check_image(path: str, label: int) -> ImageFile | Unreadable:
-    """Read and fully decode one file."""
+def check_image(sample: Sample) -> ImageFile | Unreadable:
+    """Read and fully decode one image."""
+    encoded = b""
     try:
-        encoded = Path(path).read_bytes()
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.load()
-            kept = image.mode in _KEPT.get(image.format or "", ())
-            return ImageFile(path, label, image.height, image.width, zlib.crc32(encoded), not kept)
+        encoded = sample.read()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(encoded)) as image:
+                image.load()
+                kept = image.mode in _KEPT.get(image.format or "", ())
+                return ImageFile(sample, image.height, image.width, zlib.crc32(encoded), not kept)
     except UnidentifiedImageError:
-        return Unreadable(path, "not an image" if encoded else "empty file")
+        return Unreadable(sample.name, "not an image" if encoded else "empty file")
+    except FileNotFoundError:
+        return Unreadable(sample.name, "the file is missing")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return Unreadable(sample.name, f"more than {Image.MAX_IMAGE_PIXELS} pixels")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        return Unreadable(path, str(error))
+        return Unreadable(sample.name, in_words(error))
+
+
+def in_words(error: Exception) -> str:
+    """What an error says, without the addresses of Python objects in it."""
+    return re.sub(r"\s*<[^<>]* object at 0x[0-9a-f]+>", "", str(error)).strip() or type(error).__name__
+
+
+def decode_rgb(encoded: bytes) -> NDArray[np.uint8]:
+    """The pixels, (height, width, 3)."""
+    with Image.open(io.BytesIO(encoded)) as picture:
+        return np.array(picture.convert("RGB"))

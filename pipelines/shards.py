@@ -10,22 +10,21 @@ import hashlib
 import io
 import os
 import tarfile
+import uuid
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.base import DataError
 from pipelines.manifest import SAMPLE, FileEntry
-from pipelines.processes import map_processes
-from pipelines.scan import ImageFile
+from pipelines.scan import ImageFile, decode_rgb
+from pipelines.work import Finished
 
-_BLOCK = tarfile.BLOCKSIZE
+BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True)
@@ -33,49 +32,35 @@ class Shard:
     """One tar to be written."""
 
     tar: str
+    work: str  # folder for files in the making
     number: int
     first: int  # number of its first sample
     images: Sequence[ImageFile]
 
 
-@dataclass(frozen=True)
-class WrittenShard:
-    """What a shard contains now."""
-
-    rows: NDArray[Any]  # of SAMPLE
-    files: dict[str, FileEntry]  # by file name: the tar and its index
-
-
-def write_shards(
-    folder: Path,
-    split: str,
-    images: Sequence[ImageFile],
-    *,
-    shard_size: int,
-    jobs: int,
-    progress: Callable[[int], None],
-) -> list[WrittenShard]:
-    """Write `images` in order, `shard_size` a tar; `progress` hears how many more are done."""
-    shards = [
-        Shard(str(folder / f"{split}-{number:05d}.tar"), number, first, images[first : first + shard_size])
+def plan_shards(folder: Path, work: Path, split: str, images: Sequence[ImageFile], shard_size: int) -> list[Shard]:
+    """`images` in order, `shard_size` a tar."""
+    return [
+        Shard(str(folder / f"{split}-{number:05d}.tar"), str(work), number, first, images[first : first + shard_size])
         for number, first in enumerate(range(0, len(images), shard_size))
     ]
-    return map_processes(write_shard, shards, jobs, lambda written: progress(len(written.rows)))
 
 
-def write_shard(shard: Shard) -> WrittenShard:
-    """Write one tar and its index."""
+def write_shard(shard: Shard) -> Finished:
+    """Write one tar and its index: rows of SAMPLE, and what the files are."""
     rows = np.zeros(len(shard.images), dtype=SAMPLE)
     tar, index = Path(shard.tar), Path(shard.tar).with_suffix(".idx")
+    unfinished = Path(shard.work) / f"{tar.name}.{uuid.uuid4().hex}.unfinished"
     lines = [f"v1.2 {len(shard.images)}"]
-    with tar.open("wb") as file:
-        out = _HashedFile(file)
+    with unfinished.open("wb") as file:
+        out = HashedFile(file)
         for i, image in enumerate(shard.images):
             encoded = _encoded(image)
             number = shard.first + i
+            label = image.sample.label
             members = {
                 "jpg": encoded,
-                "lab": np.array(image.label, dtype="<i4").tobytes(),
+                "lab": np.array(label, dtype="<i4").tobytes(),
                 "sid": np.array(number, dtype="<i8").tobytes(),
             }
             located = []
@@ -84,20 +69,28 @@ def write_shard(shard: Shard) -> WrittenShard:
                 offset = _write_member(out, name, content)
                 located.append(f"{extension} {offset} {len(content)} {name}")
                 if extension == "jpg":
-                    crc32 = zlib.crc32(content)
-                    size = (image.height, image.width)
-                    rows[i] = (image.label, *size, shard.number, offset, len(content), crc32)
+                    rows[i] = (
+                        label, image.height, image.width, shard.number, offset, len(content), zlib.crc32(content)
+                    )  # fmt: skip
             lines.append(" ".join(located))
-        out.write(bytes(2 * _BLOCK))  # end of archive
+        out.write(bytes(2 * BLOCK))  # end of archive
         out.sync()
+    unfinished.replace(tar)
     index_entry = write_file(index, ("\n".join(lines) + "\n").encode())
-    return WrittenShard(rows, {tar.name: out.entry(), index.name: index_entry})
+    return Finished(rows, {"files": {tar.name: asdict(out.entry()), index.name: asdict(index_entry)}})
+
+
+def member_header(name: str, size: int) -> bytes:
+    """The block in front of a member's content."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member.tobuf(tarfile.USTAR_FORMAT)
 
 
 def write_file(path: Path, content: bytes) -> FileEntry:
     """Write a whole file to the disk itself, and say what it is."""
     with path.open("wb") as file:
-        out = _HashedFile(file)
+        out = HashedFile(file)
         out.write(content)
         out.sync()
     return out.entry()
@@ -110,29 +103,24 @@ def hash_file(path: Path) -> FileEntry:
 
 
 def _encoded(image: ImageFile) -> bytes:
-    encoded = Path(image.path).read_bytes()
-    if zlib.crc32(encoded) != image.crc32:
-        raise DataError(f"{image.path} changed while it was being converted")
+    encoded = image.read()
     if not image.transcode:
         return encoded
     png = io.BytesIO()
-    with Image.open(io.BytesIO(encoded)) as picture:
-        picture.convert("RGB").save(png, "PNG")
+    Image.fromarray(decode_rgb(encoded)).save(png, "PNG")
     return png.getvalue()
 
 
-def _write_member(out: _HashedFile, name: str, content: bytes) -> int:
+def _write_member(out: HashedFile, name: str, content: bytes) -> int:
     """Append a member; returns where its content starts."""
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    out.write(member.tobuf(tarfile.USTAR_FORMAT))
+    out.write(member_header(name, len(content)))
     offset = out.bytes
     out.write(content)
-    out.write(bytes(-len(content) % _BLOCK))
+    out.write(bytes(-len(content) % BLOCK))
     return offset
 
 
-class _HashedFile:
+class HashedFile:
     """Appends, and hashes what it appends."""
 
     def __init__(self, file: IO[bytes]) -> None:

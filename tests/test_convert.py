@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -233,7 +232,7 @@ def test_sources_and_options_that_do_not_fit(image_root: Path, tmp_path: Path) -
     refused(tmp_path / "none", "there is no folder")
     refused(image_root / "train", "holds classes, not splits")
     refused(image_root / "train", "holds classes, not splits", split="train", val_fraction=0.1)
-    refused(image_root, "--split is for a folder of classes", split="train")
+    refused(image_root, "--split is for a source that names no split", split="train")
     refused(image_root, "validation split of its own", val_fraction=0.1)
     refused(image_root / "train" / "cat", "has no class folder", split="train")
     refused(image_root / "train", "no split 'holdout'", split="holdout")
@@ -252,9 +251,16 @@ def test_an_existing_destination_is_left_alone(image_root: Path, tmp_path: Path)
     with pytest.raises(DataError, match="already exists"):
         convert_folder(image_root, tmp_path / "set", "dali")
     assert (tmp_path / "set" / "mine").read_text() == "kept"
-    with pytest.raises(DataError, match="there is no folder"):
-        convert_folder(image_root, tmp_path / "none" / "set", "dali")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_missing_parent_folders_are_made_and_taken_away(image_root: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "a" / "b" / "set"
+    with pytest.raises(DataError, match="validation split of its own"):
+        convert_folder(image_root, dest, "dali", val_fraction=0.5)
+    assert not list(tmp_path.iterdir())
+    convert_folder(image_root, dest, "dali")
+    assert [path.name for path in dest.parent.iterdir()] == ["set"]
 
 
 class _Interrupting(Silent):
@@ -273,11 +279,23 @@ def _interrupt() -> None:
 
 
 @pytest.mark.parametrize("phase", ["checking val", "writing train tars", "writing val tars"])
-def test_an_interrupted_conversion_leaves_nothing(phase: str, image_root: Path, tmp_path: Path) -> None:
-    progress = _Interrupting(phase, _interrupt)
+def test_an_interrupted_conversion_is_continued(phase: str, image_root: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        conversion.convert(str(image_root), tmp_path / "set", Options(formats=("dali",)), progress)
-    assert not list(tmp_path.iterdir())
+        conversion.convert(
+            str(image_root),
+            tmp_path / "set",
+            Options(formats=("dali",), shard_size=20),
+            _Interrupting(phase, _interrupt),
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [".set.partial"]
+    convert_folder(image_root, tmp_path / "set", "dali")
+    convert_folder(image_root, tmp_path / "whole", "dali")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "whole"]
+    assert checksums(tmp_path / "set") == checksums(tmp_path / "whole")
+
+
+def checksums(root: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.iterdir()}
 
 
 def test_an_image_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
@@ -289,45 +307,6 @@ def test_an_image_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     assert not (tmp_path / "set").exists()
 
 
-@needs_ffcv
-@pytest.mark.timeout(60)
-def test_a_killed_ffcv_worker_ends_the_conversion(tmp_path: Path) -> None:
-    write_folder(tmp_path / "src" / "train", {"a": 300})
-
-    class Killer(Silent):
-        killed = 0
-
-        def advance(self, images: int) -> None:
-            if self.killed:
-                return
-            for process in Path("/proc").glob("[0-9]*"):
-                parent = _parent(process)
-                if parent and _parent(Path("/proc") / str(parent)) == os.getpid() and _session(process) == parent:
-                    self.killed += 1
-                    os.kill(int(process.name), signal.SIGKILL)
-
-    progress = Killer()
-    with pytest.raises(DataError, match="writer failed"):
-        conversion.convert(str(tmp_path / "src"), tmp_path / "set", Options(formats=("ffcv",), jobs=2), progress)
-    assert progress.killed
-    assert [path.name for path in tmp_path.iterdir()] == ["src"]
-
-
-def _stat(process: Path) -> list[str]:
-    try:
-        return (process / "stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return []
-
-
-def _parent(process: Path) -> int:
-    return int(stat[1]) if (stat := _stat(process)) else 0
-
-
-def _session(process: Path) -> int:
-    return int(stat[3]) if (stat := _stat(process)) else 0
-
-
 def test_the_digits(tmp_path: Path) -> None:
     manifest = convert_folder(Path("digits"), tmp_path / "set", "dali")
     assert manifest.classes == tuple("0123456789")
@@ -337,7 +316,7 @@ def test_the_digits(tmp_path: Path) -> None:
     source = TarSource(tmp_path / "set", "train")
     with Image.open(io.BytesIO(source.read(0).data)) as image:
         assert (image.size, image.format) == ((32, 32), "JPEG")
-    assert not (tmp_path / "set" / "scans").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
     assert json.loads((tmp_path / "set" / "dataset.json").read_text())["made"]["source"] == "digits"
 
 
