@@ -71,12 +71,18 @@ class Meter:
         self.steps = 0
         self._images = 0
         self._wait_seconds = 0.0
+        self._by_rho: dict[float, list[float]] = {}  # rho -> steps, seconds, seconds of them spent waiting
         # Kept on the device: reading it would make the host wait for every step.
         self._loss = torch.zeros((), device=self._world.device)
-        self._began = time.perf_counter()
+        self._began = self._last = time.perf_counter()
 
-    def add(self, images: int, loss: Tensor, wait_seconds: float) -> None:
-        """Count one step of this process: its images, its loss, and how long it waited for its batch."""
+    def add(self, images: int, loss: Tensor, wait_seconds: float, rho: float) -> None:
+        """Count one step of this process: its images, its loss, how long it waited for its batch, and its rho."""
+        now = time.perf_counter()
+        level = self._by_rho.setdefault(rho, [0, 0.0, 0.0])
+        for number, value in enumerate((1, now - self._last, wait_seconds)):
+            level[number] += value
+        self._last = now
         self.steps += 1
         self._images += images
         self._wait_seconds += wait_seconds
@@ -95,4 +101,14 @@ class Meter:
             "loss": loss / max(self.steps, 1),
             "images_per_second": self._images * size / seconds,
             "data_wait": wait / seconds,
+        }
+
+    def by_rho(self) -> dict[str, dict[str, float]]:
+        """Of this process, for each rho: how many steps, milliseconds a step, and the share that was waiting for data.
+
+        A step lasts from the end of the one before, so on a GPU, which runs behind the host, only averages mean much.
+        """
+        return {
+            f"{rho:g}": {"steps": steps, "ms_per_step": 1e3 * seconds / steps, "data_wait": wait / max(seconds, 1e-9)}
+            for rho, (steps, seconds, wait) in sorted(self._by_rho.items())
         }

@@ -146,7 +146,7 @@ class Trainer:
 
             self.step += 1
             for m in (meter, epoch_meter):
-                m.add(len(images), out["loss"], wait)
+                m.add(len(images), out["loss"], wait, self.method.rho(at))
             at_log = self.step % train.log_every_steps == 0
             if at_log:
                 self._log_step(meter, at, out)
@@ -190,7 +190,7 @@ class Trainer:
         row: dict[str, Any] = {"epoch": self.epoch, "train_seconds": seconds, **summary, **self._validate()}
         self.row = {"step": self.step, **row}
         if self.log is not None:
-            self.log.write("epoch", self.step, **row)
+            self.log.write("epoch", self.step, **row, by_rho=meter.by_rho())
         averaged = f"  (average {row['ema_top1']:.2f} %)" if "ema_top1" in row else ""
         self.view.say(
             f"{where}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  "
@@ -252,7 +252,7 @@ def wrap(method: Method, world: World) -> nn.Module:
     if world.size == 1:
         return method
     devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=devices)
+    return DistributedDataParallel(method, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:

@@ -121,6 +121,9 @@ def test_the_log_has_each_step_once_also_after_a_crash(tmp_path):
     row = read_rows(tmp_path, "step")[1]
     assert {"loss", "lr", "rho", "tokens", "images_per_second", "data_wait", "epoch"} <= row.keys()
     assert any((tmp_path / "tensorboard").iterdir())
+    levels = read_rows(tmp_path, "epoch")[0]["by_rho"]
+    assert {rho: level["steps"] for rho, level in levels.items()} == {"0.2": 1, "0.6": 2, "1": 2}
+    assert all(0 <= level["data_wait"] <= 1 and level["ms_per_step"] > 0 for level in levels.values())
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
