@@ -61,11 +61,7 @@ def _images(
     for name in names:
         batch = _load(files[name], path, name)
         data, labels = batch.get(b"data"), batch.get(key, [])
-        if (
-            not isinstance(data, np.ndarray)
-            or data.dtype != np.uint8
-            or data.shape != (len(labels), 3 * _SIDE**2)
-        ):
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (len(labels), 3 * _SIDE**2):
             raise DataError(f"{path}, {name} does not hold images with a label each; download it again")
         for i, (row, label) in enumerate(zip(data, labels, strict=True)):
             encoded = io.BytesIO()

@@ -51,8 +51,9 @@ def list_parquet(source: Path, spool: Spool) -> Listing:
 def list_saved(source: Path, spool: Spool) -> Listing:
     """The rows of a saved data set, or of every split of a saved dictionary of them."""
     ipc = _pyarrow("pyarrow.ipc")
-    splits = {UNSPLIT: _saved_files(source)}
-    if (source / "dataset_dict.json").is_file():
+    if not (source / "dataset_dict.json").is_file():
+        splits = {UNSPLIT: _saved_files(source)}
+    else:
         names = json.loads((source / "dataset_dict.json").read_text())["splits"]
         splits = {
             split: _saved_files(source / alias)
