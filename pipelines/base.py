@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # conversion, and the processes it starts, need no torch
 Interpolation = Literal["bilinear", "bicubic"]
 Backend = Literal["auto", "torch", "dali", "ffcv"]
 
+MAX_COPIES = 256
+COPY_SHIFT = 48
+"""Where a copy's number lies in a draw key, above that of its sample."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -42,6 +46,13 @@ class DataConfig:
     """Probability of a horizontal flip (training)."""
     interpolation: Interpolation = "bicubic"
     """Resampling filter of the torch and DALI loaders. FFCV always averages areas."""
+    repeats: int = 1
+    """Training: copies of each sample in an epoch, spread over the ranks, each with its own crop, flip and further
+    augmentation (repeated augmentation, as DeiT uses it with 3). An epoch keeps its number of steps, and so shows
+    about 1/repeats of the samples."""
+    decode_once: int = 1
+    """Training: crops cut from each image that is decoded, all in the same batch, whose size counts the crops. An epoch
+    keeps its number of steps. Saves decoding; excludes `repeats`."""
     crop_pct: float = 0.875
     """Evaluation: the shorter side is resized to floor(img_size / crop_pct), then the centre is cropped."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -60,6 +71,13 @@ class DataConfig:
             raise ValueError(f"data.crop_ratio is {self.crop_ratio}; it must be (low, high) with 0 < low <= high")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"data.flip is {self.flip}; it is a probability between 0 and 1")
+        for name in ("repeats", "decode_once"):
+            if not 1 <= (count := getattr(self, name)) <= MAX_COPIES:
+                raise ValueError(f"data.{name} is {count}; it must lie in 1 ... {MAX_COPIES}")
+        if self.repeats > 1 and self.decode_once > 1:
+            raise ValueError(
+                f"data.repeats is {self.repeats} and data.decode_once {self.decode_once}; set one of them to 1"
+            )
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"data.crop_pct is {self.crop_pct}; it must lie in (0, 1]")
         if self.interpolation not in ("bilinear", "bicubic"):
@@ -72,7 +90,16 @@ class Batch:
 
     images: Tensor  # uint8 (B, 3, S, S), RGB, cropped and resized, not yet flipped
     labels: Tensor  # int64 (B,)
-    index: Tensor  # int64 (B,), the sample's position in the split
+    index: Tensor  # int64 (B,), the sample's position in the split; on the host, where random numbers are drawn
+    copy: Tensor | None = None  # int64 (B,), on the host: which of the sample's copies; None where each comes once
+
+    @property
+    def draw_keys(self) -> Tensor:
+        """int64 (B,), on the host: give it, in place of `index`, to whatever draws random numbers per image.
+
+        It is `index` for copy 0 of every sample, and another number for each further copy.
+        """
+        return self.index if self.copy is None else self.index | self.copy << COPY_SHIFT
 
 
 @runtime_checkable
@@ -90,6 +117,19 @@ class Loader(Protocol):
     num_samples: int  # in the split, over all ranks
     batch_size: int  # per rank
     steps_per_epoch: int  # batches this rank delivers in an epoch
+
+    @property
+    def delivered_hash(self) -> int:
+        """32-bit hash of the samples and copies delivered in the current epoch, with those before `start_step`.
+
+        At the end of an epoch it equals `planned_hash(epoch)`, wherever the epoch was begun. It takes no account of
+        order; hashes of all ranks add up modulo 2^32.
+        """
+        ...
+
+    def planned_hash(self, epoch: int) -> int:
+        """What `delivered_hash` must be at the end of `epoch`: a function of the settings alone."""
+        ...
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose what the next iteration delivers: `epoch`, from its batch `start_step` on."""

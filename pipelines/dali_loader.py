@@ -22,9 +22,10 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-from pipelines.base import Batch, DataError
+from pipelines.base import DataError
 from pipelines.geometry import evaluation_resize, random_crops
-from pipelines.planned import PlannedLoader
+from pipelines.order import sample_numbers
+from pipelines.planned import Decoded, PlannedLoader
 from pipelines.source import Source
 from pipelines.unreadable import UNREADABLE, unreadable
 
@@ -38,7 +39,7 @@ _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 class _Step:
     """A batch that DALI is working on, and the memory it reads without having copied it."""
 
-    index: NDArray[np.int64]
+    keys: NDArray[np.int64]
     inputs: tuple[Any, ...]
 
 
@@ -61,7 +62,7 @@ class DaliLoader(PlannedLoader):
         if self.device.type == "cuda":
             device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
         pipe = Pipeline(
-            batch_size=self.batch_size,
+            batch_size=self.batch_size // self.crops_per_image,
             num_threads=max(1, self.num_workers),
             device_id=device_id,
             prefetch_queue_depth=_PREFETCH,
@@ -70,59 +71,69 @@ class DaliLoader(PlannedLoader):
         decoding = {"device": self._decoder, "output_type": types.RGB, "adjust_orientation": False}
         resizing = {"interp_type": _FILTERS[self.config.interpolation], "antialias": True}
         geometry = types.INT32 if self.train else types.FLOAT
+        crops = self.crops_per_image
+        more = 2 * crops if crops > 1 else 0  # corners and extents of the crops within what is decoded
         with pipe:
-            encoded, first, second = fn.external_source(
+            encoded, first, second, *boxes = fn.external_source(
                 source=self._feed,
-                num_outputs=3,
+                num_outputs=3 + more,
                 batch=True,
                 no_copy=True,
-                dtype=[types.UINT8, geometry, types.INT32],
+                dtype=[types.UINT8, geometry] + [types.INT32] * (1 + more),
                 ndim=1,
             )
             if self.train:
-                crops = fn.decoders.image_slice(encoded, first, second, axes=[0, 1], **decoding)
-                images = fn.resize(crops, size=[side, side], **resizing)
+                decoded = fn.decoders.image_slice(encoded, first, second, axes=[0, 1], **decoding)
+                cut = [fn.slice(decoded, boxes[i], boxes[crops + i], axes=[0, 1]) for i in range(crops) if more]
+                images = [fn.resize(crop, size=[side, side], **resizing) for crop in cut or [decoded]]
             else:
                 whole = fn.resize(fn.decoders.image(encoded, **decoding), size=first, **resizing)
-                images = fn.slice(whole, second, np.array([side, side], dtype=np.int32), axes=[0, 1])
-            pipe.set_outputs(images)
+                images = [fn.slice(whole, second, np.array([side, side], dtype=np.int32), axes=[0, 1])]
+            pipe.set_outputs(*images)
         pipe.build()
         return pipe
 
     def _feed(self) -> tuple[Any, ...]:
         """DALI's callback, run in the caller's thread: the inputs of the next step; StopIteration ends the epoch."""
-        index = next(self._to_feed)
-        encoded = self.source.read_many(index)
+        keys = next(self._to_feed)
+        index, crops = sample_numbers(keys), self.crops_per_image
+        encoded = self.source.read_many(index[::crops])
         heights, widths = self.source.sizes(index)
+        geometry: list[NDArray[Any]]
         if self.train:
-            boxes = random_crops(heights, widths, index, seed=self.seed, epoch=self._epoch, config=self.config).astype(
-                np.int32
-            )
-            first, second = boxes[:, :2], boxes[:, 2:]
+            drawn = random_crops(heights, widths, keys, seed=self.seed, epoch=self._epoch, config=self.config)
+            boxes = drawn.astype(np.int32).reshape(-1, crops, 4)
+            # One crop per image is decoded as such; of several, their common bounds.
+            corner = boxes[..., :2].min(axis=1)
+            extent = (boxes[..., :2] + boxes[..., 2:]).max(axis=1) - corner
+            geometry = [corner, extent]
+            if crops > 1:
+                geometry += [*(boxes[..., :2] - corner[:, None]).swapaxes(0, 1), *boxes[..., 2:].swapaxes(0, 1)]
         else:
             sizes, corners = evaluation_resize(heights, widths, self.config)
-            first, second = sizes.astype(np.float32), corners.astype(np.int32)
-        inputs = (encoded, np.ascontiguousarray(first), np.ascontiguousarray(second))
-        self._in_flight.append(_Step(index, inputs))
+            geometry = [sizes.astype(np.float32), corners.astype(np.int32)]
+        inputs = (encoded, *map(np.ascontiguousarray, geometry))
+        self._in_flight.append(_Step(keys, inputs))
         return inputs
 
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Batch]:
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
         self._rewind()
         self._epoch, self._to_feed = epoch, iter(steps)
         for _ in steps:
             images = self._run()
-            yield self.batch(images, self._in_flight.popleft().index)
+            yield images, self._in_flight.popleft().keys
 
     def _run(self) -> torch.Tensor:
         """The next decoded batch, uint8 (B, 3, S, S), channels last in memory."""
         # DALI frees its memory in the order of this stream; without it, perhaps before torch has read it.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
-            (output,) = self._pipe.run(stream)
+            outputs = self._pipe.run(stream)
         except RuntimeError as error:
             raise self._explain(error) from error
-        images: torch.Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
-        if stream is not None:
+        crops = [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]  # each (images, S, S, 3)
+        images: torch.Tensor = crops[0] if len(crops) == 1 else torch.stack(crops, dim=1).flatten(0, 1)
+        if stream is not None and len(crops) == 1:
             images = images.clone()
         return images.permute(0, 3, 1, 2)  # on the CPU a view, which keeps memory alive that DALI never reuses
 
@@ -137,7 +148,7 @@ class DaliLoader(PlannedLoader):
 
     def _explain(self, error: RuntimeError) -> DataError:
         """DALI seldom says which image it could not decode: Pillow tries those it may have been."""
-        suspects = [int(i) for step in self._in_flight for i in step.index]
+        suspects = [int(i) for step in self._in_flight for i in sample_numbers(step.keys[:: self.crops_per_image])]
         for i in suspects:
             encoded = self.source.read(i)
             try:

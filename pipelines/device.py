@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipelines import crng
+from pipelines.augment.transfer import host_index, to_device
 from pipelines.base import Batch, DataConfig
 
 
@@ -13,7 +14,7 @@ class DeviceTransform:
     """Flip (training only), scale to 0-1 and normalise.
 
     Called as `transform(batch, epoch)`; returns float32 (B, 3, S, S) on the device of `batch.images`. The flips are a
-    pure function of (seed, epoch, sample number), like the crops.
+    pure function of (seed, epoch, sample number and copy), like the crops.
     """
 
     def __init__(self, config: DataConfig, *, seed: int, train: bool) -> None:
@@ -26,8 +27,9 @@ class DeviceTransform:
     def __call__(self, batch: Batch, epoch: int) -> Tensor:
         images = batch.images  # uint8 (B, 3, S, S)
         if self.flip:
-            draws = crng.u01_torch(crng.key_torch(self.seed, epoch, batch.index, crng.FLIP), 0)  # (B,)
-            flipped = (draws < self.flip).view(-1, 1, 1, 1)
+            keys = host_index(batch.draw_keys)  # (B,)
+            draws = crng.u01(crng.key(self.seed, epoch, keys, crng.FLIP), 0)
+            flipped = to_device(draws < self.flip, images.device).view(-1, 1, 1, 1)
             images = torch.where(flipped, images.flip(-1), images)
         self._scale, self._shift = self._scale.to(images.device), self._shift.to(images.device)
         values = images.to(torch.float32, memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
 """FFCV as decoder and resizer, for nodes with few cores: it reads re-encoded images from one .beton file.
 
-FFCV's loop runs a decoder of ours, compiled by numba, that takes each sample's crop from an array filled before the
-epoch and counts what the JPEG library refuses. Order, crops and labels are those of the other back ends; pixels
-differ, because images were scaled down and encoded again, and because FFCV always averages areas.
+FFCV's loop runs a decoder of ours, compiled by numba, that takes sample and crop of each place from arrays filled
+before the epoch and notes what the JPEG library refuses. Order, crops and labels are those of the other back ends;
+pixels differ, because images were scaled down and encoded again, and because FFCV always averages areas.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.base import Batch, DataError
+from pipelines.base import DataError
 from pipelines.ffcv_file import FFCV_VERSION, import_ffcv, open_beton
 from pipelines.geometry import evaluation_resize, random_crops, scale_boxes
-from pipelines.planned import PlannedLoader
+from pipelines.order import sample_numbers
+from pipelines.planned import Decoded, PlannedLoader
 from pipelines.source import ConvertedTable
 
 import_ffcv()
 import numba  # noqa: E402
-from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder  # noqa: E402
+from ffcv.fields.decoders import SimpleRGBImageDecoder  # noqa: E402
 from ffcv.libffcv import imdecode, resize_crop  # noqa: E402
 from ffcv.loader import Loader as BetonLoader  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
@@ -36,6 +37,7 @@ from numba.extending import intrinsic  # noqa: E402
 _log = logging.getLogger(__name__)
 _POLL = 1.0  # seconds between looks at whether FFCV's thread still lives
 _BATCHES_AHEAD = 3
+_DONE, _FAILED = 1, 2  # what became of a place
 
 EVALUATION_WARNING = (
     "evaluating on re-encoded, downscaled images: the accuracy is not comparable with that on the original ones"
@@ -53,11 +55,21 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 
 class _PlannedCrops(SimpleRGBImageDecoder):  # type: ignore[misc]
-    """Decodes sample i and resizes its box `boxes[i]`; `failed[i]` becomes 1 if the JPEG library refuses it."""
+    """Fills place p of the epoch with box `boxes[p]` of sample `samples[p]`, decoding once per `crops` places.
 
-    def __init__(self, side: int, boxes: NDArray[np.int32], failed: NDArray[np.int32]) -> None:
+    `state[p]` becomes `_DONE`, or `_FAILED` if the JPEG library refuses the image.
+    """
+
+    def __init__(
+        self,
+        side: int,
+        crops: int,
+        samples: NDArray[np.int64],
+        boxes: NDArray[np.int32],
+        state: NDArray[np.int32],
+    ) -> None:
         super().__init__()
-        self.side, self.boxes, self.failed = side, boxes, failed
+        self.side, self.crops, self.samples, self.boxes, self.state = side, crops, samples, boxes, state
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         pixels, whole = (self.side, self.side, 3), np.dtype(np.uint8)
@@ -69,24 +81,30 @@ class _PlannedCrops(SimpleRGBImageDecoder):  # type: ignore[misc]
         read = self.memory_read
         each = Compiler.get_iterator()
         decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-        num_samples = len(self.boxes)
-        boxes_at, failed_at = self.boxes.ctypes.data, self.failed.ctypes.data
+        places, crops = len(self.boxes), self.crops
+        samples_at, boxes_at, state_at = (a.ctypes.data for a in (self.samples, self.boxes, self.state))
 
         def decode(batch: Any, memory: Any, metadata: Any, storage: Any) -> Any:
             out, scratch = memory
-            boxes = numba.carray(_pointer(boxes_at), (num_samples, 4), dtype=np.int32)
+            samples = numba.carray(_pointer(samples_at), (places,), dtype=np.int64)
+            boxes = numba.carray(_pointer(boxes_at), (places, 4), dtype=np.int32)
             # not uint8: FFCV declares numba's type of a contiguous uint8 vector read-only, for everyone
-            failed = numba.carray(_pointer(failed_at), (num_samples,), dtype=np.int32)
-            for row in each(len(batch)):
-                i = batch[row]
-                field = metadata[i]
+            state = numba.carray(_pointer(state_at), (places,), dtype=np.int32)
+            for image in each(len(batch) // crops):
+                row = image * crops
+                field = metadata[samples[batch[row]]]
                 encoded = read(field["data_ptr"], storage)
                 height, width = np.uint32(field["height"]), np.uint32(field["width"])
                 pixels = scratch[row][: 3 * height * width].reshape(height, width, 3)
                 if decode_jpeg(encoded, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                    failed[i] = 1
-                top, left = boxes[i, 0], boxes[i, 1]
-                resize(pixels, top, top + boxes[i, 2], left, left + boxes[i, 3], out[row])
+                    outcome = _FAILED
+                else:
+                    outcome = _DONE
+                for crop in range(crops):
+                    place = batch[row + crop]
+                    top, left = boxes[place, 0], boxes[place, 1]
+                    resize(pixels, top, top + boxes[place, 2], left, left + boxes[place, 3], out[row + crop])
+                    state[place] = outcome
             return out[: len(batch)]
 
         decode.is_parallel = True  # type: ignore[attr-defined]
@@ -143,16 +161,18 @@ class FfcvLoader(PlannedLoader):
         self._path = root / table.entry.beton
         picture = open_beton(self._path, table.labels).metadata["f0"]
         self._stored = np.stack([picture["height"], picture["width"]], axis=1).astype(np.int64)  # (N, 2)
-        self._boxes = np.zeros((self.num_samples, 4), dtype=np.int32)
-        self._failed = np.zeros(self.num_samples, dtype=np.int32)
-        decoder = _PlannedCrops(self.config.img_size, self._boxes, self._failed)
+        places = self.steps_per_epoch * self.batch_size  # of an epoch on this rank
+        self._samples = np.zeros(places, dtype=np.int64)
+        self._boxes = np.zeros((places, 4), dtype=np.int32)
+        self._state = np.zeros(places, dtype=np.int32)
+        decoder = _PlannedCrops(self.config.img_size, self.crops_per_image, self._samples, self._boxes, self._state)
         self._threads = min(max(1, self.num_workers), numba.config.NUMBA_NUM_THREADS)
         self._beton = BetonLoader(
             str(self._path),
             batch_size=self.batch_size,
             num_workers=self._threads,
             os_cache=True,
-            pipelines={"image": [decoder], "index": [IntDecoder()], "label": None},
+            pipelines={"image": [decoder], "index": None, "label": None},
             batches_ahead=_BATCHES_AHEAD,
         )
         self._running: _Epoch | None = None
@@ -160,33 +180,36 @@ class FfcvLoader(PlannedLoader):
         if self.warning:
             _log.warning("%s: %s", self._path, self.warning)
 
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Batch]:
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
         self._stop()  # the crops may change only when nobody reads them
         if not steps:
             return
-        samples = np.concatenate(steps)
-        self._boxes[samples] = self._crops(epoch, samples)
-        self._failed[:] = 0
+        keys = np.concatenate(steps)
+        self._samples[: len(keys)] = sample_numbers(keys)
+        self._boxes[: len(keys)] = self._crops(epoch, keys)
+        self._state[:] = 0
         Compiler.set_num_threads(self._threads)
-        running = self._running = _Epoch(self._beton, samples.astype(np.uint64))
+        running = self._running = _Epoch(self._beton, np.arange(len(keys), dtype=np.uint64))
+        first = 0
         try:
-            for index in steps:
-                pixels, numbers = running.next_batch()
-                if not np.array_equal(numbers[:, 0], index):
-                    raise DataError(f"{self._path} delivers other samples than asked for; convert the data set again")
-                if (bad := index[self._failed[index] != 0]).size:
+            for step in steps:
+                (pixels,) = running.next_batch()
+                state = self._state[first : first + len(step)]
+                first += len(step)
+                if (bad := sample_numbers(step[state != _DONE])).size:
                     raise DataError(
                         f"{self._path}, sample {bad[0]} cannot be decoded; copy the file again or convert anew"
                     )
-                yield self.batch(self._copy(pixels), index)
+                yield self._copy(pixels), step
         finally:
             running.stop()
 
-    def _crops(self, epoch: int, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _crops(self, epoch: int, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+        samples = sample_numbers(keys)
         heights, widths = self.table.sizes(samples)
         if self.train:
             sizes = np.stack([heights, widths], axis=1)
-            boxes = random_crops(heights, widths, samples, seed=self.seed, epoch=epoch, config=self.config)
+            boxes = random_crops(heights, widths, keys, seed=self.seed, epoch=epoch, config=self.config)
         else:
             sizes, corners = evaluation_resize(heights, widths, self.config)
             boxes = np.concatenate([corners, np.full_like(corners, self.config.img_size)], axis=1)

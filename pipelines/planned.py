@@ -18,10 +18,21 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.base import Batch, DataConfig, DataError
-from pipelines.order import ORDER_VERSION, evaluation_samples, train_batches, train_steps
+from pipelines.order import (
+    ORDER_VERSION,
+    copy_numbers,
+    evaluation_samples,
+    keys_hash,
+    sample_numbers,
+    train_batches,
+    train_steps,
+)
 from pipelines.source import Table
 
 _log = logging.getLogger(__name__)
+
+Decoded = tuple[torch.Tensor, NDArray[np.int64]]
+"""Images of a batch, uint8 (B, 3, S, S), and the keys (see `pipelines.order`) of its rows."""
 
 
 class PlannedLoader(ABC):
@@ -59,6 +70,11 @@ class PlannedLoader(ABC):
         self.num_classes = len(table.classes)
         self.num_samples = table.num_samples
         self.batch_size = batch_size
+        if train and batch_size % config.decode_once:
+            raise ValueError(
+                f"data.decode_once is {config.decode_once} and the batch size {batch_size}; "
+                "make the batch size a multiple: a batch holds all crops of its images"
+            )
         if train:
             self.steps_per_epoch = train_steps(self.num_samples, batch_size, world_size)
         else:
@@ -66,6 +82,7 @@ class PlannedLoader(ABC):
             self.steps_per_epoch = -(-own // batch_size)
         self.epoch = self.start_step = 0
         self._iteration = 0
+        self._delivered = 0
         self._closed = False
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
@@ -75,6 +92,20 @@ class PlannedLoader(ABC):
                 f"epoch {epoch}, step {start_step} does not exist; an epoch has {self.steps_per_epoch} steps"
             )
         self.epoch, self.start_step = epoch, start_step
+        self._delivered = self._hash(self._steps(epoch)[:start_step]) if start_step else 0
+
+    @property
+    def delivered_hash(self) -> int:
+        """Of what has been delivered in this epoch; see `Loader`."""
+        return self._delivered
+
+    def planned_hash(self, epoch: int) -> int:
+        """Of everything that `epoch` delivers; see `Loader`."""
+        return self._hash(self._steps(epoch))
+
+    @staticmethod
+    def _hash(steps: list[NDArray[np.int64]]) -> int:
+        return keys_hash(np.concatenate([np.zeros(0, np.int64), *steps]))
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever the next iteration starts."""
@@ -84,12 +115,16 @@ class PlannedLoader(ABC):
         if self._closed:
             raise DataError(f"the {self.backend} loader has been closed; build a new one")
         self._iteration += 1
-        return self._supervised(self._iteration, self._batches(self.epoch, self.planned_steps()))
+        steps = self._steps(self.epoch)
+        self._delivered = self._hash(steps[: self.start_step])
+        return self._supervised(self._iteration, self._batches(self.epoch, steps[self.start_step :]))
 
-    def _supervised(self, iteration: int, batches: Generator[Batch]) -> Iterator[Batch]:
+    def _supervised(self, iteration: int, batches: Generator[Decoded]) -> Iterator[Batch]:
         """A failure is final: what a library delivers after one cannot be trusted."""
         try:
-            for batch in batches:
+            for images, keys in batches:
+                batch = self._batch(images, keys)
+                self._delivered = (self._delivered + keys_hash(keys)) & 0xFFFFFFFF
                 yield batch
                 if iteration != self._iteration:
                     raise RuntimeError("this loader has been iterated anew; only its latest iterator goes on")
@@ -100,33 +135,46 @@ class PlannedLoader(ABC):
             batches.close()
 
     @abstractmethod
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Batch]:
-        """Deliver `steps`, each the sample numbers of one batch."""
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
+        """Decode `steps`, each the keys of one batch."""
 
     @abstractmethod
     def library_versions(self) -> dict[str, str]:
         """The libraries that decode and resize, noted in the state."""
 
-    def planned_steps(self) -> list[NDArray[np.int64]]:
-        """The sample numbers of every batch the next iteration delivers."""
+    def _steps(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The keys of every batch of `epoch` on this rank."""
         if self.train:
-            batches = train_batches(
-                self.num_samples,
-                self.seed,
-                self.epoch,
-                batch_size=self.batch_size,
-                rank=self.rank,
-                world_size=self.world_size,
+            return list(
+                train_batches(
+                    self.num_samples,
+                    self.seed,
+                    epoch,
+                    batch_size=self.batch_size,
+                    rank=self.rank,
+                    world_size=self.world_size,
+                    repeats=self.config.repeats,
+                    decode_once=self.config.decode_once,
+                )
             )
-            return list(batches[self.start_step :])
         own = evaluation_samples(self.num_samples, self.rank, self.world_size)
-        first = range(self.start_step * self.batch_size, len(own), self.batch_size)
-        return [own[i : i + self.batch_size] for i in first]
+        return [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
 
-    def batch(self, images: torch.Tensor, index: NDArray[np.int64]) -> Batch:
-        """Put labels and sample numbers beside `images`, all on the loader's device."""
-        labels, numbers = torch.from_numpy(self.table.labels[index]), torch.from_numpy(index.copy())
-        return Batch(images.to(self.device, non_blocking=True), labels.to(self.device), numbers.to(self.device))
+    @property
+    def crops_per_image(self) -> int:
+        """How many rows of a batch, one after the other, are cut from the same decoded image."""
+        return self.config.decode_once if self.train else 1
+
+    def _batch(self, images: torch.Tensor, keys: NDArray[np.int64]) -> Batch:
+        """Put labels and sample numbers beside `images`, which go to the loader's device with the labels."""
+        index = sample_numbers(keys)
+        copies = self.train and self.config.repeats * self.config.decode_once > 1
+        return Batch(
+            images.to(self.device, non_blocking=True),
+            torch.from_numpy(self.table.labels[index]).to(self.device),
+            torch.from_numpy(index),
+            torch.from_numpy(copy_numbers(keys)) if copies else None,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which data is delivered. Resuming with another number of ranks is possible while the global

@@ -24,9 +24,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from pipelines.base import Batch, DataConfig, DataError
+from pipelines.base import DataConfig, DataError
 from pipelines.geometry import evaluation_resize, random_crops
-from pipelines.planned import PlannedLoader
+from pipelines.order import sample_numbers
+from pipelines.planned import Decoded, PlannedLoader
 from pipelines.source import Bytes, Source
 from pipelines.unreadable import UNREADABLE, unreadable
 
@@ -55,34 +56,34 @@ def decode(encoded: Bytes, name: str) -> Tensor:
 
 
 class Decoder:
-    """Turns sample numbers into a uint8 batch: `open` once, then `decode` for every row, from any thread."""
+    """Turns sample numbers into a uint8 batch: `open` once, then `decode` for every image, from any thread."""
 
     def __init__(self, source: Source, config: DataConfig, train: bool, seed: int) -> None:
         self.source, self.config, self.train, self.seed = source, config, train, seed
 
     def open(self, step: DecodedStep) -> None:
         """Read the batch's files and decide its crops."""
-        index = step.index
-        step.encoded = self.source.read_many(index)
-        heights, widths = self.source.sizes(index)
+        step.encoded = self.source.read_many(step.images_to_decode)
+        heights, widths = self.source.sizes(sample_numbers(step.keys))
         if self.train:
-            boxes = random_crops(heights, widths, index, seed=self.seed, epoch=step.epoch, config=self.config)
+            boxes = random_crops(heights, widths, step.keys, seed=self.seed, epoch=step.epoch, config=self.config)
             step.geometry = boxes.tolist()
         else:
             sizes, corners = evaluation_resize(heights, widths, self.config)
             step.geometry = np.concatenate([sizes, corners], axis=1).tolist()
 
-    def decode(self, step: DecodedStep, row: int) -> None:
-        """Fill row `row` of the batch."""
+    def decode(self, step: DecodedStep, number: int) -> None:
+        """Decode image `number` of the batch and fill its rows."""
         side = self.config.img_size
-        pixels = decode(step.encoded[row], self.source.name(int(step.index[row])))
-        if self.train:
-            top, left, height, width = step.geometry[row]
-            pixels = self._resize(pixels[:, top : top + height, left : left + width], [side, side])
-        else:
-            *size, top, left = step.geometry[row]
-            pixels = self._resize(pixels, size)[:, top : top + side, left : left + side]
-        step.images[row].copy_(pixels)
+        whole = decode(step.encoded[number], self.source.name(int(step.images_to_decode[number])))
+        for row in range(number * step.crops_per_image, (number + 1) * step.crops_per_image):
+            if self.train:
+                top, left, height, width = step.geometry[row]
+                pixels = self._resize(whole[:, top : top + height, left : left + width], [side, side])
+            else:
+                *size, top, left = step.geometry[row]
+                pixels = self._resize(whole, size)[:, top : top + side, left : left + side]
+            step.images[row].copy_(pixels)
 
     def _resize(self, pixels: Tensor, size: list[int]) -> Tensor:
         mode = InterpolationMode(self.config.interpolation)
@@ -91,24 +92,27 @@ class Decoder:
 
 
 class DecodedStep:
-    """A batch being decoded, each row by whichever thread comes to it."""
+    """A batch being decoded, each image by whichever thread comes to it."""
 
-    def __init__(self, epoch: int, index: NDArray[np.int64], side: int, pin_memory: bool = False) -> None:
-        self.epoch, self.index = epoch, index
+    def __init__(
+        self, epoch: int, keys: NDArray[np.int64], *, side: int, crops_per_image: int, pin_memory: bool
+    ) -> None:
+        self.epoch, self.keys, self.crops_per_image = epoch, keys, crops_per_image
+        self.images_to_decode = sample_numbers(keys[::crops_per_image])
         with torch.inference_mode(False):  # the caller's mode: threads outside it could not write into the batch
-            stored = torch.empty((len(index), side, side, 3), dtype=torch.uint8, pin_memory=pin_memory)
+            stored = torch.empty((len(keys), side, side, 3), dtype=torch.uint8, pin_memory=pin_memory)
         self.images = stored.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory like what decoders return
         self.encoded: list[Bytes] = []
         self.geometry: list[list[int]] = []  # per row the crop's box, or the resized size and the crop's corner
-        self.rows_done = 0
+        self.num_decoded = 0
         self.done = threading.Event()
         self.failure: BaseException | None = None
         self._lock = threading.Lock()
 
-    def finish_row(self) -> None:
+    def finish_image(self) -> None:
         with self._lock:
-            self.rows_done += 1
-            if self.rows_done == len(self.index):
+            self.num_decoded += 1
+            if self.num_decoded == len(self.images_to_decode):
                 self.done.set()
 
     def fail(self, failure: BaseException) -> None:
@@ -117,10 +121,11 @@ class DecodedStep:
 
 
 class _Workers:
-    """Threads that decode rows in the order of submission; ended by `stop`, at the latest when Python exits."""
+    """Threads that decode images in the order of submission; ended by `stop`, at the latest when Python exits."""
 
     def __init__(self, decoder: Decoder, count: int) -> None:
-        self._tasks: SimpleQueue[tuple[DecodedStep, int] | None] = SimpleQueue()  # -1 for a row: open the batch
+        # a batch and the number of the image to decode, or -1: open it
+        self._tasks: SimpleQueue[tuple[DecodedStep, int] | None] = SimpleQueue()
         stopping, begun = threading.Event(), threading.Barrier(count + 1)
         arguments = (decoder, self._tasks, stopping, begun)
         threads = [
@@ -144,16 +149,16 @@ def _work(decoder: Decoder, tasks: SimpleQueue[Any], stopping: threading.Event, 
     torch.set_num_threads(1)
     begun.wait()
     while (task := tasks.get()) is not None:
-        step, row = task
+        step, number = task
         if stopping.is_set() or step.failure is not None:
             continue
         try:
-            if row >= 0:
-                decoder.decode(step, row)
-                step.finish_row()
+            if number >= 0:
+                decoder.decode(step, number)
+                step.finish_image()
             else:
                 decoder.open(step)
-                for i in range(len(step.index)):
+                for i in range(len(step.images_to_decode)):
                     tasks.put((step, i))
         except BaseException as error:  # whatever it is, the reader of this batch must hear of it
             step.fail(error)
@@ -178,15 +183,15 @@ class TorchLoader(PlannedLoader):
         self._decoder = Decoder(source, self.config, self.train, self.seed)
         self._workers: _Workers | None = None
 
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Batch]:
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
         self._stop_workers()
         if self.num_workers == 0:
-            for index in steps:
-                step = self._step(epoch, index)
+            for keys in steps:
+                step = self._step(epoch, keys)
                 self._decoder.open(step)
-                for row in range(len(index)):
-                    self._decoder.decode(step, row)
-                yield self.batch(step.images, index)
+                for number in range(len(step.images_to_decode)):
+                    self._decoder.decode(step, number)
+                yield step.images, keys
             return
         workers = self._workers = _Workers(self._decoder, self.num_workers)
         ahead: deque[DecodedStep] = deque()
@@ -198,23 +203,29 @@ class TorchLoader(PlannedLoader):
                     workers.submit(ahead[-1])
                 step = ahead.popleft()
                 self._wait(step)
-                yield self.batch(step.images, step.index)
+                yield step.images, step.keys
         finally:
             workers.stop()
 
-    def _step(self, epoch: int, index: NDArray[np.int64]) -> DecodedStep:
-        return DecodedStep(epoch, index, self.config.img_size, pin_memory=self.device.type == "cuda")
+    def _step(self, epoch: int, keys: NDArray[np.int64]) -> DecodedStep:
+        return DecodedStep(
+            epoch,
+            keys,
+            side=self.config.img_size,
+            crops_per_image=self.crops_per_image,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def _wait(self, step: DecodedStep) -> None:
         """Until `step` is decoded; raises what its decoding raised, and `DataError` if it makes no progress."""
         before = -1
         while not step.done.wait(self.stall_seconds):
-            if step.rows_done == before:
+            if step.num_decoded == before:
                 raise DataError(
-                    f"no image was decoded for {self.stall_seconds:g} s; the threads wait for "
-                    f"{self.source.name(int(step.index[0]))} or one of the {len(step.index) - 1} images after it"
+                    f"no image was decoded for {self.stall_seconds:g} s; the threads wait for one of "
+                    f"{len(step.images_to_decode)} images from {self.source.name(int(step.images_to_decode[0]))} on"
                 )
-            before = step.rows_done
+            before = step.num_decoded
         if step.failure is not None:
             raise step.failure
 

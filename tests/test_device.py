@@ -73,6 +73,16 @@ def test_the_batch_is_left_alone() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_does_the_same() -> None:
     batch = _batch(64)
-    there = Batch(batch.images.cuda(), batch.labels.cuda(), batch.index.cuda())
+    there = Batch(batch.images.cuda(), batch.labels.cuda(), batch.index)
     on_cpu, on_gpu = (DeviceTransform(CONFIG, seed=0, train=True) for _ in range(2))
     torch.testing.assert_close(on_gpu(there, 2).cpu(), on_cpu(batch, 2))
+
+
+def test_copies_of_a_sample_are_flipped_by_their_own_draws() -> None:
+    images = _batch(1).images.expand(512, 3, 8, 8)
+    labels, index = torch.zeros(512, dtype=torch.int64), torch.full((512,), 7)
+    transform = DeviceTransform(CONFIG, seed=3, train=True)
+    copies = transform(Batch(images, labels, index, torch.arange(512)), 0)
+    alike = (copies == copies[:1]).flatten(1).all(1)
+    assert 200 < alike.sum() < 312
+    assert torch.equal(copies[:1], transform(Batch(images[:1], labels[:1], index[:1]), 0))

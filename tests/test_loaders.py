@@ -113,6 +113,61 @@ def test_an_epoch_resumes_at_any_step(backend: str, make: Make) -> None:
     assert epoch_of(resumed, 1, start_step=resumed.steps_per_epoch) == []
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_was_delivered_can_be_checked(backend: str, split: str, make: Make) -> None:
+    """The hash grows batch by batch to the planned one, also from mid-epoch on, and begins anew with an epoch."""
+    whole, other = make(backend, split), make(backend, split)
+    planned = whole.planned_hash(2)
+    for loader, start in ((whole, 0), (other, 3)):
+        loader.set_epoch(2, start)
+        grown = [loader.delivered_hash, *(loader.delivered_hash for _ in loader)]
+        assert (grown[0] == 0) == (start == 0)
+        assert len(set(grown)) == len(grown) == loader.steps_per_epoch - start + 1
+        assert grown[-1] == planned == other.planned_hash(2)
+    assert (whole.planned_hash(1) == planned) == (split == "val")
+    whole.set_epoch(1)
+    assert whole.delivered_hash == 0
+    halves = [make(backend, split, batch_size=2, rank=rank, world_size=2).planned_hash(2) for rank in range(2)]
+    assert sum(halves) % (1 << 32) == planned
+
+
+@pytest.mark.parametrize("mode", ["repeats", "decode_once"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies_are_other_crops_of_the_same_image(backend: str, mode: str, make: Make) -> None:
+    config = DataConfig(img_size=48, **{mode: 3})
+    settings = {"batch_size": 6, "config": config}
+    loader = make(backend, num_workers=2, **settings)
+    batches = epoch_of(loader, 4)
+    assert len(batches) == NUM_TRAIN // 6
+    once = epoch_of(make(backend, batch_size=1), 4)
+    single = {int(batch.index): (batch.images[0], int(batch.labels)) for batch in once}
+    for batch in batches:
+        assert batch.copy is not None
+        samples = batch.index[::3].tolist()
+        assert batch.copy.tolist() == [0, 1, 2, 0, 1, 2]
+        assert torch.equal(batch.index, batch.index[::3].repeat_interleave(3))
+        assert len(set(batch.draw_keys.tolist())) == 6
+        assert torch.equal(batch.draw_keys[::3], batch.index[::3])
+        assert batch.labels[::3].tolist() == [single[i][1] for i in samples]
+        for i, (first, second, third) in zip(samples, batch.images.unflatten(0, (2, 3)), strict=True):
+            assert (first.int() - single[i][0].int()).abs().float().mean() < 1  # copy 0 is what it is without copies
+            assert not torch.equal(first, second)
+            assert not torch.equal(second, third)
+    assert same(epoch_of(make(backend, **settings), 4, 5), batches[5:])
+    assert difference(batches, epoch_of(make("torch", **settings), 4)) < 6
+
+
+def test_copies_are_counted_where_they_fit(make: Make) -> None:
+    assert [b.copy for b in make("torch", "val", config=DataConfig(img_size=48, repeats=3))] == [None] * 6
+    with pytest.raises(ValueError, match="decode_once is 3 and the batch size 4"):
+        make("torch", config=DataConfig(img_size=48, decode_once=3))
+    with pytest.raises(ValueError, match=r"repeats is 2 and data\.decode_once 2"):
+        DataConfig(repeats=2, decode_once=2)
+    with pytest.raises(ValueError, match=r"data\.repeats is 0"):
+        DataConfig(repeats=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_may_change_while_the_global_batch_stays(backend: str, make: Make) -> None:
     one = make(backend, batch_size=8)
@@ -291,7 +346,8 @@ def test_batches_reach_the_gpu(backend: str, tolerance: float, split: str, make:
     copies = []
     loader.set_epoch(1)
     for batch in loader:
-        assert batch.images.device.type == batch.labels.device.type == batch.index.device.type == "cuda"
+        assert batch.images.device.type == batch.labels.device.type == "cuda"
+        assert batch.index.device.type == "cpu"
         for _ in range(20):
             busy = busy @ busy
         copies.append(Batch(batch.images.clone(), batch.labels.clone(), batch.index.clone()))
@@ -361,10 +417,10 @@ def test_a_failure_in_a_thread_arrives_at_its_batch(part: str, make: Make, monke
 
     loader = make("torch", num_workers=2)
     loader.set_epoch(0)
-    victim, work = loader.planned_steps()[5], getattr(Decoder, part)
+    victim, work = loader._steps(0)[5], getattr(Decoder, part)
 
     def fail(decoder: Decoder, step: Any, *row: int) -> None:
-        if np.array_equal(step.index, victim):
+        if np.array_equal(step.keys, victim):
             raise MemoryError("no memory for this batch")
         work(decoder, step, *row)
 
