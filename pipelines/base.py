@@ -45,7 +45,14 @@ class DataConfig:
     flip: float = 0.5
     """Probability of a horizontal flip (training)."""
     interpolation: Interpolation = "bicubic"
-    """Resampling filter of the torch and DALI loaders. FFCV always averages areas."""
+    """Resampling filter of the torch and DALI loaders, and of what RandAugment rotates, shears and shifts. FFCV's
+    crops always average areas."""
+    rand_augment: str | None = None
+    """RandAugment in timm's notation, for example rand-m9-mstd0.5-inc1-n2 (training)."""
+    three_augment: bool = False
+    """DeiT III's choice of grey, solarised or blurred, then colour jitter, in RandAugment's place (training)."""
+    erasing: float = 0.0
+    """Probability of overwriting a rectangle with noise (training)."""
     repeats: int = 1
     """Training: copies of each sample in an epoch, spread over the ranks, each with its own crop, flip and further
     augmentation (repeated augmentation, as DeiT uses it with 3). An epoch keeps its number of steps, and so shows
@@ -69,8 +76,11 @@ class DataConfig:
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"data.crop_ratio is {self.crop_ratio}; it must be (low, high) with 0 < low <= high")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"data.flip is {self.flip}; it is a probability between 0 and 1")
+        for name in ("flip", "erasing"):
+            if not 0 <= (probability := getattr(self, name)) <= 1:
+                raise ValueError(f"data.{name} is {probability}; it is a probability between 0 and 1")
+        if self.rand_augment is not None and self.three_augment:
+            raise ValueError("data.rand_augment and data.three_augment are both set; choose one of them")
         for name in ("repeats", "decode_once"):
             if not 1 <= (count := getattr(self, name)) <= MAX_COPIES:
                 raise ValueError(f"data.{name} is {count}; it must lie in 1 ... {MAX_COPIES}")

@@ -6,20 +6,29 @@ import torch
 from torch import Tensor
 
 from pipelines import crng
+from pipelines.augment import RandAugment, RandAugmentSpec, RandomErasing, ThreeAugment
 from pipelines.augment.transfer import host_index, to_device
 from pipelines.base import Batch, DataConfig
 
 
 class DeviceTransform:
-    """Flip (training only), scale to 0-1 and normalise.
+    """Flip and RandAugment or 3-Augment (training), scale to 0-1 and normalise, random erasing (training).
 
-    Called as `transform(batch, epoch)`; returns float32 (B, 3, S, S) on the device of `batch.images`. The flips are a
-    pure function of (seed, epoch, sample number and copy), like the crops.
+    Called as `transform(batch, epoch)`; returns float32 (B, 3, S, S) on the device of `batch.images`. All of it is a
+    pure function of the pixels and of (seed, epoch, sample number and copy), like the crops.
     """
 
     def __init__(self, config: DataConfig, *, seed: int, train: bool) -> None:
         self.flip = config.flip if train else 0.0
         self.seed = seed
+        self._augment: RandAugment | ThreeAugment | None = None
+        if train and config.rand_augment is not None:
+            red, green, blue = (round(255 * mean) for mean in config.mean)
+            spec = RandAugmentSpec.parse(config.rand_augment)
+            self._augment = RandAugment(spec, seed=seed, fill=(red, green, blue), interpolation=config.interpolation)
+        elif train and config.three_augment:
+            self._augment = ThreeAugment(seed=seed)
+        self._erase = RandomErasing(config.erasing, seed=seed) if train and config.erasing else None
         # (x / 255 - mean) / std as one multiplication and one addition
         self._scale = 1 / (255 * torch.tensor(config.std)).view(3, 1, 1)
         self._shift = -(torch.tensor(config.mean) / torch.tensor(config.std)).view(3, 1, 1)
@@ -31,6 +40,9 @@ class DeviceTransform:
             draws = crng.u01(crng.key(self.seed, epoch, keys, crng.FLIP), 0)
             flipped = to_device(draws < self.flip, images.device).view(-1, 1, 1, 1)
             images = torch.where(flipped, images.flip(-1), images)
+        if self._augment is not None:
+            images = self._augment(images, batch.draw_keys, epoch)
         self._scale, self._shift = self._scale.to(images.device), self._shift.to(images.device)
         values = images.to(torch.float32, memory_format=torch.contiguous_format)
-        return values.mul_(self._scale).add_(self._shift)
+        values = values.mul_(self._scale).add_(self._shift)
+        return values if self._erase is None else self._erase(values, batch.draw_keys, epoch)

@@ -159,9 +159,19 @@ class Trainer:
                     raise Interrupted
         whole = self.step == (self.epoch + 1) * self.steps_per_epoch
         if whole:
+            self._check_delivered()
             self.epoch += 1
         where = f"epoch {self.epoch}/{self.epochs}" if whole else f"step {self.step}/{self.total_steps}"
         self._end_epoch(epoch_meter, where)
+
+    def _check_delivered(self) -> None:
+        """Every sample of the plan, each as often as planned, also where the epoch was resumed in the middle."""
+        delivered, planned = self.train_loader.delivered_hash, self.train_loader.planned_hash(self.epoch)
+        if delivered != planned:
+            raise DataError(
+                f"the {self.train_loader.backend} loader delivered other samples in epoch {self.epoch} than planned "
+                f"(hash {delivered:08x}, not {planned:08x}); this is a fault of pss, please report it"
+            )
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, targets = self.prepare(batch, self.epoch), batch.labels
@@ -190,7 +200,8 @@ class Trainer:
         row: dict[str, Any] = {"epoch": self.epoch, "train_seconds": seconds, **summary, **self._validate()}
         self.row = {"step": self.step, **row}
         if self.log is not None:
-            self.log.write("epoch", self.step, **row, by_rho=meter.by_rho())
+            delivered = f"{self.train_loader.delivered_hash:08x}"
+            self.log.write("epoch", self.step, **row, by_rho=meter.by_rho(), samples_hash=delivered)
         averaged = f"  (average {row['ema_top1']:.2f} %)" if "ema_top1" in row else ""
         self.view.say(
             f"{where}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  "

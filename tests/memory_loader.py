@@ -37,6 +37,13 @@ class MemoryLoader:
         self.on_batch = on_batch
         self.epoch, self.start = 0, 0
 
+    def planned_hash(self, epoch: int) -> int:
+        return epoch
+
+    @property
+    def delivered_hash(self) -> int:
+        return self.epoch
+
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         self.epoch, self.start = epoch, start_step
 

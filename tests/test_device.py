@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -86,3 +88,37 @@ def test_copies_of_a_sample_are_flipped_by_their_own_draws() -> None:
     alike = (copies == copies[:1]).flatten(1).all(1)
     assert 200 < alike.sum() < 312
     assert torch.equal(copies[:1], transform(Batch(images[:1], labels[:1], index[:1]), 0))
+
+
+def test_the_deit_chain_is_the_same_for_a_sample_in_any_batch() -> None:
+    config = DataConfig(img_size=32, rand_augment="rand-m9-mstd0.5-inc1-n2", erasing=0.5)
+    transform = DeviceTransform(config, seed=3, train=True)
+    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(100, 112)
+    whole = transform(Batch(images, index, index), epoch=5)
+    for rows in ([3], [7, 2, 11]):
+        part = transform(Batch(images[rows].clone(), index[rows], index[rows]), epoch=5)
+        assert torch.equal(part, whole[rows])
+    plain = DeviceTransform(DataConfig(img_size=32), seed=3, train=True)(Batch(images, index, index), epoch=5)
+    assert sum(not torch.equal(a, b) for a, b in zip(whole, plain, strict=True)) > 6
+    other_copy = transform(Batch(images, index, index, torch.ones(12, dtype=torch.int64)), epoch=5)
+    assert not torch.equal(other_copy, whole)
+
+
+def test_evaluation_is_not_augmented() -> None:
+    config = DataConfig(img_size=32, rand_augment="rand-m9-mstd0.5-inc1-n2", erasing=1.0, three_augment=False)
+    images, index = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4)
+    augmented, plain = (
+        DeviceTransform(c, seed=0, train=False)(Batch(images, index, index), 0)
+        for c in (config, DataConfig(img_size=32))
+    )
+    assert torch.equal(augmented, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"rand_augment": "rand-m9", "three_augment": True}, "choose one"), ({"erasing": 1.5}, "data.erasing is 1.5")],
+)
+def test_augmentation_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)

@@ -152,6 +152,13 @@ def test_a_loader_that_ends_early_is_an_error(tmp_path):
         run.fit()
 
 
+def test_a_loader_that_delivers_other_samples_than_planned_is_an_error(tmp_path):
+    run = trainer(tmp_path)
+    run.train_loader.planned_hash = lambda epoch: 7
+    with pytest.raises(DataError, match=r"hash 00000000, not 00000007"):
+        run.fit()
+
+
 def test_a_loader_that_loses_an_image_fails_validation(tmp_path):
     run = trainer(tmp_path)
     run.val_loader.num_samples += 1
