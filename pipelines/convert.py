@@ -18,8 +18,8 @@ from pipelines.beton import BetonFile, Piece, Store, encode_piece, plan_raw, sto
 from pipelines.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split
 from pipelines.processes import Engine, Progress, WorkerLost, map_tasks
 from pipelines.readers import DIGITS, Listing, Sample, Spool, list_source
-from pipelines.scan import CHECKED, ImageFile, Unreadable, check_chunk, checked_images
-from pipelines.shards import hash_file, plan_shards, write_file, write_shard
+from pipelines.scan import ImageFile, Unreadable, check_chunk, checked_images
+from pipelines.shards import Shard, hash_file, plan_shards, write_file, write_shard
 from pipelines.splits import SHUFFLE, divide, permuted
 from pipelines.verify import LISTED, check_samples, listed
 from pipelines.work import Busy, Crew, Finished, Workplace, chunks_of, write_whole
@@ -119,7 +119,7 @@ def convert(
     if place.continued and options.part is None:
         tell(f"continuing the unfinished conversion to {dest}")
     try:
-        return _Conversion(place, source, options, progress).run()
+        manifest = _Conversion(place, source, options, progress).run()
     except (Busy, WorkerLost):
         place.leave()
         raise
@@ -133,6 +133,8 @@ def convert(
             return None  # the last part has cleared up
         tell(f"what is finished is kept; the same command continues, and --restart drops it ({place.folder})")
         raise
+    place.leave()
+    return manifest
 
 
 def merge(dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None]) -> Manifest:
@@ -167,10 +169,13 @@ class _Conversion:
         images, skipped = self._check(samples, listing.classes)
         if "train" in images:
             images["train"] = permuted(images["train"], self.options.seed, SHUFFLE)
-        tars = {split: self._write_tars(split, members) for split, members in images.items()}
-        betons = {split: self._write_beton(split, members) for split, members in images.items() if self._ffcv}
-        written = [result for results in (*tars.values(), *betons.values()) for result in results]
-        if None in written:
+        for split, members in images.items():
+            self._write_tars(split, members)
+            self._write_beton(split, members)
+        # only now: the part that finishes last must find all others finished
+        tars = {split: self._tar_results(split, members) for split, members in images.items()}
+        betons = [path for split, members in images.items() for path in self._beton_results(split, members)]
+        if None in tars.values() or not all(path.exists() for path in betons):
             return None
         with self.place.merging() as ours:
             return self._merge(listing.classes, images, tars, skipped) if ours else None
@@ -203,11 +208,11 @@ class _Conversion:
             self.progress.start(f"checking {split}", len(samples))
             chunks = [samples[chunk] for chunk in chunks_of(len(samples), 8, 1024)]
             # numbers in the split depend on every check, so parts do not leave any to each other
-            results = self.crew.run(f"check-{split}", check_chunk, chunks, self.progress.advance, take_over=True)
+            self.crew.run(f"check-{split}", check_chunk, chunks, self.progress.advance, take_over=True)
+            results = self.crew.results(f"check-{split}", len(chunks))
+            assert results is not None
             images[split] = []
             for chunk, finished in zip(chunks, results, strict=True):
-                assert finished is not None
-                assert finished.rows.dtype == CHECKED
                 good, bad = checked_images(chunk, finished)
                 images[split].extend(good)
                 unreadable.extend(bad)
@@ -224,14 +229,22 @@ class _Conversion:
             )
         return images, unreadable
 
-    def _write_tars(self, split: str, images: Sequence[ImageFile]) -> list[Finished | None]:
+    def _shards(self, split: str, images: Sequence[ImageFile]) -> list[Shard]:
         if "dali" not in self.options.formats and split == "train":
             return []  # validation keeps the original bytes: accuracy is measured on them
-        shards = plan_shards(self.place.set, self.place.work, split, images, self.options.shard_size)
-        self.progress.start(f"writing {split} tars", len(images))
-        return self.crew.run(f"tar-{split}", write_shard, shards, self.progress.advance)
+        return plan_shards(self.place.set, self.place.work, split, images, self.options.shard_size)
 
-    def _write_beton(self, split: str, images: Sequence[ImageFile]) -> list[Finished | None]:
+    def _tar_results(self, split: str, images: Sequence[ImageFile]) -> list[Finished] | None:
+        return self.crew.results(f"tar-{split}", len(self._shards(split, images)))
+
+    def _write_tars(self, split: str, images: Sequence[ImageFile]) -> None:
+        if shards := self._shards(split, images):
+            self.progress.start(f"writing {split} tars", len(images))
+            self.crew.run(f"tar-{split}", write_shard, shards, self.progress.advance)
+
+    def _write_beton(self, split: str, images: Sequence[ImageFile]) -> None:
+        if not self._ffcv:
+            return
         options = self.options
         raw = plan_raw(len(images), options.store, options.seed).tolist()
         pieces = [
@@ -246,14 +259,14 @@ class _Conversion:
             if options.part is None:
                 beton.advance()
 
-        return self.crew.run(f"beton-{split}", encode_piece, pieces, advance)
+        self.crew.run(f"beton-{split}", encode_piece, pieces, advance)
 
     @staticmethod
     def _beton_chunks(images: Sequence[ImageFile]) -> list[slice]:
         return chunks_of(len(images), 8, 512)
 
     def _beton_results(self, split: str, images: Sequence[ImageFile]) -> list[Path]:
-        return [self.place.work / f"beton-{split}-{k:06d}" for k in range(len(self._beton_chunks(images)))]
+        return self.crew.paths(f"beton-{split}", len(self._beton_chunks(images)) if self._ffcv else 0)
 
     def _beton_file(self, split: str, images: Sequence[ImageFile]) -> BetonFile:
         results = self._beton_results(split, images)
@@ -264,7 +277,7 @@ class _Conversion:
         self,
         classes: tuple[str, ...],
         images: Mapping[str, Sequence[ImageFile]],
-        tars: Mapping[str, Sequence[Finished | None]],
+        tars: Mapping[str, list[Finished] | None],
         skipped: Sequence[Unreadable],
     ) -> Manifest:
         """Everything that is written once all images are, then the look at what is on the disk."""
@@ -272,7 +285,7 @@ class _Conversion:
         splits: dict[str, Split] = {}
         files: dict[str, FileEntry] = {}
         for split, members in images.items():
-            shards = [shard for shard in tars[split] if shard is not None]
+            shards = tars[split] or []
             rows = np.concatenate([shard.rows for shard in shards]) if shards else _rows_without_tars(members)
             for shard in shards:
                 files.update({name: FileEntry(**entry) for name, entry in shard.notes["files"].items()})

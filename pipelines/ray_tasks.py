@@ -30,8 +30,8 @@ def map_ray(
         here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH120, PTH100
         path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": {"PYTHONPATH": path}})
-    remote = ray.remote(num_cpus=1, max_retries=3)(function)
-    references = [remote.remote(task) for task in tasks]
+    remote = ray.remote(num_cpus=1, max_retries=3)(_call)
+    references = [remote.remote(function, task) for task in tasks]
     waiting = references
     try:
         while waiting:
@@ -46,3 +46,8 @@ def map_ray(
     finally:
         for reference in waiting:
             ray.cancel(reference)
+
+
+def _call(function: Callable[[Task], Result], task: Task) -> Result:
+    """A plain function, which Ray insists on; `function` may be a partial one."""
+    return function(task)

@@ -131,24 +131,31 @@ class Crew:
         progress: Callable[[int], None],
         *,
         take_over: bool = False,
-    ) -> list[Finished | None]:
-        """The results of all `tasks`, None for those that other parts have yet to do.
+    ) -> None:
+        """Do this part's share of `tasks`. `progress` hears of samples.
 
         What has been finished before is read, not done again. With `take_over`, what the other parts have not
         finished when this one's share is done is done here too, so that none has to wait for another.
         """
-        paths = [self.work / f"{phase}-{k:06d}" for k in range(len(tasks))]
+        paths = self.paths(phase, len(tasks))
         number, of = self.part or (1, 1)
         shares = [[k for k in range(len(tasks)) if k % of == number - 1]]
         if take_over and of > 1:
             shares.append(list(reversed(range(len(tasks)))))
-
         for k in (k for k, path in enumerate(paths) if path.exists()):
             progress(len(load_finished(paths[k]).rows))
         for share in shares:
             todo = [(tasks[k], str(paths[k])) for k in share if not paths[k].exists()]
             map_tasks(partial(_run_piece, function), todo, self.jobs, progress, self.engine)
-        return [load_finished(path) if path.exists() else None for path in paths]
+
+    def paths(self, phase: str, num_tasks: int) -> list[Path]:
+        """Where the results of a phase are, or will be."""
+        return [self.work / f"{phase}-{k:06d}" for k in range(num_tasks)]
+
+    def results(self, phase: str, num_tasks: int) -> list[Finished] | None:
+        """All results of a phase; None if other parts have not finished theirs."""
+        paths = self.paths(phase, num_tasks)
+        return [load_finished(path) for path in paths] if all(path.exists() for path in paths) else None
 
 
 def _run_piece(function: Callable[[Task], Finished], piece: tuple[Task, str]) -> int:

@@ -1,0 +1,285 @@
+"""Interrupted, shared or repeated: the files come out the same to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Silent, convert_folder, missing, write_folder
+
+from pipelines import convert as conversion
+from pipelines.base import DataError
+from pipelines.convert import Options
+from pipelines.processes import map_processes
+
+ROOT = Path(__file__).parents[1]
+FORMATS = "dali" if missing("ffcv") else "ffcv,dali"
+ARGUMENTS = ("--format", FORMATS, "--max-size", "64", "--shard-size", "20", "--val-fraction", "0.2")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("source")
+    write_folder(root, {"a": 70, "b": 50})
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    dest = tmp_path_factory.mktemp("whole") / "set"
+    convert_folder(source, dest, FORMATS, max_size=64, val_fraction=0.2)
+    return checksums(dest)
+
+
+def checksums(root: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.iterdir()}
+
+
+def start(source: Path, dest: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cli.convert", str(source), str(dest), *ARGUMENTS, *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`."""
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+    ]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_killed_at_random_moments_and_continued(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    rng = random.Random(0)
+    dest, kills = tmp_path / "set", 0
+    stages = ("check-train-000003", "tar-train-000001", "beton-train-000002", "tar-val-000000")
+    for stage in stages if FORMATS != "dali" else stages[::3]:
+        process = start(source, dest, "--jobs", "2")
+        while process.poll() is None and not (tmp_path / ".set.partial" / "work" / stage).exists():
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)
+        below = descendants(process.pid)
+        process.kill()
+        _, _, said = end(process)
+        kills += process.returncode == -signal.SIGKILL
+        assert not any(path.exists() for path in [dest]) or process.returncode == 0
+        limit = time.monotonic() + 10
+        while any(map(alive, below)):
+            assert time.monotonic() < limit, "a worker survived"
+            time.sleep(0.05)
+    assert kills >= 1
+    if not dest.exists():
+        code, _, said = end(start(source, dest, "--jobs", "1"))
+        assert code == 0
+        assert "continuing the unfinished conversion" in said
+    assert checksums(dest) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def _interrupt_writing(source: Path, dest: Path) -> None:
+    class Interrupting(Silent):
+        def start(self, phase: str, total: int) -> None:
+            if phase == "writing train tars":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conversion.convert(str(source), dest, Options(formats=("dali",), split="train"), Interrupting())
+
+
+def test_other_options_are_refused_until_restart(source: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "set"
+    _interrupt_writing(source, dest)
+    with pytest.raises(DataError, match=r"split was 'train', is 'val'; shard-size was 2000, is 20; .*--restart"):
+        convert_folder(source, dest, "dali", split="val")
+    assert (tmp_path / ".set.partial" / "journal.json").exists()
+    convert_folder(source, dest, "dali", split="val", restart=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_source_that_changed_is_refused_until_restart(tmp_path: Path) -> None:
+    write_folder(tmp_path / "src", {"a": 4})
+    dest = tmp_path / "set"
+    _interrupt_writing(tmp_path / "src", dest)
+    (tmp_path / "src" / "a" / "003.jpg").unlink()
+    options = Options(formats=("dali",), split="train")
+    with pytest.raises(DataError, match=r"has changed since.*--restart"):
+        conversion.convert(str(tmp_path / "src"), dest, options, Silent())
+    convert_folder(tmp_path / "src", dest, "dali", split="train", restart=True)
+
+
+def test_two_at_once_are_refused(source: Path, tmp_path: Path) -> None:
+    class Second(Silent):
+        refused = 0
+
+        def advance(self, images: int) -> None:
+            with pytest.raises(DataError, match="another pss-convert is writing"):
+                convert_folder(source, tmp_path / "set", "dali", split="train")
+            self.refused += 1
+
+    progress = Second()
+    conversion.convert(str(source), tmp_path / "set", Options(formats=("dali",), split="train"), progress)
+    assert progress.refused
+
+
+def test_three_parts_make_the_same_set(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    dest = tmp_path / "set"
+    processes = [start(source, dest, "--jobs", "1", "--part", f"{i}/3") for i in (1, 2, 3)]
+    ends = [end(process) for process in processes]
+    assert [code for code, _, _ in ends] == [0, 0, 0], ends
+    assert any("2 classes" in out for _, out, _ in ends)
+    assert checksums(dest) == whole
+
+
+def test_a_lost_part_is_made_up_for_by_merging(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    dest = tmp_path / "set"
+    options = {"max_size": 64, "val_fraction": 0.2}
+    assert convert_folder(source, dest, FORMATS, part=(2, 2), **options) is None
+    assert not dest.exists()
+    code, out, _ = end(
+        subprocess.Popen(
+            [sys.executable, "-m", "cli.convert", "--merge", str(dest)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+    )
+    assert code == 0
+    assert "2 classes" in out
+    assert checksums(dest) == whole
+
+
+def test_parts_are_checked() -> None:
+    for part in ((0, 2), (3, 2)):
+        with pytest.raises(ValueError, match="--part is"):
+            Options(formats=("dali",), part=part)
+    with pytest.raises(ValueError, match="--restart would drop"):
+        Options(formats=("dali",), part=(1, 2), restart=True)
+
+
+def test_a_killed_worker_is_noticed_and_its_work_done_later(
+    source: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    class Killer(Silent):
+        killed = 0
+
+        def advance(self, images: int) -> None:
+            if not self.killed:
+                for pid in descendants(os.getpid()):
+                    command = Path(f"/proc/{pid}/cmdline")
+                    if alive(pid) and descendants(pid) == [] and b"forkserver" in command.read_bytes():
+                        self.killed += 1
+                        os.kill(pid, signal.SIGKILL)
+
+    options = Options(
+        formats=tuple(FORMATS.split(",")),  # type: ignore[arg-type]
+        max_size=64,
+        val_fraction=0.2,
+        shard_size=20,
+        jobs=2,
+    )
+    began = time.monotonic()
+    with pytest.raises(DataError, match="was killed"):
+        conversion.convert(str(source), tmp_path / "set", options, Killer())
+    assert time.monotonic() - began < 20
+    conversion.convert(str(source), tmp_path / "set", options, Silent())
+    assert checksums(tmp_path / "set") == whole
+
+
+def _double(number: int) -> int:
+    return 2 * number
+
+
+def test_tasks_come_back_in_order() -> None:
+    heard: list[int] = []
+    assert map_processes(_double, range(10), 3, heard.append) == list(range(0, 20, 2))
+    assert sorted(heard) == list(range(0, 20, 2))
+
+
+@pytest.mark.skipif(missing("ffcv") is not None, reason="FFCV is not installed")
+@pytest.mark.parametrize("store", ["jpg", "mix", "raw"])
+def test_ffcvs_own_loader_reads_every_profile(store: str, source: Path, tmp_path: Path) -> None:
+    """In a process of its own: FFCV warns when it is imported."""
+    convert_folder(source, tmp_path / "set", "ffcv", split="train", max_size=64, store=store)
+    script = """
+import sys, numpy as np
+from ffcv.loader import Loader, OrderOption
+from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
+loader = Loader(sys.argv[1], batch_size=16, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False,
+                pipelines={"image": [CenterCropRGBImageDecoder((32, 32), 1)], "label": [IntDecoder()],
+                           "index": [IntDecoder()]})
+batches = [[part.copy() for part in batch] for batch in loader]
+images, labels, index = (np.concatenate(parts) for parts in zip(*batches))
+np.savez(sys.argv[2], images=images, labels=labels.ravel(), index=index.ravel())
+"""
+    beton = tmp_path / "set" / "train.beton"
+    subprocess.run([sys.executable, "-c", script, str(beton), str(tmp_path / "out.npz")], check=True, timeout=100)
+    with np.load(tmp_path / "out.npz") as out:
+        assert out["index"].tolist() == list(range(120))
+        assert np.array_equal(out["labels"], np.load(tmp_path / "set" / "train.samples.npy")["label"])
+        assert len({image.tobytes() for image in out["images"]}) == 120
+    modes = np.load(tmp_path / "set" / "train.beton.npy")["mode"]
+    low, high = {"jpg": (0, 0), "mix": (0.3, 0.7), "raw": (1, 1)}[store]
+    assert low <= modes.mean() <= high
+
+
+@pytest.mark.skipif(missing("ffcv") is not None, reason="FFCV is not installed")
+def test_the_file_is_laid_out_as_ffcv_lays_it_out() -> None:
+    from ffcv import types
+    from ffcv.fields import IntField, RGBImageField
+
+    from pipelines.beton import ALLOCATION, FIELD, HEADER, METADATA
+
+    for ours, theirs in (
+        (HEADER, types.HeaderType),
+        (FIELD, types.FieldDescType),
+        (ALLOCATION, types.ALLOC_TABLE_TYPE),
+        (METADATA, types.get_metadata_type([RGBImageField(), IntField(), IntField()])),
+    ):
+        assert ours.itemsize == theirs.itemsize
+        assert [entry[1] for entry in ours.fields.values()] == [entry[1] for entry in theirs.fields.values()]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_a_ray_cluster_of_two_nodes_makes_the_same_set(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+cluster.add_node(num_cpus=1)
+import os
+os.environ["RAY_ADDRESS"] = cluster.address
+from cli.convert import app
+code = app(sys.argv[1:], standalone_mode=False)
+import ray
+assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+ray.shutdown()
+cluster.shutdown()
+"""
+    arguments = [str(source), str(tmp_path / "set"), *ARGUMENTS, "--engine", "ray"]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert checksums(tmp_path / "set") == whole
