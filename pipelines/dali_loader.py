@@ -11,6 +11,7 @@ import io
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from pipelines.order import sample_numbers
 from pipelines.planned import Decoded, PlannedLoader
 from pipelines.source import Source
 from pipelines.unreadable import UNREADABLE, unreadable
+from pipelines.watched import WatchedThread
 
 _PREFETCH = 2
 _DECODED = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
@@ -55,6 +57,7 @@ class DaliLoader(PlannedLoader):
         self._epoch = 0
         self._to_feed: Iterator[NDArray[np.int64]] = iter(())
         self._in_flight: deque[_Step] = deque()
+        self._thread = WatchedThread("DALI")
         self._pipe: Any = self._build()
 
     def _build(self) -> Any:
@@ -94,7 +97,7 @@ class DaliLoader(PlannedLoader):
         return pipe
 
     def _feed(self) -> tuple[Any, ...]:
-        """DALI's callback, run in the caller's thread: the inputs of the next step; StopIteration ends the epoch."""
+        """DALI's callback, run in the watched thread: the inputs of the next step; StopIteration ends the epoch."""
         keys = next(self._to_feed)
         index, crops = sample_numbers(keys), self.crops_per_image
         encoded = self.source.read_many(index[::crops])
@@ -128,7 +131,7 @@ class DaliLoader(PlannedLoader):
         # DALI frees its memory in the order of this stream; without it, perhaps before torch has read it.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
-            outputs = self._pipe.run(stream)
+            outputs = self._thread.call(partial(self._pipe.run, stream), self.stall_seconds)
         except RuntimeError as error:
             raise self._explain(error) from error
         crops = [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]  # each (images, S, S, 3)
@@ -168,5 +171,6 @@ class DaliLoader(PlannedLoader):
 
     def close(self) -> None:
         super().close()
+        self._thread.stop()
         self._pipe = None
         self.source.close()

@@ -8,6 +8,7 @@ pixels differ, because images were scaled down and encoded again, and because FF
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from queue import Empty
@@ -36,6 +37,7 @@ from numba.extending import intrinsic  # noqa: E402
 
 _log = logging.getLogger(__name__)
 _POLL = 1.0  # seconds between looks at whether FFCV's thread still lives
+_STOP_SECONDS = 10.0  # a thread that has not ended by then is left behind
 _BATCHES_AHEAD = 3
 _DONE, _FAILED = 1, 2  # what became of a place
 
@@ -122,12 +124,15 @@ class _Epoch(EpochIterator):  # type: ignore[misc]
         except BaseException as error:
             self.failure = error
 
-    def next_batch(self) -> tuple[Any, ...]:
-        """Views into memory that FFCV will use again. Raises `DataError` within seconds if the thread has ended."""
+    def next_batch(self, stall_seconds: float) -> tuple[Any, ...]:
+        """Views into memory that FFCV will use again. `DataError` if the thread has ended or does nothing."""
+        began = time.monotonic()
         while True:
+            if time.monotonic() - began > stall_seconds:
+                raise DataError(f"FFCV delivered nothing for {stall_seconds:g} s; see if its disk does")
             alive = self.is_alive()  # asked first: what it put before it ended must not be missed
             try:
-                _, result = self.output_queue.get(timeout=_POLL if alive else 0)
+                _, result = self.output_queue.get(timeout=min(_POLL, stall_seconds) if alive else 0)
                 views: tuple[Any, ...] = result
                 return views
             except Empty:
@@ -138,7 +143,8 @@ class _Epoch(EpochIterator):  # type: ignore[misc]
     def stop(self) -> None:
         """End the thread and wait for it. FFCV's own `close` lets it go on while its queue has room."""
         self.iter_ixes = iter(())
-        while self.is_alive():
+        deadline = time.monotonic() + _STOP_SECONDS
+        while self.is_alive() and time.monotonic() < deadline:
             while not self.output_queue.empty():
                 self.output_queue.get()
             self.join(0.05)
@@ -193,7 +199,7 @@ class FfcvLoader(PlannedLoader):
         first = 0
         try:
             for step in steps:
-                (pixels,) = running.next_batch()
+                (pixels,) = running.next_batch(self.stall_seconds)
                 state = self._state[first : first + len(step)]
                 first += len(step)
                 if (bad := sample_numbers(step[state != _DONE])).size:

@@ -432,6 +432,30 @@ def test_a_failure_in_a_thread_arrives_at_its_batch(part: str, make: Make, monke
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("pss-decode")]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_back_end_that_hangs_is_given_up(backend: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, go_on = make(backend, num_workers=1), threading.Event()
+    monkeypatch.setattr(loader, "stall_seconds", 0.3)
+
+    def hang(*_: Any) -> None:
+        go_on.wait(20)
+        raise MemoryError("too late")
+
+    if backend == "ffcv":
+        monkeypatch.setattr("pipelines.ffcv_loader._Epoch.run_pipeline", hang)
+        monkeypatch.setattr("pipelines.ffcv_loader._STOP_SECONDS", 0.1)
+    else:
+        monkeypatch.setattr(loader.source, "read_many", hang)
+        monkeypatch.setattr("pipelines.torch_loader._JOIN_SECONDS", 0.1)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"for 0\.3 s"):
+        next(iter(loader))
+    assert time.monotonic() - began < 10  # of a wait of 20
+    with pytest.raises(DataError, match="closed"):
+        iter(loader)
+    go_on.set()
+
+
 def test_an_ffcv_thread_that_fails_is_reported(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := missing("ffcv"):
         pytest.skip(reason)
