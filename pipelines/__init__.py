@@ -31,13 +31,17 @@ def build(
     world_size: int = 1,
     device: str = "cpu",
     num_workers: int | None = None,
+    check_bytes: bool = True,
 ) -> Loader:
     """A loader over one split of the data set at `root`.
 
     `root` is a folder written by pss-convert, or a plain one with `train|val/<class>/*.jpg`. `batch_size` is per rank.
     `num_workers` counts threads (0: torch decodes in the caller's); by default this rank's share of the cores.
     `loader="auto"` takes DALI if it is installed and the split holds original bytes, else torch; FFCV only for a
-    split that exists in no other form. Raises `DataError` for data or a back end that cannot be used.
+    split that exists in no other form. `check_bytes`: in a converted set's tars, compare each image with its checksum
+    when this process first reads it (about 50 us an image, once). Without a checksum, in plain folders and FFCV files,
+    damage is found where the decoder finds it; a JPEG whose pixel data decodes to other colours passes. Raises
+    `DataError` for data or a back end that cannot be used.
     """
     root = Path(root)
     settings: dict[str, Any] = {
@@ -55,7 +59,7 @@ def build(
         module = _import_backend("ffcv", "FFCV is not installed; install its headers, then run `make setup`")
         made: Loader = module.FfcvLoader(root, split, **settings)
         return made
-    source = open_source(root, split)
+    source = open_source(root, split, check_bytes)
     if backend == "torch":
         made = import_module("pipelines.torch_loader").TorchLoader(source, **settings)
     elif backend == "dali":

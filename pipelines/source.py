@@ -11,6 +11,7 @@ import io
 import mmap
 import os
 import resource
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -109,8 +110,9 @@ class ConvertedTable:
 class TarSource(ConvertedTable):
     """The original bytes of a converted split: the tars are mapped into memory and the table says where to look."""
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, check_bytes: bool = True) -> None:
         super().__init__(root, split)
+        self.check_bytes = check_bytes
         if not self.entry.shards:
             raise DataError(
                 f"the {self.split} split of {root} holds FFCV data only; use loader='ffcv', or convert it again "
@@ -120,10 +122,16 @@ class TarSource(ConvertedTable):
             self.check_size(shard)
         _allow_open_files(len(self.entry.shards))
         self._maps: dict[int, mmap.mmap] = {}
+        self._unchecked = np.full(self.num_samples, check_bytes)  # a sample is checked when it is first read
 
     def read(self, i: int) -> Bytes:
         mapped, offset, length = self._locate(i)
-        return np.frombuffer(mapped, dtype=np.uint8, count=length, offset=offset)
+        encoded = np.frombuffer(mapped, dtype=np.uint8, count=length, offset=offset)
+        if self._unchecked[i]:
+            if zlib.crc32(encoded.data) != self._rows[i]["crc32"]:
+                raise DataError(f"{self.name(i)} has been damaged since the conversion; copy the file again")
+            self._unchecked[i] = False
+        return encoded
 
     def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
         for i in index:  # let the system fetch the whole batch while its first images are decoded
@@ -140,7 +148,13 @@ class TarSource(ConvertedTable):
             with (self.root / self.entry.shards[shard]).open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._maps[shard] = mapped
-        return mapped, int(row["offset"]), int(row["length"])
+        offset, length = int(row["offset"]), int(row["length"])
+        if offset < 0 or length < 1 or offset + length > len(mapped):
+            raise DataError(f"{self.name(i)} lies outside its file; copy the table and the tar again")
+        return mapped, offset, length
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.root, self.split, self.check_bytes)
 
     def close(self) -> None:
         """Nothing runs: the operating system unmaps the tars when the last view of them is gone."""
@@ -208,9 +222,12 @@ class FolderSource:
         return self.__dict__ | {"_pool": None}
 
 
-def open_source(root: Path, split: str) -> Source:
-    """The encoded images of `split`; raises `DataError` where there are none."""
-    return TarSource(root, split) if (root / MANIFEST).exists() else FolderSource(root, split)
+def open_source(root: Path, split: str, check_bytes: bool = True) -> Source:
+    """The encoded images of `split`; raises `DataError` where there are none.
+
+    With `check_bytes` each image of a conversion is compared with its checksum when it is first read.
+    """
+    return TarSource(root, split, check_bytes) if (root / MANIFEST).exists() else FolderSource(root, split)
 
 
 def find_split_folder(root: Path, split: str) -> Path | None:

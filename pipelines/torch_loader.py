@@ -50,7 +50,9 @@ def decode(encoded: Bytes, name: str) -> Tensor:
             pass  # Pillow reads some that torchvision refuses, and says better what is wrong with the others
     try:
         with Image.open(io.BytesIO(encoded.data)) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            deep = image.mode.startswith("I;16")  # Pillow's conversion would clip it instead of scaling it
+            shallow = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image
+            return torch.from_numpy(np.array(shallow.convert("RGB"))).permute(2, 0, 1)
     except UNREADABLE as error:
         raise unreadable(name, len(encoded), error) from error
 
