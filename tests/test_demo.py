@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_demo_ends_with_rows_and_a_picture(tmp_path):
     output = tmp_path / "demo"
-    short = ["train.epochs=1", "model.depth=1", "optim.warmup_epochs=0", "optim.lr=3e-3"]
+    short = ["train.epochs=3", "model.depth=1", "optim.warmup_epochs=0", "optim.lr=3e-3"]
     settings = [word for setting in short for word in ("--set", setting)]
     command = [sys.executable, "-m", "tools.demo", "--output", str(output), *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
@@ -23,7 +23,7 @@ def test_the_demo_ends_with_rows_and_a_picture(tmp_path):
     ]
     assert [row["tokens"] for row in rows[:5]] == [17, 14, 10, 7, 3]
     assert {row["num_images"] for row in rows} == {359}
-    assert rows[0]["top1"] > 20  # one epoch on ten classes
+    assert rows[0]["top1"] > 25  # three epochs on ten classes
     assert (output / "rho.png").read_bytes().startswith(b"\x89PNG")
     assert (output / "pss" / "config.json").exists()
     assert (output / "dense" / "config.json").exists()
