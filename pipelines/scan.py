@@ -84,6 +84,8 @@ def check_image(sample: Sample) -> ImageFile | Unreadable:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(encoded)) as image:
                 image.load()
+                if image.mode in ("I", "F"):
+                    return Unreadable(sample.name, "its 32-bit pixels have no known range")
                 kept = image.mode in _KEPT.get(image.format or "", ())
                 return ImageFile(sample, image.height, image.width, zlib.crc32(encoded), not kept)
     except UnidentifiedImageError:
@@ -104,4 +106,7 @@ def in_words(error: Exception) -> str:
 def decode_rgb(encoded: bytes) -> NDArray[np.uint8]:
     """The pixels, (height, width, 3)."""
     with Image.open(io.BytesIO(encoded)) as picture:
+        if picture.mode.startswith("I;16"):  # Pillow would cut everything above 255
+            gray = (np.asarray(picture) >> 8).astype(np.uint8)
+            return np.repeat(gray[:, :, None], 3, axis=2)
         return np.array(picture.convert("RGB"))
