@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cli.errors import run
 
+if TYPE_CHECKING:
+    from pss.config import Config
+    from pss.dist import World
+
 app = typer.Typer(add_completion=True, rich_markup_mode=None)
 
 # A resumed run may change these; everything else would make it another run.
-_MAY_DIFFER = ("train.max_steps", "train.num_workers", "train.log_every_steps", "train.checkpoint_every_minutes",
-               "train.keep_checkpoints")  # fmt: skip
+_MAY_DIFFER = (
+    "train.max_steps",
+    "train.num_workers",
+    "train.prefetch_mb",
+    "train.log_every_steps",
+    "train.checkpoint_every_minutes",
+    "train.keep_checkpoints",
+)
 _STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "run again"
 
 
@@ -53,6 +63,7 @@ def train(
     _check_output(output, resume)
 
     import pipelines
+    from pipelines.prefetch import Prefetcher
     from pss import dist
     from pss.checkpoint import list_checkpoints
     from pss.config import Config, differing_fields
@@ -85,7 +96,13 @@ def train(
             "device": world.device,
             "num_workers": config.train.num_workers,
         }
+        if loader == "auto":
+            loader, reason = _choose_loader(data, output if resume else None, config, world)
+            if world.is_main:
+                typer.echo(f"--loader auto: {loader} ({reason})", err=True)
         train_loader = pipelines.build(data, "train", train=True, loader=loader, **options)
+        if config.train.prefetch_mb:
+            train_loader = Prefetcher(train_loader, round(config.train.prefetch_mb * 2**20), world.device)
         val_loader = None
         created = False
         try:
@@ -122,6 +139,24 @@ def train(
             # A run that failed before its first checkpoint leaves nothing to continue, so it leaves nothing.
             if created and not list_checkpoints(output / "checkpoints"):
                 shutil.rmtree(output)
+
+
+def _choose_loader(data: Path, resumed: Path | None, config: Config, world: World) -> tuple[Any, str]:
+    """What `--loader auto` stands for, the same on every process, and why."""
+    from pipelines.probe import probe
+    from pss.checkpoint import load_latest
+
+    choice = None
+    if world.is_main:
+        saved = load_latest(resumed / "checkpoints") if resumed is not None else None
+        if saved is not None:
+            choice = f"{saved[0]['loader']['backend']} the run began with it"
+        else:
+            workers = config.train.num_workers
+            found = probe(data, "train", config=config.data, num_workers=workers, device=str(world.device))
+            choice = f"{found.backend} {found.reason}"
+    backend, _, reason = (world.broadcast(choice) or "").partition(" ")
+    return backend, reason
 
 
 def _check_output(output: Path, resume: bool) -> None:

@@ -131,6 +131,9 @@ class TrainConfig:
     """Decay of the moving average of the weights, per step; 0 keeps none."""
     num_workers: int | None = None
     """Decoding threads or processes of the loader per rank; None takes the cores at hand."""
+    prefetch_mb: float = 512.0
+    """Decoded batches kept ready per process, in MiB (on the GPU where there is one), so that short steps can draw on
+    what long ones left time for; 0 keeps none."""
     log_every_steps: int = 50
     """Steps between two rows of `log.jsonl`."""
     checkpoint_every_minutes: float = 15.0
@@ -170,6 +173,8 @@ class Config:
                 f"schedule.cooldown_epochs is {self.schedule.cooldown_epochs}; "
                 f"it must lie between 0 and the run's {self.train.epochs} epochs (--set schedule.cooldown_epochs=0)"
             )
+        if self.train.prefetch_mb < 0:
+            raise ValueError(f"train.prefetch_mb is {self.train.prefetch_mb}; it must be at least 0, which is off")
         if not 0 <= self.train.ema_decay < 1:
             raise ValueError(f"train.ema_decay is {self.train.ema_decay}; it must lie in [0, 1)")
         if not 0 <= self.loss.label_smoothing < 1:

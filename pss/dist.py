@@ -38,6 +38,14 @@ class World:
         raised = self.sum(torch.tensor([int(flag) for flag in flags], device=self.device))
         return [bool(count) for count in raised.tolist()]
 
+    def broadcast(self, value: str | None) -> str | None:
+        """The main process's `value`, on every process."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

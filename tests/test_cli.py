@@ -86,6 +86,14 @@ def test_accuracy_does_not_depend_on_batch_size_or_loader(trained, image_root, t
     assert found[2][1] == pytest.approx(found[0][1], abs=0.02)  # the decoders differ by rounding
 
 
+def test_auto_says_what_it_took_and_a_resumed_run_keeps_it(trained, image_root, tmp_path, capsys):
+    assert train(image_root, tmp_path / "run", "train.epochs=1", options=("--loader", "auto")) in (0, None)
+    assert "--loader auto: " in capsys.readouterr().err
+    again = ["train.epochs=2", "train.ema_decay=0.9"]
+    assert train(image_root, trained, *again, options=("--resume",)) in (0, None)
+    assert "--loader auto: torch (the run began with it)" in capsys.readouterr().err
+
+
 def test_list_shows_every_recipe(capsys):
     assert call(cli.train.app, "--list") == 0
     assert "deit-s-224" in capsys.readouterr().out
