@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 _POLL = 1.0  # seconds between looks at whether FFCV's thread still lives
 _STOP_SECONDS = 10.0  # a thread that has not ended by then is left behind
 _BATCHES_AHEAD = 3
+_RAW = 1  # how FFCV marks an image stored as pixels
 _DONE, _FAILED = 1, 2  # what became of a place
 
 EVALUATION_WARNING = (
@@ -98,10 +99,11 @@ class _PlannedCrops(SimpleRGBImageDecoder):  # type: ignore[misc]
                 encoded = read(field["data_ptr"], storage)
                 height, width = np.uint32(field["height"]), np.uint32(field["width"])
                 pixels = scratch[row][: 3 * height * width].reshape(height, width, 3)
-                if decode_jpeg(encoded, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+                outcome = _DONE
+                if field["mode"] == _RAW:
+                    pixels[:] = encoded.reshape(height, width, 3)
+                elif decode_jpeg(encoded, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
                     outcome = _FAILED
-                else:
-                    outcome = _DONE
                 for crop in range(crops):
                     place = batch[row + crop]
                     top, left = boxes[place, 0], boxes[place, 1]
