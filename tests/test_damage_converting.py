@@ -13,6 +13,7 @@ import pytest
 from conftest import Silent, convert_folder, missing, picture, write_folder
 from PIL import Image
 
+from pipelines import convert as conversion
 from pipelines.base import DataError
 from pipelines.beton import FIELD, HEADER, METADATA
 from pipelines.manifest import read_manifest
@@ -63,20 +64,25 @@ UNREADABLE: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("how", UNREADABLE)
-def test_a_damaged_image_is_named_or_left_out(how: str, tmp_path: Path) -> None:
-    change, reason = UNREADABLE[how]
+def test_every_damaged_image_is_named_or_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "LISTED", 100)
     write_folder(tmp_path / "src", {"a": 3})
-    victim = tmp_path / "src" / "a" / "001.jpg"
-    victim.write_bytes(change(encoded(picture(*SIZE, 0), "JPEG", quality=90)))
-    with pytest.raises(DataError, match=r"1 image.*a/001\.jpg: ") as error:
+    victims = {how: tmp_path / "src" / "b" / f"{i:03d}.jpg" for i, how in enumerate(UNREADABLE)}
+    (tmp_path / "src" / "b").mkdir()
+    picture(*SIZE, 7).save(tmp_path / "src" / "b" / "good.jpg")
+    for how, victim in victims.items():
+        victim.write_bytes(UNREADABLE[how][0](encoded(picture(*SIZE, 0), "JPEG", quality=90)))
+    with pytest.raises(DataError, match=f"{len(victims)} image") as error:
         convert_folder(tmp_path / "src", tmp_path / "set", "dali", split="train")
-    assert reason in str(error.value)
-    assert " object at 0x" not in str(error.value)
+    said = str(error.value)
+    assert all(f"{victim}: " in said for victim in victims.values())
+    assert " object at 0x" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
     manifest = convert_folder(tmp_path / "src", tmp_path / "set", "dali", split="train", on_error="skip")
-    assert manifest.splits["train"].num_samples == 2
-    assert [skipped["file"] for skipped in manifest.skipped] == [str(victim)]
+    assert manifest.splits["train"].per_class == (3, 1)
+    reasons = {skipped["file"]: skipped["reason"] for skipped in manifest.skipped}
+    assert list(reasons) == [str(victim) for victim in victims.values()]
+    assert all(UNREADABLE[how][1] in reasons[str(victim)] for how, victim in victims.items())
     verify(tmp_path / "set", 1, Silent(), full=True)
 
 
@@ -104,23 +110,27 @@ FOREIGN: dict[str, Callable[[Image.Image], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_other_formats_named_jpg_keep_their_pixels(kind: str, tmp_path: Path) -> None:
+def test_other_formats_named_jpg_keep_their_pixels(tmp_path: Path) -> None:
     """As Pillow shows them without turning them, which is what the loaders do."""
-    original = FOREIGN[kind](picture(*SIZE, 3))
-    (tmp_path / "src" / "a").mkdir(parents=True)
-    (tmp_path / "src" / "a" / "0.jpg").write_bytes(original)
+    originals = {kind: make(picture(*SIZE, 3)) for kind, make in FOREIGN.items()}
+    for i, original in enumerate(originals.values()):
+        folder = tmp_path / "src" / str(i)  # a class of its own, and so a label to find it by
+        folder.mkdir(parents=True)
+        (folder / "0.jpg").write_bytes(original)
     formats = "dali" if missing("ffcv") else "ffcv,dali"
     convert_folder(tmp_path / "src", tmp_path / "set", formats, split="train", max_size=64, store="raw")
-    with Image.open(io.BytesIO(original)) as image:
-        gray = (np.asarray(image) // 256).astype(np.uint8) if kind == "PNG with 16 bits" else None
-        expected = np.stack([gray] * 3, -1) if gray is not None else np.asarray(image.convert("RGB"))
-    with Image.open(io.BytesIO(TarSource(tmp_path / "set", "train").read(0).data)) as stored:
-        assert np.array_equal(np.asarray(stored.convert("RGB")), expected)
-    if formats != "dali":
-        row = np.load(tmp_path / "set" / "train.beton.npy")[0]
-        content = (tmp_path / "set" / "train.beton").read_bytes()[int(row["ptr"]) :][: int(row["size"])]
-        assert np.array_equal(np.frombuffer(content, np.uint8).reshape(expected.shape), expected)
+    source = TarSource(tmp_path / "set", "train")
+    for i, label in enumerate(source.labels.tolist()):
+        kind = list(FOREIGN)[label]
+        with Image.open(io.BytesIO(originals[kind])) as image:
+            gray = (np.asarray(image) // 256).astype(np.uint8) if kind == "PNG with 16 bits" else None
+            expected = np.stack([gray] * 3, -1) if gray is not None else np.asarray(image.convert("RGB"))
+        with Image.open(io.BytesIO(source.read(i).data)) as stored:
+            assert np.array_equal(np.asarray(stored.convert("RGB")), expected), kind
+        if formats != "dali":
+            row = np.load(tmp_path / "set" / "train.beton.npy")[i]
+            content = (tmp_path / "set" / "train.beton").read_bytes()[int(row["ptr"]) :][: int(row["size"])]
+            assert np.array_equal(np.frombuffer(content, np.uint8).reshape(expected.shape), expected), kind
     verify(tmp_path / "set", 1, Silent(), full=True)
 
 
