@@ -64,7 +64,9 @@ def map_processes(
             on_result(future.result())
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
-        raise WorkerLost("a conversion process was killed, perhaps for want of memory; try a smaller --jobs") from error
+        raise WorkerLost(
+            "a conversion process was killed, perhaps for want of memory; the same command continues"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

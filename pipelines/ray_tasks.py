@@ -42,7 +42,7 @@ def map_ray(
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
-        raise WorkerLost(f"a Ray worker was lost ({str(error).splitlines()[0]})") from error
+        raise WorkerLost(f"a Ray worker was lost ({str(error).splitlines()[0]}); the same command continues") from error
     finally:
         for reference in waiting:
             ray.cancel(reference)

@@ -94,6 +94,10 @@ def test_skipped_images_are_counted(source: Path, tmp_path: Path) -> None:
         (["{src}", "{dest}", "--format", "zip", "--split", "train"], "--format is 'zip'"),
         (["{src}", "{src}", "--format", "dali", "--split", "train"], "already exists"),
         (["{src}", "{dest}", "--format", "dali", "--split", "train", "--jobs", "0"], "--jobs"),
+        (["{src}", "{dest}", "--format", "ffcv", "--profile", "jpg900"], "--profile is 'jpg900'"),
+        (["{src}", "{dest}", "--format", "ffcv", "--part", "two"], "--part is 'two'; use i/n"),
+        (["{dest}", "--merge"], "there is no unfinished conversion"),
+        (["{src}", "--full"], "--full is for --verify"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
