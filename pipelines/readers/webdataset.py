@@ -33,7 +33,7 @@ def list_webdataset(source: Path) -> Listing:
     }
     names = (source if source.is_dir() else source.parent) / "classes.txt"
     if names.exists():
-        return Listing(tuple(names.read_text().split("\n")[: len(names.read_text().splitlines())]), dict(splits))
+        return Listing(tuple(names.read_text().splitlines()), dict(splits))
     count = 1 + max((sample.label for samples in splits.values() for sample in samples), default=-1)
     return Listing(tuple(str(label) for label in range(count)), dict(splits))
 
