@@ -1,14 +1,19 @@
-"""Relative position bias: one learned number per head and per offset between two patches of the grid.
+"""Where two tokens lie relative to each other, and the learned tables that attention looks up by it.
 
-Rows of a table, in the order of BEiT and timm: the `(2h-1)(2w-1)` patch offsets in raster order, then three rows
+Rows of a bias table, in the order of BEiT and timm: the `(2h-1)(2w-1)` patch offsets in raster order, then three rows
 for pairs with a prefix token: prefix query and patch key, patch query and prefix key, prefix and prefix. All prefix
 tokens (class, distillation, registers) share these three.
 
-With `key(r, c) = r * (2w - 1) + c`, the row of a pair of patches is `key(query) - key(key) + C`: one integer per token
-says everything about its position, whichever tokens are kept.
+With `key(r, c) = r * (2w - 1) + c`, the row of a pair of patches is `key(query) - key(key) + reach`, where `reach` is
+the largest key: one integer per token says everything about its position, whichever tokens are kept. So that a
+difference says it of the prefix tokens too, each of the last three rows is spread over `reach + 1` entries
+(`spread`), and a token has one number as a query and another one as a key (`positions`).
+
+The separable table has `2h-1` rows for vertical offsets, `2w-1` for horizontal ones, and the same last three.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int]
@@ -22,34 +27,117 @@ def num_table_rows(grid: Grid) -> int:
     return (2 * height - 1) * (2 * width - 1) + NUM_PREFIX_ROWS
 
 
-def bias_index(
+def num_separable_rows(grid: Grid) -> int:
+    """Rows of the separable table of an (h, w) patch grid."""
+    height, width = grid
+    return (2 * height - 1) + (2 * width - 1) + NUM_PREFIX_ROWS
+
+
+def reach(num_rows: int) -> int:
+    """The largest offset between two patches, as a difference of keys, of a table with `num_rows` rows."""
+    return (num_rows - NUM_PREFIX_ROWS) // 2
+
+
+def positions(
     grid: Grid, num_prefix: int, kept: Tensor | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """The table row of every pair of tokens, queries first.
+    """Two numbers per token, one as a query and one as a key; their difference is the pair's entry in `spread`.
 
     Args:
         grid: Patch rows and columns (h, w) of the whole image.
         num_prefix: Leading tokens that are not patches.
         kept: Indices of the kept patches, (B, K - num_prefix); None when all patches are there.
-        device: Where to build the index if `kept` is None.
+        device: Where to build the numbers if `kept` is None.
 
     Returns:
-        (B, K, K) int64, or (1, N, N) if `kept` is None.
+        (2, B, K) int64, or (2, 1, N) if `kept` is None.
     """
     height, width = grid
     stride = 2 * width - 1
+    farthest = reach(num_table_rows(grid))
     patches = torch.arange(height * width, device=device).unsqueeze(0) if kept is None else kept
-    keys = patches // width * stride + patches % width  # (B, K - num_prefix)
-    offset = (height - 1) * stride + width - 1
+    keys = patches // width * stride + patches % width  # (B, K - num_prefix), 0 to farthest
+    numbers = keys.new_empty(2, keys.shape[0], num_prefix + keys.shape[1])
+    numbers[0, :, num_prefix:] = keys + farthest
+    numbers[1, :, num_prefix:] = keys
+    numbers[0, :, :num_prefix] = 3 * farthest + 1
+    numbers[1, :, :num_prefix] = -2 * (farthest + 1)
+    return numbers
 
-    num_rows = num_table_rows(grid)
-    num_tokens = num_prefix + patches.shape[1]
-    index = keys.new_empty(keys.shape[0], num_tokens, num_tokens)
-    index[:, num_prefix:, num_prefix:] = keys.unsqueeze(2) - keys.unsqueeze(1) + offset
-    index[:, :num_prefix, num_prefix:] = num_rows - 3
-    index[:, num_prefix:, :num_prefix] = num_rows - 2
-    index[:, :num_prefix, :num_prefix] = num_rows - 1
-    return index
+
+def spread(table: Tensor) -> Tensor:
+    """The table (rows, H) by head, its last three rows repeated `reach + 1` times: (H, 5 * reach + 4)."""
+    by_head = table.t()
+    offsets, prefix = by_head[:, :-NUM_PREFIX_ROWS], by_head[:, -NUM_PREFIX_ROWS:]
+    repeated = prefix.unsqueeze(2).expand(-1, -1, reach(table.shape[0]) + 1)
+    return torch.cat((offsets, repeated.flatten(1)), dim=1)
+
+
+def fold(entries: Tensor, num_rows: int) -> Tensor:
+    """The adjoint of `spread`: (H, entries) to (rows, H)."""
+    num_offsets = num_rows - NUM_PREFIX_ROWS
+    prefix = entries[:, num_offsets:].reshape(len(entries), NUM_PREFIX_ROWS, -1).sum(2)
+    return torch.cat((entries[:, :num_offsets], prefix), dim=1).t()
+
+
+def pair_entries(positions: Tensor) -> Tensor:
+    """The entry in `spread` of every pair of tokens, queries first: (2, B, K) to (B, K, K)."""
+    return positions[0].unsqueeze(2) - positions[1].unsqueeze(1)
+
+
+def pair_rows(positions: Tensor, num_rows: int) -> Tensor:
+    """The row in a table of `num_rows` rows of every pair of tokens, queries first: (2, B, K) to (B, K, K)."""
+    entries = pair_entries(positions)
+    num_offsets = num_rows - NUM_PREFIX_ROWS
+    prefix_row = (entries - num_offsets) // (reach(num_rows) + 1)
+    return torch.where(entries < num_offsets, entries, num_offsets + prefix_row)
+
+
+def separable_features(table: Tensor, positions: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Features of queries and of keys whose products are the bias of a separable table.
+
+    A key tells its row and its column, one of h and one of w features being 1, or that it is a prefix token, by one
+    more; a query has the table's values for all of these. A few zeros make the width a multiple of 8, which torch's
+    kernels want.
+
+    Args:
+        table: (rows, H): vertical offsets from -(h-1) to h-1, horizontal ones likewise, then three rows for prefix
+            query and patch key, patch query and prefix key, prefix and prefix.
+        positions: Of the tokens, (2, B, K).
+        grid: Patch rows and columns (h, w) of the whole image.
+
+    Returns:
+        (B, H, K, features) and (B, 1, K, features).
+    """
+    height, width = grid
+    by_head = table.t()  # (H, rows)
+    vertical, horizontal = by_head[:, : 2 * height - 1], by_head[:, 2 * height - 1 : -NUM_PREFIX_ROWS]
+    prefix = by_head[:, -NUM_PREFIX_ROWS:]
+    # A query in row r meets keys in rows 0, 1, ... at offsets r, r - 1, ...; line h or w is a prefix token's.
+    rows = vertical.flip(1).unfold(1, height, 1).flip(1)  # (H, h, h)
+    columns = horizontal.flip(1).unfold(1, width, 1).flip(1)
+    to_patch, to_prefix, both = prefix[:, :, None, None].unbind(1)  # (H, 1, 1) each
+    rows = torch.cat((rows, to_patch.expand(-1, 1, height)), dim=1)
+    columns = torch.cat((columns, torch.zeros_like(columns[:, :1])), dim=1)
+    prefixes = torch.cat((to_prefix, both), dim=1)  # (H, 2, 1)
+
+    keys = positions[1]  # (B, K)
+    is_prefix = keys < 0
+    row = torch.where(is_prefix, height, keys // (2 * width - 1))
+    column = torch.where(is_prefix, width, keys % (2 * width - 1))
+    padding = -(height + width + 1) % 8
+    query_features = (
+        F.embedding(index, lines.transpose(0, 1).flatten(1)).view(*index.shape, *lines.shape[::2])
+        for index, lines in ((row, rows), (column, columns), (is_prefix.long(), prefixes))
+    )  # (B, K, H, h), (B, K, H, w), (B, K, H, 1)
+    for_queries = F.pad(torch.cat(tuple(query_features), dim=3), (0, padding)).transpose(1, 2)
+    key_features = (
+        F.one_hot(row, height + 1)[..., :-1],
+        F.one_hot(column, width + 1)[..., :-1],
+        is_prefix.unsqueeze(2),
+    )
+    for_keys = F.pad(torch.cat(key_features, dim=2), (0, padding)).unsqueeze(1)
+    return for_queries, for_keys.to(table.dtype)
 
 
 def resize_table(table: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:

@@ -1,7 +1,7 @@
 """A Vision Transformer that accepts any share of its patches, composed from timm's parts.
 
 The parts keep timm's names, so a state dict of timm's plain model loads as it is when there is no relative position
-bias. The public pieces (`embed`, `sample`, `bias_index`, `blocks`, `readout`) are what `forward` is made of; a method
+bias. The public pieces (`embed`, `sample`, `positions`, `blocks`, `readout`) are what `forward` is made of; a method
 that selects tokens elsewhere puts them together in its own way.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import timm
 import torch
 from timm.layers import Attention as TimmAttention
-from timm.layers import PatchEmbed, trunc_normal_
+from timm.layers import PatchEmbed, RotaryEmbeddingCat, trunc_normal_
 from timm.models import list_models
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
@@ -21,11 +21,10 @@ from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
 from pss import relpos, sampling
-from pss.attention import Attention
+from pss.attention import Attention, RelPos
 from pss.relpos import Grid
 from pss.sampling import Sort
 
-RelPos = Literal["none", "bias"]
 QkvBias = Literal["full", "qv"]
 Init = Literal["timm", "published"]
 
@@ -66,8 +65,9 @@ def create_model(
             `simmim_base_patch16`, the ViT-B that SimMIM fine-tunes.
         num_classes: Width of the classifier; 0 for none, so that features come out.
         img_size: Height and width of the images in pixels, or one number for both; multiples of the patch size.
-        rel_pos: `bias` gives every block a relative position bias table, `none` does not; None is the preset's choice,
-            or `none`.
+        rel_pos: How attention learns of relative positions. `bias`: a bias table in every block, as BEiT and the PSS
+            runs; `separable`: a bias that is the sum of one for rows and one for columns; `rope`: axial rotary
+            embedding; `none`: not at all. None is the preset's choice, or `none`.
         sort: Which patches `forward` keeps unless told otherwise (see `pss.sampling.select`).
         qkv_bias: `full` leaves timm's bias on queries, keys and values; `qv` has none on the keys, as BEiT.
         init: `timm`, or `published` for the initialisation of the PSS runs: truncated normal 0.02, the
@@ -111,17 +111,18 @@ class Block(nn.Module):
         self.ls2: nn.Module = source.ls2
         self.drop_path2: nn.Module = source.drop_path2
 
-    def forward(self, x: Tensor, bias_index: Tensor | None = None, **attention_options: Any) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, **attention_options: Any) -> Tensor:
         """Tokens (B, K, D) to tokens (B, K, D).
 
-        `attention_options` go to the attention: `attn_mask`, or what a method's own attention module takes.
+        `positions` are those of the model; `attention_options` go to the attention: `attn_mask`, or what a method's own
+        attention module takes.
         """
-        x = x + self.attention_branch(x, bias_index, **attention_options)
+        x = x + self.attention_branch(x, positions, **attention_options)
         return x + self.mlp_branch(x)
 
-    def attention_branch(self, x: Tensor, bias_index: Tensor | None = None, **attention_options: Any) -> Tensor:
+    def attention_branch(self, x: Tensor, positions: Tensor | None = None, **attention_options: Any) -> Tensor:
         """What attention adds to the tokens (B, K, D)."""
-        branch: Tensor = self.drop_path1(self.ls1(self.attn(self.norm1(x), bias_index, **attention_options)))
+        branch: Tensor = self.drop_path1(self.ls1(self.attn(self.norm1(x), positions, **attention_options)))
         return branch
 
     def mlp_branch(self, x: Tensor) -> Tensor:
@@ -172,8 +173,13 @@ class VisionTransformer(nn.Module):
         for block in blocks:
             if qkv_bias == "qv":
                 block.attn.drop_key_bias()
-            if rel_pos == "bias":
-                block.attn.add_bias_table(relpos.num_table_rows(self.grid_size))
+            if rel_pos != "none":
+                block.attn.add_positions(rel_pos, self.grid_size)
+        # Angles as in timm's own ViTs with axial rotary embedding.
+        self.rope: RotaryEmbeddingCat | None = None
+        if rel_pos == "rope":
+            width = blocks[0].attn.head_dim
+            self.rope = RotaryEmbeddingCat(width, temperature=100.0, in_pixels=False, feat_shape=list(self.grid_size))
 
     @property
     def num_patches(self) -> int:
@@ -212,9 +218,9 @@ class VisionTransformer(nn.Module):
             ValueError: wrong image size, rho or sort.
         """
         tokens, kept = self.sample(self.embed(images), rho, sort, generator)
-        bias_index = self.bias_index(kept)
+        positions = self.positions(kept)
         for block in self.blocks:
-            tokens = block(tokens, bias_index)
+            tokens = block(tokens, positions)
         return self.readout(tokens)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -264,15 +270,28 @@ class VisionTransformer(nn.Module):
         kept = sampling.select(tokens, num_kept, self.num_prefix_tokens, self.sort if sort is None else sort, generator)
         return sampling.gather(tokens, kept, self.num_prefix_tokens), kept
 
-    def bias_index(self, kept: Tensor | None) -> Tensor | None:
-        """What the blocks need to know of the kept patches' positions: (B, K, K), or None without a position bias.
+    def positions(self, kept: Tensor | None) -> Tensor | None:
+        """What the blocks need to know of the tokens' positions; None if they need nothing.
 
-        `kept` is (B, K - prefix), or None if all patches are there.
+        Tokens may be reordered, and dropped, along with their positions.
+
+        Args:
+            kept: Indices of the kept patches, (B, K - prefix); None if all patches are there.
+
+        Returns:
+            For a bias the numbers of `pss.relpos.positions`, (2, B, K); for rotary embedding sines and cosines,
+            (B, K, 2 * head width). If `kept` is None, 1 in place of B.
         """
         if self.rel_pos == "none":
             return None
-        device = next(self.parameters()).device
-        return relpos.bias_index(self.grid_size, self.num_prefix_tokens, kept, device)
+        if self.rope is None:
+            device = next(self.parameters()).device
+            return relpos.positions(self.grid_size, self.num_prefix_tokens, kept, device)
+        turns = self.rope.get_embed()  # (patches, 2 * head width)
+        turns = turns.unsqueeze(0) if kept is None else turns[kept]
+        sines, cosines = turns.new_zeros(1), turns.new_ones(1)  # prefix tokens are not turned
+        still = torch.cat((sines, cosines)).repeat_interleave(turns.shape[2] // 2)
+        return torch.cat((still.expand(turns.shape[0], self.num_prefix_tokens, -1), turns), dim=1)
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """The last block's tokens (B, K, D) to one feature vector per image, (B, D)."""

@@ -1,17 +1,26 @@
-"""Attention with a position bias against plain loops in double precision."""
+"""Attention that knows positions against plain loops in double precision, and its implementations against each other.
+
+The fused kernels have tests of their own, in test_attention_fused.py.
+"""
 
 import math
+from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Attention as TimmAttention
+from timm.layers import AttentionRope, RotaryEmbeddingCat
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
-from pss.attention import Attention, attend, attend_explicitly
-from pss.relpos import bias_index, num_table_rows
+from pss import attention_materialised
+from pss.attention import Attention, attend, attend_explicitly, attend_packed, gets_masks_right
+from pss.relpos import num_separable_rows, num_table_rows, positions
 
 
 def table_row(grid: tuple[int, int], query: int | None, key: int | None) -> int:
@@ -59,10 +68,18 @@ def kept_sets(draw: st.DrawFn) -> tuple[tuple[int, int], int, list[list[int]]]:
     return grid, draw(st.integers(0, 2)), [sorted(draw(st.permutations(patches))[:num_kept]) for _ in range(images)]
 
 
+@pytest.fixture(params=["", "reference", "materialised"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Every implementation that a CPU has, and the one that is chosen when none is asked for."""
+    monkeypatch.setenv("PSS_ATTENTION", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("forced", ["", "reference", "materialised"])
 @given(case=kept_sets(), num_heads=st.integers(1, 3), seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_sampled_attention_and_all_its_gradients_equal_the_loops(
-    case: tuple[tuple[int, int], int, list[list[int]]], num_heads: int, seed: int
+    forced: str, case: tuple[tuple[int, int], int, list[list[int]]], num_heads: int, seed: int
 ) -> None:
     grid, num_prefix, rows = case
     generator = torch.Generator().manual_seed(seed)
@@ -70,20 +87,18 @@ def test_sampled_attention_and_all_its_gradients_equal_the_loops(
     exact = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "qkv"]
     exact.append(torch.randn(num_table_rows(grid), num_heads, generator=generator, dtype=torch.float64))
     direction = torch.randn(shape, generator=generator, dtype=torch.float64)
-    index = bias_index(grid, num_prefix, torch.tensor(rows))
+    where = positions(grid, num_prefix, torch.tensor(rows))
 
     leaves = [value.requires_grad_() for value in exact]
     tokens = [[None] * num_prefix + row for row in rows]
     expected = attend_in_loops(*leaves, grid, tokens)
     gradients = torch.autograd.grad((expected * direction).sum(), leaves)
 
-    for function, dtype, tolerance in [
-        (attend, torch.float32, (1e-5, 1e-4)),
-        (attend, torch.float64, (1e-12, 1e-12)),
-        (attend_explicitly, torch.float64, (1e-12, 1e-12)),
-    ]:
+    for dtype, tolerance in [(torch.float32, (1e-5, 1e-4)), (torch.float64, (1e-12, 1e-12))]:
         q, k, v, table = (value.detach().to(dtype).requires_grad_() for value in exact)
-        result = function(q, k, v, table=table, bias_index=index)
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("PSS_ATTENTION", forced)
+            result = attend(q, k, v, table=table, positions=where)
         assert result.dtype == dtype
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=tolerance[0])
         for ours, reference in zip(
@@ -92,57 +107,199 @@ def test_sampled_attention_and_all_its_gradients_equal_the_loops(
             torch.testing.assert_close(ours.double(), reference, rtol=tolerance[1], atol=tolerance[1])
 
 
-def test_one_index_serves_all_images_when_all_patches_are_there() -> None:
+@given(
+    grid=st.tuples(st.integers(2, 7), st.integers(2, 7)),
+    num_prefix=st.integers(0, 3),
+    share=st.floats(0.1, 1),
+    num_images=st.integers(1, 5),
+    images_at_a_time=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    packed=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=40)
+def test_materialised_is_the_reference(
+    grid: tuple[int, int],
+    num_prefix: int,
+    share: float,
+    num_images: int,
+    images_at_a_time: int,
+    dtype: torch.dtype,
+    packed: bool,
+    seed: int,
+) -> None:
+    """Tokens in any order, all patches or each image's own, in one tensor or three, a batch in parts of any size."""
+    generator = torch.Generator().manual_seed(seed)
+    num_patches = grid[0] * grid[1]
+    order = torch.rand(num_images, num_patches, generator=generator).argsort(1)
+    kept = None if share == 1 else order[:, : max(1, int(share * num_patches))]
+    where = positions(grid, num_prefix, kept)
+    where = where[:, :, torch.randperm(where.shape[2], generator=generator)]
+    num_tokens, num_heads = where.shape[2], 2
+    qkv = torch.randn(num_images, num_tokens, 3, num_heads, 8, generator=generator).to(dtype).requires_grad_()
+    table = torch.randn(num_table_rows(grid), num_heads, generator=generator, requires_grad=True)
+    direction = torch.randn(num_images, num_heads, num_tokens, 8, generator=generator)
+
+    exact = [x.detach().double().requires_grad_() for x in (qkv, table)]
+    expected = attend_explicitly(*exact[0].permute(2, 0, 3, 1, 4), table=exact[1], positions=where)
+    gradients = torch.autograd.grad((expected * direction).sum(), exact)
+
+    by_role = qkv.permute(2, 0, 3, 1, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_materialised, "_images_at_a_time", lambda *_: min(images_at_a_time, num_images))
+        if packed:
+            result = attend_packed(by_role, table=table, positions=where)
+        else:
+            result = attend(*by_role, table=table, positions=where)
+        ours = torch.autograd.grad((result * direction).sum(), (qkv, table))
+    assert result.dtype == ours[0].dtype == dtype
+    assert ours[1].dtype == torch.float32
+    precise = dtype == torch.float32
+    spacing = torch.finfo(dtype).eps
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5 if precise else 4 * spacing)
+    for gradient, reference in zip(ours, gradients, strict=True):
+        atol = 1e-4 if precise else 2 * spacing * max(1.0, reference.abs().max().item())
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-4 if precise else 0, atol=atol)
+
+
+def test_gradients_flow_to_what_needs_them() -> None:
+    where = positions((2, 3), 1)
+    qkv, table = torch.randn(3, 2, 2, 7, 8), torch.randn(num_table_rows((2, 3)), 2)
+    expected = attend_packed(qkv, table=table, positions=where)
+    assert not expected.requires_grad
+    for needy in (qkv, table):
+        needy.requires_grad_()
+        result = attend_packed(qkv, table=table, positions=where)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+        result.sum().backward()
+        assert needy.grad is not None
+        with torch.no_grad():
+            assert torch.equal(attend_packed(qkv, table=table, positions=where), result)
+        needy.requires_grad_(False)
+
+
+def test_one_set_of_positions_serves_all_images_when_all_patches_are_there(implementation: str) -> None:
     q, k, v = (torch.randn(3, 2, 1 + 6, 4) for _ in "qkv")
-    table = torch.randn(num_table_rows((2, 3)), 2)
-    shared = bias_index((2, 3), 1)
-    each = bias_index((2, 3), 1, torch.arange(6).expand(3, -1))
-    assert shared.shape[0] == 1
-    one, many = (attend(q, k, v, table=table, bias_index=index) for index in (shared, each))
+    table = torch.randn(num_table_rows((2, 3)), 2, requires_grad=True)
+    shared = positions((2, 3), 1)
+    each = positions((2, 3), 1, torch.arange(6).expand(3, -1))
+    assert shared.shape == (2, 1, 7)
+    one, many = (attend(q, k, v, table=table, positions=where) for where in (shared, each))
     torch.testing.assert_close(one, many, rtol=0, atol=1e-6)
+    gradients = [torch.autograd.grad(result.square().sum(), table)[0] for result in (one, many)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("function", [attend, attend_explicitly])
-def test_masks_hide_keys_and_add_to_logits(function: object, with_bias: bool) -> None:
+def test_masks_hide_keys_and_add_to_logits(implementation: str, with_bias: bool) -> None:
     q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in "qkv")
-    options = {}
+    options: dict[str, Tensor] = {}
     if with_bias:
-        options = {"table": torch.randn(num_table_rows((2, 2)), 3).double(), "bias_index": bias_index((2, 2), 1)}
+        options = {"table": torch.randn(num_table_rows((2, 2)), 3).double(), "positions": positions((2, 2), 1)}
     visible = torch.tensor([[True, True, False, True, False], [True, False, True, True, True]])
 
-    by_boolean = function(q, k, v, attn_mask=visible[:, None, None, :], **options)  # type: ignore[operator]
+    by_boolean = attend(q, k, v, attn_mask=visible[:, None, None, :], **options)
     penalty = torch.zeros(2, 1, 1, 5).masked_fill(~visible[:, None, None, :], float("-inf"))
-    by_penalty = function(q, k, v, attn_mask=penalty, **options)  # type: ignore[operator]
+    by_penalty = attend(q, k, v, attn_mask=penalty, **options)
     torch.testing.assert_close(by_boolean, by_penalty, rtol=0, atol=1e-12)
 
     # Hidden keys might as well not be there.
     for image in range(2):
         there = visible[image].nonzero().flatten()
         if with_bias:
-            options["bias_index"] = bias_index((2, 2), 1)[:, there][:, :, there]
+            options["positions"] = positions((2, 2), 1)[:, :, there]
         q_there, k_there, v_there = (x[image : image + 1, :, there] for x in (q, k, v))
-        alone = function(q_there, k_there, v_there, **options)  # type: ignore[operator]
+        alone = attend(q_there, k_there, v_there, **options)
         torch.testing.assert_close(by_boolean[image : image + 1, :, there], alone, rtol=0, atol=1e-12)
 
 
-def test_bias_and_mask_follow_the_dtype_of_the_queries() -> None:
+def test_dropout_drops_attention_weights(implementation: str) -> None:
+    """With values of one everywhere, a row of the result is the sum of its weights that were left, scaled up."""
+    q = k = torch.zeros(4, 2, 5, 8)
+    table = torch.zeros(num_table_rows((2, 2)), 2)
+    result = attend(q, k, torch.ones_like(q), table=table, positions=positions((2, 2), 1), dropout=0.5)
+    left = result[..., 0] * 5 / 2  # how many of five weights of 0.2 were doubled
+    torch.testing.assert_close(left, left.round())
+    assert len(left.round().unique()) > 2
+
+
+def test_bias_and_mask_follow_the_dtype_of_the_values(implementation: str) -> None:
     q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.bfloat16) for _ in "qkv")
     table = torch.randn(num_table_rows((2, 2)), 2, requires_grad=True)
-    mask = torch.randn(1, 1, 5, 5, dtype=torch.float64)
-    result = attend(q, k, v, table=table, bias_index=bias_index((2, 2), 1), attn_mask=mask)
-    assert result.dtype == torch.bfloat16
-    (gradient,) = torch.autograd.grad(result.float().square().sum(), table)
-    assert gradient.dtype == torch.float32
-    assert gradient.any()
+    where = positions((2, 2), 1)
+    for mask in (None, torch.randn(1, 1, 5, 5, dtype=torch.float64)):
+        result = attend(q.float(), k, v, table=table, positions=where, attn_mask=mask)
+        assert result.dtype == torch.bfloat16
+        (gradient,) = torch.autograd.grad(result.float().square().sum(), table)
+        assert gradient.dtype == torch.float32
+        assert gradient.any()
 
 
-def test_table_without_index_is_refused() -> None:
+def test_a_table_without_positions_is_refused() -> None:
     q = torch.randn(1, 1, 2, 4)
     with pytest.raises(ValueError, match="both or neither"):
         attend(q, q, q, table=torch.zeros(12, 1))
     with pytest.raises(ValueError, match="both or neither"):
-        attend(q, q, q, bias_index=torch.zeros(1, 2, 2, dtype=torch.int64))
+        attend(q, q, q, positions=positions((1, 1), 1))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [("flash", "one of reference, materialised, fused, got 'flash'"), ("fused", "cpu device.* unset PSS_ATTENTION")],
+)
+def test_implementations_that_cannot_be_had(wanted: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSS_ATTENTION", wanted)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        attend(q, q, q, table=torch.zeros(num_table_rows((2, 2)), 1), positions=positions((2, 2), 0))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's check looks at its own copies
+@pytest.mark.parametrize("kept", [None, torch.tensor([[0, 2, 5], [1, 2, 3]])])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_the_materialised_operator_keeps_torchs_rules(kept: Tensor | None, needs_grad: bool) -> None:
+    """Declared shapes and strides, no aliasing, gradients under compilation."""
+    where = positions((2, 3), 1, kept)
+    qkv = torch.randn(3, 2, 2, where.shape[2], 8, requires_grad=needs_grad)
+    table = torch.randn(num_table_rows((2, 3)), 2, requires_grad=needs_grad)
+    torch.library.opcheck(torch.ops.pss.materialised_attention.default, (qkv, table, where, needs_grad))
+
+
+def test_the_memory_efficient_kernel_is_called_as_torch_declares_it() -> None:
+    """Without a GPU: torch checks the arguments and derives the shapes of the results."""
+    with FakeTensorMode():
+        qkv = torch.empty(2, 39, 3, 6, 64, dtype=torch.bfloat16, device="cuda").permute(2, 0, 3, 1, 4)
+        bias = torch.empty(2, 6, 39, 40, dtype=torch.bfloat16, device="cuda")[..., :39]
+        out, lse = attention_materialised._memory_efficient(qkv, bias, True)
+        assert out.shape == (2, 39, 6, 64)
+        grad_qkv, grad_bias = attention_materialised._memory_efficient_backward(out, qkv, bias, out, lse)
+        assert grad_qkv.stride() == qkv.stride()
+        assert grad_bias.shape == (2, 6, 39, 39)
+        assert grad_bias.stride(3) == 1
+
+
+def test_a_backend_that_gets_masks_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = gets_masks_right.__wrapped__
+    assert check(SDPBackend.MATH, "cpu")
+    plain = F.scaled_dot_product_attention
+
+    def without_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return plain(q, k, v, mask if q.dtype == torch.float32 else None)
+
+    def with_nan(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        out = plain(q, k, v, mask)
+        return out if q.dtype == torch.float32 else out.masked_fill(out == out.max(), float("nan"))
+
+    def refusing(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        raise RuntimeError("No available kernel")
+
+    for broken in (without_mask, with_nan, refusing):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", broken)
+        assert not check(SDPBackend.MATH, "cpu")
+
+
+# The module.
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -181,13 +338,13 @@ def test_module_agrees_with_timms_beit() -> None:
     source = TimmAttention(24, num_heads=3, qkv_bias=True)
     ours = Attention(source)
     ours.drop_key_bias()
-    ours.add_bias_table(num_table_rows((3, 4)))
+    ours.add_positions("bias", (3, 4))
     assert not ours.relative_position_bias_table.any()  # type: ignore[union-attr]
     for parameter in beit.parameters():
         nn.init.normal_(parameter, std=0.3)
     ours.load_state_dict(beit.state_dict())
     x = torch.randn(2, 13, 24)
-    torch.testing.assert_close(ours(x, bias_index((3, 4), 1)), beit(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours(x, positions((3, 4), 1)), beit(x), rtol=0, atol=1e-5)
 
 
 def test_subclass_takes_over_our_own_module() -> None:
@@ -197,8 +354,110 @@ def test_subclass_takes_over_our_own_module() -> None:
 
     ours = Attention(TimmAttention(24, num_heads=3, qkv_bias=True))
     ours.drop_key_bias()
-    ours.add_bias_table(num_table_rows((2, 2)))
+    ours.add_positions("bias", (2, 2))
     doubled = Doubled(ours)
-    x, index = torch.randn(2, 5, 24), bias_index((2, 2), 1)
+    x, where = torch.randn(2, 5, 24), positions((2, 2), 1)
     assert list(doubled.state_dict()) == list(ours.state_dict())
-    assert torch.equal(doubled(x, index), 2 * ours(x, index))
+    assert torch.equal(doubled(x, where), 2 * ours(x, where))
+
+
+def turns(grid: tuple[int, int], num_prefix: int, kept: Tensor, width: int) -> Tensor:
+    """Sines and cosines of the rotary embedding for prefix tokens and kept patches, (B, K, 2 * width)."""
+    rope = RotaryEmbeddingCat(width, temperature=100.0, in_pixels=False, feat_shape=list(grid))
+    still = torch.cat((torch.zeros(width), torch.ones(width))).expand(len(kept), num_prefix, -1)
+    return torch.cat((still, rope.get_embed()[kept]), dim=1)
+
+
+def positioned(rel_pos: Any, grid: tuple[int, int], num_prefix: int, kept: Tensor) -> tuple[Attention, Tensor]:
+    """An attention module of three heads 8 wide with random parameters, and the positions of the kept patches."""
+    module = Attention(TimmAttention(24, num_heads=3, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm))
+    module.add_positions(rel_pos, grid)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module, turns(grid, num_prefix, kept, 8) if rel_pos == "rope" else positions(grid, num_prefix, kept)
+
+
+@pytest.mark.parametrize("rel_pos", ["bias", "separable", "rope"])
+@given(grid=st.tuples(st.integers(1, 4), st.integers(2, 5)), num_prefix=st.integers(0, 2), seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=15)
+def test_permuting_tokens_and_positions_permutes_the_results(
+    rel_pos: str, grid: tuple[int, int], num_prefix: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    num_patches = grid[0] * grid[1]
+    kept = torch.rand(2, num_patches).argsort(1)[:, : (num_patches + 1) // 2]
+    module, where = positioned(rel_pos, grid, num_prefix, kept)
+    x = torch.randn(2, num_prefix + kept.shape[1], 24)
+    order = torch.randperm(x.shape[1])
+    moved = where[:, order] if rel_pos == "rope" else where[:, :, order]
+    torch.testing.assert_close(module(x[:, order], moved), module(x, where)[:, order], rtol=0, atol=1e-5)
+    # Positions matter: another patch in the place of the first one changes the result.
+    if num_patches > kept.shape[1]:
+        kept[:, 0] = torch.tensor([next(p for p in range(num_patches) if p not in row) for row in kept.tolist()])
+        elsewhere = positioned(rel_pos, grid, num_prefix, kept)[1]
+        if kept.shape[1] > 1:
+            assert not torch.allclose(module(x, elsewhere), module(x, where), atol=1e-4)
+
+
+@given(case=kept_sets(), seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=15)
+def test_separable_bias_is_one_of_rows_plus_one_of_columns(
+    case: tuple[tuple[int, int], int, list[list[int]]], seed: int
+) -> None:
+    """The full table that has the sums in it gives the same attention."""
+    grid, num_prefix, rows = case
+    torch.manual_seed(seed)
+    separable, where = positioned("separable", grid, num_prefix, torch.tensor(rows))
+    full, _ = positioned("bias", grid, num_prefix, torch.tensor(rows))
+    table = separable.separable_relative_position_bias_table
+    assert table is not None
+    assert len(table) == num_separable_rows(grid) == 2 * (grid[0] + grid[1]) + 1
+    with torch.no_grad():
+        vertical, horizontal, prefix = table.split((2 * grid[0] - 1, 2 * grid[1] - 1, 3))
+        sums = torch.cat(((vertical[:, None] + horizontal[None]).flatten(0, 1), prefix))
+    state = {name: value for name, value in separable.state_dict().items() if not name.startswith("separable")}
+    full.load_state_dict(state | {"relative_position_bias_table": sums})
+
+    x = torch.randn(len(rows), num_prefix + len(rows[0]), 24)
+    ours, theirs = separable(x, where), full(x, where)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    direction = torch.randn_like(ours)
+    (gradient,) = torch.autograd.grad((ours * direction).sum(), table)
+    (of_sums,) = torch.autograd.grad((theirs * direction).sum(), full.relative_position_bias_table)
+    of_sums, of_prefix = of_sums[:-3].view(len(vertical), len(horizontal), 3), of_sums[-3:]
+    torch.testing.assert_close(gradient, torch.cat((of_sums.sum(1), of_sums.sum(0), of_prefix)), rtol=1e-4, atol=1e-4)
+
+
+def test_rotary_attention_is_timms() -> None:
+    kept = torch.tensor([[0, 3, 7, 11], [1, 2, 5, 6]])
+    ours, where = positioned("rope", (3, 4), 1, kept)
+    timms = AttentionRope(24, num_heads=3, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm, num_prefix_tokens=1)
+    timms.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 24)
+    expected = timms(x, rope=where[:, 1:].unsqueeze(1))
+    torch.testing.assert_close(ours(x, where), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rel_pos", ["separable", "rope"])
+def test_attention_that_needs_positions_says_so(rel_pos: str) -> None:
+    module, _ = positioned(rel_pos, (2, 2), 1, torch.tensor([[0, 1]]))
+    with pytest.raises(ValueError, match=f"rel_pos='{rel_pos}' needs the positions"):
+        module(torch.randn(1, 3, 24))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_tokens", [39, 197])
+def test_materialised_on_a_gpu(dtype: torch.dtype, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = torch.rand(3, 196).argsort(1)[:, : num_tokens - 1] if num_tokens < 197 else None
+    where = positions((14, 14), 1, kept).cuda()
+    qkv = torch.randn(3, num_tokens, 3, 2, 64, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4).requires_grad_()
+    table = torch.randn(732, 2, device="cuda", requires_grad=True)
+    results = []
+    for name, inputs in (("materialised", (qkv, table)), ("reference", (qkv.double(), table.double()))):
+        monkeypatch.setenv("PSS_ATTENTION", name)
+        result = attend_packed(inputs[0], table=inputs[1], positions=where)
+        results.append((result, *torch.autograd.grad(result.square().sum(), inputs)))
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).norm() <= (1e-4 if dtype == torch.float32 else 2e-2) * exact.norm()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers.pos_embed_rel import gen_relative_position_index
 
-from pss.relpos import bias_index, num_table_rows, resize_table
+from pss.relpos import fold, num_table_rows, pair_entries, pair_rows, positions, resize_table, spread
 
 grids = st.tuples(st.integers(1, 6), st.integers(1, 6))
 
@@ -30,19 +30,30 @@ def test_index_names_the_offset_of_every_kept_pair(grid: tuple[int, int], num_pr
     rows = [
         sorted(data.draw(st.permutations(range(num_patches)))[:num_kept]) for _ in range(data.draw(st.integers(1, 3)))
     ]
-    index = bias_index(grid, num_prefix, torch.tensor(rows))
+    where = positions(grid, num_prefix, torch.tensor(rows))
+    index = pair_rows(where, num_table_rows(grid))
     for image, row in enumerate(rows):
         tokens = [None] * num_prefix + row
         assert index[image].tolist() == [[explicit_row(grid, query, key) for key in tokens] for query in tokens]
+    table = torch.randn(num_table_rows(grid), 2)
+    assert torch.equal(spread(table)[:, pair_entries(where)], table[index].permute(3, 0, 1, 2))
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (24, 24), (3, 5)])
 def test_full_index_is_timms(grid: tuple[int, int]) -> None:
     expected = gen_relative_position_index(grid, class_token=True)
-    index = bias_index(grid, 1)
+    index = pair_rows(positions(grid, 1), num_table_rows(grid))
     assert index.dtype == torch.int64
     assert torch.equal(index, expected.unsqueeze(0))
     assert num_table_rows(grid) == int(expected.max()) + 1
+
+
+@given(grid=grids, num_heads=st.integers(1, 3))
+@settings(deadline=None, max_examples=20)
+def test_fold_is_the_adjoint_of_spread(grid: tuple[int, int], num_heads: int) -> None:
+    table = torch.randn(num_table_rows(grid), num_heads, dtype=torch.float64)
+    entries = torch.randn_like(spread(table))
+    assert (fold(entries, len(table)) * table).sum().item() == pytest.approx((entries * spread(table)).sum().item())
 
 
 @pytest.mark.parametrize(("grid", "rows"), [((14, 14), 732), ((24, 24), 2212), ((1, 1), 4)])

@@ -252,7 +252,7 @@ def test_at_rho_1_the_tokens_pass_untouched() -> None:
         same, kept = model.sample(tokens, 1.0, sort)  # type: ignore[arg-type]
         assert same is tokens
         assert kept is None
-    assert model.bias_index(None).shape == (1, 25, 25)  # type: ignore[union-attr]
+    assert model.positions(None).shape == (2, 1, 25)  # type: ignore[union-attr]
 
 
 def test_training_and_evaluation_obey_rho_and_nothing_is_remembered() -> None:
@@ -284,15 +284,34 @@ def test_random_sort_draws_from_the_given_or_the_default_generator() -> None:
     assert not torch.equal(first, second)
 
 
-def test_a_new_position_bias_changes_nothing_until_it_is_trained() -> None:
-    plain, biased = tiny(), tiny(rel_pos="bias")
-    assert biased.rel_pos == "bias"
+@pytest.mark.parametrize("rel_pos", ["bias", "separable"])
+def test_a_new_position_bias_changes_nothing_until_it_is_trained(rel_pos: str) -> None:
+    plain, biased = tiny(), tiny(rel_pos=rel_pos)
+    assert biased.rel_pos == rel_pos
     biased.load_state_dict(plain.state_dict(), strict=False)
     for rho in (0.4, 1.0):
         torch.testing.assert_close(biased(images(), rho), plain(images(), rho), rtol=0, atol=1e-6)
     biased(images(), 0.4).sum().backward()
+    (new,) = {name for name, _ in biased.blocks[0].named_parameters()} - set(dict(plain.blocks[0].named_parameters()))
     for block in biased.blocks:
-        assert block.attn.relative_position_bias_table.grad.any()
+        assert block.get_parameter(new).grad.any()  # type: ignore[union-attr]
+
+
+def test_rotary_embedding_turns_the_kept_patches_by_their_own_position() -> None:
+    plain, turned = tiny(spread=0.2, reg_tokens=2), tiny(spread=0.2, reg_tokens=2, rel_pos="rope")
+    assert turned.state_dict().keys() == plain.state_dict().keys()
+    x = images()
+    for rho in (0.4, 1.0):
+        assert not torch.allclose(plain(x, rho), turned(x, rho), atol=1e-3)
+    every = turned.positions(None)
+    kept = torch.tensor([[1, 2, 23], [0, 5, 6]])
+    some = turned.positions(kept)
+    assert every is not None
+    assert some is not None
+    assert every.shape == (1, 27, 16)
+    assert torch.equal(some[:, :3], every[:, :3].expand(2, -1, -1))
+    assert torch.equal(some[:, 3:], every[0, 3 + kept])
+    assert torch.equal(every[0, 0], torch.cat((torch.zeros(8), torch.ones(8))))
 
 
 # Building models.
@@ -365,7 +384,8 @@ def test_distilled_model_averages_its_heads() -> None:
         ("vit_tiny_patch16_224", {"num_heads": 5}, "divisible by num_heads"),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate .* rho"),
         ("vit_tiny_patch16_224", {"dynamic_img_size": True}, "dynamic_img_size"),
-        ("vit_tiny_patch16_224", {"rel_pos": "rope"}, "rel_pos .* 'rope'"),
+        ("vit_tiny_patch16_224", {"rel_pos": "alibi"}, "rel_pos .* 'alibi'"),
+        ("vit_tiny_patch16_224", {"rel_pos": "rope", "embed_dim": 18}, "multiple of 4 wide, got 6"),
         ("vit_tiny_patch16_224", {"sort": "largest"}, "sort .* 'largest'"),
         ("vit_tiny_patch16_224", {"qkv_bias": "k"}, "qkv_bias .* 'k'"),
         ("vit_tiny_patch16_224", {"init": "zero"}, "init .* 'zero'"),
@@ -394,19 +414,21 @@ def test_what_forward_refuses() -> None:
 def test_blocks_hand_extra_arguments_to_their_attention() -> None:
     model = tiny(spread=0.1, rel_pos="bias")
     tokens = model.embed(images())
-    index = model.bias_index(None)
+    positions = model.positions(None)
     visible = torch.ones(2, 1, 1, 25, dtype=torch.bool)
     visible[..., 20:] = False
     block = model.blocks[0]
-    masked = block(tokens, index, attn_mask=visible)
+    masked = block(tokens, positions, attn_mask=visible)
     kept = torch.arange(19).expand(2, -1)
-    alone = block(tokens[:, :20], model.bias_index(kept))
+    alone = block(tokens[:, :20], model.positions(kept))
     torch.testing.assert_close(masked[:, :20], alone, rtol=0, atol=1e-5)
-    by_branches = tokens + block.attention_branch(tokens, index)
-    torch.testing.assert_close(block(tokens, index), by_branches + block.mlp_branch(by_branches))
+    by_branches = tokens + block.attention_branch(tokens, positions)
+    torch.testing.assert_close(block(tokens, positions), by_branches + block.mlp_branch(by_branches))
 
 
-@pytest.mark.parametrize("options", [{}, {"rel_pos": "bias", "global_pool": "avg"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rel_pos": "bias", "global_pool": "avg"}, {"rel_pos": "separable"}, {"rel_pos": "rope"}]
+)
 def test_compiles_and_exports_in_one_piece(options: dict[str, Any]) -> None:
     model = tiny(spread=0.1, **options)
     x = images()
