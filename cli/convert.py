@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pipelines.manifest import Manifest
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 _SOURCES = (

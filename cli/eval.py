@@ -9,7 +9,7 @@ import typer
 
 from cli.errors import run
 
-app = typer.Typer(add_completion=True, rich_markup_mode=None)
+app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pss.config import Config
     from pss.dist import World
 
-app = typer.Typer(add_completion=True, rich_markup_mode=None)
+app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 # A resumed run may change these; everything else would make it another run.
 _MAY_DIFFER = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ from PIL import Image, ImageFilter
 
 from pipelines.convert import Options, convert
 from pipelines.manifest import Manifest
-
-# One fork server serves the whole run, whichever test starts it: let it import torch once for all workers.
-multiprocessing.set_forkserver_preload(["pipelines.torch_loader"])
 
 # The tensors of the tests are too small to share: threads would only wait for each other.
 torch.set_num_threads(1)
