@@ -52,9 +52,13 @@ def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, run: str, 
     colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
     xs, ys = [point[key] for point in points], [point["top1"] for point in points]
     axes.plot(xs, ys, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=run)
-    # Labels go above the upper curves and below the lower ones, so that two runs do not overprint each other.
-    offset, align = ((0, 7), "bottom") if number % 2 == 0 else ((0, -8), "top")
-    for point, x, y in zip(points, xs, ys, strict=True):
+    # Labels go above the upper curves and below the lower ones, and apart where two points nearly coincide, so that
+    # they do not overprint each other.
+    height, align = (7, "bottom") if number % 2 == 0 else (-8, "top")
+    near = 0.03 * (max(xs) - min(xs))
+    for place, (point, x, y) in enumerate(zip(points, xs, ys, strict=True)):
+        crowded = place > 0 and abs(x - xs[place - 1]) < near
+        shift = 0 if not crowded else 14 if x >= xs[place - 1] else -14
         label = f"ρ {point['rho']:g}" if point is points[-1] else f"{point['rho']:g}"
-        place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": "center", "va": align}
-        axes.annotate(label, (x, y), fontsize=8, color=colour, **place)
+        options: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": align}
+        axes.annotate(label, (x, y), xytext=(shift, height), fontsize=8, color=colour, **options)
