@@ -95,8 +95,7 @@ def attend_packed(
         out: Tensor = fused_attention(qkv, table, positions)[0]
         return out.transpose(1, 2)
     if choice == "materialised":
-        needs_grad = torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)
-        out = materialised_attention(qkv, table, positions, needs_grad)[0]
+        out = materialised_attention(qkv, table, positions)[0]
         return out.transpose(1, 2)
     q, k, v = qkv
     if choice == "reference":

@@ -24,6 +24,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -97,10 +99,12 @@ def time_rounds(cases: dict[str, Callable[[], None]], rounds: int, device: torch
     for number in range(rounds + 1):
         order = list(cases)[:: 1 if number % 2 else -1]
         for name in order:
-            begin = _now(device)
+            wait_for(device)
+            begin = time.perf_counter()
             cases[name]()
+            wait_for(device)
             if number:
-                seconds[name].append(_now(device) - begin)
+                seconds[name].append(time.perf_counter() - begin)
     return seconds
 
 
@@ -129,6 +133,12 @@ def ratios(seconds: dict[str, list[float]], shares: dict[float, float]) -> dict[
     return found
 
 
+def wait_for(device: torch.device) -> None:
+    """Until everything that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and with what the figures were taken."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
@@ -137,6 +147,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
         "timm": timm.__version__,
         "cpu": cpu[0] if cpu else platform.processor(),
         "threads": torch.get_num_threads(),
@@ -234,12 +245,6 @@ def main() -> None:
     print(report(result))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _cpu_info() -> list[str]:
