@@ -28,8 +28,8 @@ class ModelConfig:
 
     name: str = "deit_small_patch16_224"
     """A timm ViT's name, or a preset of `pss.create_model`."""
-    rel_pos: Literal["none", "bias"] | None = None
-    """Learned relative position bias in every attention layer."""
+    rel_pos: Literal["none", "bias", "separable", "rope"] | None = None
+    """How attention knows relative positions: a learned bias, one that is the sum of rows and columns, or rotation."""
     sort: Literal["magnitude", "random"] = "magnitude"
     """How patches are ranked before the first ones are kept."""
     qkv_bias: Literal["full", "qv"] | None = None
