@@ -116,6 +116,20 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """`torch.compile` of the blocks, once for every token count; the rest is short and runs as it is."""
+
+    mode: Literal["auto", "on", "off"] = "auto"
+    """`auto` compiles on a GPU, where Triton is installed."""
+    max_graphs: int = 8
+    """Token counts that may be compiled, those of training and of validation; one more is an error."""
+    cuda_graphs: bool = False
+    """Replay what a graph launches on the GPU instead of launching it anew: for steps too short to keep it busy."""
+    backend: Literal["inductor", "aot_eager"] = "inductor"
+    """`aot_eager` traces and generates no code, to tell whether a fault is the compiler's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The run."""
 
@@ -157,11 +171,18 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         _check_choices(self, "")
         _require_positive(self.train, "train", "epochs", "batch_size", "log_every_steps", "keep_checkpoints")
+        _require_positive(self.compile, "compile", "max_graphs")
+        if self.compile.cuda_graphs and (self.compile.mode == "off" or self.compile.backend != "inductor"):
+            raise ValueError(
+                "compile.cuda_graphs records what compiled code launches; leave it false, or set compile.mode=auto and "
+                "compile.backend=inductor"
+            )
         for name in ("low", "high", "rho"):
             value = getattr(self.schedule, name)
             if not 0 < value <= 1:

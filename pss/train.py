@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +22,8 @@ from pipelines.augment import Mixing, MixingConfig
 from pipelines.base import Batch, DataError, Loader
 from pipelines.device import DeviceTransform
 from pss import checkpoint, methods
-from pss.config import Config
+from pss.compiled import CompiledTrunk
+from pss.config import CompileConfig, Config
 from pss.console import TrainView
 from pss.dist import World
 from pss.evaluate import accuracy
@@ -59,6 +61,7 @@ class Trainer:
         self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
         seed_generator(seed)  # the same on every process: they must begin with the same weights
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch).to(world.device)
+        self.compiled = compile_levels(self.method, config.compile, world.device, self.total_steps)
         self.mixing = build_mixing(config, len(classes), world.rank)
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
@@ -256,6 +259,29 @@ class Trainer:
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
         self.step, self.epoch = saved["step"], saved["epoch"]
+
+
+def compile_levels(method: Method, settings: CompileConfig, device: torch.device, total_steps: int) -> bool:
+    """Have the method's model compile its blocks for every token count of the run; says whether it will.
+
+    Raises:
+        ValueError: training and validation together have more token counts than `settings` allow.
+    """
+    usual = device.type == "cuda" and find_spec("triton") is not None
+    if settings.mode == "off" or (settings.mode == "auto" and not usual):
+        return False
+    if settings.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"compile.cuda_graphs needs a GPU and this run is on the {device.type}; leave it false")
+    counts = sorted({method.num_tokens(rho) for rho in method.rhos(total_steps)})
+    if len(counts) + 1 > settings.max_graphs:
+        raise ValueError(
+            f"this run trains at {len(counts)} token counts ({', '.join(map(str, counts))}) and validates at one, and "
+            f"compile.max_graphs is {settings.max_graphs}; raise it to {len(counts) + 1}, or set compile.mode=off"
+        )
+    method.model.compiled_trunk = CompiledTrunk(
+        max_graphs=settings.max_graphs, backend=settings.backend, cuda_graphs=settings.cuda_graphs
+    )
+    return True
 
 
 def wrap(method: Method, world: World) -> nn.Module:

@@ -1,8 +1,8 @@
 """A Vision Transformer that accepts any share of its patches, composed from timm's parts.
 
 The parts keep timm's names, so a state dict of timm's plain model loads as it is when there is no relative position
-bias. The public pieces (`embed`, `sample`, `positions`, `blocks`, `readout`) are what `forward` is made of; a method
-that selects tokens elsewhere puts them together in its own way.
+bias. The public pieces (`embed`, `sample`, `trunk`, which is `positions`, `blocks` and `norm`, and `readout`) are what
+`forward` is made of; a method that selects tokens elsewhere puts them together in its own way.
 """
 
 import difflib
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pss import relpos, sampling
 from pss.attention import Attention, RelPos
+from pss.compiled import CompiledTrunk
 from pss.relpos import Grid
 from pss.sampling import Sort
 
@@ -175,6 +176,8 @@ class VisionTransformer(nn.Module):
                 block.attn.drop_key_bias()
             if rel_pos != "none":
                 block.attn.add_positions(rel_pos, self.grid_size)
+        self.compiled_trunk: CompiledTrunk | None = None
+        """Computes `trunk` in its place if it is set."""
         # Angles as in timm's own ViTs with axial rotary embedding.
         self.rope: RotaryEmbeddingCat | None = None
         if rel_pos == "rope":
@@ -218,10 +221,9 @@ class VisionTransformer(nn.Module):
             ValueError: wrong image size, rho or sort.
         """
         tokens, kept = self.sample(self.embed(images), rho, sort, generator)
-        positions = self.positions(kept)
-        for block in self.blocks:
-            tokens = block(tokens, positions)
-        return self.readout(tokens)
+        if self.compiled_trunk is None or torch.compiler.is_compiling():
+            return self.readout(self.trunk(tokens, kept))
+        return self.readout(self.compiled_trunk(self, tokens, kept))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) to all tokens (B, N, D): prefix, patches, position embedding, input norm.
@@ -293,25 +295,40 @@ class VisionTransformer(nn.Module):
         still = torch.cat((sines, cosines)).repeat_interleave(turns.shape[2] // 2)
         return torch.cat((still.expand(turns.shape[0], self.num_prefix_tokens, -1), turns), dim=1)
 
+    def trunk(self, tokens: Tensor, kept: Tensor | None) -> Tensor:
+        """All blocks, and the norm after them.
+
+        Args:
+            tokens: What `sample` returns, (B, K, D).
+            kept: Indices of the kept patches, (B, K - prefix); None if all patches are there.
+
+        Returns:
+            (B, K, D).
+        """
+        positions = self.positions(kept)
+        for block in self.blocks:
+            tokens = block(tokens, positions)
+        normed: Tensor = self.norm(tokens)
+        return normed
+
     def pooled(self, tokens: Tensor) -> Tensor:
-        """The last block's tokens (B, K, D) to one feature vector per image, (B, D)."""
-        x = self.norm(tokens)
+        """The trunk's tokens (B, K, D) to one feature vector per image, (B, D)."""
         if self.head_dist is not None:
-            features: Tensor = (self.head_drop(x[:, 0]) + self.head_drop(x[:, 1])) / 2
+            features: Tensor = (self.head_drop(tokens[:, 0]) + self.head_drop(tokens[:, 1])) / 2
         else:
             x = global_pool_nlc(
-                x, self.global_pool, self.num_prefix_tokens, reduce_include_prefix=self.pool_include_prefix
+                tokens, self.global_pool, self.num_prefix_tokens, reduce_include_prefix=self.pool_include_prefix
             )
             features = self.head_drop(self.fc_norm(x))
         return features
 
     def readout(self, tokens: Tensor) -> Tensor:
-        """The last block's tokens (B, K, D) to logits (B, num_classes); a distilled model averages its two heads."""
+        """The trunk's tokens (B, K, D) to logits (B, num_classes); a distilled model averages its two heads."""
+        logits: Tensor
         if self.head_dist is None:
-            logits: Tensor = self.head(self.pooled(tokens))
-            return logits
-        x = self.norm(tokens)
-        logits = (self.head(self.head_drop(x[:, 0])) + self.head_dist(self.head_drop(x[:, 1]))) / 2
+            logits = self.head(self.pooled(tokens))
+        else:
+            logits = (self.head(self.head_drop(tokens[:, 0])) + self.head_dist(self.head_drop(tokens[:, 1]))) / 2
         return logits
 
 

@@ -57,6 +57,8 @@ def test_settings_are_checked_together_not_one_by_one():
         ("train.epochs=1", "optim.warmup_epochs"),
         ("train.ema_decay=1", "ema_decay"),
         ("data.crop_scale=0,1", "crop_scale"),
+        ("compile.max_graphs=0", "must be at least 1"),
+        ("compile.mode=yes", "one of auto, on, off"),
         ("recipe=other", "there is no key"),
         ("train.epochs", "write section.key=value"),
     ],

@@ -171,3 +171,50 @@ def test_the_average_follows_the_weights(tmp_path):
     weights, average = state["method"]["model.head.weight"], state["ema"]["model.head.weight"]
     assert not torch.equal(weights, average)
     assert (weights - average).abs().mean() < 0.1 * weights.abs().mean() + 1e-3
+
+
+COMPILED = ["compile.mode=on", "compile.backend=aot_eager", "model.depth=1"]
+
+
+def test_a_compiled_run_has_a_graph_per_level_and_resumes_bit_identical(tmp_path):
+    for name in ("straight", "resumed"):
+        (tmp_path / name).mkdir()
+    straight = trainer(tmp_path / "straight", *COMPILED)
+    straight.fit()
+    assert straight.compiled
+    # Five steps an epoch show three of the levels; with validation, which is all that the average is used for, four.
+    assert straight.method.model.compiled_trunk.num_graphs == 4
+    assert straight.ema.module.model.compiled_trunk.num_graphs == 1
+    trainer(tmp_path / "resumed", *COMPILED, "train.max_steps=7").fit()
+    resumed = trainer(tmp_path / "resumed", *COMPILED)
+    resumed.fit()
+    states = [final_state(tmp_path / name) for name in ("straight", "resumed")]
+    for part in ("method", "ema", "optimizer"):
+        assert_same(states[0][part], states[1][part])
+    assert not any("_orig_mod" in name for name in states[0]["method"])
+    # What was trained compiled goes on, and is read, without.
+    plain = trainer(tmp_path / "straight", "model.depth=1")
+    assert not plain.compiled
+    assert_same(plain.method.state_dict(), states[0]["method"])
+
+
+def test_compiling_changes_rounding_only(tmp_path):
+    exact = ["model.drop_path_rate=0", "train.max_steps=5"]  # the random numbers of a compiled block are others
+    for name, settings in (("compiled", COMPILED), ("plain", ["model.depth=1"])):
+        (tmp_path / name).mkdir()
+        trainer(tmp_path / name, *settings, *exact).fit()
+    compiled, plain = (final_state(tmp_path / name)["method"] for name in ("compiled", "plain"))
+    for name, weight in plain.items():
+        torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["compile.max_graphs=3"], r"trains at 3 token counts \(3, 10, 17\) .* raise it to 4"),
+        (["compile.cuda_graphs=true", "compile.backend=inductor"], "needs a GPU and this run is on the cpu"),
+    ],
+)
+def test_what_cannot_be_compiled_is_told_before_training(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, *COMPILED, *settings)

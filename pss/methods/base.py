@@ -75,6 +75,10 @@ class Method(nn.Module):
         """The share of patches that training sees at this step."""
         return 1.0
 
+    def rhos(self, total_steps: int) -> tuple[float, ...]:
+        """All shares of patches that training sees in a run of `total_steps` steps."""
+        return (1.0,)
+
     def num_tokens(self, rho: float) -> int:
         """Tokens per image that the blocks see at `rho`, prefix tokens included."""
         return num_kept_tokens(rho, self.model.num_patches, self.model.num_prefix_tokens)

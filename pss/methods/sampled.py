@@ -9,7 +9,7 @@ from torch import Tensor
 from pss.config import Config
 from pss.methods.base import Method, Progress
 from pss.sampling import step_generator
-from pss.schedules import Cosine, Cyclic, Fixed, Linear, Schedule
+from pss.schedules import Cosine, Cyclic, Fixed, Linear, Schedule, levels
 from pss.vit import VisionTransformer
 
 
@@ -22,6 +22,9 @@ class Sampled(Method):
 
     def rho(self, at: Progress) -> float:
         return self.schedule(at.step)
+
+    def rhos(self, total_steps: int) -> tuple[float, ...]:
+        return levels(self.schedule, total_steps)
 
     def forward(self, images: Tensor, targets: Tensor, at: Progress) -> dict[str, Tensor]:
         generator = step_generator(at.seed, at.step, at.rank, images.device)
