@@ -33,6 +33,31 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuDecoding:
+    """Who decodes JPEG files when DALI works on a GPU. It decides neither order nor crops, and changes pixels by what
+    decoders differ in; without a GPU nothing reads it."""
+
+    hardware_load: float = 0.65
+    """Share of the GPU's images that its JPEG engines decode, where it has them; the rest is decoded by its cores."""
+    cpu_share: float = 0.0
+    """Share of every batch's images that the CPU decodes."""
+    pipelines: int = 1
+    """DALI pipelines that take turns with the batches; each has threads, and memory on the GPU, of its own."""
+    preallocate: tuple[int, int] = (0, 0)
+    """Height and width in pixels of an image for which the JPEG engines set aside memory at the start, not when one
+    that large comes."""
+
+    def __post_init__(self) -> None:
+        for name in ("hardware_load", "cpu_share"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise ValueError(f"data.gpu_decoding.{name} is {share}; it is a share between 0 and 1")
+        if self.pipelines < 1:
+            raise ValueError(f"data.gpu_decoding.pipelines is {self.pipelines}; it must be at least 1")
+        if min(self.preallocate) < 0:
+            raise ValueError(f"data.gpu_decoding.preallocate is {self.preallocate}; it must be (height, width)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """How images become model inputs. The same for every loader."""
 
@@ -66,6 +91,8 @@ class DataConfig:
     """Channel means on the 0-1 scale, subtracted on the device."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Channel standard deviations on the 0-1 scale."""
+    gpu_decoding: GpuDecoding = GpuDecoding()
+    """For the DALI loader on a GPU."""
 
     def __post_init__(self) -> None:
         if self.img_size < 1:

@@ -1,15 +1,18 @@
-"""NVIDIA DALI as decoder and resizer, on the CPU or on the GPU.
+"""NVIDIA DALI as decoder: of the cropped region alone on the CPU, of JPEG files on the GPU, or of both at once.
 
 DALI gets encoded bytes and crop boxes from a callback that is a pure function of the step, so it keeps no order and
-no random state of its own: resuming at any step, or with another number of ranks, gives the same images.
+no random state of its own: resuming at any step, or with another number of ranks, gives the same images. What it
+decodes on the GPU, it also crops and resizes there; what it decodes on the CPU is resized by threads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +21,7 @@ import numpy as np
 import nvidia.dali
 import torch
 import torch.utils.dlpack
+import torchvision
 from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
@@ -27,7 +31,9 @@ from pipelines.base import DataError
 from pipelines.geometry import evaluation_resize, random_crops
 from pipelines.order import sample_numbers
 from pipelines.planned import Decoded, PlannedLoader
+from pipelines.resize import crop_and_resize, resize_and_crop
 from pipelines.source import Source
+from pipelines.threads import FilledBatch, Threads
 from pipelines.unreadable import UNREADABLE, unreadable
 from pipelines.watched import WatchedThread
 
@@ -36,141 +42,321 @@ _DECODED = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
 _REMEDY = "use loader='torch', or convert the data set with pss-convert"
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
+Keys = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
-class _Step:
+class Fed:
     """A batch that DALI is working on, and the memory it reads without having copied it."""
 
-    keys: NDArray[np.int64]
+    keys: Keys
     inputs: tuple[Any, ...]
 
 
-class DaliLoader(PlannedLoader):
-    """DALI with `num_workers` threads (at least one); decodes on the GPU if `device` is one."""
+class DaliPipeline(ABC):
+    """One DALI pipeline and what it is fed: batches given as keys, each decoded whole, in their order."""
 
-    backend = "dali"
-
-    def __init__(self, source: Source, **settings: Any) -> None:
-        super().__init__(source, **settings)
-        self.source = source
-        self._decoder = "mixed" if self.device.type == "cuda" else "cpu"
+    def __init__(self, loader: DaliLoader, max_images: int, device_id: int | None) -> None:
+        self.loader = loader
         self._epoch = 0
-        self._to_feed: Iterator[NDArray[np.int64]] = iter(())
-        self._in_flight: deque[_Step] = deque()
+        self._to_feed: Iterator[Keys] = iter(())
+        self._in_flight: deque[Fed] = deque()
         self._thread = WatchedThread("DALI")
-        self._pipe: Any = self._build()
-
-    def _build(self) -> Any:
-        device_id = None
-        if self.device.type == "cuda":
-            device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
-        pipe = Pipeline(
-            batch_size=self.batch_size // self.crops_per_image,
-            num_threads=max(1, self.num_workers),
+        self._pipe: Any = Pipeline(
+            batch_size=max_images,
+            num_threads=max(1, loader.num_workers),
             device_id=device_id,
             prefetch_queue_depth=_PREFETCH,
         )
-        side = self.config.img_size
-        decoding = {"device": self._decoder, "output_type": types.RGB, "adjust_orientation": False}
-        resizing = {"interp_type": _FILTERS[self.config.interpolation], "antialias": True}
-        geometry = types.INT32 if self.train else types.FLOAT
-        crops = self.crops_per_image
-        more = 2 * crops if crops > 1 else 0  # corners and extents of the crops within what is decoded
-        with pipe:
-            encoded, first, second, *boxes = fn.external_source(
-                source=self._feed,
-                num_outputs=3 + more,
-                batch=True,
-                no_copy=True,
-                dtype=[types.UINT8, geometry] + [types.INT32] * (1 + more),
-                ndim=1,
-            )
-            if self.train:
-                decoded = fn.decoders.image_slice(encoded, first, second, axes=[0, 1], **decoding)
-                cut = [fn.slice(decoded, boxes[i], boxes[crops + i], axes=[0, 1]) for i in range(crops) if more]
-                images = [fn.resize(crop, size=[side, side], **resizing) for crop in cut or [decoded]]
-            else:
-                whole = fn.resize(fn.decoders.image(encoded, **decoding), size=first, **resizing)
-                images = [fn.slice(whole, second, np.array([side, side], dtype=np.int32), axes=[0, 1])]
-            pipe.set_outputs(*images)
-        pipe.build()
-        return pipe
+        with self._pipe:
+            self._pipe.set_outputs(*self._graph())
+        self._pipe.build()
 
-    def _feed(self) -> tuple[Any, ...]:
-        """DALI's callback, run in the watched thread: the inputs of the next step; StopIteration ends the epoch."""
-        keys = next(self._to_feed)
-        index, crops = sample_numbers(keys), self.crops_per_image
-        encoded = self.source.read_many(index[::crops])
-        heights, widths = self.source.sizes(index)
-        geometry: list[NDArray[Any]]
-        if self.train:
-            drawn = random_crops(heights, widths, keys, seed=self.seed, epoch=self._epoch, config=self.config)
-            boxes = drawn.astype(np.int32).reshape(-1, crops, 4)
-            # One crop per image is decoded as such; of several, their common bounds.
-            corner = boxes[..., :2].min(axis=1)
-            extent = (boxes[..., :2] + boxes[..., 2:]).max(axis=1) - corner
-            geometry = [corner, extent]
-            if crops > 1:
-                geometry += [*(boxes[..., :2] - corner[:, None]).swapaxes(0, 1), *boxes[..., 2:].swapaxes(0, 1)]
-        else:
-            sizes, corners = evaluation_resize(heights, widths, self.config)
-            geometry = [sizes.astype(np.float32), corners.astype(np.int32)]
-        inputs = (encoded, *map(np.ascontiguousarray, geometry))
-        self._in_flight.append(_Step(keys, inputs))
-        return inputs
+    @abstractmethod
+    def _graph(self) -> list[Any]:
+        """Define DALI's operators; returns its outputs."""
 
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
-        self._rewind()
-        self._epoch, self._to_feed = epoch, iter(steps)
-        for _ in steps:
-            images = self._run()
-            yield images, self._in_flight.popleft().keys
+    @abstractmethod
+    def _inputs(self, keys: Keys) -> list[Any]:
+        """What the graph is fed for the batch `keys`: arrays, one row an image."""
 
-    def _run(self) -> torch.Tensor:
-        """The next decoded batch, uint8 (B, 3, S, S), channels last in memory."""
-        # DALI frees its memory in the order of this stream; without it, perhaps before torch has read it.
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        try:
-            outputs = self._thread.call(partial(self._pipe.run, stream), self.stall_seconds)
-        except RuntimeError as error:
-            raise self._explain(error) from error
-        crops = [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]  # each (images, S, S, 3)
-        images: torch.Tensor = crops[0] if len(crops) == 1 else torch.stack(crops, dim=1).flatten(0, 1)
-        if stream is not None and len(crops) == 1:
-            images = images.clone()
-        return images.permute(0, 3, 1, 2)  # on the CPU a view, which keeps memory alive that DALI never reuses
+    @abstractmethod
+    def next(self) -> torch.Tensor:
+        """The next batch, uint8 (B, 3, S, S), channels last in memory."""
 
-    def _rewind(self) -> None:
-        """Drop what an iteration that was left early had in flight, and make DALI forget the end of the epoch."""
+    def begin(self, epoch: int, batches: list[Keys]) -> None:
+        """Decode `batches` from now on, and forget those before, which may have been left early."""
         self._to_feed = iter(())
         with contextlib.suppress(StopIteration):
             while True:
                 self._run()
         self._in_flight.clear()
         self._pipe.reset()
+        self._epoch, self._to_feed = epoch, iter(batches)
+
+    def _external(self, *kinds: Any) -> Sequence[Any]:
+        """The graph's inputs: encoded images, then numbers of these types."""
+        inputs: Sequence[Any] = fn.external_source(
+            source=self._feed,
+            num_outputs=1 + len(kinds),
+            batch=True,
+            no_copy=True,
+            dtype=[types.UINT8, *kinds],
+            ndim=1,
+        )
+        return inputs
+
+    def _feed(self) -> tuple[Any, ...]:
+        """DALI's callback, run in the watched thread: the inputs of the next batch; StopIteration ends the epoch."""
+        keys = next(self._to_feed)
+        encoded = self.loader.source.read_many(sample_numbers(keys)[:: self.loader.crops_per_image])
+        inputs = (encoded, *map(np.ascontiguousarray, self._inputs(keys)))
+        self._in_flight.append(Fed(keys, inputs))
+        return inputs
+
+    def _run(self, *arguments: Any) -> tuple[Keys, Any]:
+        """What DALI makes of the next batch."""
+        try:
+            outputs = self._thread.call(partial(self._pipe.run, *arguments), self.loader.stall_seconds)
+        except RuntimeError as error:
+            raise self._explain(error) from error
+        return self._in_flight.popleft().keys, outputs
+
+    def _boxes(self, keys: Keys) -> tuple[Keys, Keys]:
+        """Training: what to decode of each image, (images, 4), and the crops within that, (images, crops, 4)."""
+        heights, widths = self.loader.source.sizes(sample_numbers(keys))
+        drawn = random_crops(
+            heights, widths, keys, seed=self.loader.seed, epoch=self._epoch, config=self.loader.config
+        ).reshape(-1, self.loader.crops_per_image, 4)
+        corner = drawn[..., :2].min(axis=1)  # of the crops' common bounds
+        extent = (drawn[..., :2] + drawn[..., 2:]).max(axis=1) - corner
+        drawn[..., :2] -= corner[:, None]
+        return np.concatenate([corner, extent], axis=1), drawn
+
+    def _evaluation(self, keys: Keys) -> tuple[Keys, Keys]:
+        """Evaluation: the size of the whole image resized, and the crop's corner in it, both (images, 2)."""
+        return evaluation_resize(*self.loader.source.sizes(sample_numbers(keys)), self.loader.config)
 
     def _explain(self, error: RuntimeError) -> DataError:
         """DALI seldom says which image it could not decode: Pillow tries those it may have been."""
-        suspects = [int(i) for step in self._in_flight for i in sample_numbers(step.keys[:: self.crops_per_image])]
+        source, crops = self.loader.source, self.loader.crops_per_image
+        suspects = [int(i) for fed in self._in_flight for i in sample_numbers(fed.keys[::crops])]
         for i in suspects:
-            encoded = self.source.read(i)
+            encoded = source.read(i)
             try:
                 with Image.open(io.BytesIO(encoded.data)) as image:
                     image.load()
                     if image.format not in _DECODED:
                         return DataError(
-                            f"{self.source.name(i)} is a {image.format} image, which DALI cannot decode; {_REMEDY}"
+                            f"{source.name(i)} is a {image.format} image, which DALI cannot decode; {_REMEDY}"
                         )
             except UNREADABLE as reason:
-                return unreadable(self.source.name(i), len(encoded), reason)
-        names = ", ".join(self.source.name(i) for i in suspects[:3])
+                return unreadable(source.name(i), len(encoded), reason)
+        names = ", ".join(source.name(i) for i in suspects[:3])
         return DataError(f"DALI cannot decode one of {len(suspects)} images ({names}, ...): {error}")
 
-    def library_versions(self) -> dict[str, str]:
-        return {"dali": f"{nvidia.dali.__version__}, {self._decoder} decoder"}
+    def close(self) -> None:
+        self._thread.stop()
+        self._pipe = None
+
+
+class OnCpu(DaliPipeline):
+    """DALI decodes; threads cut and resize, as the torch loader does, while DALI decodes the next batch."""
+
+    def __init__(self, loader: DaliLoader, max_images: int) -> None:
+        self._threads: Threads | None = None
+        self._ahead: deque[FilledBatch] = deque()
+        super().__init__(loader, max_images, None)
+
+    def _graph(self) -> list[Any]:
+        decoding = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
+        if not self.loader.train:
+            (encoded,) = self._external()
+            return [fn.decoders.image(encoded, **decoding)]
+        encoded, corner, extent = self._external(types.INT32, types.INT32)
+        return [fn.decoders.image_slice(encoded, corner, extent, axes=[0, 1], **decoding)]
+
+    def _inputs(self, keys: Keys) -> list[Any]:
+        if not self.loader.train:
+            return []
+        bounds, _ = self._boxes(keys)
+        return [bounds[:, :2].astype(np.int32), bounds[:, 2:].astype(np.int32)]
+
+    def begin(self, epoch: int, batches: list[Keys]) -> None:
+        self._stop_threads()
+        super().begin(epoch, batches)
+        self._ahead.clear()
+        self._threads = Threads(max(1, self.loader.num_workers), "resize")
+        self._begin_next()
+
+    def next(self) -> torch.Tensor:
+        batch = self._ahead.popleft()
+        self._begin_next()
+        return batch.wait(self.loader.stall_seconds, "the resizing of a batch")
+
+    def _begin_next(self) -> None:
+        """Hand another decoded batch to the threads. A failure is for the reader of that batch."""
+        try:
+            keys, (decoded,) = self._run()
+        except StopIteration:
+            return
+        except DataError as failure:
+            self._ahead.append(FilledBatch(np.zeros(0, np.int64), 1, side=0, pin_memory=False))
+            self._ahead[-1].fail(failure)
+            return
+        loader, crops = self.loader, self.loader.crops_per_image
+        batch = FilledBatch(keys, len(decoded), side=loader.config.img_size, pin_memory=loader.device.type == "cuda")
+        self._ahead.append(batch)
+        # The tensors keep DALI's memory, which it does not use again while they live.
+        pixels = [torch.utils.dlpack.from_dlpack(image).permute(2, 0, 1) for image in decoded]
+        scale = self._training_scale(keys) if loader.train else self._evaluation_scale(keys)
+
+        def fill(number: int) -> None:
+            for row in range(number * crops, (number + 1) * crops):
+                batch.images[row].copy_(scale(pixels[number], row))
+
+        assert self._threads is not None
+        for number in range(len(decoded)):
+            self._threads.submit(partial(batch.attempt, partial(fill, number)))
+
+    def _training_scale(self, keys: Keys) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        side, interpolation = self.loader.config.img_size, self.loader.config.interpolation
+        boxes = self._boxes(keys)[1].reshape(-1, 4).tolist()
+        return lambda pixels, row: crop_and_resize(pixels, boxes[row], side, interpolation)
+
+    def _evaluation_scale(self, keys: Keys) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        side, interpolation = self.loader.config.img_size, self.loader.config.interpolation
+        sizes, corners = (numbers.tolist() for numbers in self._evaluation(keys))
+        return lambda pixels, row: resize_and_crop(pixels, sizes[row], corners[row], side, interpolation)
+
+    def _stop_threads(self) -> None:
+        if self._threads is not None:
+            self._threads.stop()
+            self._threads = None
 
     def close(self) -> None:
         super().close()
-        self._thread.stop()
-        self._pipe = None
+        self._stop_threads()
+        self._ahead.clear()
+
+
+class InGraph(DaliPipeline):
+    """DALI does everything, on `device`; on a GPU the images never visit the host."""
+
+    def __init__(self, loader: DaliLoader, max_images: int, device: torch.device) -> None:
+        self.device = device
+        device_id = None
+        if device.type == "cuda":
+            device_id = torch.cuda.current_device() if device.index is None else device.index
+        super().__init__(loader, max_images, device_id)
+
+    def _graph(self) -> list[Any]:
+        config, crops = self.loader.config, self.loader.crops_per_image
+        square = [config.img_size, config.img_size]
+        decoding: dict[str, Any] = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
+        if self.device.type == "cuda":
+            height, width = config.gpu_decoding.preallocate
+            decoding |= {
+                "device": "mixed",
+                "hw_decoder_load": config.gpu_decoding.hardware_load,
+                "preallocate_height_hint": height,
+                "preallocate_width_hint": width,
+                # Evaluation owes torchvision's pixels; training would pay for them with part of the decoder's rate.
+                "jpeg_fancy_upsampling": not self.loader.train,
+            }
+        resizing = {"interp_type": _FILTERS[config.interpolation], "antialias": True}
+        if not self.loader.train:
+            encoded, size, corner = self._external(types.FLOAT, types.INT32)
+            whole = fn.resize(fn.decoders.image(encoded, **decoding), size=size, **resizing)
+            return [fn.slice(whole, corner, np.array(square, dtype=np.int32), axes=[0, 1])]
+        further = 2 * crops if crops > 1 else 0
+        encoded, corner, extent, *boxes = self._external(*[types.INT32] * (2 + further))
+        decoded = fn.decoders.image_slice(encoded, corner, extent, axes=[0, 1], **decoding)
+        cut = [fn.slice(decoded, boxes[i], boxes[crops + i], axes=[0, 1]) for i in range(crops) if further]
+        return [fn.resize(crop, size=square, **resizing) for crop in cut or [decoded]]
+
+    def _inputs(self, keys: Keys) -> list[Any]:
+        if not self.loader.train:
+            sizes, corners = self._evaluation(keys)
+            return [sizes.astype(np.float32), corners.astype(np.int32)]
+        bounds, crops = self._boxes(keys)
+        numbers = [bounds[:, :2], bounds[:, 2:]]
+        if self.loader.crops_per_image > 1:
+            numbers += [*crops[..., :2].swapaxes(0, 1), *crops[..., 2:].swapaxes(0, 1)]
+        return [array.astype(np.int32) for array in numbers]
+
+    def next(self) -> torch.Tensor:
+        # DALI frees its memory in the order of this stream; without it, perhaps before torch has read it.
+        streams = [torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []
+        _, outputs = self._run(*streams)
+        crops = [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]  # each (images, S, S, 3)
+        images: torch.Tensor = crops[0] if len(crops) == 1 else torch.stack(crops, dim=1).flatten(0, 1)
+        if streams and len(crops) == 1:
+            images = images.clone()
+        return images.permute(0, 3, 1, 2)
+
+
+class DaliLoader(PlannedLoader):
+    """DALI with `num_workers` threads (at least one); decodes on the GPU if `device` is one.
+
+    There, `data.gpu_decoding` may have several pipelines take turns with the batches, and may give a share of every
+    batch's images, its first ones, to the CPU.
+    """
+
+    backend = "dali"
+
+    def __init__(self, source: Source, **settings: Any) -> None:
+        super().__init__(source, **settings)
+        self.source = source
+        wanted = self.config.gpu_decoding
+        in_graph = self._decodes_in_graph()
+        self._cpu_share = wanted.cpu_share if in_graph else 1.0
+        images = self.batch_size // self.crops_per_image
+        on_cpu = len(self._shares(np.zeros(self.batch_size, np.int64))[0]) // self.crops_per_image
+        self._lanes: list[list[DaliPipeline | None]] = [
+            [
+                OnCpu(self, on_cpu) if on_cpu else None,
+                InGraph(self, images, self.device) if on_cpu < images else None,
+            ]
+            for _ in range(wanted.pipelines if in_graph else 1)
+        ]
+
+    def _decodes_in_graph(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _shares(self, keys: Keys) -> list[Keys]:
+        """The rows of a batch that are decoded on the CPU, and those that are not."""
+        images = len(keys) // self.crops_per_image
+        return np.split(keys, [round(images * self._cpu_share) * self.crops_per_image])
+
+    def _batches(self, epoch: int, steps: list[Keys]) -> Generator[Decoded]:
+        shares = [self._shares(keys) for keys in steps]
+        for number, lane in enumerate(self._lanes):
+            for share, pipeline in enumerate(lane):
+                if pipeline is not None:
+                    pipeline.begin(
+                        epoch, [keys for step in shares[number :: len(self._lanes)] if len(keys := step[share])]
+                    )
+        for number, keys in enumerate(steps):
+            lane = self._lanes[number % len(self._lanes)]
+            parts = [
+                pipeline.next().to(self.device, non_blocking=True)
+                for share, pipeline in zip(shares[number], lane, strict=True)
+                if pipeline is not None and len(share)
+            ]
+            yield parts[0] if len(parts) == 1 else torch.cat(parts), keys
+
+    def library_versions(self) -> dict[str, str]:
+        versions = {"dali": nvidia.dali.__version__}
+        if self._decodes_in_graph():
+            versions["decoding"] = f"on a GPU, {self.config.gpu_decoding}"
+        if self._cpu_share:
+            versions["torchvision"] = torchvision.__version__
+        return versions
+
+    def close(self) -> None:
+        super().close()
+        for pipeline in itertools.chain(*self._lanes):
+            if pipeline is not None:
+                pipeline.close()
         self.source.close()

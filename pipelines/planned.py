@@ -188,8 +188,14 @@ class PlannedLoader(ABC):
             "train": self.train,
             "global_batch": self.batch_size * self.world_size,
             "seed": self.seed,
-            "config": json.dumps(asdict(self.config), sort_keys=True),
+            "config": json.dumps(self._deciding_settings(), sort_keys=True),
         }
+
+    def _deciding_settings(self) -> dict[str, Any]:
+        """The configuration, less what changes pixels no more than another version of a library."""
+        settings = asdict(self.config)
+        del settings["gpu_decoding"]
+        return settings
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check `state` against this loader; `DataError` names what differs. Other library versions are only logged:

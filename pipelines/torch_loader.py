@@ -1,17 +1,11 @@
-"""The reference back end: torchvision decodes, crops and resizes, in this thread or in worker threads.
-
-Threads suffice, because decoding and resizing release the interpreter's lock. They end with the process however it
-dies, start at once, and share the source's memory.
-"""
+"""The reference back end: torchvision decodes, crops and resizes, in this thread or in worker threads."""
 
 from __future__ import annotations
 
 import io
-import threading
-import weakref
 from collections import deque
 from collections.abc import Generator
-from queue import SimpleQueue
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,19 +15,18 @@ import torchvision.io
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
-from pipelines.base import DataConfig, DataError
+from pipelines.base import DataConfig
 from pipelines.geometry import evaluation_resize, random_crops
 from pipelines.order import sample_numbers
 from pipelines.planned import Decoded, PlannedLoader
+from pipelines.resize import crop_and_resize, resize_and_crop
 from pipelines.source import Bytes, Source
+from pipelines.threads import FilledBatch, Threads
 from pipelines.unreadable import UNREADABLE, unreadable
 
 _JPEG_MAGIC = b"\xff\xd8"
 _BATCHES_AHEAD = 3
-_JOIN_SECONDS = 5.0
 
 
 def decode(encoded: Bytes, name: str) -> Tensor:
@@ -57,6 +50,17 @@ def decode(encoded: Bytes, name: str) -> Tensor:
         raise unreadable(name, len(encoded), error) from error
 
 
+class DecodedStep(FilledBatch):
+    """A batch being decoded."""
+
+    def __init__(self, epoch: int, keys: NDArray[np.int64], *, crops_per_image: int, **settings: Any) -> None:
+        self.epoch, self.crops_per_image = epoch, crops_per_image
+        self.images_to_decode = sample_numbers(keys[::crops_per_image])
+        super().__init__(keys, len(self.images_to_decode), **settings)
+        self.encoded: list[Bytes] = []
+        self.geometry: list[list[int]] = []  # per row the crop's box, or the resized size and the crop's corner
+
+
 class Decoder:
     """Turns sample numbers into a uint8 batch: `open` once, then `decode` for every image, from any thread."""
 
@@ -76,102 +80,15 @@ class Decoder:
 
     def decode(self, step: DecodedStep, number: int) -> None:
         """Decode image `number` of the batch and fill its rows."""
-        side = self.config.img_size
+        side, interpolation = self.config.img_size, self.config.interpolation
         whole = decode(step.encoded[number], self.source.name(int(step.images_to_decode[number])))
         for row in range(number * step.crops_per_image, (number + 1) * step.crops_per_image):
             if self.train:
-                top, left, height, width = step.geometry[row]
-                pixels = self._resize(whole[:, top : top + height, left : left + width], [side, side])
+                pixels = crop_and_resize(whole, step.geometry[row], side, interpolation)
             else:
-                *size, top, left = step.geometry[row]
-                pixels = self._resize(whole, size)[:, top : top + side, left : left + side]
+                height, width, *corner = step.geometry[row]
+                pixels = resize_and_crop(whole, (height, width), corner, side, interpolation)
             step.images[row].copy_(pixels)
-
-    def _resize(self, pixels: Tensor, size: list[int]) -> Tensor:
-        mode = InterpolationMode(self.config.interpolation)
-        resized: Tensor = resize(pixels, size, interpolation=mode, antialias=True)
-        return resized
-
-
-class DecodedStep:
-    """A batch being decoded, each image by whichever thread comes to it."""
-
-    def __init__(
-        self, epoch: int, keys: NDArray[np.int64], *, side: int, crops_per_image: int, pin_memory: bool
-    ) -> None:
-        self.epoch, self.keys, self.crops_per_image = epoch, keys, crops_per_image
-        self.images_to_decode = sample_numbers(keys[::crops_per_image])
-        with torch.inference_mode(False):  # the caller's mode: threads outside it could not write into the batch
-            stored = torch.empty((len(keys), side, side, 3), dtype=torch.uint8, pin_memory=pin_memory)
-        self.images = stored.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory like what decoders return
-        self.encoded: list[Bytes] = []
-        self.geometry: list[list[int]] = []  # per row the crop's box, or the resized size and the crop's corner
-        self.num_decoded = 0
-        self.done = threading.Event()
-        self.failure: BaseException | None = None
-        self._lock = threading.Lock()
-
-    def finish_image(self) -> None:
-        with self._lock:
-            self.num_decoded += 1
-            if self.num_decoded == len(self.images_to_decode):
-                self.done.set()
-
-    def fail(self, failure: BaseException) -> None:
-        self.failure = failure
-        self.done.set()
-
-
-class _Workers:
-    """Threads that decode images in the order of submission; ended by `stop`, at the latest when Python exits."""
-
-    def __init__(self, decoder: Decoder, count: int) -> None:
-        # a batch and the number of the image to decode, or -1: open it
-        self._tasks: SimpleQueue[tuple[DecodedStep, int] | None] = SimpleQueue()
-        stopping, begun = threading.Event(), threading.Barrier(count + 1)
-        arguments = (decoder, self._tasks, stopping, begun)
-        threads = [
-            # Daemons, so that a read which never returns cannot keep the process from ending.
-            threading.Thread(target=_work, args=arguments, name=f"pss-decode-{i}", daemon=True)
-            for i in range(count)
-        ]
-        intra_op = torch.get_num_threads()
-        for thread in threads:
-            thread.start()
-        begun.wait()
-        torch.set_num_threads(intra_op)  # a worker's setting is also what threads started later would begin with
-        self.stop = weakref.finalize(self, _stop, self._tasks, threads, stopping)
-
-    def submit(self, step: DecodedStep) -> None:
-        self._tasks.put((step, -1))
-
-
-def _work(decoder: Decoder, tasks: SimpleQueue[Any], stopping: threading.Event, begun: threading.Barrier) -> None:
-    torch.get_num_threads()  # torch sets up a thread at its first use; later, that would undo the next line
-    torch.set_num_threads(1)
-    begun.wait()
-    while (task := tasks.get()) is not None:
-        step, number = task
-        if stopping.is_set() or step.failure is not None:
-            continue
-        try:
-            if number >= 0:
-                decoder.decode(step, number)
-                step.finish_image()
-            else:
-                decoder.open(step)
-                for i in range(len(step.images_to_decode)):
-                    tasks.put((step, i))
-        except BaseException as error:  # whatever it is, the reader of this batch must hear of it
-            step.fail(error)
-
-
-def _stop(tasks: SimpleQueue[Any], threads: list[threading.Thread], stopping: threading.Event) -> None:
-    stopping.set()
-    for _ in threads:
-        tasks.put(None)
-    for thread in threads:
-        thread.join(_JOIN_SECONDS)
 
 
 class TorchLoader(PlannedLoader):
@@ -183,10 +100,10 @@ class TorchLoader(PlannedLoader):
         super().__init__(source, **settings)
         self.source = source
         self._decoder = Decoder(source, self.config, self.train, self.seed)
-        self._workers: _Workers | None = None
+        self._threads: Threads | None = None
 
     def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
-        self._stop_workers()
+        self._stop_threads()
         if self.num_workers == 0:
             for keys in steps:
                 step = self._step(epoch, keys)
@@ -195,51 +112,47 @@ class TorchLoader(PlannedLoader):
                     self._decoder.decode(step, number)
                 yield step.images, keys
             return
-        workers = self._workers = _Workers(self._decoder, self.num_workers)
+        threads = self._threads = Threads(self.num_workers, "decode")
         ahead: deque[DecodedStep] = deque()
         to_submit = deque(steps)
         try:
             for _ in steps:
                 while to_submit and len(ahead) < _BATCHES_AHEAD:
                     ahead.append(self._step(epoch, to_submit.popleft()))
-                    workers.submit(ahead[-1])
+                    self._submit(threads, ahead[-1])
                 step = ahead.popleft()
-                self._wait(step)
-                yield step.images, step.keys
+                first = self.source.name(int(step.images_to_decode[0]))
+                waiting_for = f"one of {len(step.images_to_decode)} images from {first} on"
+                yield step.wait(self.stall_seconds, waiting_for), step.keys
         finally:
-            workers.stop()
+            threads.stop()
+
+    def _submit(self, threads: Threads, step: DecodedStep) -> None:
+        def open_and_decode() -> None:
+            self._decoder.open(step)
+            for number in range(len(step.images_to_decode)):
+                threads.submit(partial(step.attempt, partial(self._decoder.decode, step, number)))
+
+        threads.submit(partial(step.attempt, open_and_decode, fills_image=False))
 
     def _step(self, epoch: int, keys: NDArray[np.int64]) -> DecodedStep:
         return DecodedStep(
             epoch,
             keys,
-            side=self.config.img_size,
             crops_per_image=self.crops_per_image,
+            side=self.config.img_size,
             pin_memory=self.device.type == "cuda",
         )
 
-    def _wait(self, step: DecodedStep) -> None:
-        """Until `step` is decoded; raises what its decoding raised, and `DataError` if it makes no progress."""
-        before = -1
-        while not step.done.wait(self.stall_seconds):
-            if step.num_decoded == before:
-                raise DataError(
-                    f"no image was decoded for {self.stall_seconds:g} s; the threads wait for one of "
-                    f"{len(step.images_to_decode)} images from {self.source.name(int(step.images_to_decode[0]))} on"
-                )
-            before = step.num_decoded
-        if step.failure is not None:
-            raise step.failure
-
-    def _stop_workers(self) -> None:
-        if self._workers is not None:
-            self._workers.stop()
-            self._workers = None
+    def _stop_threads(self) -> None:
+        if self._threads is not None:
+            self._threads.stop()
+            self._threads = None
 
     def library_versions(self) -> dict[str, str]:
         return {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "pillow": PIL.__version__}
 
     def close(self) -> None:
         super().close()
-        self._stop_workers()
+        self._stop_threads()
         self.source.close()

@@ -1,0 +1,110 @@
+"""Threads that fill batches image by image.
+
+Threads suffice for decoding and resizing, which release the interpreter's lock. They end with the process however it
+dies, start at once, and share the source's memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.base import DataError
+
+_JOIN_SECONDS = 5.0
+
+Task = Callable[[], None]
+
+
+class FilledBatch:
+    """A batch being filled, each image by whichever thread comes to it; `count` images are missing at first."""
+
+    def __init__(self, keys: NDArray[np.int64], count: int, *, side: int, pin_memory: bool) -> None:
+        self.keys = keys
+        with torch.inference_mode(False):  # the caller's mode: threads outside it could not write into the batch
+            stored = torch.empty((len(keys), side, side, 3), dtype=torch.uint8, pin_memory=pin_memory)
+        self.images: Tensor = stored.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory like decoded images
+        self._missing = count
+        self._done = threading.Event()
+        self._failure: BaseException | None = None
+        self._lock = threading.Lock()
+
+    def attempt(self, task: Task, *, fills_image: bool = True) -> None:
+        """Run `task`, which may fill an image; whatever it raises is for the reader of this batch."""
+        if self._failure is not None:
+            return
+        try:
+            task()
+        except BaseException as failure:
+            self.fail(failure)
+            return
+        if fills_image:
+            with self._lock:
+                self._missing -= 1
+                if self._missing == 0:
+                    self._done.set()
+
+    def fail(self, failure: BaseException) -> None:
+        """Give the reader `failure` in place of the images."""
+        self._failure = failure
+        self._done.set()
+
+    def wait(self, stall_seconds: float, what: str) -> Tensor:
+        """The images; raises what a task raised, and `DataError` if none is filled for `stall_seconds`."""
+        before = -1
+        while not self._done.wait(stall_seconds):
+            if self._missing == before:
+                raise DataError(f"no image was decoded for {stall_seconds:g} s; the threads wait for {what}")
+            before = self._missing
+        if self._failure is not None:
+            raise self._failure
+        return self.images
+
+
+class Threads:
+    """`count` threads that run tasks in the order of submission; ended by `stop`, at the latest when Python exits."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        stopping, begun = threading.Event(), threading.Barrier(count + 1)
+        arguments = (self._tasks, stopping, begun)
+        threads = [
+            # Daemons, so that a read which never returns cannot keep the process from ending.
+            threading.Thread(target=_work, args=arguments, name=f"pss-{name}-{i}", daemon=True)
+            for i in range(count)
+        ]
+        intra_op = torch.get_num_threads()
+        for thread in threads:
+            thread.start()
+        begun.wait()
+        torch.set_num_threads(intra_op)  # a worker's setting is also what threads started later would begin with
+        self.stop = weakref.finalize(self, _stop, self._tasks, threads, stopping)
+
+    def submit(self, task: Task) -> None:
+        """Have `task` run; it must not raise."""
+        self._tasks.put(task)
+
+
+def _work(tasks: SimpleQueue[Task | None], stopping: threading.Event, begun: threading.Barrier) -> None:
+    torch.get_num_threads()  # torch sets up a thread at its first use; later, that would undo the next line
+    torch.set_num_threads(1)
+    begun.wait()
+    while (task := tasks.get()) is not None:
+        if not stopping.is_set():
+            task()
+        del task  # and the batch it holds
+
+
+def _stop(tasks: SimpleQueue[Task | None], threads: list[threading.Thread], stopping: threading.Event) -> None:
+    stopping.set()
+    for _ in threads:
+        tasks.put(None)
+    for thread in threads:
+        thread.join(_JOIN_SECONDS)
