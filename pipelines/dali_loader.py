@@ -43,6 +43,8 @@ _REMEDY = "use loader='torch', or convert the data set with pss-convert"
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 Keys = NDArray[np.int64]
+Fill = Callable[[torch.Tensor, int, torch.Tensor], None]
+"""Makes row (an int) of a batch from decoded pixels, (3, H, W), and writes it, (3, S, S)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class DaliPipeline(ABC):
         self._epoch = 0
         self._to_feed: Iterator[Keys] = iter(())
         self._in_flight: deque[Fed] = deque()
+        self._unreadable: DataError | None = None  # what ended the feeding
         self._thread = WatchedThread("DALI")
         self._pipe: Any = Pipeline(
             batch_size=max_images,
@@ -86,7 +89,7 @@ class DaliPipeline(ABC):
 
     def begin(self, epoch: int, batches: list[Keys]) -> None:
         """Decode `batches` from now on, and forget those before, which may have been left early."""
-        self._to_feed = iter(())
+        self._to_feed, self._unreadable = iter(()), None
         with contextlib.suppress(StopIteration):
             while True:
                 self._run()
@@ -109,8 +112,12 @@ class DaliPipeline(ABC):
     def _feed(self) -> tuple[Any, ...]:
         """DALI's callback, run in the watched thread: the inputs of the next batch; StopIteration ends the epoch."""
         keys = next(self._to_feed)
-        encoded = self.loader.source.read_many(sample_numbers(keys)[:: self.loader.crops_per_image])
-        inputs = (encoded, *map(np.ascontiguousarray, self._inputs(keys)))
+        try:
+            encoded = self.loader.source.read_many(sample_numbers(keys)[:: self.loader.crops_per_image])
+            inputs = (encoded, *map(np.ascontiguousarray, self._inputs(keys)))
+        except DataError as failure:  # not DALI's to know, which has batches before this one to deliver
+            self._unreadable, self._to_feed = failure, iter(())
+            raise StopIteration from failure
         self._in_flight.append(Fed(keys, inputs))
         return inputs
 
@@ -120,6 +127,10 @@ class DaliPipeline(ABC):
             outputs = self._thread.call(partial(self._pipe.run, *arguments), self.loader.stall_seconds)
         except RuntimeError as error:
             raise self._explain(error) from error
+        except StopIteration:
+            if self._unreadable is not None:
+                raise self._unreadable from None
+            raise
         return self._in_flight.popleft().keys, outputs
 
     def _boxes(self, keys: Keys) -> tuple[Keys, Keys]:
@@ -209,25 +220,24 @@ class OnCpu(DaliPipeline):
         self._ahead.append(batch)
         # The tensors keep DALI's memory, which it does not use again while they live.
         pixels = [torch.utils.dlpack.from_dlpack(image).permute(2, 0, 1) for image in decoded]
-        scale = self._training_scale(keys) if loader.train else self._evaluation_scale(keys)
+        fill = self._fill_training(keys) if loader.train else self._fill_evaluation(keys)
 
-        def fill(number: int) -> None:
+        def fill_rows(number: int) -> None:
             for row in range(number * crops, (number + 1) * crops):
-                batch.images[row].copy_(scale(pixels[number], row))
+                fill(pixels[number], row, batch.images[row])
 
         assert self._threads is not None
         for number in range(len(decoded)):
-            self._threads.submit(partial(batch.attempt, partial(fill, number)))
+            self._threads.submit(partial(batch.attempt, partial(fill_rows, number)))
 
-    def _training_scale(self, keys: Keys) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        side, interpolation = self.loader.config.img_size, self.loader.config.interpolation
-        boxes = self._boxes(keys)[1].reshape(-1, 4).tolist()
-        return lambda pixels, row: crop_and_resize(pixels, boxes[row], side, interpolation)
+    def _fill_training(self, keys: Keys) -> Fill:
+        boxes, interpolation = self._boxes(keys)[1].reshape(-1, 4).tolist(), self.loader.config.interpolation
+        return lambda pixels, row, into: crop_and_resize(pixels, boxes[row], into, interpolation)
 
-    def _evaluation_scale(self, keys: Keys) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        side, interpolation = self.loader.config.img_size, self.loader.config.interpolation
+    def _fill_evaluation(self, keys: Keys) -> Fill:
         sizes, corners = (numbers.tolist() for numbers in self._evaluation(keys))
-        return lambda pixels, row: resize_and_crop(pixels, sizes[row], corners[row], side, interpolation)
+        interpolation = self.loader.config.interpolation
+        return lambda pixels, row, into: resize_and_crop(pixels, sizes[row], corners[row], into, interpolation)
 
     def _stop_threads(self) -> None:
         if self._threads is not None:

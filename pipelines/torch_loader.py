@@ -80,15 +80,14 @@ class Decoder:
 
     def decode(self, step: DecodedStep, number: int) -> None:
         """Decode image `number` of the batch and fill its rows."""
-        side, interpolation = self.config.img_size, self.config.interpolation
+        interpolation = self.config.interpolation
         whole = decode(step.encoded[number], self.source.name(int(step.images_to_decode[number])))
         for row in range(number * step.crops_per_image, (number + 1) * step.crops_per_image):
             if self.train:
-                pixels = crop_and_resize(whole, step.geometry[row], side, interpolation)
+                crop_and_resize(whole, step.geometry[row], step.images[row], interpolation)
             else:
                 height, width, *corner = step.geometry[row]
-                pixels = resize_and_crop(whole, (height, width), corner, side, interpolation)
-            step.images[row].copy_(pixels)
+                resize_and_crop(whole, (height, width), corner, step.images[row], interpolation)
 
 
 class TorchLoader(PlannedLoader):

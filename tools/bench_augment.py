@@ -118,9 +118,7 @@ def batch_chains(pictures: list[Image.Image], device: torch.device) -> dict[str,
 
 def image_chains(pictures: list[Image.Image], pool: ThreadPoolExecutor) -> dict[str, Callable[[int], object]]:
     """timm's, and DeiT III's own 3-Augment: each takes every image through it."""
-    to_bits = auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"]
-    # At full strength timm keeps 0 bits, which recent versions of Pillow refuse.
-    auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"] = lambda level, hparams: (max(1, to_bits(level, hparams)[0]),)
+    keep_a_bit()
     hparams = {"translate_const": 100, "img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}
     rand_augment = auto_augment.rand_augment_transform(SPEC, hparams)
     blur = v2.Lambda(lambda picture: picture.filter(ImageFilter.GaussianBlur(float(np.random.uniform(0.1, 2)))))  # noqa: NPY002
@@ -147,6 +145,12 @@ def image_chains(pictures: list[Image.Image], pool: ThreadPoolExecutor) -> dict[
         "3-Augment, Pillow": lambda _: list(pool.map(three_augment, pictures)),
         "DeiT chain, timm": chain,
     }
+
+
+def keep_a_bit() -> None:
+    """At full strength timm's posterising keeps 0 bits, which recent versions of Pillow refuse: let it keep 1."""
+    to_bits = auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"]
+    auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"] = lambda level, hparams: (max(1, to_bits(level, hparams)[0]),)
 
 
 def time_rounds(
