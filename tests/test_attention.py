@@ -112,7 +112,7 @@ def test_sampled_attention_and_all_its_gradients_equal_the_loops(
     num_prefix=st.integers(0, 3),
     share=st.floats(0.1, 1),
     num_images=st.integers(1, 5),
-    images_at_a_time=st.integers(1, 3),
+    cache=st.sampled_from([1, 2**13, 2**15, 2**20]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     packed=st.booleans(),
     seed=st.integers(0, 2**31),
@@ -123,7 +123,7 @@ def test_materialised_is_the_reference(
     num_prefix: int,
     share: float,
     num_images: int,
-    images_at_a_time: int,
+    cache: int,
     dtype: torch.dtype,
     packed: bool,
     seed: int,
@@ -146,7 +146,7 @@ def test_materialised_is_the_reference(
 
     by_role = qkv.permute(2, 0, 3, 1, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_materialised, "_images_at_a_time", lambda *_: images_at_a_time)
+        patch.setattr(attention_materialised, "_CACHE", cache)
         if packed:
             result = attend_packed(by_role, table=table, positions=where)
         else:
