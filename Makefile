@@ -11,7 +11,7 @@ demo: setup  ## convert, train and sweep rho on real handwritten digits, PSS aga
 	@.venv/bin/python -m tools.demo
 
 test: setup  ## run the tests
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: setup  ## lint, format check, types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
