@@ -32,6 +32,8 @@ class ModelConfig:
     """How attention knows relative positions: a learned bias, one that is the sum of rows and columns, or rotation."""
     sort: Literal["magnitude", "random"] = "magnitude"
     """How patches are ranked before the first ones are kept."""
+    token_counts: Literal["published", "aligned"] = "published"
+    """Kept tokens in whole numbers, as published, or in multiples of 8, which a GPU computes faster."""
     qkv_bias: Literal["full", "qv"] | None = None
     """Bias on queries, keys and values, or on queries and values only (BEiT)."""
     init: Literal["timm", "published"] | None = None

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from pss.sampling import num_kept_tokens
 from pss.schedules import Schedule, histogram
 from pss.vit import Block, VisionTransformer
 
@@ -52,8 +51,7 @@ def macs(model: VisionTransformer, rho: float = 1.0) -> int:
 
     DeiT-S at 224 pixels: 4.60 G, 3.16 G and 2.23 G at rho = 1, 0.7 and 0.5.
     """
-    num_kept = num_kept_tokens(rho, model.num_patches, model.num_prefix_tokens)
-    return macs_of_tokens(model, [num_kept] * len(model.blocks))
+    return macs_of_tokens(model, [model.num_kept_tokens(rho)] * len(model.blocks))
 
 
 def training_saving(model: VisionTransformer, schedule: Schedule, total_steps: int) -> float:

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 Sort = Literal["magnitude", "random"]
+TokenCounts = Literal["published", "aligned"]
+
+ALIGNMENT = 8
+"""Matrix products and attention in half precision read 8 numbers at a time; a length that is no multiple is padded."""
 
 
-def num_kept_tokens(rho: float, num_patches: int, num_prefix: int) -> int:
+def num_kept_tokens(rho: float, num_patches: int, num_prefix: int, counts: TokenCounts = "published") -> int:
     """Tokens kept at share `rho`, prefix included: `rho * (num_patches + num_prefix)`, rounded half to even.
 
-    At least one patch is kept.
+    At least one patch is kept. With `aligned` counts the product is rounded to the nearest multiple of 8 instead, the
+    prefix counted, as that is the length of what the blocks see; all tokens stay all tokens, whatever their number.
 
     Raises:
         ValueError: rho is outside (0, 1].
@@ -25,7 +30,11 @@ def num_kept_tokens(rho: float, num_patches: int, num_prefix: int) -> int:
         raise ValueError(f"rho must be in (0, 1], got {rho}")
     num_tokens = num_patches + num_prefix
     # The inner rounding removes the float noise of the product, which would decide ties: 0.7 * 45 < 31.5.
-    return max(num_prefix + 1, round(round(rho * num_tokens, 9)))
+    wanted = round(rho * num_tokens, 9)
+    if counts == "published" or wanted == num_tokens:
+        return max(num_prefix + 1, round(wanted))
+    fewest = -(-(num_prefix + 1) // ALIGNMENT) * ALIGNMENT
+    return min(num_tokens, max(fewest, round(wanted / ALIGNMENT) * ALIGNMENT))
 
 
 def select(

@@ -24,7 +24,7 @@ from pss import relpos, sampling
 from pss.attention import Attention, RelPos
 from pss.compiled import CompiledTrunk
 from pss.relpos import Grid
-from pss.sampling import Sort
+from pss.sampling import Sort, TokenCounts
 
 QkvBias = Literal["full", "qv"]
 Init = Literal["timm", "published"]
@@ -55,6 +55,7 @@ def create_model(
     img_size: int | tuple[int, int] = 224,
     rel_pos: RelPos | None = None,
     sort: Sort = "magnitude",
+    token_counts: TokenCounts = "published",
     qkv_bias: QkvBias | None = None,
     init: Init | None = None,
     **overrides: Any,
@@ -70,6 +71,8 @@ def create_model(
             runs; `separable`: a bias that is the sum of one for rows and one for columns; `rope`: axial rotary
             embedding; `none`: not at all. None is the preset's choice, or `none`.
         sort: Which patches `forward` keeps unless told otherwise (see `pss.sampling.select`).
+        token_counts: What a share of the tokens is rounded to: whole tokens as `published`, or multiples of 8
+            (`aligned`), which a GPU computes faster (see `pss.sampling.num_kept_tokens`).
         qkv_bias: `full` leaves timm's bias on queries, keys and values; `qv` has none on the keys, as BEiT.
         init: `timm`, or `published` for the initialisation of the PSS runs: truncated normal 0.02, the
             outputs of block l divided by sqrt(2l), a classifier near zero.
@@ -95,7 +98,7 @@ def create_model(
     plain = _create_plain(timm_name, num_classes=num_classes, img_size=img_size, **settings)
     if init == "published":
         _init_published(plain)
-    return VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort)
+    return VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
 
 
 class Block(nn.Module):
@@ -140,13 +143,21 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(
-        self, plain: Any, *, rel_pos: RelPos = "none", qkv_bias: QkvBias = "full", sort: Sort = "magnitude"
+        self,
+        plain: Any,
+        *,
+        rel_pos: RelPos = "none",
+        qkv_bias: QkvBias = "full",
+        sort: Sort = "magnitude",
+        token_counts: TokenCounts = "published",
     ) -> None:
         """Take over the parts of timm's plain ViT; use `create_model`, which also checks that it is one."""
         super().__init__()
-        if sort not in get_args(Sort):
-            raise ValueError(f"sort must be one of {', '.join(get_args(Sort))}, got {sort!r}")
+        for key, value, choices in (("sort", sort, Sort), ("token_counts", token_counts, TokenCounts)):
+            if value not in get_args(choices):
+                raise ValueError(f"{key} must be one of {', '.join(get_args(choices))}, got {value!r}")
         self.sort: Sort = sort
+        self.token_counts: TokenCounts = token_counts
         self.rel_pos: RelPos = rel_pos
         self.grid_size: Grid = plain.patch_embed.grid_size
         self.image_size: tuple[int, int] = plain.patch_embed.img_size
@@ -193,6 +204,10 @@ class VisionTransformer(nn.Module):
     def num_tokens(self) -> int:
         """Tokens of a whole image, prefix included."""
         return self.num_prefix_tokens + self.num_patches
+
+    def num_kept_tokens(self, rho: float) -> int:
+        """Tokens that the blocks see at a share `rho`, prefix included. Raises `ValueError` for a rho not in (0, 1]."""
+        return sampling.num_kept_tokens(rho, self.num_patches, self.num_prefix_tokens, self.token_counts)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are not to be decayed although they are not 1-D, as in timm."""
@@ -266,7 +281,7 @@ class VisionTransformer(nn.Module):
             The prefix and the kept patches (B, K, D), and the indices of the latter (B, K - prefix); at rho = 1 the
             tokens themselves and None.
         """
-        num_kept = sampling.num_kept_tokens(rho, self.num_patches, self.num_prefix_tokens)
+        num_kept = self.num_kept_tokens(rho)
         if num_kept == self.num_tokens:
             return tokens, None
         kept = sampling.select(tokens, num_kept, self.num_prefix_tokens, self.sort if sort is None else sort, generator)

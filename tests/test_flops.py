@@ -34,6 +34,7 @@ def published() -> dict[str, VisionTransformer]:
         ("vit_tiny_patch16_224", {"depth": 2, "rel_pos": "bias", "qkv_bias": "qv", "global_pool": "avg"}),
         ("deit_tiny_distilled_patch16_224", {"depth": 2}),
         ("vit_tiny_patch16_224", {"depth": 1, "num_classes": 0}),
+        ("vit_tiny_patch16_224", {"depth": 1, "token_counts": "aligned"}),
     ],
 )
 def test_cost_is_what_torch_counts(name: str, options: dict[str, Any], rho: float) -> None:

@@ -30,6 +30,21 @@ def test_count_rounds_the_decimal_share_half_to_even(
     assert num_kept_tokens(float(share), num_patches, num_prefix) == expected
 
 
+@pytest.mark.parametrize(("num_patches", "counts"), [(196, (40, 80, 120, 160, 197)), (576, (112, 232, 344, 464, 577))])
+def test_aligned_token_counts(num_patches: int, counts: tuple[int, ...]) -> None:
+    assert tuple(num_kept_tokens(rho, num_patches, 1, "aligned") for rho in (0.2, 0.4, 0.6, 0.8, 1.0)) == counts
+
+
+@given(rho=st.floats(0.001, 1), num_patches=st.integers(1, 5000), num_prefix=st.integers(0, 9))
+@settings(deadline=None)
+def test_aligned_counts_are_near_multiples_of_8_or_everything(rho: float, num_patches: int, num_prefix: int) -> None:
+    count = num_kept_tokens(rho, num_patches, num_prefix, "aligned")
+    assert num_prefix < count <= num_patches + num_prefix
+    assert count % 8 == 0 or count == num_patches + num_prefix
+    published = num_kept_tokens(rho, num_patches, num_prefix)
+    assert abs(count - published) <= 4 or count in (8, 16)
+
+
 def test_count_is_not_decided_by_float_noise() -> None:
     assert 0.7 * 45 < 31.5
     assert num_kept_tokens(0.7, 44, 1) == 32

@@ -255,6 +255,14 @@ def test_at_rho_1_the_tokens_pass_untouched() -> None:
     assert model.positions(None).shape == (2, 1, 25)  # type: ignore[union-attr]
 
 
+def test_aligned_counts_are_what_the_blocks_see() -> None:
+    model = tiny(token_counts="aligned")
+    for rho, count in ((0.2, 8), (0.6, 16), (0.9, 24), (1.0, 25)):
+        tokens, kept = model.sample(model.embed(images()), rho)
+        assert tokens.shape[1] == model.num_kept_tokens(rho) == count
+        assert (kept is None) == (rho == 1)
+
+
 def test_training_and_evaluation_obey_rho_and_nothing_is_remembered() -> None:
     model = tiny(spread=0.1)
     x = images()
@@ -386,6 +394,7 @@ def test_distilled_model_averages_its_heads() -> None:
         ("vit_tiny_patch16_224", {"rel_pos": "alibi"}, "rel_pos .* 'alibi'"),
         ("vit_tiny_patch16_224", {"rel_pos": "rope", "embed_dim": 18}, "multiple of 4 wide, got 6"),
         ("vit_tiny_patch16_224", {"sort": "largest"}, "sort .* 'largest'"),
+        ("vit_tiny_patch16_224", {"token_counts": "even"}, "token_counts .* 'even'"),
         ("vit_tiny_patch16_224", {"qkv_bias": "k"}, "qkv_bias .* 'k'"),
         ("vit_tiny_patch16_224", {"init": "zero"}, "init .* 'zero'"),
         ("simmim_base_patch16", {"rel_pos": "none"}, "rel_pos='bias', got 'none'"),

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from pss.config import Config, OptimConfig
 from pss.flops import macs
-from pss.sampling import num_kept_tokens
 from pss.vit import VisionTransformer
 
 
@@ -81,7 +80,7 @@ class Method(nn.Module):
 
     def num_tokens(self, rho: float) -> int:
         """Tokens per image that the blocks see at `rho`, prefix tokens included."""
-        return num_kept_tokens(rho, self.model.num_patches, self.model.num_prefix_tokens)
+        return self.model.num_kept_tokens(rho)
 
     def cost(self, rho: float = 1.0) -> int:
         """Multiply-accumulates of `predict` for one image."""
