@@ -155,7 +155,7 @@ class Suite:
     def _loaders(self, folder: Path) -> list[list[str]]:
         words = ["tools.bench_loader", "--data", str(self.images), "--json", str(folder / "loaders.json")]
         if self.dry:
-            return [[*words, "--img-size", "32", "--batch", "6", "--batches", "1", "--rounds", "1", "--threads", "1"]]
+            return [[*words, "--img-size", "32", "--batch", "24", "--batches", "5", "--rounds", "1", "--threads", "1"]]
         threads = str(len(os.sched_getaffinity(0)))
         return [
             [*words, "--device", "cuda", "--batch", "256", "--batches", "12", "--rounds", "3", "--threads", threads]
@@ -178,7 +178,7 @@ class Suite:
     def images(self) -> Path:
         """The pictures as train|val/<class>/*, each several times, so that an epoch is not over at once."""
         folder = self.scratch / "images"
-        copies = 2 if self.dry else 62  # of 750 photographs: 45 batches of 1024
+        copies = 16 if self.dry else 62  # of 750 photographs: 45 batches of 1024
         for member, content in _drawn() if self.dry else _unpacked(self.arguments.images):
             first = folder / "val" / member
             first.parent.mkdir(parents=True, exist_ok=True)
