@@ -41,7 +41,9 @@ def convert(
     max_size: Annotated[int | None, typer.Option(help="ffcv: longest side in pixels [default: 500]")] = None,
     quality: Annotated[int, typer.Option(help="ffcv: JPEG quality")] = 90,
     jobs: Annotated[int | None, typer.Option(help="processes; default: all cores")] = None,
-    on_error: Annotated[str, typer.Option(help="unreadable images: fail, or skip and list them")] = "fail",
+    on_error: Annotated[
+        str, typer.Option(help="unreadable images: fail, or skip and list them (doubtful ones are kept and listed)")
+    ] = "fail",
     shard_size: Annotated[int, typer.Option(help="images per tar")] = 2000,
     seed: Annotated[int, typer.Option(help="of the shuffle and of the held-out choice")] = 0,
     engine: Annotated[str, typer.Option(help="processes, or ray: the nodes of a Ray cluster")] = "processes",
@@ -120,6 +122,9 @@ def _report(dest: Path, manifest: Manifest, display: _Display) -> None:
     print(f"images/s: {display.rates()}")
     if manifest.skipped:
         print(f"{len(manifest.skipped)} unreadable image(s) left out; dataset.json lists them")
+    if warned := manifest.warned:
+        example = f"{warned[0]['file']}: {warned[0]['warning']}"
+        print(f"{len(warned)} image(s) kept that decode but may be damaged ({example}); dataset.json lists them")
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -38,10 +38,10 @@ def build(
     `root` is a folder written by pss-convert, or a plain one with `train|val/<class>/*.jpg`. `batch_size` is per rank.
     `num_workers` counts threads (0: torch decodes in the caller's); by default this rank's share of the cores.
     `loader="auto"` takes DALI if it is installed and the split holds original bytes, else torch; FFCV only for a
-    split that exists in no other form. `check_bytes`: in a converted set's tars, compare each image with its checksum
-    when this process first reads it (about 50 us an image, once). Without a checksum, in plain folders and FFCV files,
-    damage is found where the decoder finds it; a JPEG whose pixel data decodes to other colours passes. Raises
-    `DataError` for data or a back end that cannot be used.
+    split that exists in no other form. `check_bytes`: in a converted set, compare each image with its checksum when
+    this process first reads it (about 1 ns a byte, once). Plain folders have no checksums: there, damage is found where
+    the decoder finds it; a JPEG whose pixel data decodes to other colours passes. Raises `DataError` for data or a back
+    end that cannot be used.
     """
     root = Path(root)
     settings: dict[str, Any] = {
@@ -57,7 +57,7 @@ def build(
     backend = choose_backend(root, split) if loader == "auto" else loader
     if backend == "ffcv":
         module = _import_backend("ffcv", "FFCV is not installed; install its headers, then run `make setup`")
-        made: Loader = module.FfcvLoader(root, split, **settings)
+        made: Loader = module.FfcvLoader(root, split, check_bytes=check_bytes, **settings)
         return made
     source = open_source(root, split, check_bytes)
     if backend == "torch":

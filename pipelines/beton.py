@@ -122,9 +122,7 @@ class BetonFile:
 
     def __init__(self, path: Path, results: Sequence[Path], data: Sequence[Path], num_samples: int, max_size: int):
         self.path, self._results, self._data = path, results, data
-        self._page = _MIN_PAGE
-        while self._page < 3 * max_size**2:  # no sample may be larger than a page
-            self._page *= 2
+        self._page = page_size(max_size)
         start = HEADER.itemsize + 3 * FIELD.itemsize + num_samples * METADATA.itemsize
         self._end = -(-start // self._page) * self._page
         self._rows: list[NDArray[Any]] = []
@@ -177,6 +175,14 @@ class BetonFile:
         return write_file(stored_path(self.path), content.getvalue())
 
 
+def page_size(max_size: int) -> int:
+    """Bytes in a page: a power of two, and no sample may be larger."""
+    page = _MIN_PAGE
+    while page < 3 * max_size**2:
+        page *= 2
+    return page
+
+
 def stored_path(beton: Path) -> Path:
     """The file with the rows of STORED."""
     return beton.with_name(f"{beton.name}.npy")
@@ -194,6 +200,42 @@ def frame(rows: NDArray[Any], labels: NDArray[np.int64], page: int, table: int) 
         metadata["image"][column] = rows[column]
     metadata["label"], metadata["index"] = labels, np.arange(len(rows))
     return header.tobytes() + fields.tobytes() + metadata.tobytes()
+
+
+def damaged_frame(path: Path, rows: NDArray[Any], labels: NDArray[np.int64], max_size: int) -> str | None:
+    """Which of the parts around the pages is not what `finish` wrote for `rows`; None if all are.
+
+    FFCV follows the pointers in them without a check. About 0.3 s for a million samples.
+    """
+    page = page_size(max_size)
+    table = -(-int((rows["ptr"] + rows["size"]).max()) // page) * page
+    before, behind = frame(rows, labels, page, table), allocation_table(rows).tobytes()
+    try:
+        with path.open("rb") as file:
+            found_before = file.read(len(before))
+            file.seek(table)
+            found_behind = file.read(len(behind) + 1)
+    except OSError as error:
+        return f"which cannot be read ({error.strerror})"
+    metadata = HEADER.itemsize + 3 * FIELD.itemsize
+    if found_before[: HEADER.itemsize] != before[: HEADER.itemsize]:
+        return "header"
+    if found_before[:metadata] != before[:metadata]:
+        return "table of fields"
+    if (sample := _first_difference(found_before[metadata:], before[metadata:], METADATA.itemsize)) is not None:
+        return f"metadata of sample {sample}"
+    if (sample := _first_difference(found_behind, behind, ALLOCATION.itemsize)) is not None:
+        return f"allocation table, sample {sample}"
+    return None
+
+
+def _first_difference(found: bytes, expected: bytes, size: int) -> int | None:
+    """Number of the first record of `size` bytes that differs or is missing."""
+    if found == expected:
+        return None
+    length = min(len(found), len(expected))
+    differs = np.frombuffer(found, np.uint8, length) != np.frombuffer(expected, np.uint8, length)
+    return (int(differs.argmax()) if differs.any() else length) // size
 
 
 def allocation_table(rows: NDArray[Any]) -> NDArray[Any]:

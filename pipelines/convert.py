@@ -15,11 +15,12 @@ import numpy as np
 
 from pipelines.base import DataError
 from pipelines.beton import BetonFile, Piece, Store, encode_piece, plan_raw, stored_path
-from pipelines.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split
+from pipelines.jpeg_warnings import turbojpeg_found
+from pipelines.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split, hash_file
 from pipelines.processes import Engine, Progress, WorkerLost, map_tasks
 from pipelines.readers import DIGITS, Listing, Sample, Spool, list_source
 from pipelines.scan import ImageFile, Unreadable, check_chunk, checked_images
-from pipelines.shards import Shard, hash_file, plan_shards, write_file, write_shard
+from pipelines.shards import Shard, plan_shards, write_file, write_shard
 from pipelines.splits import SHUFFLE, divide, permuted
 from pipelines.verify import LISTED, check_samples, listed
 from pipelines.work import Busy, Crew, Finished, Workplace, chunks_of, write_whole
@@ -58,7 +59,8 @@ class Options:
     store: Store = "jpg"
     """FFCV: images as JPEG, as pixels (`raw`), or a random half of them each way (`mix`)."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What an unreadable image means."""
+    """What an unreadable image means. One that decodes with a warning of the JPEG library is kept in any case and
+    listed under `warned` in the manifest: real collections hold such images, most of them without a visible flaw."""
     shard_size: int = 2000
     """Images per tar."""
     seed: int = 0
@@ -303,7 +305,8 @@ class _Conversion:
                 shards=tuple(name for shard in shards for name in shard.notes["files"] if name.endswith(".tar")),
                 beton=f"{split}.beton" if self._ffcv else None,
             )
-        problems = check_samples(folder, splits, self.options.jobs, self.progress, engine=self.options.engine)
+        options = self.options
+        problems = check_samples(folder, splits, options.jobs, self.progress, options.max_size, engine=options.engine)
         if problems:
             raise DataError(f"{listed(problems)} cannot be read back as written; check the disk of {folder}")
         betons = [folder / entry.beton for entry in splits.values() if entry.beton]
@@ -317,9 +320,16 @@ class _Conversion:
                 "source": self.source,
                 "options": self.options.purpose(),
                 "versions": {name: importlib.metadata.version(name) for name in ("numpy", "pillow")},
+                "warnings": turbojpeg_found(),
             },
             skipped=tuple({"file": bad.name, "reason": bad.reason} for bad in skipped),
             transcoded=tuple(image.sample.name for members in images.values() for image in members if image.transcode),
+            warned=tuple(
+                {"file": image.sample.name, "warning": image.warning}
+                for members in images.values()
+                for image in members
+                if image.warning
+            ),
         )
         write_file(folder / MANIFEST, manifest.to_json().encode())
         self.place.finish()

@@ -1,14 +1,19 @@
 """FFCV as decoder and resizer, for nodes with few cores: it reads re-encoded images from one .beton file.
 
-FFCV's loop runs a decoder of ours, compiled by numba, that takes sample and crop of each place from arrays filled
-before the epoch and notes what the JPEG library refuses. Order, crops and labels are those of the other back ends;
-pixels differ, because images were scaled down and encoded again, and because FFCV always averages areas.
+FFCV's loop runs a decoder of ours, compiled by numba, that takes image and crop of each place from an array filled
+before the epoch and notes there what the JPEG library refuses. Order, crops and labels are those of the other back
+ends; pixels differ, because images were scaled down and encoded again, and because FFCV always averages areas.
+
+FFCV 1.0.2 reads damaged files without complaint, shows another sample's picture, or crashes. So whatever it reads is
+compared with what the conversion noted of it: pointers and sizes before it opens the file, each image when first used.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+import zlib
 from collections.abc import Callable, Generator
 from pathlib import Path
 from queue import Empty
@@ -19,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.base import DataError
-from pipelines.ffcv_file import FFCV_VERSION, import_ffcv, open_beton
+from pipelines.beton import RAW, damaged_frame, stored_path
+from pipelines.ffcv_file import FFCV_VERSION, import_ffcv
 from pipelines.geometry import evaluation_resize, random_crops, scale_boxes
 from pipelines.order import sample_numbers
 from pipelines.planned import Decoded, PlannedLoader
@@ -33,13 +39,11 @@ from ffcv.loader import Loader as BetonLoader  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
 
 _log = logging.getLogger(__name__)
 _POLL = 1.0  # seconds between looks at whether FFCV's thread still lives
 _STOP_SECONDS = 10.0  # a thread that has not ended by then is left behind
 _BATCHES_AHEAD = 3
-_RAW = 1  # how FFCV marks an image stored as pixels
 _DONE, _FAILED = 1, 2  # what became of a place
 
 EVALUATION_WARNING = (
@@ -47,32 +51,30 @@ EVALUATION_WARNING = (
 )
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(typing_context: Any, address: Any) -> Any:
-    """An integer as a pointer, so that compiled code sees an array that changes between epochs."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return numba.types.voidptr(address), generate
+_PLACE = np.dtype(
+    [
+        ("ptr", "<u8"),  # of the stored image, in the file
+        ("size", "<u8"),
+        ("mode", "<i4"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("box", "<i4", 4),  # top, left, height, width of the crop in it
+        ("outcome", "<i4"),  # written by the decoder
+    ]
+)
+"""What the decoder is told about one place of the epoch."""
 
 
 class _PlannedCrops(SimpleRGBImageDecoder):  # type: ignore[misc]
-    """Fills place p of the epoch with box `boxes[p]` of sample `samples[p]`, decoding once per `crops` places.
+    """Fills the places of an epoch as their rows of `_PLACE` say, decoding once per `crops` places.
 
-    `state[p]` becomes `_DONE`, or `_FAILED` if the JPEG library refuses the image.
+    FFCV hands compiled code a field's metadata, one row per sample. It gets the plan in their stead, which may change
+    between epochs, and whose `outcome` becomes `_DONE`, or `_FAILED` if the JPEG library refuses the image.
     """
 
-    def __init__(
-        self,
-        side: int,
-        crops: int,
-        samples: NDArray[np.int64],
-        boxes: NDArray[np.int32],
-        state: NDArray[np.int32],
-    ) -> None:
+    def __init__(self, side: int, crops: int) -> None:
         super().__init__()
-        self.side, self.crops, self.samples, self.boxes, self.state = side, crops, samples, boxes, state
+        self.side, self.crops = side, crops
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         pixels, whole = (self.side, self.side, 3), np.dtype(np.uint8)
@@ -81,38 +83,37 @@ class _PlannedCrops(SimpleRGBImageDecoder):  # type: ignore[misc]
         return state, (AllocationQuery(pixels, whole), AllocationQuery((largest,), whole))
 
     def generate_code(self) -> Callable[..., Any]:
-        read = self.memory_read
-        each = Compiler.get_iterator()
-        decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-        places, crops = len(self.boxes), self.crops
-        samples_at, boxes_at, state_at = (a.ctypes.data for a in (self.samples, self.boxes, self.state))
+        return _decoder(Compiler.num_threads > 1, self.crops)
 
-        def decode(batch: Any, memory: Any, metadata: Any, storage: Any) -> Any:
-            out, scratch = memory
-            samples = numba.carray(_pointer(samples_at), (places,), dtype=np.int64)
-            boxes = numba.carray(_pointer(boxes_at), (places, 4), dtype=np.int32)
-            # not uint8: FFCV declares numba's type of a contiguous uint8 vector read-only, for everyone
-            state = numba.carray(_pointer(state_at), (places,), dtype=np.int32)
-            for image in each(len(batch) // crops):
-                row = image * crops
-                field = metadata[samples[batch[row]]]
-                encoded = read(field["data_ptr"], storage)
-                height, width = np.uint32(field["height"]), np.uint32(field["width"])
-                pixels = scratch[row][: 3 * height * width].reshape(height, width, 3)
-                outcome = _DONE
-                if field["mode"] == _RAW:
-                    pixels[:] = encoded.reshape(height, width, 3)
-                elif decode_jpeg(encoded, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                    outcome = _FAILED
-                for crop in range(crops):
-                    place = batch[row + crop]
-                    top, left = boxes[place, 0], boxes[place, 1]
-                    resize(pixels, top, top + boxes[place, 2], left, left + boxes[place, 3], out[row + crop])
-                    state[place] = outcome
-            return out[: len(batch)]
 
-        decode.is_parallel = True  # type: ignore[attr-defined]
-        return decode
+@functools.cache
+def _decoder(parallel: bool, crops: int) -> Callable[..., Any]:
+    """To be compiled, once for all loaders."""
+    each = numba.prange if parallel else range
+    decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
+
+    def decode(batch: Any, memory: Any, plan: Any, storage: Any) -> Any:
+        out, scratch = memory
+        for image in each(len(batch) // crops):
+            row = image * crops
+            place = plan[batch[row]]
+            encoded = storage[0][place["ptr"] : place["ptr"] + place["size"]]
+            height, width = np.uint32(place["height"]), np.uint32(place["width"])
+            pixels = scratch[row][: 3 * height * width].reshape(height, width, 3)
+            outcome = _DONE
+            if place["mode"] == RAW:
+                pixels[:] = encoded.reshape(height, width, 3)
+            elif decode_jpeg(encoded, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+                outcome = _FAILED
+            for crop in range(crops):
+                place = plan[batch[row + crop]]
+                top, left, crop_height, crop_width = place["box"]
+                resize(pixels, top, top + crop_height, left, left + crop_width, out[row + crop])
+                place["outcome"] = outcome
+        return out[: len(batch)]
+
+    decode.is_parallel = True  # type: ignore[attr-defined]
+    return decode
 
 
 class _Epoch(EpochIterator):  # type: ignore[misc]
@@ -154,11 +155,14 @@ class _Epoch(EpochIterator):  # type: ignore[misc]
 
 
 class FfcvLoader(PlannedLoader):
-    """FFCV with `num_workers` threads (at least one)."""
+    """FFCV with `num_workers` threads (at least one).
+
+    With `check_bytes` each stored image is compared with its checksum when it is first used.
+    """
 
     backend = "ffcv"
 
-    def __init__(self, root: Path, split: str, **settings: Any) -> None:
+    def __init__(self, root: Path, split: str, *, check_bytes: bool = True, **settings: Any) -> None:
         table = ConvertedTable(root, split)
         if table.entry.beton is None:
             raise DataError(
@@ -167,13 +171,15 @@ class FfcvLoader(PlannedLoader):
         super().__init__(table, **settings)
         table.check_size(table.entry.beton)
         self._path = root / table.entry.beton
-        picture = open_beton(self._path, table.labels).metadata["f0"]
-        self._stored = np.stack([picture["height"], picture["width"]], axis=1).astype(np.int64)  # (N, 2)
+        self._rows = table.load_table(stored_path(self._path).name)
+        if part := damaged_frame(self._path, self._rows, table.labels, table.manifest.made["options"]["max_size"]):
+            raise DataError(f"{self._path}, {part}: it is damaged or belongs to another data set; copy it again")
+        self._stored = np.stack([self._rows["height"], self._rows["width"]], axis=1).astype(np.int64)  # (N, 2)
+        self._content = np.memmap(self._path, dtype=np.uint8, mode="r")
+        self._unchecked = np.full(self.num_samples, check_bytes)
         places = self.steps_per_epoch * self.batch_size  # of an epoch on this rank
-        self._samples = np.zeros(places, dtype=np.int64)
-        self._boxes = np.zeros((places, 4), dtype=np.int32)
-        self._state = np.zeros(places, dtype=np.int32)
-        decoder = _PlannedCrops(self.config.img_size, self.crops_per_image, self._samples, self._boxes, self._state)
+        self._plan = np.zeros(places, dtype=[("f0", _PLACE)])  # f0: FFCV's name of the first field, the image
+        decoder = _PlannedCrops(self.config.img_size, self.crops_per_image)
         self._threads = min(max(1, self.num_workers), numba.config.NUMBA_NUM_THREADS)
         self._beton = BetonLoader(
             str(self._path),
@@ -183,6 +189,7 @@ class FfcvLoader(PlannedLoader):
             pipelines={"image": [decoder], "index": None, "label": None},
             batches_ahead=_BATCHES_AHEAD,
         )
+        self._beton.reader.metadata = self._plan
         self._running: _Epoch | None = None
         self.warning = None if self.train else EVALUATION_WARNING
         if self.warning:
@@ -193,24 +200,34 @@ class FfcvLoader(PlannedLoader):
         if not steps:
             return
         keys = np.concatenate(steps)
-        self._samples[: len(keys)] = sample_numbers(keys)
-        self._boxes[: len(keys)] = self._crops(epoch, keys)
-        self._state[:] = 0
+        plan = self._plan["f0"][: len(keys)]
+        for name in ("ptr", "size", "mode", "height", "width"):
+            plan[name] = self._rows[name][sample_numbers(keys)]
+        plan["box"], plan["outcome"] = self._crops(epoch, keys), 0
         Compiler.set_num_threads(self._threads)
         running = self._running = _Epoch(self._beton, np.arange(len(keys), dtype=np.uint64))
         first = 0
         try:
             for step in steps:
+                self._check(sample_numbers(step))  # meanwhile FFCV works ahead
                 (pixels,) = running.next_batch(self.stall_seconds)
-                state = self._state[first : first + len(step)]
+                outcome = plan["outcome"][first : first + len(step)]
                 first += len(step)
-                if (bad := sample_numbers(step[state != _DONE])).size:
+                if (bad := sample_numbers(step[outcome != _DONE])).size:
                     raise DataError(
                         f"{self._path}, sample {bad[0]} cannot be decoded; copy the file again or convert anew"
                     )
                 yield self._copy(pixels), step
         finally:
             running.stop()
+
+    def _check(self, samples: NDArray[np.int64]) -> None:
+        """Raise `DataError` if the stored bytes of one of `samples` have changed since the conversion."""
+        new = np.unique(samples[self._unchecked[samples]])
+        for i, (ptr, size, crc32) in zip(new.tolist(), self._rows[new][["ptr", "size", "crc32"]].tolist(), strict=True):
+            if zlib.crc32(self._content[ptr : ptr + size].data) != crc32:
+                raise DataError(f"{self._path}, sample {i} has been damaged since the conversion; copy the file again")
+        self._unchecked[new] = False
 
     def _crops(self, epoch: int, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         samples = sample_numbers(keys)

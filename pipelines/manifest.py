@@ -1,10 +1,11 @@
 """What a converted data set consists of: `dataset.json`, and for each split a table with one row per sample.
 
-DEST/dataset.json          classes, splits, how it was made, size and sha256 of every other file
+DEST/dataset.json          classes, splits, how it was made, size and sha256 of every other file, and its own
 DEST/<split>.samples.npy   the table, rows of `SAMPLE`
 DEST/<split>-00000.tar     original bytes (a split has these, or a .beton file, or both)
 DEST/<split>-00000.idx     DALI's index of that tar, for its own reader
 DEST/train.beton           the FFCV file
+DEST/train.beton.npy       place and crc32 of each of its images
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from pipelines.base import DataError
 
 FORMAT = "pss-dataset"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
 
 SAMPLE = np.dtype(
@@ -80,10 +81,23 @@ class Manifest:
     """Unreadable files left out on request: name and reason."""
     transcoded: tuple[str, ...] = ()
     """Images stored as PNG because no loader reads their own format."""
+    warned: tuple[Mapping[str, str], ...] = ()
+    """Images that decode, but look damaged to the JPEG library: file and warning."""
 
     def to_json(self) -> str:
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps({**content, "sha256": _digest(content)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and sha256 of a file."""
+    with path.open("rb") as file:
+        return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Of a manifest's content, however it is spaced and ordered."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(root: Path) -> tuple[Manifest, str]:
@@ -98,11 +112,12 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         raise DataError(f"{path} cannot be read ({error}); convert the data set again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path} was not written by pss-convert; point at a converted data set")
-    if content["format_version"] != FORMAT_VERSION:
+    if (version := content.get("format_version")) != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format version {content['format_version']}, this program reads {FORMAT_VERSION}; "
-            "convert the data set again"
+            f"{path} has format version {version}, this program reads {FORMAT_VERSION}; convert the data set again"
         )
+    if content.pop("sha256", None) != _digest(content):
+        raise DataError(f"{path} is not as it was written; copy it again or convert anew")
     manifest = Manifest(
         classes=tuple(content["classes"]),
         splits={
@@ -119,5 +134,6 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         made=content["made"],
         skipped=tuple(content["skipped"]),
         transcoded=tuple(content["transcoded"]),
+        warned=tuple(content["warned"]),
     )
     return manifest, hashlib.sha256(text).hexdigest()

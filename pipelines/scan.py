@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.base import DataError
+from pipelines.jpeg_warnings import jpeg_warning
 from pipelines.readers.sample import Sample
 from pipelines.work import Finished
 
@@ -33,6 +34,8 @@ class ImageFile:
     crc32: int
     transcode: bool
     """No loader reads this format: store it as PNG."""
+    warning: str | None = None
+    """What the JPEG library finds wrong with it, though it decodes."""
 
     def read(self) -> bytes:
         """The encoded bytes, which must be those that were checked."""
@@ -54,22 +57,29 @@ class Unreadable:
 
 
 def check_chunk(samples: Sequence[Sample]) -> Finished:
-    """Check some images: a row of `CHECKED` for each, and the reasons against those that are not good."""
+    """Check some images: a row of `CHECKED` for each, the reasons against those that are not good, and warnings."""
     rows = np.zeros(len(samples), dtype=CHECKED)
-    reasons = {}
+    reasons, warned = {}, {}
     for i, sample in enumerate(samples):
         image = check_image(sample)
         if isinstance(image, ImageFile):
             rows[i] = (image.height, image.width, image.crc32, image.transcode, True)
+            if image.warning:
+                warned[str(i)] = image.warning
         else:
             reasons[str(i)] = image.reason
-    return Finished(rows, {"reasons": reasons})
+    return Finished(rows, {"reasons": reasons, "warned": warned})
 
 
 def checked_images(samples: Sequence[Sample], finished: Finished) -> tuple[list[ImageFile], list[Unreadable]]:
     """What `check_chunk` found out about `samples`."""
+    warned = finished.notes["warned"]
     images = [
-        ImageFile(sample, *row[:4]) for sample, row in zip(samples, finished.rows.tolist(), strict=True) if row[4]
+        ImageFile(sample, height, width, crc32, transcode, warned.get(str(i)))
+        for i, (sample, (height, width, crc32, transcode, good)) in enumerate(
+            zip(samples, finished.rows.tolist(), strict=True)
+        )
+        if good
     ]
     bad = [Unreadable(samples[int(i)].name, reason) for i, reason in finished.notes["reasons"].items()]
     return images, bad
@@ -87,7 +97,8 @@ def check_image(sample: Sample) -> ImageFile | Unreadable:
                 if image.mode in ("I", "F"):
                     return Unreadable(sample.name, "its 32-bit pixels have no known range")
                 kept = image.mode in _KEPT.get(image.format or "", ())
-                return ImageFile(sample, image.height, image.width, zlib.crc32(encoded), not kept)
+                warning = jpeg_warning(encoded) if image.format in ("JPEG", "MPO") else None
+                return ImageFile(sample, image.height, image.width, zlib.crc32(encoded), not kept, warning)
     except UnidentifiedImageError:
         return Unreadable(sample.name, "not an image" if encoded else "empty file")
     except FileNotFoundError:

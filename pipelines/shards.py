@@ -96,12 +96,6 @@ def write_file(path: Path, content: bytes) -> FileEntry:
     return out.entry()
 
 
-def hash_file(path: Path) -> FileEntry:
-    """Size and sha256 of a file."""
-    with path.open("rb") as file:
-        return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-
-
 def _encoded(image: ImageFile) -> bytes:
     encoded = image.read()
     if not image.transcode:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.base import DataError
-from pipelines.beton import HEADER, RAW, allocation_table, frame, stored_path
-from pipelines.manifest import FileEntry, Manifest, Split, read_manifest
+from pipelines.beton import RAW, damaged_frame, stored_path
+from pipelines.manifest import FileEntry, Manifest, Split, hash_file, read_manifest
 from pipelines.processes import Engine, Progress, map_tasks
-from pipelines.shards import BLOCK, hash_file, member_header
+from pipelines.shards import BLOCK, member_header
 
 LISTED = 10  # damaged files or samples named in a message
 _SAMPLED = 64  # of each file format of a split, in a quick verification
@@ -45,7 +45,8 @@ def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False) -> 
         for split, entry in manifest.splits.items()
         if entry.table not in bad and (entry.beton is None or f"{entry.beton}.npy" not in bad)
     }
-    problems = check_samples(root, tables_good, jobs, progress, sampled=None if full else _SAMPLED)
+    max_size = manifest.made["options"]["max_size"]
+    problems = check_samples(root, tables_good, jobs, progress, max_size, sampled=None if full else _SAMPLED)
     if bad or problems:
         named = {problem.split(",")[0] for problem in problems}
         which = listed([*problems, *(name for name in bad if name not in named)])
@@ -64,11 +65,15 @@ def check_samples(
     splits: Mapping[str, Split],
     jobs: int,
     progress: Progress,
+    max_size: int,
     *,
     sampled: int | None = None,
     engine: Engine = "processes",
 ) -> list[str]:
-    """What is wrong with the samples in the tars and .beton files, by file and number."""
+    """What is wrong with the samples in the tars and .beton files, by file and number.
+
+    `max_size` is the option the .beton files were written with.
+    """
     tasks: list[_Task] = []
     problems: list[str] = []
     for split in splits.values():
@@ -81,7 +86,8 @@ def check_samples(
             tasks.extend(_Task(root, split, chunk, False) for chunk in chunks)
         if split.beton is not None:
             labels = np.load(root / split.table, mmap_mode="r")["label"].astype(np.int64)
-            if problem := _check_frame(root / split.beton, labels):
+            rows = np.load(stored_path(root / split.beton))
+            if problem := damaged_frame(root / split.beton, rows, labels, max_size):
                 problems.append(f"{split.beton}, {problem}")
             tasks.extend(_Task(root, split, chunk, True) for chunk in chunks)
     progress.start("verifying samples", sum(len(task.index) for task in tasks))
@@ -110,25 +116,6 @@ def _same_size(path: Path, expected: FileEntry) -> FileEntry | None:
         return expected if path.stat().st_size == expected.bytes else None
     except OSError:
         return None
-
-
-def _check_frame(path: Path, labels: NDArray[np.int64]) -> str | None:
-    """What is wrong with the parts of a .beton file that say where its images are."""
-    rows = np.load(stored_path(path))
-    try:
-        with path.open("rb") as file:
-            header = np.frombuffer(file.read(HEADER.itemsize), dtype=HEADER)[0]
-            file.seek(0)
-            expected = frame(rows, labels, int(header["page_size"]), int(header["table"]))
-            if file.read(len(expected)) != expected or header["page_size"] & (header["page_size"] - 1):
-                return "header or metadata"
-            file.seek(int(header["table"]))
-            table = allocation_table(rows).tobytes()
-            if file.read(len(table) + 1) != table:
-                return "allocation table"
-    except (OSError, ValueError, IndexError):
-        return "header"
-    return None
 
 
 def _check_chunk(task: _Task) -> tuple[int, list[str]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import json
 import multiprocessing
 import os
 import random
@@ -25,6 +25,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pipelines import Batch, DataConfig, DataError, Loader, build, open_dataset
+from pipelines.manifest import read_manifest
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(missing(name) is not None, reason=str(missing(name))))
@@ -526,7 +527,7 @@ def test_damaged_or_missing_files_are_refused_at_once(converted_root: Path, tmp_
     assert "is damaged" in refused("train.beton", "ffcv", lambda b: b"\7" + b[1:])
     assert "cannot be read" in refused("dataset.json", "torch", lambda b: b[:-20])
     assert "format version" in refused(
-        "dataset.json", "torch", lambda b: b.replace(b'"format_version": 1', b'"format_version": 9')
+        "dataset.json", "torch", lambda b: b.replace(b'"format_version": 2', b'"format_version": 9')
     )
 
 
@@ -571,7 +572,7 @@ def test_auto_takes_what_the_data_allows(image_root: Path, converted_root: Path,
     assert make("auto").backend == make("auto", root=image_root).backend == preferred
     if missing("ffcv"):
         return
-    ffcv_only = _with_train(converted_root, tmp_path / "ffcv", shards=[])
+    ffcv_only = _with_train(converted_root, tmp_path / "ffcv", shards=())
     assert make("auto", root=ffcv_only).backend == "ffcv"
     assert make("auto", "val", ffcv_only).backend == preferred
     with pytest.raises(DataError, match="FFCV data only"):
@@ -583,9 +584,10 @@ def test_auto_takes_what_the_data_allows(image_root: Path, converted_root: Path,
 def _with_train(root: Path, copy: Path, **entries: Any) -> Path:
     """A copy of a converted data set whose manifest says something else about the training split."""
     shutil.copytree(root, copy)
-    manifest = json.loads((copy / "dataset.json").read_text())
-    manifest["splits"]["train"].update(entries)
-    (copy / "dataset.json").write_text(json.dumps(manifest))
+    manifest, _ = read_manifest(root)
+    train = dataclasses.replace(manifest.splits["train"], **entries)
+    changed = dataclasses.replace(manifest, splits={**manifest.splits, "train": train})
+    (copy / "dataset.json").write_text(changed.to_json())
     return copy
 
 
