@@ -3,7 +3,9 @@
 The fused kernels have tests of their own, in test_attention_fused.py.
 """
 
+import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -56,6 +58,20 @@ def attend_in_loops(
             heads.append(torch.stack(rows))  # type: ignore[arg-type]
         images.append(torch.stack(heads))
     return torch.stack(images)
+
+
+def assert_close_to_exact(ours: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """A result and its gradients against double precision.
+
+    1e-5 and 1e-4 in float32, 1e-10 in float64; in half precision, four times the spacing of its numbers at the largest.
+    """
+    for number, (value, reference) in enumerate(zip(ours, exact, strict=True)):
+        tolerance = 1e-10 if dtype == torch.float64 else 1e-5 if number == 0 else 1e-4
+        if dtype in (torch.float32, torch.float64):
+            torch.testing.assert_close(value.double(), reference, rtol=tolerance, atol=tolerance)
+        else:
+            atol = 4 * torch.finfo(dtype).eps * max(1.0, reference.abs().max().item())
+            torch.testing.assert_close(value.double(), reference, rtol=0, atol=atol)
 
 
 @st.composite
@@ -111,34 +127,39 @@ def test_sampled_attention_and_all_its_gradients_equal_the_loops(
     grid=st.tuples(st.integers(2, 7), st.integers(2, 7)),
     num_prefix=st.integers(0, 3),
     share=st.floats(0.1, 1),
+    kept_sets=st.sampled_from(["all", "each", "shared"]),
     num_images=st.integers(1, 5),
+    width=st.sampled_from([1, 8, 20, 32, 64, 96, 128]),
     cache=st.sampled_from([1, 2**13, 2**15, 2**20]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     packed=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 def test_materialised_is_the_reference(
     grid: tuple[int, int],
     num_prefix: int,
     share: float,
+    kept_sets: str,
     num_images: int,
+    width: int,
     cache: int,
     dtype: torch.dtype,
     packed: bool,
     seed: int,
 ) -> None:
-    """Tokens in any order, all patches or each image's own, in one tensor or three, a batch in parts of any size."""
+    """All patches, each image's own or the same ones for all, tokens in any order, in one tensor or three, in parts."""
     generator = torch.Generator().manual_seed(seed)
     num_patches = grid[0] * grid[1]
-    order = torch.rand(num_images, num_patches, generator=generator).argsort(1)
-    kept = None if share == 1 else order[:, : max(1, int(share * num_patches))]
+    order = torch.rand(1 if kept_sets == "shared" else num_images, num_patches, generator=generator).argsort(1)
+    kept = None if kept_sets == "all" else order[:, : max(1, int(share * num_patches))]
     where = positions(grid, num_prefix, kept)
     where = where[:, :, torch.randperm(where.shape[2], generator=generator)]
     num_tokens, num_heads = where.shape[2], 3
-    qkv = torch.randn(num_images, num_tokens, 3, num_heads, 8, generator=generator).to(dtype).requires_grad_()
-    table = torch.randn(num_table_rows(grid), num_heads, generator=generator, requires_grad=True)
-    direction = torch.randn(num_images, num_heads, num_tokens, 8, generator=generator)
+    qkv = torch.randn(num_images, num_tokens, 3, num_heads, width, generator=generator).to(dtype).requires_grad_()
+    table_dtype = torch.promote_types(dtype, torch.float32)
+    table = torch.randn(num_table_rows(grid), num_heads, generator=generator).to(table_dtype).requires_grad_()
+    direction = torch.randn(num_images, num_heads, num_tokens, width, generator=generator)
 
     exact = [x.detach().double().requires_grad_() for x in (qkv, table)]
     expected = attend_explicitly(*exact[0].permute(2, 0, 3, 1, 4), table=exact[1], positions=where)
@@ -153,13 +174,8 @@ def test_materialised_is_the_reference(
             result = attend(*by_role, table=table, positions=where)
         ours = torch.autograd.grad((result * direction).sum(), (qkv, table))
     assert result.dtype == ours[0].dtype == dtype
-    assert ours[1].dtype == torch.float32
-    precise = dtype == torch.float32
-    spacing = torch.finfo(dtype).eps
-    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5 if precise else 4 * spacing)
-    for gradient, reference in zip(ours, gradients, strict=True):
-        atol = 1e-4 if precise else 2 * spacing * max(1.0, reference.abs().max().item())
-        torch.testing.assert_close(gradient.double(), reference, rtol=1e-4 if precise else 0, atol=atol)
+    assert ours[1].dtype == table_dtype
+    assert_close_to_exact((result, *ours), (expected, *gradients), dtype)
 
 
 def test_gradients_flow_to_what_needs_them() -> None:
@@ -298,6 +314,24 @@ def test_a_backend_that_gets_masks_wrong_is_found_out(monkeypatch: pytest.Monkey
         assert not check(SDPBackend.MATH, "cpu")
 
 
+@pytest.mark.parametrize("kept_sets", ["each", "shared"])
+def test_nothing_of_all_pairs_of_tokens_is_kept_for_the_backward_pass(kept_sets: str) -> None:
+    kept = torch.rand(1 if kept_sets == "shared" else 3, 196).argsort(1)[:, :157]
+    where = positions((14, 14), 1, kept)
+    qkv = torch.randn(3, 158, 3, 2, 8, requires_grad=True)
+    table = torch.randn(732, 2, requires_grad=True)
+    storages = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = attend_packed(qkv.permute(2, 0, 3, 1, 4), table=table, positions=where)
+    inputs = qkv.nbytes + table.nbytes + where.nbytes
+    assert sum(storages.values()) == inputs + out.nbytes
+
+
 # The module.
 
 
@@ -370,13 +404,14 @@ def turns(grid: tuple[int, int], num_prefix: int, kept: Tensor, width: int) -> T
 def positioned(rel_pos: Any, grid: tuple[int, int], num_prefix: int, kept: Tensor) -> tuple[Attention, Tensor]:
     """An attention module of three heads 8 wide with random parameters, and the positions of the kept patches."""
     module = Attention(TimmAttention(24, num_heads=3, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm))
-    module.add_positions(rel_pos, grid)
+    if rel_pos != "none":
+        module.add_positions(rel_pos, grid)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     return module, turns(grid, num_prefix, kept, 8) if rel_pos == "rope" else positions(grid, num_prefix, kept)
 
 
-@pytest.mark.parametrize("rel_pos", ["bias", "separable", "rope"])
+@pytest.mark.parametrize("rel_pos", ["none", "bias", "separable", "rope"])
 @given(grid=st.tuples(st.integers(1, 4), st.integers(2, 5)), num_prefix=st.integers(0, 2), seed=st.integers(0, 2**31))
 @settings(deadline=None, max_examples=15)
 def test_permuting_tokens_and_positions_permutes_the_results(
@@ -391,11 +426,81 @@ def test_permuting_tokens_and_positions_permutes_the_results(
     moved = where[:, order] if rel_pos == "rope" else where[:, :, order]
     torch.testing.assert_close(module(x[:, order], moved), module(x, where)[:, order], rtol=0, atol=1e-5)
     # Positions matter: another patch in the place of the first one changes the result.
-    if num_patches > kept.shape[1]:
+    if num_patches > kept.shape[1] and rel_pos != "none":
         kept[:, 0] = torch.tensor([next(p for p in range(num_patches) if p not in row) for row in kept.tolist()])
         elsewhere = positioned(rel_pos, grid, num_prefix, kept)[1]
         if kept.shape[1] > 1:
             assert not torch.allclose(module(x, elsewhere), module(x, where), atol=1e-4)
+
+
+def attend_in_pairs(module: Attention, x: Tensor, where: Tensor, tokens: list[list[int | None]]) -> Tensor:
+    """What the module computes, in double precision, from the offset of every pair of patches or the angle of each."""
+    assert module.grid is not None or module.rel_pos == "none"
+    q, k, v = module.qkv(x).unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = module.q_norm(q), module.k_norm(k)
+    if module.rel_pos == "rope":
+        sines, cosines = where[..., ::2].chunk(2, dim=2)  # each angle is there twice
+        turn = torch.complex(cosines, sines).unsqueeze(1)
+        q, k = (torch.view_as_real(torch.view_as_complex(y.unflatten(3, (-1, 2))) * turn).flatten(3) for y in (q, k))
+    logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    if module.rel_pos in ("bias", "separable"):
+        height, width = module.grid  # type: ignore[misc]
+        table = module.relative_position_bias_table
+        if module.rel_pos == "separable":
+            rows, columns, prefix = module.separable_relative_position_bias_table.split(  # type: ignore[union-attr]
+                (2 * height - 1, 2 * width - 1, 3)
+            )
+            table = torch.cat(((rows[:, None] + columns[None]).flatten(0, 1), prefix))
+        index = [[[table_row((height, width), i, j) for j in patches] for i in patches] for patches in tokens]
+        logits = logits + table[torch.tensor(index)].permute(0, 3, 1, 2)  # type: ignore[index]
+    return module.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("rel_pos", ["none", "bias", "separable", "rope"])
+@given(
+    case=kept_sets(),
+    head_width=st.sampled_from([8, 32, 64, 96, 128]),
+    normed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=25)
+def test_every_kind_of_positions_equals_double_precision(
+    rel_pos: Any,
+    case: tuple[tuple[int, int], int, list[list[int]]],
+    head_width: int,
+    normed: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """The whole module, with the gradients of its input and of all its parameters."""
+    grid, num_prefix, rows = case
+    torch.manual_seed(seed)
+    width = 2 * head_width
+    module = Attention(TimmAttention(width, num_heads=2, qkv_bias=True, qk_norm=normed, norm_layer=nn.LayerNorm))
+    if rel_pos != "none":
+        module.add_positions(rel_pos, grid)
+    for name, parameter in module.named_parameters():
+        nn.init.normal_(parameter, std=1.0 if "table" in name else width**-0.5)
+    kept = torch.tensor(rows)
+    where = turns(grid, num_prefix, kept, head_width) if rel_pos == "rope" else positions(grid, num_prefix, kept)
+    module = module.to(dtype)
+    x = torch.randn(len(rows), num_prefix + kept.shape[1], width).to(dtype).requires_grad_()
+    direction = torch.randn(x.shape).to(dtype)
+
+    exact, x_exact = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    angles = where.to(dtype) if rel_pos == "rope" else where
+    tokens = [[None] * num_prefix + row for row in rows]
+    expected = attend_in_pairs(exact, x_exact, angles.double(), tokens)
+    gradients = torch.autograd.grad((expected * direction).sum(), (x_exact, *exact.parameters()))
+
+    result = module(x, angles)
+    ours = torch.autograd.grad((result * direction).sum(), (x, *module.parameters()))
+    if dtype == torch.float32:
+        assert_close_to_exact((result, *ours), (expected, *gradients), dtype)
+    else:  # a chain of roundings; single elements may cancel
+        for value, reference in zip((result, *ours), (expected, *gradients), strict=True):
+            assert (value - reference).norm() <= 16 * torch.finfo(dtype).eps * max(1.0, reference.norm().item())
 
 
 @given(case=kept_sets(), seed=st.integers(0, 2**31))

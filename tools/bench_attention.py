@@ -7,16 +7,20 @@ included; below rho = 1 every image keeps patches of its own. Input and gradient
 queries, keys and values writes, as in training, so that copies to other layouts count. Per length, a round times every
 implementation once, in alternating order; the tables give medians and quartiles over the rounds in milliseconds, and
 the ratio to attention without a bias, formed within a round.
+
+`--dry-run` times one narrow head for one image once, for no other purpose than to see that everything runs; on a CPU
+the fused kernels take part if TRITON_INTERPRET=1, in Triton's interpreter.
 """
 
 import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -34,8 +38,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def implementations(device: torch.device) -> list[str]:
     """What can be timed there, apart from attention without a bias."""
-    fused = device.type == "cuda" and find_spec("triton") is not None
-    return ["reference", "materialised"] + ["fused"] * fused
+    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return ["reference", "materialised"] + ["fused"] * (runs and find_spec("triton") is not None)
 
 
 def attention(name: str, qkv: Tensor, table: Tensor, where: Tensor) -> Tensor:
@@ -43,8 +47,8 @@ def attention(name: str, qkv: Tensor, table: Tensor, where: Tensor) -> Tensor:
     by_role = qkv.permute(2, 0, 3, 1, 4)
     if name == PLAIN:
         return attend(*by_role)
-    os.environ["PSS_ATTENTION"] = name
-    return attend_packed(by_role, table=table, positions=where)
+    with patch.dict(os.environ, PSS_ATTENTION=name):
+        return attend_packed(by_role, table=table, positions=where)
 
 
 def seconds_of(compute: Callable[[], Tensor], direction: Tensor) -> tuple[float, float]:
@@ -107,10 +111,11 @@ def _cell(values: list[float]) -> str:
     return f"{median:.3f} ({first:.3f} to {third:.3f})"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run as the arguments say (the command line's if None), print and write the report, and return the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [length for lengths in LENGTHS.values() for length in lengths]
-    parser.add_argument("--lengths", type=int, nargs="+", choices=every, default=every, help="tokens per image")
+    parser.add_argument("--lengths", type=int, nargs="+", choices=every, help="tokens per image; all")
     parser.add_argument("--batch", type=int, default=8, help="images")
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--width", type=int, default=64, help="of a head")
@@ -118,9 +123,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of every implementation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--dry-run", action="store_true", help="one narrow head, one image, one round")
     parser.add_argument("--json", type=Path, help="where to write every single timing")
     parser.add_argument("--markdown", type=Path, help="where to write the tables, beside printing them")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    arguments.lengths = arguments.lengths or (every[:1] if arguments.dry_run else every)
+    if arguments.dry_run:
+        arguments.batch = arguments.heads = arguments.rounds = 1
+        arguments.width = 16
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     result = {
@@ -133,6 +143,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.markdown is not None:
         arguments.markdown.write_text(report(result) + "\n")
+    return result
 
 
 if __name__ == "__main__":
