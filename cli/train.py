@@ -19,6 +19,7 @@ app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_
 # A resumed run may change these; everything else would make it another run.
 _MAY_DIFFER = (
     "compile.",
+    "data.gpu_decoding.",
     "train.max_steps",
     "train.num_workers",
     "train.prefetch_mb",
