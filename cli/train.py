@@ -46,9 +46,12 @@ def _list_recipes(show: bool) -> None:
 def train(
     recipe: Annotated[str, typer.Argument(help="What to train; --list shows the recipes.", show_default=False)],
     data: Annotated[
-        Path, typer.Option(help="A folder made by pss-convert, or one with train|val/class/*.jpg.", show_default=False)
-    ],
-    output: Annotated[Path, typer.Option(help="The run's folder: log, checkpoints, config.", show_default=False)],
+        Path | None,
+        typer.Option(help="A folder made by pss-convert, or one with train|val/class/*.jpg.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The run's folder: log, checkpoints, config.", show_default=False)
+    ] = None,
     loader: Annotated[Literal["auto", "dali", "ffcv", "torch"], typer.Option(help="What decodes the images.")] = "auto",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe; repeatable.")
@@ -57,11 +60,32 @@ def train(
     list_recipes: Annotated[
         bool, typer.Option("--list", help="Show the recipes and leave.", is_eager=True, callback=_list_recipes)
     ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Train nothing; show rho, costs and what the loader must deliver."),
+    ] = False,
+    loader_rate: Annotated[
+        float | None, typer.Option(help="Images per second a node decodes: simulates the run on it.")
+    ] = None,
+    gpu_rate: Annotated[
+        float | None,
+        typer.Option(help="Images per second a GPU trains at rho = 1; by default an H200's share."),
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of a node.", min=1)] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes.", min=1)] = 1,
 ) -> None:
     """Train a recipe, alone or under torchrun (`torchrun --nproc-per-node 8 -m cli.train ...`)."""
     from pss import recipes
 
     config = recipes.get(recipe).with_settings(settings or [])
+    if plan:
+        _plan(config, data, gpus=gpus, nodes=nodes, loader_rate=loader_rate, gpu_rate=gpu_rate)
+        return
+    if loader_rate is not None or gpu_rate is not None or (gpus, nodes) != (1, 1):
+        raise ValueError("--loader-rate, --gpu-rate, --gpus and --nodes are for --plan; add it, or leave them out")
+    if data is None or output is None:
+        missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
+        raise ValueError(f"give {' and '.join(missing)}; only --plan needs neither")
     _check_output(output, resume)
 
     import pipelines
@@ -141,6 +165,31 @@ def train(
             # A run that failed before its first checkpoint leaves nothing to continue, so it leaves nothing.
             if created and not list_checkpoints(output / "checkpoints"):
                 shutil.rmtree(output)
+
+
+def _plan(
+    config: Config, data: Path | None, *, gpus: int, nodes: int, loader_rate: float | None, gpu_rate: float | None
+) -> None:
+    """Show what the run would cost, on ImageNet-1k's number of images where there is no data."""
+    import pipelines
+    from cli.plan import show, show_machine
+    from pss.plan import IMAGENET_CLASSES, IMAGENET_IMAGES, plan
+
+    for name, rate in (("--loader-rate", loader_rate), ("--gpu-rate", gpu_rate)):
+        if rate is not None and not 0 < rate < float("inf"):
+            raise ValueError(f"{name} is {rate}; give images per second, above 0")
+    num_images, num_classes = IMAGENET_IMAGES, IMAGENET_CLASSES
+    if data is not None:
+        dataset = pipelines.open_dataset(data)
+        num_images, num_classes = sum(dataset.per_class["train"]), len(dataset.classes)
+    if loader_rate is None and (gpu_rate is not None or (gpus, nodes) != (1, 1)):
+        raise ValueError("--gpu-rate, --gpus and --nodes describe where to simulate the run; add --loader-rate")
+    planned = plan(config, num_images=num_images, num_classes=num_classes)
+    show(config, planned, "" if data else " (ImageNet-1k's; --data counts yours)")
+    if loader_rate is not None:
+        show_machine(config, planned, gpus=gpus, nodes=nodes, loader_rate=loader_rate, gpu_rate=gpu_rate)
+    else:
+        typer.echo("\n--loader-rate says how a loader keeps up with it (see tools.bench_loader), on --gpus and --nodes")
 
 
 def _choose_loader(data: Path, resumed: Path | None, config: Config, world: World) -> tuple[Any, str]:

@@ -62,7 +62,7 @@ class ModelConfig:
 class ScheduleConfig:
     """The patch sampling schedule, rho as a function of the step. The dense method ignores it."""
 
-    name: Literal["fixed", "linear", "cosine", "cyclic"] = "cyclic"
+    name: Literal["fixed", "linear", "cosine", "cyclic", "list"] = "cyclic"
     """The shape over time."""
     form: Literal["published", "symmetric"] = "published"
     """`published` overshoots to a drop of -0.1 before clamping, which gives rho = 1 a full share of the steps;
@@ -73,8 +73,13 @@ class ScheduleConfig:
     """Largest rho of linear, cosine and cyclic."""
     rho: float = 0.6
     """The constant rho of `fixed`."""
+    rhos: tuple[float, ...] = ()
+    """The values of `list`, one a step, over and over."""
     period_steps: int | None = None
     """Length of a cycle, in steps; None is one epoch, as published."""
+    shuffle: bool = False
+    """Take the steps of each cycle (of each epoch, where there are no cycles) in random order: the same levels as
+    often, so that a loader needs to keep up with their average only."""
     cooldown_epochs: int = 0
     """The last epochs, at rho = 1."""
 
@@ -189,6 +194,15 @@ class Config:
             value = getattr(self.schedule, name)
             if not 0 < value <= 1:
                 raise ValueError(f"schedule.{name} is {value}; rho is the kept share of patches and lies in (0, 1]")
+        if (self.schedule.name == "list") != bool(self.schedule.rhos):
+            raise ValueError(
+                f"schedule.name is {self.schedule.name} and schedule.rhos holds {len(self.schedule.rhos)} values; "
+                "a list of values goes with schedule.name=list, and with nothing else"
+            )
+        if not all(0 < rho <= 1 for rho in self.schedule.rhos):
+            raise ValueError(f"schedule.rhos is {self.schedule.rhos}; kept shares lie in (0, 1]")
+        if self.schedule.period_steps is not None and self.schedule.period_steps < 1:
+            raise ValueError(f"schedule.period_steps is {self.schedule.period_steps}; a cycle has at least 1 step")
         if self.schedule.low > self.schedule.high:
             raise ValueError(f"schedule.low ({self.schedule.low}) is above schedule.high ({self.schedule.high})")
         if not 0 <= self.schedule.cooldown_epochs <= self.train.epochs:
@@ -283,6 +297,8 @@ def _parse(text: str, hint: Any) -> Any:
         return text
     if origin is tuple:
         parts = [part for part in text.strip("()[] ").split(",") if part.strip()]
+        if args[-1] is Ellipsis:
+            args = args[:1] * len(parts)
         if len(parts) != len(args):
             raise ValueError
         return tuple(_parse(part.strip(), arg) for part, arg in zip(parts, args, strict=True))
@@ -304,7 +320,7 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(args)
     if origin is tuple:
-        return f"{len(args)} numbers with commas between them"
+        return f"{'' if args[-1] is Ellipsis else f'{len(args)} '}numbers with commas between them"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
 
 

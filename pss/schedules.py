@@ -17,6 +17,8 @@ by floating-point noise.
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
 from typing import Literal, Protocol, Self, runtime_checkable
 
 Form = Literal["published", "symmetric"]
@@ -44,6 +46,24 @@ class Fixed:
 
     def __call__(self, step: int) -> float:
         return self.rho
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The kept shares of a list, one a step, over and over; any values in (0, 1]."""
+
+    rhos: tuple[float, ...]
+    cooldown_start: int | None = None
+    """First step of the cooldown, during which rho is 1; None for no cooldown."""
+
+    def __post_init__(self) -> None:
+        if not self.rhos or not all(0 < rho <= 1 for rho in self.rhos):
+            raise ValueError(f"the list of kept shares must hold numbers in (0, 1], got {self.rhos}")
+
+    def __call__(self, step: int) -> float:
+        if self.cooldown_start is not None and step >= self.cooldown_start:
+            return 1.0
+        return self.rhos[step % len(self.rhos)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +230,40 @@ class Cyclic(_Ramp):
         _, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
         period = steps_per_epoch if period_steps is None else period_steps
         return cls(form="symmetric", period_steps=period, low=low, high=high, cooldown_start=start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shuffled:
+    """Another schedule with the steps of each block in random order: the same levels as often, without the ramp.
+
+    A loader then has to keep up with the average step and not with a long stretch of the shortest ones.
+    """
+
+    of: Schedule
+    block_steps: int
+    """Steps that are shuffled among themselves: a cycle, or an epoch."""
+    seed: int = 0
+    stop: int | None = None
+    """First step that stays where it is (that of a cooldown), and all after it; None shuffles to the end."""
+
+    def __post_init__(self) -> None:
+        _check_positive(block_steps=self.block_steps)
+
+    def __call__(self, step: int) -> float:
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        if self.stop is not None and step >= self.stop:
+            return self.of(step)
+        block, place = divmod(step, self.block_steps)
+        first = block * self.block_steps
+        length = self.block_steps if self.stop is None else min(self.block_steps, self.stop - first)
+        return self.of(first + _permutation(self.seed, block, length)[place])
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, block: int, length: int) -> tuple[int, ...]:
+    """0 ... length - 1 in an order that no library's version changes."""
+    return tuple(sorted(range(length), key=lambda i: blake2b(f"{seed} {block} {i}".encode(), digest_size=8).digest()))
 
 
 def histogram(schedule: Schedule, total_steps: int) -> dict[float, float]:

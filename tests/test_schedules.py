@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pss.schedules import Cosine, Cyclic, Fixed, Linear, Schedule, histogram, levels, mean_rho
+from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled, histogram, levels, mean_rho
 
 STEPS_PER_EPOCH = 1251  # ImageNet in batches of 1024
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -123,6 +123,40 @@ def test_every_rank_and_a_resumed_run_see_the_same_rho(step: int) -> None:
         assert schedule(step) in GRID
 
 
+@given(
+    block=st.integers(1, 60), period=st.integers(1, 60), stop=st.none() | st.integers(0, 200), seed=st.integers(0, 9)
+)
+@settings(deadline=None)
+def test_shuffling_keeps_every_block_and_what_follows_the_stop(
+    block: int, period: int, stop: int | None, seed: int
+) -> None:
+    plain = Cyclic(form="published", period_steps=period, cooldown_start=stop)
+    shuffled = Shuffled(of=plain, block_steps=block, seed=seed, stop=stop)
+    for first in range(0, 240, block):
+        whole = range(first, first + block)
+        assert sorted(map(shuffled, whole)) == sorted(map(plain, whole))
+    if stop is not None:
+        assert [shuffled(step) for step in range(stop, 240)] == [1.0] * (240 - stop)
+
+
+def test_a_shuffled_cycle_has_no_ramp_and_differs_from_the_next() -> None:
+    """The order is pinned: a resumed run, perhaps of a newer version, must see the same."""
+    plain = Cyclic.published(steps_per_epoch=200, epochs=2)
+    shuffled = Shuffled(of=plain, block_steps=200)
+    course = [shuffled(step) for step in range(400)]
+    assert course[:200] != course[200:]
+    assert course != [Shuffled(of=plain, block_steps=200, seed=1)(step) for step in range(400)]
+    assert course[:12] == [0.4, 1.0, 1.0, 0.4, 0.4, 0.4, 0.8, 0.8, 0.4, 1.0, 0.4, 1.0]
+    longest_low = max(len(run) for run in "".join("x" if rho == 0.2 else " " for rho in course).split())
+    assert longest_low < 5  # the ramp has 22 in a row
+
+
+def test_a_list_is_repeated() -> None:
+    schedule = Listed((0.3, 1.0, 0.55), cooldown_start=7)
+    assert [schedule(step) for step in range(9)] == [0.3, 1.0, 0.55, 0.3, 1.0, 0.55, 0.3, 1.0, 1.0]
+    assert levels(schedule, 9) == (0.3, 0.55, 1.0)
+
+
 def test_module_costs_no_torch_import() -> None:
     program = "import sys, pss.schedules; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
@@ -146,6 +180,10 @@ def test_module_costs_no_torch_import() -> None:
         (lambda: Linear(form="other", ramp_steps=5), "form .* 'other'"),  # type: ignore[arg-type]
         (lambda: Linear(form="published", ramp_steps=5)(-1), "step .* -1"),
         (lambda: histogram(Fixed(1.0), 0), "total_steps .* 0"),
+        (lambda: Listed(()), r"list .* \(\)"),
+        (lambda: Listed((0.5, 0.0)), "list .* 0.0"),
+        (lambda: Shuffled(of=Fixed(1.0), block_steps=0), "block_steps .* 0"),
+        (lambda: Shuffled(of=Fixed(1.0), block_steps=5)(-1), "step .* -1"),
     ],
 )
 def test_what_a_user_can_get_wrong(build: Any, message: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from pss.config import Config
 from pss.methods.base import Method, Progress
 from pss.sampling import step_generator
-from pss.schedules import Cosine, Cyclic, Fixed, Linear, Schedule, levels
+from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled, levels
 from pss.vit import VisionTransformer
 
 
@@ -37,15 +37,25 @@ def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
     settings = config.schedule
     if settings.name == "fixed":
         return Fixed(settings.rho)
-    options: dict[str, Any] = {
-        "steps_per_epoch": steps_per_epoch,
-        "epochs": config.train.epochs,
-        "cooldown_epochs": settings.cooldown_epochs,
-        "low": settings.low,
-        "high": settings.high,
-    }
-    if settings.name == "cyclic":
-        options["period_steps"] = settings.period_steps
-    ramps: dict[str, type[Linear | Cosine | Cyclic]] = {"linear": Linear, "cosine": Cosine, "cyclic": Cyclic}
-    ramp = ramps[settings.name]
-    return ramp.published(**options) if settings.form == "published" else ramp.symmetric(**options)
+    cooldown = (config.train.epochs - settings.cooldown_epochs) * steps_per_epoch if settings.cooldown_epochs else None
+    block = steps_per_epoch
+    schedule: Schedule
+    if settings.name == "list":
+        schedule = Listed(settings.rhos, cooldown)
+    else:
+        options: dict[str, Any] = {
+            "steps_per_epoch": steps_per_epoch,
+            "epochs": config.train.epochs,
+            "cooldown_epochs": settings.cooldown_epochs,
+            "low": settings.low,
+            "high": settings.high,
+        }
+        if settings.name == "cyclic":
+            options["period_steps"] = settings.period_steps
+            block = settings.period_steps or steps_per_epoch
+        ramps: dict[str, type[Linear | Cosine | Cyclic]] = {"linear": Linear, "cosine": Cosine, "cyclic": Cyclic}
+        ramp = ramps[settings.name]
+        schedule = ramp.published(**options) if settings.form == "published" else ramp.symmetric(**options)
+    if settings.shuffle:
+        schedule = Shuffled(of=schedule, block_steps=block, seed=config.train.seed, stop=cooldown)
+    return schedule

@@ -1,0 +1,99 @@
+"""What `pss-train RECIPE --plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import typer
+
+from pss.config import Config
+from pss.plan import Machine, Plan, plan, queue_batches, remedies, run_on
+
+_WIDTH = 72
+_TFLOPS = 290.0  # what an H200 sustains at the rates that `tools.bench_step` aims at
+
+
+def show(config: Config, planned: Plan, whose: str = "") -> None:
+    """The run by levels, its arithmetic, what it asks of the loader, and a drawing of rho; `whose`: the images."""
+    epochs = f"{config.train.epochs:,} epochs of {planned.steps_per_epoch:,} steps"
+    typer.echo(f"{config.recipe}: {planned.num_images:,} images{whose}, {epochs}, {planned.batch_size:,} images a step")
+    typer.echo(f"\n{'ρ':>6} {'steps':>9} {'tokens':>8} {'GMACs':>9} {'of dense':>9}")
+    for level in planned.levels:
+        cost = level.macs / planned.dense_macs
+        typer.echo(f"{level.rho:>6.3g} {level.share:>9.1%} {level.tokens:>8,} {level.macs / 1e9:>9.4g} {cost:>9.1%}")
+    dense = planned.epoch_macs / planned.mean_cost
+    typer.echo(f"\nan epoch takes {planned.epoch_macs / 1e15:.4g} PMACs, {dense / 1e15:.4g} at ρ = 1 throughout")
+    cooldown = config.schedule.cooldown_epochs
+    before = ""
+    if config.method == "sampled" and 0 < cooldown < config.train.epochs:
+        head = replace(config.schedule, cooldown_epochs=0)
+        uncooled = plan(replace(config, schedule=head), num_images=planned.num_images)
+        before = f" ({uncooled.saving:.1%} without the last {cooldown} epochs at ρ = 1)"
+    typer.echo(f"arithmetic saved, and at most that much time: {planned.saving:.1%}{before}")
+    typer.echo(
+        f"the loader must deliver {planned.average_demand:.2f} times what training takes in at ρ = 1, "
+        f"and {planned.peak_demand:.2f} times at its fastest"
+    )
+    typer.echo(f"\nρ over the run, {planned.total_steps:,} steps")
+    draw(planned.rhos)
+    if planned.steps_per_epoch < planned.total_steps:
+        typer.echo(f"\nρ over the first epoch, {planned.steps_per_epoch:,} steps")
+        draw(planned.rhos[: planned.steps_per_epoch])
+
+
+def draw(rhos: Sequence[float]) -> None:
+    """rho against the step, as blocks: of each column the smallest and the largest rho, and what lies between."""
+    width = min(_WIDTH, len(rhos))
+    # A column begins where the one before it ended, so that the line has no gaps.
+    columns = [rhos[max(0, i * len(rhos) // width - 1) : (i + 1) * len(rhos) // width] for i in range(width)]
+    for tenth in range(10, 0, -1):
+        low, high = (tenth - 1) / 10, tenth / 10
+        marks = "".join("█" if min(part) <= high + 1e-9 and max(part) > low + 1e-9 else " " for part in columns)
+        typer.echo(f"{f'{high:.1f}' if tenth % 2 == 0 else '':>4} ┤{marks}".rstrip())
+    typer.echo("     └" + "─" * width)
+
+
+def show_machine(
+    config: Config, planned: Plan, *, gpus: int, nodes: int, loader_rate: float, gpu_rate: float | None
+) -> None:
+    """The run on a machine: how long it takes, how long it waits for data at each level, and what would cure that."""
+    assumed = gpu_rate is None
+    if gpu_rate is None:
+        gpu_rate = 1e12 * _TFLOPS / (6 * planned.dense_macs)
+    machine = Machine(
+        processes=gpus * nodes,
+        images_per_second=gpu_rate * gpus * nodes,
+        loader_images_per_second=loader_rate * nodes,
+        queue_bytes=round(config.train.prefetch_mb * 2**20),
+    )
+    simulated = run_on(planned, machine, config.data.img_size)
+    how = f"assumed, {_TFLOPS:.0f} TFLOP/s; --gpu-rate says what yours does" if assumed else "as given"
+    typer.echo(
+        f"\non {nodes} x {gpus} GPUs: {gpu_rate:,.0f} images/s each at ρ = 1 ({how}), "
+        f"{loader_rate:,.0f} images/s decoded by a node, "
+        f"{queue_batches(planned, machine, config.data.img_size):,} batches ready"
+    )
+    busy = sum(planned.step_seconds(machine.images_per_second))
+    dense = planned.total_steps * planned.batch_size / min(machine.images_per_second, machine.loader_images_per_second)
+    typer.echo(
+        f"{hours(simulated.seconds)} in all, {hours(busy)} if data were always there; "
+        f"dense training {hours(dense)}: {1 - simulated.seconds / dense:.1%} saved"
+    )
+    if simulated.data_wait <= 0.01:
+        typer.echo(f"it waits for data {simulated.data_wait:.1%} of the time: the loader keeps up")
+        return
+    by_level = {level.rho: 0.0 for level in planned.levels}
+    for rho, waited in zip(planned.rhos, simulated.waited, strict=True):
+        by_level[rho] += waited
+    shares = ", ".join(f"ρ {rho:g}: {waited / simulated.seconds:.1%}" for rho, waited in by_level.items())
+    typer.echo(f"it waits for data {simulated.data_wait:.1%} of the time ({shares})")
+    for remedy in remedies(config, planned, machine):
+        typer.echo(f"  cure: {remedy.what}, after which it waits {remedy.data_wait:.1%}")
+
+
+def hours(seconds: float) -> str:
+    """As a person says it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
