@@ -1,8 +1,8 @@
 """What a forward pass costs, in closed form, and what a schedule saves.
 
 The unit is one multiply-accumulate (MAC); torch's flop counter reports two per MAC. Counted, as by McDanel & Huynh
-(2022), are the patch embedding (always of all patches), every linear layer, both attention products and the
-classifier; not counted are norms, activations, softmax and biases.
+(2022), are the patch embedding (of all patches, unless the kept ones are drawn at random), every linear layer, both
+attention products and the classifier; not counted are norms, activations, softmax and biases.
 
 A method that has other token counts in other blocks, or extra modules, adds up the same pieces.
 """
@@ -31,15 +31,22 @@ def block_macs(block: Block, num_tokens: int) -> int:
     return linear_macs(block, num_tokens) + attention_macs(num_tokens, num_tokens, width)
 
 
-def macs_of_tokens(model: VisionTransformer, num_tokens: Sequence[int]) -> int:
+def macs_of_tokens(model: VisionTransformer, num_tokens: Sequence[int], num_embedded: int | None = None) -> int:
     """MACs of one image's forward pass with `num_tokens[i]` tokens, prefix included, in block i.
+
+    Args:
+        model: Its shapes count.
+        num_tokens: One number per block.
+        num_embedded: Patches that are embedded; all by default.
 
     Raises:
         ValueError: not one number per block.
     """
     if len(num_tokens) != len(model.blocks):
         raise ValueError(f"expected {len(model.blocks)} token counts, one per block, got {len(num_tokens)}")
-    total = model.num_patches * model.patch_embed.get_parameter("proj.weight").numel()
+    total: int = (model.num_patches if num_embedded is None else num_embedded) * model.patch_embed.get_parameter(
+        "proj.weight"
+    ).numel()
     for block, count in zip(model.blocks, num_tokens, strict=True):
         assert isinstance(block, Block)
         total += block_macs(block, count)
@@ -47,11 +54,13 @@ def macs_of_tokens(model: VisionTransformer, num_tokens: Sequence[int]) -> int:
 
 
 def macs(model: VisionTransformer, rho: float = 1.0) -> int:
-    """MACs of one image's forward pass at kept share `rho`.
+    """MACs of one image's forward pass at kept share `rho`. If patches are kept at random, the rest are not embedded.
 
     DeiT-S at 224 pixels: 4.60 G, 3.16 G and 2.23 G at rho = 1, 0.7 and 0.5.
     """
-    return macs_of_tokens(model, [model.num_kept_tokens(rho)] * len(model.blocks))
+    num_tokens = model.num_kept_tokens(rho)
+    num_embedded = num_tokens - model.num_prefix_tokens if model.sort == "random" else None
+    return macs_of_tokens(model, [num_tokens] * len(model.blocks), num_embedded)
 
 
 def training_saving(model: VisionTransformer, schedule: Schedule, total_steps: int) -> float:

@@ -57,19 +57,35 @@ def select(
         ValueError: unknown sort, or no such number of patches.
     """
     patches = tokens.detach()[:, num_prefix:]  # (B, N - num_prefix, D)
-    num_kept_patches = num_kept - num_prefix
-    if not 1 <= num_kept_patches <= patches.shape[1]:
-        raise ValueError(f"cannot keep {num_kept_patches} of {patches.shape[1]} patches")
     if sort == "magnitude":
         # Half-precision sums over D are too coarse to rank by.
         score_dtype = torch.promote_types(tokens.dtype, torch.float32)
         scores = torch.linalg.vector_norm(patches, ord=1, dim=-1, dtype=score_dtype)
     elif sort == "random":
-        scores = torch.rand(patches.shape[:2], generator=generator, device=patches.device)
+        num_images, num_patches = patches.shape[:2]
+        return select_at_random(num_images, num_patches, num_kept - num_prefix, generator, patches.device)
     else:
         raise ValueError(f"sort must be one of {', '.join(get_args(Sort))}, got {sort!r}")
+    return _highest(scores, num_kept - num_prefix)
+
+
+def select_at_random(
+    num_images: int,
+    num_patches: int,
+    num_kept_patches: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """What `select` returns for the random sort, which needs no tokens: (num_images, num_kept_patches)."""
+    return _highest(torch.rand(num_images, num_patches, generator=generator, device=device), num_kept_patches)
+
+
+def _highest(scores: Tensor, num_kept_patches: int) -> Tensor:
+    """The indices of the highest scores of each row, ascending; the lower index wins a tie."""
+    if not 1 <= num_kept_patches <= scores.shape[1]:
+        raise ValueError(f"cannot keep {num_kept_patches} of {scores.shape[1]} patches")
     # topk is faster, but which of two equal scores it takes depends on the device.
-    order = scores.sort(dim=1, descending=True, stable=True).indices  # (B, N - num_prefix)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
     kept: Tensor = order[:, :num_kept_patches].sort(dim=1).values
     return kept
 

@@ -1,8 +1,8 @@
 """A Vision Transformer that accepts any share of its patches, composed from timm's parts.
 
 The parts keep timm's names, so a state dict of timm's plain model loads as it is when there is no relative position
-bias. The public pieces (`embed`, `sample`, `trunk`, which is `positions`, `blocks` and `norm`, and `readout`) are what
-`forward` is made of; a method that selects tokens elsewhere puts them together in its own way.
+bias. The public pieces (`see`, which is `embed` and `sample`, `trunk`, which is `positions`, `blocks` and `norm`, and
+`readout`) are what `forward` is made of; a method that selects tokens elsewhere puts them together in its own way.
 """
 
 import difflib
@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from timm.layers import PatchEmbed, RotaryEmbeddingCat, trunc_normal_
 from timm.models import list_models
@@ -167,12 +168,12 @@ class VisionTransformer(nn.Module):
         self.global_pool: str = plain.global_pool
         self.pool_include_prefix: bool = plain.pool_include_prefix
 
-        self.patch_embed: nn.Module = plain.patch_embed
+        self.patch_embed: PatchEmbed = plain.patch_embed
         self.cls_token: nn.Parameter | None = plain.cls_token
         self.reg_token: nn.Parameter | None = plain.reg_token
         self.dist_token: nn.Parameter | None = getattr(plain, "dist_token", None)
         self.pos_embed: nn.Parameter | None = plain.pos_embed
-        self.pos_drop: nn.Module = plain.pos_drop
+        self.pos_drop: nn.Dropout = plain.pos_drop
         self.norm_pre: nn.Module = plain.norm_pre
         blocks = [Block(block) for block in plain.blocks]
         self.blocks = nn.ModuleList(blocks)
@@ -235,13 +236,31 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: wrong image size, rho or sort.
         """
-        tokens, kept = self.sample(self.embed(images), rho, sort, generator)
+        tokens, kept = self.see(images, rho, sort, generator)
         if self.compiled_trunk is None or torch.compiler.is_compiling():
             return self.readout(self.trunk(tokens, kept))
         return self.readout(self.compiled_trunk(self, tokens, kept))
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) to all tokens (B, N, D): prefix, patches, position embedding, input norm.
+    def see(
+        self, images: Tensor, rho: float, sort: Sort | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`embed` and `sample` in one, which saves embedding patches that a random choice drops; see there."""
+        num_kept = self.num_kept_tokens(rho)
+        random = (self.sort if sort is None else sort) == "random"
+        dropout = self.training and self.pos_drop.p > 0
+        if num_kept == self.num_tokens or not random or dropout:
+            return self.sample(self.embed(images), rho, sort, generator)
+        kept = sampling.select_at_random(
+            len(images), self.num_patches, num_kept - self.num_prefix_tokens, generator, images.device
+        )
+        return self.embed(images, kept), kept
+
+    def embed(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Images (B, 3, height, width) to tokens (B, N, D): prefix, patches, position embedding, input norm.
+
+        Args:
+            images: Of the size the model was built for.
+            kept: Indices of the patches to embed, (B, K - prefix), which gives (B, K, D); None for all.
 
         Raises:
             ValueError: the images have another size than the model was built for.
@@ -251,7 +270,7 @@ class VisionTransformer(nn.Module):
                 f"this model takes images of {self.image_size[0]} x {self.image_size[1]} pixels, "
                 f"got {images.shape[-2]} x {images.shape[-1]}; build it with that img_size"
             )
-        x: Tensor = self.patch_embed(images)  # (B, N - prefix, D)
+        x: Tensor = self.patch_embed(images) if kept is None else self._embed_patches(images, kept)
         prefix = [
             token.expand(x.shape[0], -1, -1)
             for token in (self.cls_token, self.dist_token, self.reg_token)
@@ -259,12 +278,31 @@ class VisionTransformer(nn.Module):
         ]
         if self.pos_embed is None:
             x = torch.cat((*prefix, x), dim=1)
-        elif self.pos_embed.shape[1] == self.num_patches:  # prefix tokens have no position
-            x = self.pos_drop(torch.cat((*prefix, x + self.pos_embed), dim=1))
         else:
-            x = self.pos_drop(torch.cat((*prefix, x), dim=1) + self.pos_embed)
+            num_placed = self.pos_embed.shape[1] - self.num_patches  # prefix tokens that have a position
+            places: Tensor = self.pos_embed
+            if kept is not None:
+                some = places[0, num_placed + kept]  # (B, K - prefix, D)
+                places = torch.cat((places[:, :num_placed].expand(len(kept), -1, -1), some), dim=1)
+            if num_placed:
+                x = self.pos_drop(torch.cat((*prefix, x), dim=1) + places)
+            else:
+                x = self.pos_drop(torch.cat((*prefix, x + places), dim=1))
         tokens: Tensor = self.norm_pre(x)
         return tokens
+
+    def _embed_patches(self, images: Tensor, kept: Tensor) -> Tensor:
+        """The patch embedding of some patches, as a matrix product: (B, K - prefix, D)."""
+        height, width = self.grid_size
+        projection = self.patch_embed.proj
+        pixels = images.view(
+            *images.shape[:2], height, images.shape[2] // height, width, -1
+        )  # (B, 3, h, side, w, side)
+        image = torch.arange(len(images), device=images.device).unsqueeze(1)
+        pixels = pixels.permute(0, 2, 4, 1, 3, 5)[image, kept // width, kept % width]  # (B, K - prefix, 3, side, side)
+        x = F.linear(pixels.flatten(2), projection.weight.flatten(1), projection.bias)
+        embedded: Tensor = self.patch_embed.norm(x)
+        return embedded
 
     def sample(
         self, tokens: Tensor, rho: float, sort: Sort | None = None, generator: torch.Generator | None = None

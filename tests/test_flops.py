@@ -35,6 +35,7 @@ def published() -> dict[str, VisionTransformer]:
         ("deit_tiny_distilled_patch16_224", {"depth": 2}),
         ("vit_tiny_patch16_224", {"depth": 1, "num_classes": 0}),
         ("vit_tiny_patch16_224", {"depth": 1, "token_counts": "aligned"}),
+        ("vit_tiny_patch16_224", {"depth": 1, "sort": "random", "reg_tokens": 2}),
     ],
 )
 def test_cost_is_what_torch_counts(name: str, options: dict[str, Any], rho: float) -> None:

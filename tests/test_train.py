@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from memory_loader import MemoryLoader
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.base import DataError
 from pss import checkpoint, recipes
@@ -218,3 +219,39 @@ def test_compiling_changes_rounding_only(tmp_path):
 def test_what_cannot_be_compiled_is_told_before_training(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, *COMPILED, *settings)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would make a GPU's host wait: values of tensors that are read, and shapes that depend on them."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.overloadpacket.__name__ in self.WAITING:
+            self.found.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("settings", [[], ["model.sort=magnitude", "loss.mix_mode=elem"], ["method=dense"]])
+def test_nothing_is_read_from_the_device_between_two_rows_of_the_log(tmp_path, monkeypatch, settings):
+    reads, counts = Reads(), {}
+    for name in ("tolist", "cpu", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def noted(tensor, *arguments, original=original, name=name):
+            reads.found.append(name)
+            return original(tensor, *arguments)
+
+        monkeypatch.setattr(torch.Tensor, name, noted)
+    everything = ["train.epochs=1", "train.log_every_steps=4", "data.erasing=0.25", "data.rand_augment=rand-m9-inc1"]
+    run = trainer(
+        tmp_path, *everything, *settings, num_samples=80, on_batch=lambda step: counts.update({step: len(reads.found)})
+    )
+    with reads:
+        run.fit()
+    new = {step: counts[step] - counts[step - 1] for step in range(1, 10)}
+    assert {step for step, count in new.items() if count} == {4, 8}, reads.found  # after the steps that are logged

@@ -245,6 +245,35 @@ def test_dropped_patches_leave_no_trace_in_the_position_embedding(sort: Any) -> 
     assert {position for position in range(25) if gradient[position].any()} == touched
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reg_tokens": 2, "no_embed_class": True},
+        {"pos_embed": "none", "rel_pos": "bias"},
+        {"class_token": False, "global_pool": "avg", "pre_norm": True},
+    ],
+)
+def test_embedding_only_what_a_random_choice_keeps_gives_the_same_tokens_and_gradients(options: dict[str, Any]) -> None:
+    model = tiny(spread=0.2, sort="random", **options).double().train()
+    x = images(3, torch.float64)
+    results = []
+    for few in (True, False):
+        generator = step_generator(1, 2, 3)
+        tokens, kept = (
+            model.see(x, 0.4, generator=generator) if few else model.sample(model.embed(x), 0.4, generator=generator)
+        )
+        model.zero_grad()
+        tokens.square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        results.append((kept, tokens, *gradients))
+    for ours, full in zip(*results, strict=True):
+        torch.testing.assert_close(ours, full, rtol=1e-12, atol=1e-12)
+    tokens, kept = model.see(x, 1.0)
+    assert kept is None
+    assert torch.equal(tokens, model.embed(x))
+
+
 def test_at_rho_1_the_tokens_pass_untouched() -> None:
     model = tiny(rel_pos="bias")
     tokens = model.embed(images())

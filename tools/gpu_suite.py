@@ -127,7 +127,7 @@ class Suite:
     def _train(self, folder: Path) -> list[list[str]]:
         model, img_size, batch = next(iter(self.models.values()))
         words = ["tools.bench_training", "--device", self.device, "--batch", str(batch), "--data", str(self.images)]
-        words += ["--seconds", "0.1" if self.dry else "60", "--cycle-steps", "2" if self.dry else "45"]
+        words += ["--seconds", "0.1" if self.dry else "60", "--cycle-steps", "2" if self.dry else "125"]
         words += self._set(f"model.name={model}", f"data.img_size={img_size}")
         return [[*words, "--json", str(folder / "train.json")]]
 
@@ -178,7 +178,7 @@ class Suite:
     def images(self) -> Path:
         """The pictures as train|val/<class>/*, each several times, so that an epoch is not over at once."""
         folder = self.scratch / "images"
-        copies = 16 if self.dry else 62  # of 750 photographs: 45 batches of 1024
+        copies = 16 if self.dry else 170  # of 750 photographs: 124 batches of 1024
         for member, content in _drawn() if self.dry else _unpacked(self.arguments.images):
             first = folder / "val" / member
             first.parent.mkdir(parents=True, exist_ok=True)
