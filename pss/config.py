@@ -288,9 +288,11 @@ def _parse(text: str, hint: Any) -> Any:
     """`text` as a value of type `hint`; ValueError where it is none."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        if text.lower() in ("none", "null") and type(None) in args:
+        inner = next(a for a in args if a is not type(None))
+        is_choice = get_origin(inner) is Literal and text in get_args(inner)  # model.rel_pos has a choice named none
+        if text.lower() in ("none", "null") and type(None) in args and not is_choice:
             return None
-        return _parse(text, next(a for a in args if a is not type(None)))
+        return _parse(text, inner)
     if origin is Literal:
         if text not in args:
             raise ValueError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.augment import Mixing, MixingConfig
 from pipelines.base import Batch, DataError, Loader
 from pipelines.device import DeviceTransform
 from pss import checkpoint, methods
+from pss.attention import gets_masks_right
 from pss.compiled import CompiledTrunk
 from pss.config import CompileConfig, Config
 from pss.console import TrainView
@@ -86,6 +88,7 @@ class Trainer:
         self.log = RunLog(self.output, resume_step=self.step) if main else None
         self.view = TrainView(total_steps=self.last_step, done_steps=self.step, epochs=self.epochs, enabled=main)
         self.row: dict[str, Any] = {}
+        check_masks(self.world.device, self.view.say)
         try:
             with catch_signals() as stop:
                 first_epoch = 0
@@ -259,6 +262,15 @@ class Trainer:
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
         self.step, self.epoch = saved["step"], saved["epoch"]
+
+
+def check_masks(device: torch.device, say: Callable[[str], None]) -> None:
+    """Try, before anything is compiled, whether cuDNN gets attention with a mask right, and say so if it does not.
+
+    `pss.attention` asks for the outcome, which is kept, and gives a mask to other kernels then.
+    """
+    if device.type == "cuda" and not gets_masks_right(SDPBackend.CUDNN_ATTENTION, "cuda"):
+        say("cuDNN fails a self-test of attention with a mask here; where there is a mask, other kernels compute it")
 
 
 def compile_levels(method: Method, settings: CompileConfig, device: torch.device, total_steps: int) -> bool:

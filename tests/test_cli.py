@@ -198,6 +198,25 @@ def test_resume_with_other_settings_names_them(capsys, trained, image_root):
     assert "train.ema_decay (0.9, 0.998)" in sentence
 
 
+@pytest.mark.parametrize("rel_pos", ["none", "bias", "separable", "rope"])
+def test_every_kind_of_position_trains_and_resumes_bit_identical(image_root, tmp_path, rel_pos):
+    chosen = [f"model.rel_pos={rel_pos}", "train.epochs=1"]
+    for name, stretches in (("straight", [None]), ("resumed", [2, None])):
+        for stop in stretches:
+            extra = [f"train.max_steps={stop}"] if stop else []
+            options = ("--loader", "torch", "--resume")
+            assert train(image_root, tmp_path / name, *chosen, *extra, options=options) in (0, None)
+    straight, resumed = (checkpoint.load_latest(tmp_path / name / "checkpoints")[0] for name in ("straight", "resumed"))
+    assert straight["step"] == resumed["step"] == 3
+    assert straight["config"]["model"]["rel_pos"] == rel_pos
+    tables = [weight for name, weight in straight["method"].items() if name.endswith("bias_table")]
+    assert bool(tables) == (rel_pos in ("bias", "separable"))
+    assert all(table.any() for table in tables)
+    for part in ("method", "ema"):
+        for name, weight in straight[part].items():
+            assert weight.equal(resumed[part][name]), name
+
+
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_stopped_after_an_epoch_and_resumed_is_bit_identical(image_root, tmp_path, loader):
     """Each stretch in a process of its own, so that nothing but the checkpoint connects them."""

@@ -148,3 +148,27 @@ def test_autocast_is_part_of_a_level() -> None:
             torch.testing.assert_close(model(images(), 0.4), plain(images(), 0.4), rtol=0.1, atol=0.1)
         model(images(), 0.4)
     assert counter.frame_count == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("rel_pos", "cuda_graphs"), [("none", True), ("bias", True), ("bias", False)])
+def test_generated_code_and_cuda_graphs_agree_with_the_plain_model(rel_pos: str, cuda_graphs: bool) -> None:
+    model = tiny(spread=0.2, depth=1, rel_pos=rel_pos).cuda()
+    plain = copy.deepcopy(model)
+    model.compiled_trunk = CompiledTrunk(cuda_graphs=cuda_graphs)
+    x = images(8).cuda()
+    for _ in range(4):  # a graph is recorded at the second or third call
+        for rho in (0.4, 1.0):
+            gradients = []
+            for each in (model.train(), plain.train()):
+                each.zero_grad()
+                with torch.autocast("cuda", torch.bfloat16):
+                    logits = each(x, rho)
+                logits.float().square().sum().backward()
+                gradients.append([logits, *(parameter.grad.clone() for parameter in each.parameters())])  # type: ignore[union-attr]
+            for ours, theirs in zip(*gradients, strict=True):
+                assert (ours - theirs).norm() <= 0.03 * theirs.norm() + 1e-3
+        with torch.inference_mode():
+            torch.testing.assert_close(model.eval()(x[:5]), plain.eval()(x[:5]), rtol=1e-2, atol=1e-2)
+    assert model.compiled_trunk.num_graphs == 3

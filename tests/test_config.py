@@ -32,6 +32,13 @@ def test_settings_reach_their_fields():
     }  # fmt: skip
 
 
+def test_a_choice_named_none_is_not_the_absence_of_one():
+    config = recipes.get("deit-s-224")
+    assert config.with_settings(["model.rel_pos=none"]).model.rel_pos == "none"
+    assert config.with_settings(["model.rel_pos=null"]).model.rel_pos is None
+    assert config.with_settings(["model.qkv_bias=none"]).model.qkv_bias is None
+
+
 def test_settings_are_checked_together_not_one_by_one():
     # Warm-up is longer than the run only between the two settings.
     config = recipes.get("deit-s-224").with_settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 
@@ -11,10 +12,11 @@ from memory_loader import MemoryLoader
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.base import DataError
-from pss import checkpoint, recipes
+from pipelines.prefetch import Prefetcher
+from pss import attention, checkpoint, recipes, train
 from pss.dist import World
 from pss.metrics import read_rows
-from pss.train import Interrupted, Trainer
+from pss.train import Interrupted, Trainer, check_masks
 
 CLASSES = ["a", "b", "c", "d"]
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -180,14 +182,15 @@ COMPILED = ["compile.mode=on", "compile.backend=aot_eager", "model.depth=1"]
 def test_a_compiled_run_has_a_graph_per_level_and_resumes_bit_identical(tmp_path):
     for name in ("straight", "resumed"):
         (tmp_path / name).mkdir()
-    straight = trainer(tmp_path / "straight", *COMPILED)
+    settings = [*COMPILED, "schedule.low=0.8", "train.epochs=2"]
+    straight = trainer(tmp_path / "straight", *settings)
     straight.fit()
     assert straight.compiled
-    # Five steps an epoch show three of the levels; with validation, which is all that the average is used for, four.
-    assert straight.method.model.compiled_trunk.num_graphs == 4
+    # Two levels and validation, which is all that the average is used for.
+    assert straight.method.model.compiled_trunk.num_graphs == 3
     assert straight.ema.module.model.compiled_trunk.num_graphs == 1
-    trainer(tmp_path / "resumed", *COMPILED, "train.max_steps=7").fit()
-    resumed = trainer(tmp_path / "resumed", *COMPILED)
+    trainer(tmp_path / "resumed", *settings, "train.max_steps=4").fit()
+    resumed = trainer(tmp_path / "resumed", *settings)
     resumed.fit()
     states = [final_state(tmp_path / name) for name in ("straight", "resumed")]
     for part in ("method", "ema", "optimizer"):
@@ -255,3 +258,67 @@ def test_nothing_is_read_from_the_device_between_two_rows_of_the_log(tmp_path, m
         run.fit()
     new = {step: counts[step] - counts[step - 1] for step in range(1, 10)}
     assert {step for step, count in new.items() if count} == {4, 8}, reads.found  # after the steps that are logged
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that claims to be on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_masks_go_around_cudnn_where_it_fails_its_self_test(monkeypatch, right):
+    tried, said, allowed = [], [], []
+
+    @functools.cache
+    def self_test(*what):
+        tried.append(what)
+        return right
+
+    monkeypatch.setattr(attention, "gets_masks_right", self_test)
+    monkeypatch.setattr(train, "gets_masks_right", self_test)
+    check_masks(torch.device("cpu"), said.append)
+    assert tried == []
+    check_masks(torch.device("cuda"), said.append)
+    assert [line[:22] for line in said] == ([] if right else ["cuDNN fails a self-tes"])
+
+    def attend(q, k, v, *_, **__):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return v
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    q = torch.zeros(1, 1, 3, 8).as_subclass(OnGpu)
+    for mask in (None, torch.zeros(3, 3)):
+        attention.attend(q, q, q, attn_mask=mask)
+    assert allowed == [True, right]
+    assert len(tried) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_the_host_waits_for_the_gpu_at_the_log_only(tmp_path, mode):
+    """The second epoch's steps, compiled in the first, run with an error on every synchronisation."""
+
+    def forbid(step):
+        torch.cuda.set_sync_debug_mode("error" if 6 <= step < 8 else "default")
+
+    config = recipes.get("digits").with_settings(
+        [*SETTINGS, f"compile.mode={mode}", "model.depth=1", "train.epochs=2", "train.log_every_steps=5"]
+    )
+    world = World(rank=0, size=1, device=torch.device("cuda", 0))
+    loaders = [Prefetcher(MemoryLoader(train=split == "train"), 1 << 24, "cuda") for split in ("train", "val")]
+    run = Trainer(config, *loaders, classes=CLASSES, output=tmp_path, world=world)
+    prepare = run.prepare
+
+    def watched(batch, epoch):
+        forbid(run.step)
+        return prepare(batch, epoch)
+
+    run.prepare = watched
+    try:
+        assert run.fit()["step"] == 10
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        for loader in loaders:
+            loader.close()
