@@ -19,6 +19,9 @@ are summed at its end, the programs afterwards, always in the same order.
 import triton
 import triton.language as tl
 
+# Numbers that differ between levels and batches: Triton would compile a kernel again for some of their values.
+_VARYING = ("num_images", "num_tokens", "images_per_program", "stride_role", "stride_set")
+
 
 @triton.jit
 def spread_table(table, spread, factor, num_offsets, reach, num_entries, stride_row, stride_head, BLOCK: tl.constexpr):
@@ -68,7 +71,7 @@ def _store_rows(
     tl.store(base + rows[:, None] * stride + columns[None, :], values.to(base.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def attend_forward(
     qkv,
     spread,
@@ -132,7 +135,7 @@ def attend_forward(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def attend_backward_queries(
     qkv,
     spread,
@@ -204,7 +207,7 @@ def attend_backward_queries(
     _store_rows(target, grad_q * scale, first, num_tokens, stride_token, WIDTH, BLOCK_QUERIES, BLOCK_WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def attend_backward_keys(
     qkv,
     spread,
@@ -341,7 +344,7 @@ def _sum_lines(histogram, sums, num_offsets, stride_sums, BLOCK_LINES: tl.conste
         tl.store(sums + entries * stride_sums, tl.sum(block, 0), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def write_bias(
     spread,
     positions,
@@ -372,7 +375,7 @@ def write_bias(
         tl.store(lines + tokens[:, None] * pitch + keys[None, :], values.to(bias.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def reduce_bias(
     grad_bias,
     positions,

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,7 @@ ON_GPU = torch.cuda.is_available()
 INTERPRETED = not ON_GPU and os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
 HAS_TRITON = find_spec("triton") is not None
-# The interpreter multiplies the bit patterns of bfloat16.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 runs_kernels = pytest.mark.skipif(
@@ -37,12 +36,43 @@ runs_kernels = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def bfloat16_products() -> Iterator[None]:
+    """Triton's interpreter keeps bfloat16 as bit patterns, and multiplies those; here it multiplies the numbers."""
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    plain = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, *operands: Any) -> Any:
+        half = [operand.dtype.scalar == tl.bfloat16 for operand in operands[:2]]
+        pair = (self.cast_impl(x, tl.float32) if is_half else x for x, is_half in zip(operands, half, strict=False))
+        return plain(self, *pair, *operands[2:])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        yield
+
+
 def case(
-    grid: tuple[int, int], num_prefix: int, num_kept: int | None, dtype: torch.dtype, width: int, seed: int
+    grid: tuple[int, int],
+    num_prefix: int,
+    num_kept: int | None,
+    dtype: torch.dtype,
+    width: int,
+    seed: int,
+    *,
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random projections of three images (B, K, 3, H, width), a table, positions in any order and a direction."""
+    """Random projections of three images (B, K, 3, H, width), a table, positions in any order and a direction.
+
+    All images keep all patches, or `num_kept`, each its own or the same ones if `shared`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(3, grid[0] * grid[1], generator=generator).argsort(1)
+    order = torch.rand(1 if shared else 3, grid[0] * grid[1], generator=generator).argsort(1)
     where = positions(grid, num_prefix, None if num_kept is None else order[:, :num_kept])
     where = where[:, :, torch.randperm(where.shape[2], generator=generator)]
     qkv = torch.randn(3, where.shape[2], 3, 2, width, generator=generator)
@@ -72,16 +102,24 @@ def check(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype) 
     grid=st.tuples(st.integers(1, 6), st.integers(2, 8)),
     num_prefix=st.integers(0, 3),
     share=st.floats(0.1, 1),
+    kept_sets=st.sampled_from(["all", "each", "shared"]),
     width=st.sampled_from([8, 24, 32, 64, 96, 128]),
     packed=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @settings(deadline=None, max_examples=8)
 def test_fused_attention_and_all_its_gradients(
-    dtype: torch.dtype, grid: tuple[int, int], num_prefix: int, share: float, width: int, packed: bool, seed: int
+    dtype: torch.dtype,
+    grid: tuple[int, int],
+    num_prefix: int,
+    share: float,
+    kept_sets: str,
+    width: int,
+    packed: bool,
+    seed: int,
 ) -> None:
-    num_kept = None if share == 1 else max(1, int(share * grid[0] * grid[1]))
-    qkv, table, where, direction = case(grid, num_prefix, num_kept, dtype, width, seed)
+    num_kept = None if kept_sets == "all" else max(1, int(share * grid[0] * grid[1]))
+    qkv, table, where, direction = case(grid, num_prefix, num_kept, dtype, width, seed, shared=kept_sets == "shared")
     leaves = [qkv.requires_grad_(), table.requires_grad_()]
     by_role = qkv.permute(2, 0, 3, 1, 4)
     with pytest.MonkeyPatch.context() as environment:
@@ -115,6 +153,42 @@ def test_several_blocks_and_programs(
     check((result, *gradients), exact(qkv, table, where, direction), dtype)
     again = attend_packed(qkv.permute(2, 0, 3, 1, 4), table=table, positions=where)
     assert all(map(torch.equal, gradients, torch.autograd.grad((again * direction).sum(), leaves)))
+
+
+@runs_kernels
+@given(num_kept=st.integers(1, 20), num_prefix=st.integers(0, 2), seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=5)
+def test_permuting_tokens_permutes_the_results(num_kept: int, num_prefix: int, seed: int) -> None:
+    qkv, table, where, direction = case((4, 5), num_prefix, num_kept, torch.float32, 16, seed)
+    order = torch.randperm(where.shape[2], generator=torch.Generator().manual_seed(seed))
+    results = []
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PSS_ATTENTION", "fused")
+        for moved in (order, torch.arange(len(order))):
+            leaves = [qkv[:, moved].requires_grad_(), table.clone().requires_grad_()]
+            out = attend_packed(leaves[0].permute(2, 0, 3, 1, 4), table=leaves[1], positions=where[:, :, moved])
+            results.append((out, *torch.autograd.grad((out * direction[:, :, moved]).sum(), leaves)))
+    (out, grad, of_table), (straight_out, straight_grad, straight_of_table) = results
+    torch.testing.assert_close(out, straight_out[:, :, order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(grad, straight_grad[:, order], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(of_table, straight_of_table, rtol=1e-4, atol=1e-4)
+
+
+@runs_kernels
+def test_nothing_of_all_pairs_of_tokens_is_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSS_ATTENTION", "fused")
+    qkv, table, where, _ = case((7, 7), 1, 40, torch.float32, 16, 0)
+    leaves = [qkv.requires_grad_(), table.requires_grad_()]
+    storages = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = attend_packed(leaves[0].permute(2, 0, 3, 1, 4), table=leaves[1], positions=where)
+    sums = out.nbytes // out.shape[-1]  # one number per head and token
+    assert sum(storages.values()) == qkv.nbytes + table.nbytes + where.untyped_storage().nbytes() + out.nbytes + sums
 
 
 @runs_kernels
