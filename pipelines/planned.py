@@ -201,10 +201,11 @@ class PlannedLoader(ABC):
         """Check `state` against this loader; `DataError` names what differs. Other library versions are only logged:
         they change neither the order nor the crops."""
         own = self.state_dict()
+        before, now = _fields(state), _fields(own)
         differing = [
-            f"{name} was {state.get(name)!r} and is {own[name]!r}"
-            for name in own
-            if name != "libraries" and state.get(name) != own[name]
+            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            for name in {**now, **before}
+            if before.get(name) != now.get(name)
         ]
         if differing:
             raise DataError(f"the run was started with other data settings: {'; '.join(differing)}")
@@ -219,3 +220,9 @@ class PlannedLoader(ABC):
 def cores_of_this_rank() -> int:
     """The processor cores this process may use, shared evenly among the ranks on this machine (torchrun's count)."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _fields(state: dict[str, Any]) -> dict[str, Any]:
+    """A state's entries that must not differ, those of the configuration one by one."""
+    config = {f"config.{name}": value for name, value in json.loads(state.get("config", "{}")).items()}
+    return {name: value for name, value in state.items() if name not in ("config", "libraries")} | config
