@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -179,7 +180,8 @@ def cpu_seconds() -> float:
     while pids:
         pid = pids.pop()
         for task in Path(f"/proc/{pid}/task").iterdir():
-            pids += (task / "children").read_text().split()
+            with suppress(FileNotFoundError):  # a thread that has ended since
+                pids += (task / "children").read_text().split()
         found.append(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])
     return sum(int(ticks) for both in found for ticks in both) / sysconf("SC_CLK_TCK")
 
