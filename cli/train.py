@@ -150,6 +150,8 @@ def train(
                     f"{len(dataset.classes)} classes, {trainer.total_steps:,} steps, {train_loader.backend} loader",
                     err=True,
                 )
+                if trainer.started_from is not None:
+                    typer.echo(f"weights of {config.model.weights}: {trainer.started_from}", err=True)
             world.barrier()
             trainer.fit()
             if world.is_main:

@@ -50,11 +50,17 @@ class ModelConfig:
     """What the classifier reads: the class token, or the mean of the kept patch tokens."""
     drop_path_rate: float = 0.0
     """Stochastic depth, rising linearly to this rate at the last block."""
+    weights: str | None = None
+    """Where training starts: a weights file, the folder of a run, or timm:NAME for a model of timm's with its
+    pretrained weights; None starts from random ones."""
+    own_head: bool = False
+    """Start with a new classifier, whatever the weights hold: for other classes, or weights without one."""
 
     def overrides(self) -> Json:
         """The keyword arguments for `pss.create_model` beside name, classes and image size."""
         own = dataclasses.asdict(self)
-        del own["name"]
+        for name in ("name", "weights", "own_head"):
+            del own[name]
         return {key: value for key, value in own.items() if value is not None}
 
 
@@ -102,6 +108,10 @@ class OptimConfig:
     """Decoupled weight decay; none on 1-D parameters, position embedding and class token."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging coefficients."""
+    decay_rel_pos: bool = True
+    """Decay the tables of relative position biases too, as the published runs did."""
+    layer_decay: float | None = None
+    """Factor on the learning rate from each layer to the one before it; None has all layers learn alike."""
     clip_grad: float | None = None
     """Largest gradient norm; None does not clip."""
 
@@ -216,6 +226,8 @@ class Config:
             raise ValueError(f"train.ema_decay is {self.train.ema_decay}; it must lie in [0, 1)")
         if not 0 <= self.loss.label_smoothing < 1:
             raise ValueError(f"loss.label_smoothing is {self.loss.label_smoothing}; it must lie in [0, 1)")
+        if self.optim.layer_decay is not None and not 0 < self.optim.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay is {self.optim.layer_decay}; it must lie in (0, 1], or be none")
         if self.optim.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"optim.warmup_epochs ({self.optim.warmup_epochs}) is longer than the run "

@@ -33,6 +33,7 @@ from pss.methods import Method, Phase, Progress
 from pss.metrics import Meter, RunLog
 from pss.optim import build_optimizer
 from pss.version import __version__
+from pss.weights import Report, start_from
 
 
 class Interrupted(Exception):
@@ -63,11 +64,15 @@ class Trainer:
         self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
         seed_generator(seed)  # the same on every process: they must begin with the same weights
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch).to(world.device)
+        saved = checkpoint.load_latest(output / "checkpoints")
+        self.started_from: Report | None = None
+        """What became of the weights that a new run starts from."""
+        if saved is None and config.model.weights is not None:
+            self.started_from = start_from(self.method.model, config.model.weights, ignore_head=config.model.own_head)
         self.compiled = compile_levels(self.method, config.compile, world.device, self.total_steps)
         self.mixing = build_mixing(config, len(classes), world.rank)
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
-        saved = checkpoint.load_latest(output / "checkpoints")
         self._saved: dict[str, Any] | None = saved[0] if saved is not None else None
         if self._saved is not None:
             self._restore(self._saved)

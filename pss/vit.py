@@ -214,6 +214,16 @@ class VisionTransformer(nn.Module):
         """Names of the parameters that are not to be decayed although they are not 1-D, as in timm."""
         return {"pos_embed", "cls_token", "reg_token", "dist_token"}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameter names into layers, for learning rates that fall towards the input: stem, then
+        each block, then what follows them (BEiT's rule; timm counts the last norm to the last block).
+        """
+        assert not coarse, "only layer-wise learning rates ask for it"
+        return {
+            "stem": r"^cls_token|^reg_token|^dist_token|^pos_embed|^patch_embed|^norm_pre",
+            "blocks": r"^blocks\.(\d+)",
+        }
+
     def forward(
         self,
         images: Tensor,

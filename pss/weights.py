@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from pss import relpos
+from pss import checkpoint, relpos
 from pss.vit import VisionTransformer
 
 _WRAPPERS = ("model", "state_dict", "module", "method", "model_ema", "state_dict_ema")
@@ -70,6 +71,29 @@ class Report:
         return "; ".join(parts)
 
 
+def start_from(model: VisionTransformer, where: str, *, ignore_head: bool = False) -> Report:
+    """Copy the weights that `where` names into `model`: a file, the folder of a pss-train run, or timm:NAME.
+
+    Raises:
+        ValueError: as `load_weights`; a folder without a checkpoint; a name that timm has no weights for.
+    """
+    if where.startswith("timm:"):
+        name = where.removeprefix("timm:")
+        try:
+            pretrained = timm.create_model(name, pretrained=True)
+        except Exception as error:  # whatever the hub's client or timm raise
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"timm gives no pretrained weights for {name} ({reason}); name a weights file") from error
+        return _load(model, pretrained.state_dict(), where, ignore_head)
+    path = Path(where)
+    if path.is_dir():
+        newest = checkpoint.load_latest(path / "checkpoints")
+        if newest is None:
+            raise ValueError(f"{path} holds no checkpoint; name a weights file, or the --output of a pss-train run")
+        return _load(model, newest[0], where, ignore_head)
+    return load_weights(model, path, ignore_head=ignore_head)
+
+
 def load_weights(model: VisionTransformer, path: str | Path, *, ignore_head: bool = False) -> Report:
     """Copy the weights of a file into `model`, converting names and patch grids on the way.
 
@@ -86,7 +110,12 @@ def load_weights(model: VisionTransformer, path: str | Path, *, ignore_head: boo
         ValueError: the file cannot be read as plain weights, or the model would not be what the file describes: parts
             missing, parts left over, shapes that differ by more than the patch grid, another number of classes.
     """
-    found, outside = _plain_names(_read(Path(path)), path)
+    return _load(model, _read(Path(path)), path, ignore_head)
+
+
+def _load(model: VisionTransformer, content: Mapping[str, Any], path: str | Path, ignore_head: bool) -> Report:
+    """`load_weights` with what `path` holds."""
+    found, outside = _plain_names(content, path)
     unused_head = sorted(name for name in found if ignore_head and _part(name) in _HEADS)
     for name in unused_head:
         del found[name]
@@ -125,7 +154,7 @@ def load_weights(model: VisionTransformer, path: str | Path, *, ignore_head: boo
 def _read(path: Path) -> Mapping[str, Any]:
     """The content of a weights file."""
     if not path.is_file():
-        raise ValueError(f"there is no weights file {path}")
+        raise ValueError(f"there is no weights file {path}; --set model.weights=FILE names one, none starts anew")
     try:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)

@@ -76,6 +76,43 @@ def test_no_decay_on_vectors_class_token_and_position_embedding():
     assert not any("relative_position_bias_table" in name or name.endswith("qkv.weight") for name in named)
 
 
+@pytest.mark.parametrize("rel_pos", ["bias", "separable"])
+def test_tables_of_positions_are_decayed_unless_told_otherwise(rel_pos):
+    config = tiny().with_settings([f"model.rel_pos={rel_pos}", "optim.decay_rel_pos=false"])
+    method = methods.build(config, num_classes=10, steps_per_epoch=10)
+    (phase,) = method.phases()
+    undecayed = {id(p) for group in method.param_groups(phase) if group["weight_decay"] == 0 for p in group["params"]}
+    named = {name for name, p in method.named_parameters() if id(p) in undecayed}
+    assert sum("relative_position_bias_table" in name for name in named) == 2
+    assert not any(name.endswith("qkv.weight") for name in named)
+
+
+def test_layers_learn_more_slowly_towards_the_input():
+    """BEiT's rule: the head at the full rate, each block at `layer_decay` of the one after it, the stem last."""
+    method = methods.build(tiny().with_settings(["optim.layer_decay=0.5"]), num_classes=10, steps_per_epoch=10)
+    (phase,) = method.phases()
+    groups = method.param_groups(phase)
+    scale = {id(p): group.get("lr_scale", 1.0) for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    named = {name.removeprefix("model."): (scale[id(p)], decay[id(p)]) for name, p in method.named_parameters()}
+    for name, expected in {
+        "head.weight": (1.0, 0.05),
+        "head.bias": (1.0, 0.0),
+        "blocks.1.attn.qkv.weight": (0.5, 0.05),
+        "blocks.1.attn.relative_position_bias_table": (0.5, 0.05),
+        "blocks.0.mlp.fc1.bias": (0.25, 0.0),
+        "patch_embed.proj.weight": (0.125, 0.05),
+        "pos_embed": (0.125, 0.0),
+        "cls_token": (0.125, 0.0),
+    }.items():
+        assert named[name] == expected, name
+    optimizer, schedule = build_optimizer(method, phase, batch_size=256, steps_per_epoch=10)
+    schedule.step_update(33)
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {1.0, 0.5, 0.25, 0.125}
+    rates = {group["lr"] / group["lr_scale"] for group in optimizer.param_groups}
+    assert max(rates) == pytest.approx(min(rates))
+
+
 def test_sampled_follows_its_schedule_and_dense_has_none():
     sampled = methods.build(tiny(), num_classes=10, steps_per_epoch=10)
     assert [sampled.rho(at(step)) for step in range(10)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4]

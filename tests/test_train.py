@@ -72,6 +72,29 @@ def test_it_learns(tmp_path, method):
     assert losses[-1] < 0.75 < losses[0]
 
 
+def test_a_run_starts_from_another_runs_weights(tmp_path, uninterrupted):
+    """Its own checkpoints come first: a resumed run does not start again, even where the weights are gone."""
+    source = tmp_path / "source"
+    checkpoint.save(source / "checkpoints", uninterrupted, step=uninterrupted["step"], keep=1)
+    weights = f"model.weights={source}"
+    begun = trainer(tmp_path / "run", weights)
+    assert_same(dict(begun.method.state_dict()), dict(uninterrupted["method"]))
+    assert_same(dict(begun.ema.module.state_dict()), dict(uninterrupted["method"]))
+    assert str(begun.started_from).startswith("loaded ")
+    with_own_head = trainer(tmp_path / "other", weights, "model.own_head=true").method.state_dict()
+    assert not torch.equal(with_own_head["model.head.weight"], uninterrupted["method"]["model.head.weight"])
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        trainer(tmp_path / "third", f"model.weights={tmp_path}")
+    with pytest.raises(ValueError, match=r"no weights file .*model\.weights=FILE"):
+        trainer(tmp_path / "third", "model.weights=gone.pth")
+
+    (tmp_path / "run").mkdir()
+    trainer(tmp_path / "run", weights, "train.max_steps=3").fit()
+    (source / "checkpoints").rename(tmp_path / "gone")
+    resumed = trainer(tmp_path / "run", weights)
+    assert (resumed.step, resumed.started_from) == (3, None)
+
+
 @pytest.mark.parametrize("stop", [5, 10, 15, 2, 7, 13])
 def test_a_stopped_run_ends_bit_identical(tmp_path, uninterrupted, stop):
     trainer(tmp_path, f"train.max_steps={stop}").fit()

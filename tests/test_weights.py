@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pss.vit import VisionTransformer, create_model
-from pss.weights import load_weights
+from pss.weights import load_weights, start_from
 
 TINY: dict[str, Any] = {"num_classes": 7, "img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"
@@ -283,3 +283,20 @@ def test_damaged_files_give_one_clear_error(tmp_path: Path, suffix: str, data: s
         path.write_bytes(data.draw(st.binary(max_size=64)))
     with pytest.raises(ValueError, match="damaged"):
         load_weights(tiny(0), path)
+
+
+def test_timms_own_weights_are_asked_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, model, asked = timm.create_model(NAME, **TINY), tiny(1), []
+
+    def create(name: str, **options: Any) -> nn.Module:
+        asked.append((name, options))
+        if name != NAME:
+            raise RuntimeError("no pretrained weights exist\nfor this model")
+        return plain
+
+    monkeypatch.setattr("pss.weights.timm.create_model", create)
+    start_from(model, f"timm:{NAME}")
+    assert asked == [(NAME, {"pretrained": True})]
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
+    with pytest.raises(ValueError, match=r"no pretrained weights for vit_none \(no pretrained weights exist\)"):
+        start_from(model, "timm:vit_none")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from pss.config import Config, OptimConfig
@@ -96,12 +96,28 @@ class Method(nn.Module):
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
         """Optimizer groups: decay on matrices, none on 1-D parameters, position embedding and class token.
 
+        Learning rates fall towards the input where `layer_decay` says so.
+
         A group may carry `lr_scale`, a factor on the phase's learning rate.
         """
-        prefixed = {f"model.{name}" for name in self.model.no_weight_decay()}
-        groups: list[dict[str, Any]] = param_groups_weight_decay(
-            self, weight_decay=phase.optim.weight_decay, no_weight_decay_list=prefixed
-        )
+        optim = phase.optim
+        exempt = set(self.model.no_weight_decay())
+        if not optim.decay_rel_pos:
+            exempt |= {name for name, _ in self.model.named_parameters() if name.endswith("position_bias_table")}
+        if optim.layer_decay is None:
+            groups: list[dict[str, Any]] = param_groups_weight_decay(
+                self, weight_decay=optim.weight_decay, no_weight_decay_list={f"model.{name}" for name in exempt}
+            )
+        else:
+            groups = param_groups_layer_decay(
+                self.model,
+                weight_decay=optim.weight_decay,
+                no_weight_decay_list=exempt,
+                layer_decay=optim.layer_decay,
+            )
+            within = set(map(id, self.model.parameters()))
+            others = [part for part in self.parameters() if id(part) not in within and part.requires_grad]
+            groups.append({"params": others, "weight_decay": optim.weight_decay})
         return [group for group in groups if group["params"]]
 
     def after_optimizer(self, at: Progress) -> None:

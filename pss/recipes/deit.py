@@ -1,4 +1,8 @@
-"""DeiT trained from scratch on ImageNet-1k, as in the patch sampling paper (section 4 and table 2)."""
+"""The patch sampling paper's runs on ImageNet-1k (section 4, table 2): DeiT from scratch, ViT-B fine-tuned.
+
+The dense baseline of each is `--set method=dense`; Fixed(0.6) is `--set schedule.name=fixed`, Linear
+`--set schedule.name=linear`.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +37,31 @@ def deit_ti_224() -> Config:
     """DeiT-Ti at 224 px from scratch: the recipe of deit-s-224 with the smaller model."""
     small = deit_s_224()
     return replace(small, recipe="deit-ti-224", model=replace(small.model, name="deit_tiny_patch16_224"))
+
+
+def deit_s_384() -> Config:
+    """DeiT-S at 384 px from scratch, 300 epochs, relative position bias, Cyclic(0.2-1.0)."""
+    small = deit_s_224()
+    return replace(
+        small,
+        recipe="deit-s-384",
+        data=replace(small.data, img_size=384),
+        train=replace(small.train, batch_size=512),
+    )
+
+
+def vit_b_simmim() -> Config:
+    """ViT-B at 224 px, 100 epochs of fine-tuning from SimMIM (--set model.weights=FILE), Cyclic(0.2-1.0)."""
+    return Config(
+        recipe="vit-b-simmim",
+        model=ModelConfig(
+            name="simmim_base_patch16", drop_path_rate=0.1, weights="simmim_pretrain_vit_base.pth", own_head=True
+        ),
+        schedule=ScheduleConfig(name="cyclic", form="published"),
+        data=DataConfig(img_size=224, rand_augment="rand-m9-mstd0.5-inc1-n2", erasing=0.25),
+        optim=OptimConfig(
+            lr=1.25e-3, lr_batch=512, min_lr=2.5e-7, warmup_lr=2.5e-7, warmup_epochs=20, layer_decay=0.65, clip_grad=5.0
+        ),
+        loss=LossConfig(label_smoothing=0.1, mixup=0.8, cutmix=1.0),
+        train=TrainConfig(epochs=100, batch_size=1024),
+    )
