@@ -1,8 +1,8 @@
 """Damaged and unusual files, and what conversion, verification and each loader make of them.
 
-    python damage.py COLUMN FOLDER
+    python damage.py FOLDER COLUMN...
 
-prints what COLUMN makes of each row, as JSON. Every case has a process of its own, which is killed if it hangs.
+prints what each COLUMN makes of its rows, as JSON. Every case has a process of its own, which is killed if it hangs.
 FOLDER comes from `write_sets`.
 """
 
@@ -426,4 +426,4 @@ def _one_by_one(function: Any, tasks: Any, jobs: int, on_result: Any) -> list[An
 
 if __name__ == "__main__":
     processes.map_processes = _one_by_one  # the case is a process already
-    print(json.dumps(run(sys.argv[1], Path(sys.argv[2]))))
+    print(json.dumps({column: run(column, Path(sys.argv[1])) for column in sys.argv[2:]}))
