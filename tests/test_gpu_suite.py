@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pss import recipes
 from tools import gpu_suite
 from tools.gpu_suite import Part, Suite, figures
 
@@ -128,6 +129,11 @@ def test_goals_are_set_beside_figures(tmp_path):
     assert "| rates-deit-s-224 | images/s at rho 1 | at least 10,500 | 10,240 | no |" in report
     assert "| train | data wait | at most 3.0% | 4.0% | no |" in report
     assert "| rates-vit-b-224 | saving | at least 34.2% | – | not measured |" in report
+
+
+def test_the_recipes_on_a_gpu_are_valid_without_their_weights():
+    for recipe, _, img_size, _ in gpu_suite.MODELS.values():
+        assert recipes.get(recipe).with_settings(["model.weights=none"]).data.img_size == img_size
 
 
 def test_commands_on_a_gpu_name_it_and_the_real_models(tmp_path):

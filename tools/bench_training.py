@@ -1,9 +1,9 @@
 """What the whole training loop reaches: images a second at each rho, what a cycle saves, how long steps wait for data.
 
-    python -m tools.bench_training --batch 1024 --cycles 3 --json training.json
+    python -m tools.bench_training --recipe deit-s-224 --batch 1024 --cycles 3 --json training.json
     python -m tools.bench_training --data /data/imagenet --seconds 60 --json training.json
 
-Trains deit-s-224, its augmentation, mixing and moving average included, by the loop of pss-train. Without `--data` the
+Trains a recipe, its augmentation, mixing and moving average included, by the loop of pss-train. Without `--data` the
 images are random ones that lie on the device. The first cycle of the schedule compiles and is not counted; after it a
 step lasts from one batch handed out to the next, by the GPU's clock where there is one. `--set` changes the recipe.
 
@@ -210,8 +210,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         f"train.prefetch_mb={arguments.prefetch_mb}",
         f"schedule.period_steps={arguments.cycle_steps}",
         "schedule.cooldown_epochs=0",
+        "model.weights=none",  # which weights it starts from is nothing to the speed
     ]
-    config = recipes.get("deit-s-224").with_settings([*usual, *arguments.set])
+    config = recipes.get(arguments.recipe).with_settings([*usual, *arguments.set])
     loaders, classes, last_step = build_loaders(arguments, config, device)
     try:
         timed = Timed(loaders[0], device, arguments.cycle_steps, last_step, arguments.seconds)
@@ -325,6 +326,7 @@ def report(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="deit-s-224", help="what to train")
     parser.add_argument("--batch", type=int, default=1024, help="images per step")
     parser.add_argument("--cycle-steps", type=int, default=45, help="steps of a cycle of the schedule")
     parser.add_argument("--cycles", type=int, default=3, help="cycles to count, without --data; 0 only compiles")
