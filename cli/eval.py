@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cli.errors import run
+
+if TYPE_CHECKING:
+    from pss.runs import Run
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -15,12 +19,21 @@ app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_
 @app.command()
 def evaluate(
     runs: Annotated[
-        list[Path], typer.Argument(help="Run folders of pss-train; several are compared.", metavar="RUN...")
+        list[str],
+        typer.Argument(
+            help="Run folders of pss-train, checkpoints in them, folders or hf-hub:owner/name that --push wrote, "
+            "timm:NAME, or NAME=FILE for a weights file of the timm model NAME. Several are compared.",
+            metavar="RUN...",
+        ),
     ],
     data: Annotated[Path, typer.Option(help="The data set, as given to pss-train.", show_default=False)],
     rho: Annotated[
         str, typer.Option(help="Shares of patches to keep: a list 1.0,0.8,... or a range low:high:step.")
     ] = "1.0,0.8,0.6,0.4,0.2",
+    sort: Annotated[
+        Literal["magnitude", "random"] | None,
+        typer.Option(help="Which patches to keep (default: as trained).", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder for rho.json, rho.csv and rho.png (default: the run's, or what runs share)."),
@@ -29,28 +42,26 @@ def evaluate(
     loader: Annotated[Literal["auto", "dali", "ffcv", "torch"], typer.Option(help="What decodes the images.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Images per batch, also for the speed.", min=1)] = 64,
     ema: Annotated[bool, typer.Option("--ema", help="Evaluate the moving average of the weights.")] = False,
+    push: Annotated[
+        Path | None,
+        typer.Option(help="Also write the model into this folder, ready for the Hugging Face Hub.", show_default=False),
+    ] = None,
 ) -> None:
-    """Sweep ρ: top-1, top-5, tokens, GFLOPs and images per second for each run at each ρ."""
+    """Sweep ρ: accuracy, GFLOPs, speed with the loader and without, latency and memory of each run at each ρ."""
     rhos = parse_rhos(rho)
+    if push is not None and len(runs) > 1:
+        raise ValueError(f"--push writes one model and {len(runs)} runs are named; name one")
 
     import pipelines
-    from pipelines.base import DataError
-    from pss import dist, sweep
-    from pss.runs import load_run
+    from pss import dist, hub, sweep
+    from pss.runs import open_run
 
     dataset = pipelines.open_dataset(data)
+    names = sweep.distinct_names(runs)
     with dist.start() as world:
-        loaded = [load_run(folder, world.device, ema=ema) for folder in runs]
-        for one, folder in zip(loaded, runs, strict=True):
-            if len(one.classes) != len(dataset.classes):
-                raise DataError(
-                    f"{folder} was trained on {len(one.classes)} classes and {data} has {len(dataset.classes)}; "
-                    "evaluate it on the data set it was trained on"
-                )
-            if one.classes != list(dataset.classes):
-                raise DataError(
-                    f"{folder} and {data} name their classes differently; evaluate on the data it was trained on"
-                )
+        loaded = [open_run(source, world.device, ema=ema, sort=sort) for source in runs]
+        for one, source in zip(loaded, runs, strict=True):
+            check_classes(one, source, data, dataset.classes)
         options: dict[str, Any] = {
             "batch_size": batch_size,
             "train": False,
@@ -59,20 +70,38 @@ def evaluate(
             "world_size": world.size,
             "device": world.device,
         }
-        rows = sweep.sweep(
+        found = sweep.sweep(
             loaded,
-            names=sweep.distinct_names(runs),
+            names=names,
             rhos=rhos,
             make_loader=lambda config: pipelines.build(data, split, config=config, **options),
             batch_size=batch_size,
             world=world,
         )
         if world.is_main:
-            folder = output or sweep.default_output(runs)
-            sweep.write(rows, folder)
-            sweep.show(rows)
+            folder = output or sweep.default_output(loaded)
+            sweep.write(found.rows, folder)
+            sweep.show(found.rows)
             typer.echo(f"wrote {folder / 'rho.json'}, rho.csv and rho.png", err=True)
+            if push is not None:
+                (one,) = loaded
+                card = hub.card(names[0], rows=found.rows, columns=sweep.COLUMNS, architecture=one.config.model.name)
+                hub.save(push, one.published(), card)
+                typer.echo(f"wrote {push}: config.json, model.safetensors and README.md", err=True)
         world.barrier()
+
+
+def check_classes(run: Run, source: str, data: Path, classes: Sequence[str]) -> None:
+    """Raise `DataError` where a run tells other classes apart than the data set has."""
+    from pipelines.base import DataError
+
+    if run.num_classes != len(classes):
+        raise DataError(
+            f"{source} was trained on {run.num_classes} classes and {data} has {len(classes)}; "
+            "evaluate it on the data set it was trained on"
+        )
+    if run.classes is not None and run.classes != list(classes):
+        raise DataError(f"{source} and {data} name their classes differently; evaluate on the data it was trained on")
 
 
 def parse_rhos(text: str) -> list[float]:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,31 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
-from pipelines.base import DataConfig, Loader
+from pipelines.base import Batch, DataConfig, Loader
 from pipelines.device import DeviceTransform
 from pss.dist import World
-from pss.evaluate import accuracy, rates
+from pss.evaluate import Accuracy, Spread, accuracy, latencies, loader_rates, peak_memory, rates
+from pss.exhibit import Curator, Exhibit
 from pss.plots import plot_sweep
 from pss.runs import Run
 from pss.train import autocast
 
 Row = dict[str, Any]
+MakeLoader = Callable[[DataConfig], Loader]
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep found."""
+
+    rows: list[Row]
+    """For every run at every rho, in that order."""
+    exhibits: list[Exhibit]
+    """For every run, what it keeps of the images."""
 
 
 def sweep(
@@ -33,131 +49,193 @@ def sweep(
     *,
     names: Sequence[str],
     rhos: Sequence[float],
-    make_loader: Callable[[DataConfig], Loader],
+    make_loader: MakeLoader,
     batch_size: int,
     world: World,
-) -> list[Row]:
-    """Rows for every run at every rho, in that order.
+) -> Sweep:
+    """Measure every run at every rho.
 
-    Accuracy is over the whole split, on all processes together. The speed is that of the model alone on a batch of
-    random images, all runs and rhos interleaved in one go, and measured by every process for itself.
+    Accuracy is over the whole split, on all processes together. What is timed is timed with all rhos, and where no
+    loader is involved all runs, interleaved in one go, by every process for itself:
+
+    * `images_per_second`: the model alone, on a batch of random images;
+    * `images_per_second_with_loader`: from the files of the split to logits;
+    * `latency_ms`: the model alone, on one image, until the result is there.
+
+    `peak_memory_mib` is the weights and what predicting one batch takes besides (`pss.evaluate.peak_memory`).
     """
-    accuracies = []
+    found: list[tuple[list[Accuracy], list[Spread], Exhibit]] = []
     for name, one in zip(names, runs, strict=True):
-        data = one.config.data
-        loader = make_loader(data)
+        loader = make_loader(one.config.data)
         try:
-            with _progress(name, loader.num_samples, world) as advance:
-                accuracies.append(
-                    accuracy(
-                        one.method.predict,
-                        loader,
-                        DeviceTransform(data, seed=0, train=False),
-                        world,
-                        rhos=rhos,
-                        autocast=autocast(one.config, world.device),
-                        on_batch=advance,
-                    )
-                )
+            found.append(_evaluate(name, one, rhos, loader, world))
         finally:
             loader.close()
 
-    calls = []
-    for one in runs:
-        size = one.config.data.img_size
-        images = torch.randn(batch_size, 3, size, size, device=world.device)
-        calls += [partial(_predict, one, images, rho, world.device) for rho in rhos]
-    speeds = rates(calls, num_images=batch_size, device=world.device)
+    def calls(num_images: int) -> list[Callable[[], Tensor]]:
+        made: list[Callable[[], Tensor]] = []
+        for one in runs:
+            size = one.config.data.img_size
+            images = torch.randn(num_images, 3, size, size, device=world.device)
+            made += [partial(predict, one, images, rho) for rho in rhos]
+        return made
 
-    rows = []
+    batches = calls(batch_size)
+    speeds = rates(batches, num_images=batch_size, device=world.device)
+    waits = latencies(calls(1), device=world.device)
+    memory = [peak_memory(call, world.device) for call in batches]
+
+    rows: list[Row] = []
     for number, (name, one) in enumerate(zip(names, runs, strict=True)):
-        for rho, result, speed in zip(
-            rhos, accuracies[number], speeds[number * len(rhos) : (number + 1) * len(rhos)], strict=True
-        ):
+        accuracies, with_loader, _ = found[number]
+        weights = sum(weight.nbytes for weight in one.method.state_dict().values())
+        for place, rho in enumerate(rhos):
+            result, timed = accuracies[place], number * len(rhos) + place
+            extra = memory[timed]
             rows.append(
                 {
                     "run": name,
                     "method": one.config.method,
+                    "sort": one.method.model.sort,
                     "rho": rho,
                     "tokens": one.method.num_tokens(rho),
                     "top1": round(result.top1, 4),
                     "top5": round(result.top5, 4),
                     "loss": round(result.loss, 6),
                     "gflops": one.method.cost(rho) / 1e9,
-                    "images_per_second": round(speed.median, 1),
-                    "images_per_second_low": round(speed.low, 1),
-                    "images_per_second_high": round(speed.high, 1),
+                    **_spread("images_per_second", speeds[timed], 1),
+                    **_spread("images_per_second_with_loader", with_loader[place], 1),
+                    **_spread("latency_ms", waits[timed], 4),
+                    "peak_memory_mib": None if extra is None else round((weights + extra) / _MIB, 1),
                     "num_images": result.num_images,
                     "batch_size": batch_size,
                     "step": one.step,
+                    "processes": world.size,
                     "device": _device_name(world.device),
                     "torch": torch.__version__,
                 }
             )
-    return rows
+    return Sweep(rows, [exhibit for *_, exhibit in found])
 
 
-def _predict(run: Run, images: torch.Tensor, rho: float, device: torch.device) -> torch.Tensor:
-    with autocast(run.config, device):
+def predict(run: Run, images: Tensor, rho: float) -> Tensor:
+    """Logits (B, classes) in the run's own precision."""
+    with autocast(run.config, images.device):
         return run.method.predict(images, rho)
+
+
+def _evaluate(
+    name: str, one: Run, rhos: Sequence[float], loader: Loader, world: World
+) -> tuple[list[Accuracy], list[Spread], Exhibit]:
+    """Accuracy, speed with the loader, and the exhibit of one run at every rho."""
+    prepare = DeviceTransform(one.config.data, seed=0, train=False)
+    curator = Curator(
+        one.method.model,
+        rhos=rhos,
+        num_samples=loader.num_samples,
+        world=world,
+        autocast=lambda: autocast(one.config, world.device),
+    )
+    torch.manual_seed(0)  # the same random patches each time
+    with _progress(name, loader.num_samples, world) as advance:
+
+        def observe(batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
+            curator(batch, images, logits)
+            advance(len(images))
+
+        accuracies = accuracy(
+            one.method.predict,
+            loader,
+            prepare,
+            world,
+            rhos=rhos,
+            autocast=autocast(one.config, world.device),
+            observe=observe,
+        )
+    exhibit = curator.exhibit()
+    calls = [partial(predict, one, rho=rho) for rho in rhos]
+    return accuracies, loader_rates(calls, loader, prepare, device=world.device), exhibit
+
+
+def _spread(name: str, values: Spread, digits: int) -> Row:
+    return {
+        name: round(values.median, digits),
+        f"{name}_low": round(values.low, digits),
+        f"{name}_high": round(values.high, digits),
+    }
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
     """Write `rho.json` (a list of rows), `rho.csv` and `rho.png` into `folder`, each in one move."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_text(folder / "rho.json", json.dumps(rows, indent=2) + "\n")
+    write_text(folder / "rho.json", json.dumps(rows, indent=2) + "\n")
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    _write_text(folder / "rho.csv", text.getvalue())
+    write_text(folder / "rho.csv", text.getvalue())
     plot_sweep(rows, folder / "rho.png")
+
+
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("ρ", lambda row: f"{row['rho']:.3g}"),
+    ("tokens", lambda row: str(row["tokens"])),
+    ("top-1 %", lambda row: f"{row['top1']:.2f}"),
+    ("top-5 %", lambda row: f"{row['top5']:.2f}"),
+    ("loss", lambda row: f"{row['loss']:.3f}"),
+    ("GFLOPs", lambda row: f"{row['gflops']:.3g}"),
+    ("images/s", lambda row: _in_words(row, "images_per_second", ",.0f")),
+    ("with loader", lambda row: _in_words(row, "images_per_second_with_loader", ",.0f")),
+    ("ms, batch 1", lambda row: _in_words(row, "latency_ms", ".3g")),
+    ("MiB", lambda row: "–" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:,.0f}"),
+)
+"""Heading and content of each column of the table, for people."""
+
+
+def _in_words(row: Row, name: str, form: str) -> str:
+    return f"{row[name]:{form}} ({row[name + '_low']:{form}}–{row[name + '_high']:{form}})"
 
 
 def show(rows: Sequence[Row]) -> None:
     """Print the table."""
+    console = Console()
+    if not console.is_terminal:  # a file has no width to fit
+        console = Console(width=200)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run")
-    for column in ("ρ", "tokens", "top-1 %", "top-5 %", "GFLOPs", "images/s"):
-        table.add_column(column, justify="right")
+    for heading, _ in COLUMNS:
+        table.add_column(heading, justify="right")
     last = None
     for row in rows:
         if last not in (None, row["run"]):
             table.add_section()
-        spread = f"{row['images_per_second_low']:,.0f}–{row['images_per_second_high']:,.0f}"
-        table.add_row(
-            row["run"] if row["run"] != last else "",
-            f"{row['rho']:g}",
-            str(row["tokens"]),
-            f"{row['top1']:.2f}",
-            f"{row['top5']:.2f}",
-            f"{row['gflops']:.3g}",
-            f"{row['images_per_second']:,.0f} ({spread})",
-        )
+        table.add_row(row["run"] if row["run"] != last else "", *(text(row) for _, text in COLUMNS))
         last = row["run"]
-    Console().print(table)
+    console.print(table)
 
 
-def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Each folder's own name, or as many of its last parts as it takes to tell the folders apart."""
-    resolved = [folder.resolve() for folder in folders]
-    for depth in range(1, max(len(path.parts) for path in resolved) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in resolved]
+def distinct_names(sources: Sequence[str | Path]) -> list[str]:
+    """Each source's own name, or as many of its last parts as it takes to tell the sources apart."""
+    paths = [Path(source).resolve() if Path(source).exists() else Path(str(source)) for source in sources]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"{folders[0]} is named more than once; name each run once")
+    raise ValueError(f"{sources[0]} is named more than once; name each run once")
 
 
-def default_output(folders: Sequence[Path]) -> Path:
-    """The run's own folder, or the nearest folder that holds all of several runs."""
-    return folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.resolve() for folder in folders]))
+def default_output(runs: Sequence[Run]) -> Path:
+    """The run's own folder, or the nearest folder that holds all of several; the current one if none has a folder."""
+    folders = [one.folder.resolve() for one in runs if one.folder is not None]
+    return Path(os.path.commonpath(folders)) if folders else Path()
 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move, so that nobody reads half of it."""
     staged = path.with_name(f".{path.name}.partial")
     staged.write_text(text, encoding="utf-8")
     staged.replace(path)

@@ -113,6 +113,14 @@ def load_weights(model: VisionTransformer, path: str | Path, *, ignore_head: boo
     return _load(model, _read(Path(path)), path, ignore_head)
 
 
+def num_classes_of(path: str | Path) -> int:
+    """How many classes the weights of a file tell apart. Raises `ValueError` where it has no classifier."""
+    found, _ = _plain_names(_read(Path(path)), path)
+    if "head.weight" not in found:
+        raise ValueError(f"{path} has no classifier; fine-tune it with pss-train before it is evaluated")
+    return int(found["head.weight"].shape[0])
+
+
 def _load(model: VisionTransformer, content: Mapping[str, Any], path: str | Path, ignore_head: bool) -> Report:
     """`load_weights` with what `path` holds."""
     found, outside = _plain_names(content, path)

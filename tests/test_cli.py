@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
 
 import cli.eval
 import cli.train
@@ -171,6 +174,49 @@ def test_eval_refuses_data_of_another_class_count(capsys, trained, bad_data):
     assert "has 2" in sentence
 
 
+def test_eval_counts_every_image_once_on_two_processes(trained, image_root, tmp_path):
+    rows = {}
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        arguments = [trained, "--data", image_root, "--output", output, "--loader", "torch", "--rho", "1,0.5",
+                     "--batch-size", "8"]  # fmt: skip
+        if processes == 1:
+            call(cli.eval.app, *arguments)
+        else:
+            launch("eval", *arguments, processes=processes)
+        rows[processes] = json.loads((output / "rho.json").read_text())
+    for one, two in zip(rows[1], rows[2], strict=True):
+        assert one["num_images"] == two["num_images"] == 23
+        assert (one["top1"], one["top5"]) == (two["top1"], two["top5"])
+        assert one["loss"] == pytest.approx(two["loss"], abs=2e-6)
+
+
+def test_eval_takes_weights_of_timm_and_says_what_is_missing(capsys, image_root, tmp_path):
+    file = tmp_path / "tiny.safetensors"
+    save_file(timm.create_model("deit_tiny_patch16_224", num_classes=3, depth=12).state_dict(), file)
+    data = ("--data", image_root, "--output", tmp_path)
+    assert "no plain Vision Transformer" in mistake(capsys, cli.eval.app, f"deit_tniy={file}", *data)
+    assert "no weights file" in mistake(capsys, cli.eval.app, "deit_tiny_patch16_224=nowhere.pth", *data)
+    other = write_head(file, tmp_path / "other.safetensors", 7)
+    assert "trained on 7 classes" in mistake(capsys, cli.eval.app, f"deit_tiny_patch16_224={other}", *data)
+    assert "there is no data set" in mistake(capsys, cli.eval.app, f"deit_tiny_patch16_224={file}", "--data", tmp_path)
+
+
+def write_head(source, target, num_classes):
+    weights = load_file(source)
+    weights |= {"head.weight": torch.zeros(num_classes, 192), "head.bias": torch.zeros(num_classes)}
+    save_file(weights, target)
+    return target
+
+
+def test_eval_pushes_and_pulls(trained, image_root, tmp_path):
+    options = ["--data", image_root, "--rho", "0.5", "--loader", "torch", "--output"]
+    assert call(cli.eval.app, trained, "--push", tmp_path / "hub", *options, tmp_path / "a") in (0, None)
+    assert call(cli.eval.app, tmp_path / "hub", *options, tmp_path / "b") in (0, None)
+    ((one,), (other,)) = (json.loads((tmp_path / name / "rho.json").read_text()) for name in "ab")
+    assert (one["top1"], one["loss"]) == (other["top1"], other["loss"])
+
+
 def test_eval_names_what_is_no_run(capsys, image_root, tmp_path):
     assert "config.json not found" in mistake(capsys, cli.eval.app, tmp_path, "--data", image_root)
     assert list(tmp_path.iterdir()) == []
@@ -262,8 +308,11 @@ def wait_for_new_checkpoint(process, folder):
         time.sleep(0.02)
 
 
-def start(name, *arguments):
-    command = [sys.executable, "-m", f"cli.{name}", *map(str, arguments)]
+def start(name, *arguments, processes=1):
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command += [f"cli.{name}", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -281,6 +330,6 @@ def finish(process):
     return process.returncode, told
 
 
-def launch(name, *arguments):
-    code, told = finish(start(name, *arguments))
+def launch(name, *arguments, processes=1):
+    code, told = finish(start(name, *arguments, processes=processes))
     assert code == 0, told
