@@ -18,8 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from pss import relpos
 
-# Bytes of matrices of all pairs of tokens that are worked on at a time, for each thread: a share of the processor's last
-# cache. Less costs more in waking the threads, once for every operation, than it saves in reading memory.
+# Bytes of matrices of all pairs of tokens that are worked on at a time, for each thread: a share of the processor's
+# last cache. Less costs more in waking the threads, once for every operation, than it saves in reading memory.
 _CACHE = 2**22
 
 

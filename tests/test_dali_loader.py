@@ -171,6 +171,25 @@ def test_impossible_decoding_settings_are_refused(settings: dict[str, Any], mess
         GpuDecoding(**settings)
 
 
+@pytest.mark.parametrize("decode_once", [1, 3])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_dali_accepts_the_graph_for_a_gpu(
+    split: str, decode_once: int, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operators check their arguments when they are defined; only building the pipeline needs a GPU."""
+    devices: list[str] = []
+    monkeypatch.setattr("pipelines.dali_loader.Pipeline.build", lambda pipe: None)
+    monkeypatch.setattr(
+        "pipelines.dali_loader.Pipeline.set_outputs",
+        lambda pipe, *outputs: devices.extend(output.device for output in outputs),
+    )
+    decoding = GpuDecoding(pipelines=2, cpu_share=0.5, hardware_load=0.3, preallocate=(500, 400))
+    config = replace(CONFIG, decode_once=decode_once, gpu_decoding=decoding)
+    make(DaliLoader, split, config=config, device="cuda:0")
+    images = 3 if split == "train" and decode_once == 3 else 1
+    assert devices == (["cpu"] + ["gpu"] * images) * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("decoding", [GpuDecoding(), GpuDecoding(pipelines=2, cpu_share=0.25, hardware_load=1.0)])
