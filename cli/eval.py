@@ -1,8 +1,9 @@
-"""pss-eval: accuracy and speed of trained runs at each rho."""
+"""pss-eval: accuracy and cost of trained runs at each rho; the choice of a rho; models for other programs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,9 +12,14 @@ import typer
 from cli.errors import run
 
 if TYPE_CHECKING:
+    import torch
+
     from pss.runs import Run
+    from pss.sweep import Row, Sweep
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+DEFAULT_RHOS = (1.0, 0.8, 0.6, 0.4, 0.2)
 
 
 @app.command()
@@ -26,10 +32,20 @@ def evaluate(
             metavar="RUN...",
         ),
     ],
-    data: Annotated[Path, typer.Option(help="The data set, as given to pss-train.", show_default=False)],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="The data set, as given to pss-train; for anything that asks for accuracy.", show_default=False
+        ),
+    ] = None,
     rho: Annotated[
-        str, typer.Option(help="Shares of patches to keep: a list 1.0,0.8,... or a range low:high:step.")
-    ] = "1.0,0.8,0.6,0.4,0.2",
+        str | None,
+        typer.Option(
+            help="Shares of patches to keep: a list 1.0,0.8,... or a range low:high:step "
+            "(default: 1.0,0.8,0.6,0.4,0.2; where ρ is to be chosen, all there are).",
+            show_default=False,
+        ),
+    ] = None,
     sort: Annotated[
         Literal["magnitude", "random"] | None,
         typer.Option(help="Which patches to keep (default: as trained).", show_default=False),
@@ -46,22 +62,70 @@ def evaluate(
         Path | None,
         typer.Option(help="Also write the model into this folder, ready for the Hugging Face Hub.", show_default=False),
     ] = None,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option(help="Choose the largest ρ at which one batch takes so many ms here.", show_default=False),
+    ] = None,
+    target_ips: Annotated[
+        float | None,
+        typer.Option(help="Choose the largest ρ that gives so many images per second here.", show_default=False),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Choose the smallest ρ that costs at most so many points of top-1.", show_default=False),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Images per batch for --budget-ms (default: 1) and --target-ips (default: --batch-size).",
+            show_default=False,
+            min=1,
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the model as .onnx or .pt2, for one --rho, a chosen one, or --dynamic.", show_default=False
+        ),
+    ] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Export with ρ free at each call.")] = False,
 ) -> None:
-    """Sweep ρ: accuracy, GFLOPs, speed with the loader and without, latency and memory of each run at each ρ."""
-    rhos = parse_rhos(rho)
-    if push is not None and len(runs) > 1:
-        raise ValueError(f"--push writes one model and {len(runs)} runs are named; name one")
+    """Sweep ρ: accuracy, GFLOPs, speed with the loader and without, latency and memory of each run at each ρ.
+
+    Or choose a ρ (--budget-ms, --target-ips, --max-drop), or export a model for other programs (--export).
+    """
+    demand = Demand(budget_ms, target_ips, max_drop, batch)
+    rhos = None if rho is None else parse_rhos(rho)
+    single = [demand.option, *(name for name, value in (("--export", export), ("--push", push)) if value is not None)]
+    if len(runs) > 1 and any(single):
+        raise ValueError(f"{next(filter(None, single))} is for one model and {len(runs)} are named; name one")
+    sweeping = export is None and not demand.option
+    if push is not None and not sweeping:
+        raise ValueError("--push writes the table of a sweep along; leave out --export and what chooses ρ")
+    if dynamic and (export is None or demand.option or rhos):
+        raise ValueError("--dynamic goes with --export alone: a file whose ρ is free at each call")
+    if data is None and (sweeping or max_drop is not None):
+        raise ValueError("--data is missing; name the data set to evaluate on, as given to pss-train")
+    if export is not None and not (dynamic or demand.option) and len(rhos or ()) != 1:
+        raise ValueError("--export needs one ρ, as in --rho 0.6, or --dynamic")
 
     import pipelines
-    from pss import dist, hub, sweep
+    from pss import dist, sweep
     from pss.runs import open_run
 
-    dataset = pipelines.open_dataset(data)
+    if export is not None:
+        from pss.export import check_target
+
+        check_target(export)
+    dataset = None if data is None else pipelines.open_dataset(data)
     names = sweep.distinct_names(runs)
     with dist.start() as world:
+        if world.size > 1 and not sweeping:
+            raise ValueError("choosing ρ and exporting are for one process; start it without torchrun")
         loaded = [open_run(source, world.device, ema=ema, sort=sort) for source in runs]
-        for one, source in zip(loaded, runs, strict=True):
-            check_classes(one, source, data, dataset.classes)
+        if dataset is not None:
+            for one, source in zip(loaded, runs, strict=True):
+                check_classes(one, source, dataset.root, dataset.classes)
         options: dict[str, Any] = {
             "batch_size": batch_size,
             "train": False,
@@ -70,25 +134,124 @@ def evaluate(
             "world_size": world.size,
             "device": world.device,
         }
-        found = sweep.sweep(
-            loaded,
-            names=names,
-            rhos=rhos,
-            make_loader=lambda config: pipelines.build(data, split, config=config, **options),
-            batch_size=batch_size,
-            world=world,
+
+        def measure(at: Sequence[float]) -> Sweep:
+            assert data is not None
+            return sweep.sweep(
+                loaded,
+                names=names,
+                rhos=at,
+                make_loader=lambda config: pipelines.build(data, split, config=config, **options),
+                batch_size=batch_size,
+                world=world,
+            )
+
+        if sweeping:
+            found = measure(rhos or DEFAULT_RHOS)
+            if world.is_main:
+                folder = output or sweep.default_output(loaded)
+                sweep.write(found.rows, folder)
+                sweep.show(found.rows)
+                typer.echo(f"wrote {folder / 'rho.json'}, rho.csv and rho.png", err=True)
+                if push is not None:
+                    write_model(loaded[0], names[0], found.rows, push)
+            world.barrier()
+        if demand.option:
+            rhos = [choose(demand, loaded[0], rhos, None if data is None else measure, batch_size, world.device)]
+        if export is not None:
+            write_export(loaded[0], export, None if dynamic or rhos is None else rhos[0])
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What ρ is to be chosen by."""
+
+    budget_ms: float | None
+    target_ips: float | None
+    max_drop: float | None
+    batch: int | None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in self._wishes().items() if value is not None}
+        for name, value in given.items():
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value:g}; it must be a number that is not negative")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given; choose ρ by one of them")
+        if self.batch is not None and (not given or self.max_drop is not None):
+            raise ValueError("--batch goes with --budget-ms or --target-ips; for a sweep it is --batch-size")
+
+    def _wishes(self) -> dict[str, float | None]:
+        return {"--budget-ms": self.budget_ms, "--target-ips": self.target_ips, "--max-drop": self.max_drop}
+
+    @property
+    def option(self) -> str:
+        """The option that was given; nothing if none was."""
+        return next((name for name, value in self._wishes().items() if value is not None), "")
+
+
+def choose(
+    demand: Demand,
+    one: Run,
+    rhos: list[float] | None,
+    measure: Callable[[Sequence[float]], Sweep] | None,
+    batch_size: int,
+    device: torch.device,
+) -> float:
+    """The ρ that meets `demand`; says what it is and, where there is data to measure it on, what it costs."""
+    from pss import choose as chooser
+    from pss import sweep
+
+    if demand.max_drop is not None:
+        assert measure is not None
+        candidates = sorted({1.0, *(rhos or [number / 20 for number in range(1, 21)])}, reverse=True)
+        rows = measure(chooser.levels(one, candidates)[::-1]).rows
+        chosen = chooser.accurate_enough(
+            [row["rho"] for row in rows], [row["top1"] for row in rows], max_drop=demand.max_drop
         )
-        if world.is_main:
-            folder = output or sweep.default_output(loaded)
-            sweep.write(found.rows, folder)
-            sweep.show(found.rows)
-            typer.echo(f"wrote {folder / 'rho.json'}, rho.csv and rho.png", err=True)
-            if push is not None:
-                (one,) = loaded
-                card = hub.card(names[0], rows=found.rows, columns=sweep.COLUMNS, architecture=one.config.model.name)
-                hub.save(push, one.published(), card)
-                typer.echo(f"wrote {push}: config.json, model.safetensors and README.md", err=True)
-        world.barrier()
+        rows = [row for row in rows if row["rho"] in (chosen, 1.0)]
+        reason = f"the smallest of {len(candidates)} ρ that costs at most {demand.max_drop:g} points of top-1"
+    else:
+        batch = demand.batch or (1 if demand.budget_ms is not None else batch_size)
+        choice = chooser.fast_enough(
+            one, batch=batch, device=device, budget_ms=demand.budget_ms, target_ips=demand.target_ips, rhos=rhos
+        )
+        chosen, got = choice.rho, choice.measured
+        unit = "ms" if demand.budget_ms is not None else "images/s"
+        reason = (
+            f"the largest that meets {demand.option} {demand.budget_ms or demand.target_ips:g} with batches of {batch} "
+            f"here: {got.median:.4g} {unit} ({got.low:.4g}–{got.high:.4g})"
+        )
+        rows = [] if measure is None else measure(sorted({1.0, chosen}, reverse=True)).rows
+    if rows:
+        sweep.show(rows)
+    saved = 1 - one.method.cost(chosen) / one.method.cost()
+    drop = f", {rows[0]['top1'] - rows[-1]['top1']:.2f} points of top-1 less" if rows else ""
+    typer.echo(
+        f"ρ {chosen:.4g} ({one.method.num_tokens(chosen)} of {one.method.num_tokens(1.0)} tokens), {reason}; "
+        f"against ρ 1 {saved:.0%} fewer FLOPs{drop}"
+    )
+    return chosen
+
+
+def write_model(one: Run, name: str, rows: Sequence[Row], folder: Path) -> None:
+    """Write a model for the Hugging Face Hub."""
+    from pss import hub, sweep
+
+    card = hub.card(name, rows=rows, columns=sweep.COLUMNS, architecture=one.config.model.name)
+    hub.save(folder, one.published(), card)
+    typer.echo(f"wrote {folder}: config.json, model.safetensors and README.md", err=True)
+
+
+def write_export(one: Run, path: Path, rho: float | None) -> None:
+    """Write a model for other programs."""
+    from pss.export import export
+
+    worst = export(one, path, rho=rho)
+    how = "any ρ" if rho is None else f"ρ {rho:.4g}"
+    typer.echo(
+        f"wrote {path}: {how}, any batch size; its logits differ from the model's by {worst:.1g} at most", err=True
+    )
 
 
 def check_classes(run: Run, source: str, data: Path, classes: Sequence[str]) -> None:

@@ -217,6 +217,39 @@ def test_eval_pushes_and_pulls(trained, image_root, tmp_path):
     assert (one["top1"], one["loss"]) == (other["top1"], other["loss"])
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget-ms", "5", "--max-drop", "1"], "choose ρ by one of them"),
+        (["--budget-ms", "-1"], "not negative"),
+        (["--batch", "4"], "it is --batch-size"),
+        (["--max-drop", "1"], "--data is missing"),
+        (["--rho", "0.5"], "--data is missing"),
+        (["--dynamic"], "goes with --export"),
+        (["--export", "model.pt2", "--rho", "0.5,1"], "needs one ρ"),
+        (["--export", "model.h5", "--dynamic"], "ends in .onnx or .pt2"),
+        (["--export", "model.pt2", "--rho", "0.5", "--push", "there"], "leave out --export"),
+        (["other", "--budget-ms", "5"], "for one model and 2 are named"),
+    ],
+)
+def test_eval_answers_options_that_do_not_go_together(capsys, trained, options, words):
+    assert words in mistake(capsys, cli.eval.app, trained, *options)
+
+
+def test_eval_chooses_rho_and_exports_it(capsys, trained, image_root, tmp_path):
+    data = ("--data", image_root, "--loader", "torch")
+    file = tmp_path / "model.pt2"
+    assert call(cli.eval.app, trained, "--max-drop", "100", "--rho", "0.5,0.3", *data, "--export", file) in (0, None)
+    told = capsys.readouterr().out
+    assert "ρ 0.3 (5 of 17 tokens)" in told
+    assert "points of top-1 less" in told
+    about = {"pss.json": ""}
+    torch.export.load(file, extra_files=about)
+    assert json.loads(about["pss.json"])["rho"] == 0.3
+    assert call(cli.eval.app, trained, "--budget-ms", "10000", "--batch", "2") in (0, None)
+    assert "ρ 1 (17 of 17 tokens)" in capsys.readouterr().out
+
+
 def test_eval_names_what_is_no_run(capsys, image_root, tmp_path):
     assert "config.json not found" in mistake(capsys, cli.eval.app, tmp_path, "--data", image_root)
     assert list(tmp_path.iterdir()) == []

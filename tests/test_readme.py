@@ -49,7 +49,7 @@ def test_every_command_line_parses(line):
     if name == "train":
         recipes.get(context.params["recipe"])
     if name == "eval":
-        assert cli.eval.parse_rhos(context.params["rho"])
+        assert cli.eval.parse_rhos(context.params["rho"] or "1.0")
 
 
 def test_the_make_targets_exist():
