@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,6 +28,10 @@ _MAY_DIFFER = (
     "train.log_every_steps",
     "train.checkpoint_every_minutes",
     "train.keep_checkpoints",
+    "train.max_skipped",
+    "train.timeout_seconds",
+    "train.accumulate",
+    "train.checkpoint_activations",
 )
 _STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "run again"
 
@@ -56,7 +62,12 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe; repeatable.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output where it stopped.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue the run in --output where it stopped, or begin it; also --resume auto."
+        ),
+    ] = False,
     list_recipes: Annotated[
         bool, typer.Option("--list", help="Show the recipes and leave.", is_eager=True, callback=_list_recipes)
     ] = False,
@@ -108,10 +119,11 @@ def train(
                 "repeat its --set options, or choose another --output"
             )
     dataset = pipelines.open_dataset(data)
-    with dist.start() as world:
-        if config.train.batch_size % world.size:
+    with dist.start(config.train.timeout_seconds) as world:
+        if config.train.batch_size % (world.size * config.train.accumulate):
             raise ValueError(
-                f"train.batch_size is {config.train.batch_size}, which {world.size} processes cannot share evenly"
+                f"train.batch_size is {config.train.batch_size}, which {world.size} processes cannot share evenly in "
+                f"{config.train.accumulate} parts each (train.accumulate)"
             )
         options: dict[str, Any] = {
             "config": config.data,
@@ -150,6 +162,8 @@ def train(
                     f"{len(dataset.classes)} classes, {trainer.total_steps:,} steps, {train_loader.backend} loader",
                     err=True,
                 )
+                if trainer.moved is not None:
+                    typer.echo(trainer.moved, err=True)
                 if trainer.started_from is not None:
                     typer.echo(f"weights of {config.model.weights}: {trainer.started_from}", err=True)
             world.barrier()
@@ -220,7 +234,9 @@ def _check_output(output: Path, resume: bool) -> None:
 
 
 def main() -> None:
-    run(app)
+    # `--resume auto` is what schedulers' scripts often say; it is what --resume does.
+    words = sys.argv[1:]
+    run(app, [word for before, word in pairwise(["", *words]) if (before, word) != ("--resume", "auto")])
 
 
 if __name__ == "__main__":

@@ -158,6 +158,15 @@ class TrainConfig:
     """Seed of weights, order, crops, mixing and random sampling."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; `auto` is bf16 autocast on a GPU and fp32 on a CPU."""
+    accumulate: int = 1
+    """Parts that each process computes its share of a batch in, one after the other, to save memory; what is learnt is
+    what as many times the processes would learn."""
+    checkpoint_activations: bool = False
+    """Keep only what enters each block and compute the block once more in the backward pass: less memory, more time."""
+    max_skipped: int = 10
+    """Steps in a row with a loss or gradients that are not finite after which the run stops; each is skipped."""
+    timeout_seconds: float = 600.0
+    """How long a process waits for the others before the run fails."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights, per step; 0 keeps none."""
     num_workers: int | None = None
@@ -170,7 +179,7 @@ class TrainConfig:
     checkpoint_every_minutes: float = 15.0
     """Longest time between two checkpoints; one is also written after every epoch."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept."""
+    """How many of the newest checkpoints are kept; the best one, and the newest of an epoch's end, are kept as well."""
     max_steps: int | None = None
     """Stop after so many steps, with a checkpoint; learning rate and rho keep the course `epochs` gives them."""
 
@@ -193,7 +202,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_choices(self, "")
-        _require_positive(self.train, "train", "epochs", "batch_size", "log_every_steps", "keep_checkpoints")
+        _require_positive(
+            self.train,
+            "train",
+            *("epochs", "batch_size", "log_every_steps", "keep_checkpoints", "accumulate", "max_skipped"),
+        )
         _require_positive(self.compile, "compile", "max_graphs")
         if self.compile.cuda_graphs and (self.compile.mode == "off" or self.compile.backend != "inductor"):
             raise ValueError(
@@ -220,6 +233,8 @@ class Config:
                 f"schedule.cooldown_epochs is {self.schedule.cooldown_epochs}; "
                 f"it must lie between 0 and the run's {self.train.epochs} epochs (--set schedule.cooldown_epochs=0)"
             )
+        if not 0 < self.train.timeout_seconds < float("inf"):
+            raise ValueError(f"train.timeout_seconds is {self.train.timeout_seconds}; it must be above 0")
         if self.train.prefetch_mb < 0:
             raise ValueError(f"train.prefetch_mb is {self.train.prefetch_mb}; it must be at least 0, which is off")
         if not 0 <= self.train.ema_decay < 1:

@@ -26,12 +26,26 @@ class TrainView:
             self._live.start()
 
     def step(
-        self, step: int, *, epoch: int, rho: float, tokens: int, loss: float, images_per_second: float, data_wait: float
+        self,
+        step: int,
+        *,
+        epoch: int,
+        rho: float,
+        tokens: int,
+        loss: float,
+        images_per_second: float,
+        data_wait: float,
+        grad_norm: float,
+        skipped: int,
+        mfu: float | None = None,
     ) -> None:
         """Show the state after `step` optimizer steps."""
+        odd = f"  {skipped} skipped" if skipped else ""
+        used = f"  MFU {mfu:.0%}" if mfu is not None else ""
         line = (
             f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._total}  ρ {rho:.2g}  {tokens} tokens  "
-            f"loss {loss:.3f}  {images_per_second:,.0f} img/s  data wait {data_wait:.0%}  ETA {self._eta(step)}"
+            f"loss {loss:.3f}  |g| {grad_norm:.2g}  {images_per_second:,.0f} img/s{used}  "
+            f"data wait {data_wait:.0%}{odd}  ETA {self._eta(step)}"
         )
         if self._live is not None:
             self._live.update(self._task, completed=step, description=line)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout_seconds: float = 600.0
+    """How long one waits for another before it fails."""
 
     @property
     def is_main(self) -> bool:
@@ -30,13 +33,6 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
-
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether any process raises it; the same answer everywhere."""
-        if self.size == 1:
-            return list(flags)
-        raised = self.sum(torch.tensor([int(flag) for flag in flags], device=self.device))
-        return [bool(count) for count in raised.tolist()]
 
     def broadcast(self, value: str | None) -> str | None:
         """The main process's `value`, on every process."""
@@ -51,9 +47,45 @@ class World:
             dist.barrier()
 
 
+class Vote:
+    """Whether any process wants something, asked at every step and answered one step later.
+
+    The answer is the same everywhere, and nobody waits for it: it travels between hosts while the next step runs.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        # Over the hosts' network: asking a GPU would make the host wait for its step.
+        self._group: Any = None
+        if world.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=world.timeout_seconds))
+        self._raised = torch.zeros(1, dtype=torch.int64)
+        self._pending: dist.Work | None = None
+
+    def cast(self, wanted: bool) -> bool:
+        """Every process must call this at every step. A world of one has its answer at once."""
+        if self._world.size == 1:
+            return wanted
+        answer = self.close()
+        self._raised = torch.tensor([int(wanted)])
+        self._pending = dist.all_reduce(self._raised, group=self._group, async_op=True)
+        return answer
+
+    def close(self) -> bool:
+        """Wait for the answer that is under way, False if none is."""
+        if self._pending is None:
+            return False
+        self._pending.wait()
+        self._pending = None
+        return bool(self._raised)
+
+
 @contextmanager
-def start() -> Iterator[World]:
-    """Join the processes that torchrun started, or be the only one. Leaves the process group on exit."""
+def start(timeout_seconds: float = 600.0) -> Iterator[World]:
+    """Join the processes that torchrun started, or be the only one. Leaves the process group on exit.
+
+    A process that waits for another for `timeout_seconds` fails, and with it the job.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     on_gpu = torch.cuda.is_available()
@@ -63,8 +95,16 @@ def start() -> Iterator[World]:
     if size == 1:
         yield World(rank=0, size=1, device=device)
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=10))
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps the store when it begins its processes again, and with it the addresses of the dead ones. On
+        # several nodes the counts may differ; there, who met a dead one's address is begun again.
+        count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"restart-{count}", store)  # type: ignore[attr-defined]
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank=rank, size=size, device=device)
+        yield World(rank=rank, size=size, device=device, timeout_seconds=timeout_seconds)
     finally:
         dist.destroy_process_group()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,11 @@ class RunLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        row = {"kind": kind, "step": step, **values}
+        # JSON has no NaN: a mean over steps that were all skipped is null.
+        known = {
+            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()
+        }
+        row = {"kind": kind, "step": step, **known}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -70,38 +76,57 @@ class Meter:
     def reset(self) -> None:
         self.steps = 0
         self._images = 0
+        self._macs = 0
         self._wait_seconds = 0.0
-        self._by_rho: dict[float, list[float]] = {}  # rho -> steps, seconds, seconds of them spent waiting
+        self._by_rho: dict[float, _Level] = {}
         # Kept on the device: reading it would make the host wait for every step.
-        self._loss = torch.zeros((), device=self._world.device)
+        self._measured = torch.zeros(3, device=self._world.device)
         self._began = self._last = time.perf_counter()
 
-    def add(self, images: int, loss: Tensor, wait_seconds: float, rho: float) -> None:
-        """Count one step of this process: its images, its loss, how long it waited for its batch, and its rho."""
+    def add(self, images: int, measured: Tensor, wait_seconds: float, rho: float, macs: int) -> None:
+        """Count one step of this process.
+
+        Args:
+            images: how many it saw.
+            measured: loss, gradient norm and 1, or zeros where the step was skipped; see `pss.guard`.
+            wait_seconds: how long it waited for its batch.
+            rho: its share of patches.
+            macs: of one image's forward pass.
+        """
         now = time.perf_counter()
-        level = self._by_rho.setdefault(rho, [0, 0.0, 0.0])
-        for number, value in enumerate((1, now - self._last, wait_seconds)):
-            level[number] += value
+        level = self._by_rho.setdefault(rho, _Level(macs))
+        level.steps += 1
+        level.seconds += now - self._last
+        level.wait_seconds += wait_seconds
         self._last = now
         self.steps += 1
         self._images += images
+        self._macs += images * macs
         self._wait_seconds += wait_seconds
-        self._loss += loss.detach()
+        self._measured += measured
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self._began
 
     def summary(self) -> dict[str, float]:
-        """Over all processes (each must call this): mean loss, images per second, share of time waiting for data."""
+        """Over all processes (each must call this): mean loss and gradient norm, images per second, share of time
+        waiting for data. Means are NaN where all steps were skipped. Where the device's peak is known, also `mfu`:
+        the arithmetic done over what the device could do; a backward pass counts as two forward passes.
+        """
         seconds, size = max(self.seconds, 1e-9), self._world.size
-        means = torch.stack([self._loss, self._loss.new_tensor(self._wait_seconds)])
-        loss, wait = (self._world.sum(means) / size).tolist()
-        return {
-            "loss": loss / max(self.steps, 1),
+        sums = torch.cat((self._measured, self._measured.new_tensor([self._wait_seconds])))
+        loss, norm, good, wait = (self._world.sum(sums) / size).tolist()
+        row = {
+            "loss": loss / good if good else math.nan,
             "images_per_second": self._images * size / seconds,
             "data_wait": wait / seconds,
+            "grad_norm": norm / good if good else math.nan,
         }
+        peak = peak_tflops(self._world.device)
+        if peak is not None:
+            row["mfu"] = 6 * self._macs / seconds / (1e12 * peak)
+        return row
 
     def by_rho(self) -> dict[str, dict[str, float]]:
         """Of this process, for each rho: how many steps, milliseconds a step, and the share that was waiting for data.
@@ -109,6 +134,48 @@ class Meter:
         A step lasts from the end of the one before, so on a GPU, which runs behind the host, only averages mean much.
         """
         return {
-            f"{rho:g}": {"steps": steps, "ms_per_step": 1e3 * seconds / steps, "data_wait": wait / max(seconds, 1e-9)}
-            for rho, (steps, seconds, wait) in sorted(self._by_rho.items())
+            f"{rho:g}": {
+                "steps": level.steps,
+                "ms_per_step": 1e3 * level.seconds / level.steps,
+                "data_wait": level.wait_seconds / max(level.seconds, 1e-9),
+            }
+            for rho, level in sorted(self._by_rho.items())
         }
+
+    def saving(self) -> dict[str, float]:
+        """What the schedule saved of this process's time and of its arithmetic, against its steps at rho = 1.
+
+        `saved_time` and `saved_macs` are shares of what all steps would have taken at rho = 1, and `saved_share` is
+        the first over the second: 1 is all that the arithmetic allows. Empty where rho was 1 always, or never.
+        """
+        if 1.0 not in self._by_rho or len(self._by_rho) == 1:
+            return {}
+        levels, dense = self._by_rho.values(), self._by_rho[1.0]
+        time_share = sum(level.seconds for level in levels) / (self.steps * dense.seconds / dense.steps)
+        macs_share = sum(level.steps * level.macs for level in levels) / (self.steps * dense.macs)
+        return {
+            "saved_time": 1 - time_share,
+            "saved_macs": 1 - macs_share,
+            "saved_share": (1 - time_share) / (1 - macs_share),
+        }
+
+
+@dataclass
+class _Level:
+    """What a `Meter` sums for one rho."""
+
+    macs: int
+    steps: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+
+_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """What a GPU can do in bfloat16, dense, by its data sheet; None for what is not in the table, and for a CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -27,10 +28,11 @@ from pss.attention import gets_masks_right
 from pss.compiled import CompiledTrunk
 from pss.config import CompileConfig, Config
 from pss.console import TrainView
-from pss.dist import World
+from pss.dist import Vote, World
 from pss.evaluate import accuracy
+from pss.guard import Guard, skipping, update_average
 from pss.methods import Method, Phase, Progress
-from pss.metrics import Meter, RunLog
+from pss.metrics import Meter, RunLog, read_rows
 from pss.optim import build_optimizer
 from pss.version import __version__
 from pss.weights import Report, start_from
@@ -64,7 +66,10 @@ class Trainer:
         self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
         seed_generator(seed)  # the same on every process: they must begin with the same weights
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch).to(world.device)
-        saved = checkpoint.load_latest(output / "checkpoints")
+        self.method.model.checkpoint_activations = config.train.checkpoint_activations
+        self.moved: str | None = None
+        """Why a resumed run goes on from the end of an epoch, where its newest checkpoint is from the middle of one."""
+        saved = self._find_checkpoint()
         self.started_from: Report | None = None
         """What became of the weights that a new run starts from."""
         if saved is None and config.model.weights is not None:
@@ -73,9 +78,11 @@ class Trainer:
         self.mixing = build_mixing(config, len(classes), world.rank)
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
-        self._saved: dict[str, Any] | None = saved[0] if saved is not None else None
-        if self._saved is not None:
-            self._restore(self._saved)
+        self.guard = Guard(world.device, config.train.max_skipped)
+        self._macs: dict[float, int] = {}
+        self._saved = saved
+        if saved is not None:
+            self._restore(saved)
         self._last_save = time.monotonic()
 
     @property
@@ -91,9 +98,19 @@ class Trainer:
         """Train to the end and return the last epoch's row of the log."""
         main = self.world.is_main
         self.log = RunLog(self.output, resume_step=self.step) if main else None
+        self.writer = (
+            checkpoint.Writer(
+                self.output / "checkpoints",
+                keep=self.config.train.keep_checkpoints,
+                epoch_steps=self.steps_per_epoch,
+            )
+            if main
+            else None
+        )
         self.view = TrainView(total_steps=self.last_step, done_steps=self.step, epochs=self.epochs, enabled=main)
         self.row: dict[str, Any] = {}
         check_masks(self.world.device, self.view.say)
+        self.vote = Vote(self.world)
         try:
             with catch_signals() as stop:
                 first_epoch = 0
@@ -102,11 +119,43 @@ class Trainer:
                     if self.epoch < end_epoch and self.step < self.last_step:
                         self._run_phase(number, phase, first_epoch, stop)
                     first_epoch = end_epoch
+            self._finish()
         finally:
             self.view.close()
+            if self.writer is not None:
+                self.writer.close()
             if self.log is not None:
                 self.log.close()
         return self.row
+
+    def _finish(self) -> None:
+        """Nobody leaves before the last checkpoint is on the disk."""
+        self.vote.close()
+        if self.writer is not None:
+            self.writer.wait()
+            self._summarise()
+        self.world.barrier()
+
+    def _summarise(self) -> None:
+        """Write `summary.json`: the run in a few numbers, over all its epochs, however often it was resumed."""
+        epochs = read_rows(self.output, "epoch")
+        seconds = sum(row["train_seconds"] for row in epochs)
+        best = max(epochs, key=_score, default=None)
+        summary = {
+            "recipe": self.config.recipe,
+            "version": __version__,
+            "finished": self.step == self.total_steps,
+            "step": self.step,
+            "epoch": self.epoch,
+            "processes": self.world.size,
+            "train_seconds": seconds,
+            "skipped": self.guard.check(self.step),
+            "best": None if best is None else {"epoch": best["epoch"], "step": best["step"], "top1": _score(best)},
+            "last": epochs[-1] if epochs else None,
+        }
+        partial = self.output / "summary.partial"
+        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.output / "summary.json")
 
     def _run_phase(self, number: int, phase: Phase, first_epoch: int, stop: list[int]) -> None:
         self.phase = number
@@ -139,41 +188,64 @@ class Trainer:
             wait = time.perf_counter() - began
 
             at = Progress(self.step, self.total_steps, self.epoch, self.epochs, train.seed, world.rank)
-            # Dropout is then a function of (seed, step, rank), whatever else drew random numbers before.
-            seed_generator(train.seed, self.step, world.rank)
             self.lr_schedule.step_update(self.step - first_step)
             images, targets = self._inputs(batch)
-            with self.autocast:
-                out = engine(images, targets, at)
-            out["loss"].backward()
+            out = self._gradients(engine, images, targets, at)
+            norm = nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
+            skip, measured = self.guard.judge(out["loss"], norm)
+            skipping(self.optimizer, skip)
             if phase.optim.clip_grad is not None:
-                nn.utils.clip_grad_norm_(self.method.parameters(), phase.optim.clip_grad)
+                nn.utils.clip_grads_with_norm_(self.method.parameters(), phase.optim.clip_grad, norm)
             self.optimizer.step()
             self.method.after_optimizer(at)
             if self.ema is not None:
-                self.ema.update(self.method, step=self.step)
+                update_average(self.ema, self.method, self.step, skip)
             self.method.end_step(at)
             self.optimizer.zero_grad(set_to_none=True)
 
             self.step += 1
+            rho = self.method.rho(at)
             for m in (meter, epoch_meter):
-                m.add(len(images), out["loss"], wait, self.method.rho(at))
-            at_log = self.step % train.log_every_steps == 0
-            if at_log:
+                m.add(len(images), measured, wait, rho, self._cost(rho))
+            if self.step % train.log_every_steps == 0:
                 self._log_step(meter, at, out)
-            if at_log or world.size == 1:
-                due = time.monotonic() - self._last_save > 60 * train.checkpoint_every_minutes
-                stopping, saving = world.any(bool(stop), due and world.is_main)
-                if stopping or saving:
-                    self._save()
-                if stopping:
-                    raise Interrupted
+            stopping = self.vote.cast(bool(stop))
+            if stopping or time.monotonic() - self._last_save > 60 * train.checkpoint_every_minutes:
+                self._save()
+            if stopping:
+                self._finish()
+                raise Interrupted
         whole = self.step == (self.epoch + 1) * self.steps_per_epoch
         if whole:
             self._check_delivered()
             self.epoch += 1
         where = f"epoch {self.epoch}/{self.epochs}" if whole else f"step {self.step}/{self.total_steps}"
         self._end_epoch(epoch_meter, where)
+
+    def _gradients(self, engine: nn.Module, images: Tensor, targets: Tensor, at: Progress) -> dict[str, Tensor]:
+        """Forward and backward, in `train.accumulate` parts; returns the means of what the method returns for them.
+
+        A part draws the random numbers that the process would draw which had it as its batch, were there as many.
+        """
+        parts, sums = self.config.train.accumulate, dict[str, Tensor]()
+        for number, (some, their_targets) in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
+            rank = at.rank * parts + number
+            # Dropout is then a function of (seed, step, rank), whatever else drew random numbers before.
+            seed_generator(at.seed, at.step, rank)
+            last = number + 1 == parts
+            with nullcontext() if last or not isinstance(engine, DistributedDataParallel) else engine.no_sync():
+                with self.autocast:
+                    out: dict[str, Tensor] = engine(some, their_targets, replace(at, rank=rank))
+                self.guard.backward(out["loss"] / parts)
+            for name, value in out.items():
+                if value.ndim == 0:
+                    sums[name] = sums.get(name, 0) + value.detach() / parts
+        return sums
+
+    def _cost(self, rho: float) -> int:
+        if rho not in self._macs:
+            self._macs[rho] = self.method.cost(rho)
+        return self._macs[rho]
 
     def _check_delivered(self) -> None:
         """Every sample of the plan, each as often as planned, also where the epoch was resumed in the middle."""
@@ -192,23 +264,23 @@ class Trainer:
 
     def _log_step(self, meter: Meter, at: Progress, out: dict[str, Tensor]) -> None:
         summary = meter.summary()
-        if not np.isfinite(summary["loss"]):
-            raise ValueError(
-                f"the loss became {summary['loss']} within steps {self.step - meter.steps}-{self.step - 1}; "
-                "lower optim.lr, or set train.precision=fp32; the last checkpoint is from before"
-            )
+        skipped = self.guard.check(self.step)
         rho = self.method.rho(at)
         tokens = self.method.num_tokens(rho)
-        extra = {name: float(value) for name, value in out.items() if value.ndim == 0 and name != "loss"}
+        extra = {name: float(value) for name, value in out.items() if name != "loss"}
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         if self.log is not None:
-            self.log.write("step", self.step, epoch=at.epoch, rho=rho, tokens=tokens, lr=lr, **summary, **extra)
-        self.view.step(self.step, epoch=at.epoch, rho=rho, tokens=tokens, **summary)
+            self.log.write(
+                "step", self.step, epoch=at.epoch, rho=rho, tokens=tokens, lr=lr, skipped=skipped, **summary, **extra
+            )
+        self.view.step(self.step, epoch=at.epoch, rho=rho, tokens=tokens, skipped=skipped, **summary)
         meter.reset()
 
     def _end_epoch(self, meter: Meter, where: str) -> None:
         seconds, summary = meter.seconds, meter.summary()
-        row: dict[str, Any] = {"epoch": self.epoch, "train_seconds": seconds, **summary, **self._validate()}
+        skipped = self.guard.check(self.step)
+        row: dict[str, Any] = {"epoch": self.epoch, "train_seconds": seconds, **summary, **meter.saving()}
+        row |= {"skipped": skipped, **self._validate()}
         self.row = {"step": self.step, **row}
         if self.log is not None:
             delivered = f"{self.train_loader.delivered_hash:08x}"
@@ -217,8 +289,9 @@ class Trainer:
         self.view.say(
             f"{where}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  "
             f"top-1 {row['top1']:.2f} %{averaged}  {seconds:.1f} s  data wait {row['data_wait']:.0%}"
+            + (f"  {skipped} steps skipped so far" if skipped else "")
         )
-        self._save()
+        self._save(_score(row))
 
     def _validate(self) -> dict[str, float]:
         """Accuracy at rho = 1 of the weights and, where there is one, of their moving average."""
@@ -233,8 +306,8 @@ class Trainer:
             row[f"{prefix}val_loss"] = result.loss
         return row
 
-    def _save(self) -> None:
-        if self.world.is_main:
+    def _save(self, score: float | None = None) -> None:
+        if self.writer is not None:
             state = {
                 "version": __version__,
                 "config": asdict(self.config),
@@ -247,10 +320,43 @@ class Trainer:
                 "ema": None if self.ema is None else self.ema.module.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "loader": self.train_loader.state_dict(),
+                "skipped": self.guard.counts,
             }
-            checkpoint.save(self.output / "checkpoints", state, step=self.step, keep=self.config.train.keep_checkpoints)
-        self.world.barrier()
+            self.writer.save(state, step=self.step, score=score)
         self._last_save = time.monotonic()
+
+    def _find_checkpoint(self) -> dict[str, Any] | None:
+        """The state to go on from; None for a new run.
+
+        It is the newest whole checkpoint, or, where other processes or another loader go on, the newest of the end of
+        an epoch.
+        """
+        folder = self.output / "checkpoints"
+        found = checkpoint.load_latest(folder)
+        if found is None:
+            return None
+        state, _ = found
+        own = {
+            "processes": self.world.size,
+            "parts": self.config.train.accumulate,
+            "loader": self.train_loader.state_dict().get("backend"),
+        }
+        theirs = {
+            "processes": state["world_size"],
+            "parts": state["config"]["train"]["accumulate"],
+            "loader": state["loader"].get("backend"),
+        }
+        if own == theirs or state["step"] % self.steps_per_epoch == 0:
+            return state
+        found = checkpoint.load_latest(folder, lambda step: step % self.steps_per_epoch == 0)
+        changed = ", ".join(
+            f"{name} {theirs[name]} before and {own[name]} now" for name in own if own[name] != theirs[name]
+        )
+        back = found[0]["step"] if found is not None else 0
+        self.moved = (
+            f"{changed}: the run goes on from the end of an epoch, step {back}, and not from step {state['step']}"
+        )
+        return None if found is None else found[0]
 
     def _restore(self, saved: dict[str, Any]) -> None:
         if saved["classes"] != self.classes:
@@ -258,15 +364,20 @@ class Trainer:
                 f"the run in {self.output} was trained on {len(saved['classes'])} classes "
                 f"and the data has {len(self.classes)}, or other ones; resume with the data it began with"
             )
-        if saved["world_size"] != self.world.size:
-            raise ValueError(
-                f"the run in {self.output} was trained by {saved['world_size']} processes; resume it with as many"
-            )
-        self.train_loader.load_state_dict(saved["loader"])
+        loader = saved["loader"]
+        if "backend" in loader:
+            loader = loader | {"backend": self.train_loader.backend}
+        self.train_loader.load_state_dict(loader)
         self.method.load_state_dict(saved["method"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
         self.step, self.epoch = saved["step"], saved["epoch"]
+        self.guard.counts.copy_(saved["skipped"])
+
+
+def _score(row: dict[str, Any]) -> float:
+    """What the best checkpoint is best in: top-1 of the weights or of their average, whichever is higher."""
+    return max(float(row["top1"]), float(row.get("ema_top1", 0.0)))
 
 
 def check_masks(device: torch.device, say: Callable[[str], None]) -> None:

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pss import relpos, sampling
 from pss.attention import Attention, RelPos
@@ -190,6 +191,8 @@ class VisionTransformer(nn.Module):
                 block.attn.add_positions(rel_pos, self.grid_size)
         self.compiled_trunk: CompiledTrunk | None = None
         """Computes `trunk` in its place if it is set."""
+        self.checkpoint_activations = False
+        """Have each block computed once more in the backward pass, which then needs only what entered it."""
         # Angles as in timm's own ViTs with axial rotary embedding.
         self.rope: RotaryEmbeddingCat | None = None
         if rel_pos == "rope":
@@ -369,8 +372,9 @@ class VisionTransformer(nn.Module):
             (B, K, D).
         """
         positions = self.positions(kept)
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens = block(tokens, positions)
+            tokens = checkpoint(block, tokens, positions, use_reentrant=False) if again else block(tokens, positions)
         normed: Tensor = self.norm(tokens)
         return normed
 

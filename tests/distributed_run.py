@@ -1,12 +1,17 @@
 """Run under torchrun by test_distributed.py: train a few steps and tell what this rank saw.
 
-distributed_run.py DATA OUTPUT [SECTION.KEY=VALUE ...]
+distributed_run.py DATA OUTPUT [SECTION.KEY=VALUE ...] [nan=RANK:STEP] [kill=RANK:STEP] [hang=RANK:STEP]
+
+`nan` spoils the loss of a rank at a step, `kill` ends the rank there, once, and `hang` has it do nothing any more.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -18,10 +23,11 @@ from pss.train import Trainer
 
 def main() -> None:
     data, output = Path(sys.argv[1]), Path(sys.argv[2])
-    config = recipes.get("digits").with_settings(sys.argv[3:])
+    faults = dict(word.split("=") for word in sys.argv[3:] if "." not in word)
+    config = recipes.get("digits").with_settings([word for word in sys.argv[3:] if "." in word])
     torch.set_num_threads(1)
     seen: list[tuple[float, list[int]]] = []
-    with dist.start() as world:
+    with dist.start(config.train.timeout_seconds) as world:
         options = {
             "config": config.data, "batch_size": config.train.batch_size // world.size, "seed": config.train.seed,
             "rank": world.rank, "world_size": world.size, "loader": "torch", "num_workers": 0,
@@ -42,9 +48,25 @@ def main() -> None:
             return prepare(batch, epoch)
 
         trainer.prepare = record
+        forward = trainer.method.forward
+
+        def faulty(images, targets, at):
+            here = {name for name, where in faults.items() if where == f"{at.rank}:{at.step}"}
+            out = forward(images, targets, at)
+            if "nan" in here:
+                out["loss"] = out["loss"] * float("nan")
+            if "kill" in here and not (output / "killed").exists():
+                (output / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if "hang" in here:
+                time.sleep(1000)
+            return out
+
+        trainer.method.forward = faulty
         row = trainer.fit()
         digest = sum(float(p.double().abs().sum()) for p in trainer.method.parameters())
-        report = {"seen": seen, "row": row, "digest": digest, "num_val": loaders[1].num_samples}
+        report = {"seen": seen, "row": row, "digest": digest, "num_val": loaders[1].num_samples,
+                  "skipped": trainer.guard.check(0), "moved": trainer.moved}  # fmt: skip
         (output / f"rank{world.rank}.json").write_text(json.dumps(report))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import missing
 from safetensors.torch import load_file, save_file
 
 import cli.eval
@@ -20,6 +22,7 @@ import cli.train
 from cli.errors import run
 from pss import checkpoint
 from pss.metrics import read_rows
+from tools.crash_runs import crash
 
 ROOT = Path(__file__).parent.parent
 TINY = ["model.embed_dim=24", "model.depth=2", "train.batch_size=16", "train.num_workers=1", "optim.warmup_epochs=0"]
@@ -57,7 +60,9 @@ def trained(image_root, tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_promises(trained):
-    assert {path.name for path in trained.iterdir()} == {"config.json", "log.jsonl", "tensorboard", "checkpoints"}
+    assert {path.name for path in trained.iterdir()} == {
+        "config.json", "log.jsonl", "summary.json", "tensorboard", "checkpoints",
+    }  # fmt: skip
     epochs = read_rows(trained, "epoch")
     assert [row["epoch"] for row in epochs] == [1, 2]
     assert {"loss", "top1", "top5", "val_loss", "ema_top1", "data_wait", "images_per_second"} <= epochs[0].keys()
@@ -317,19 +322,72 @@ def test_stopped_after_an_epoch_and_resumed_is_bit_identical(image_root, tmp_pat
             assert weight.equal(resumed[part][name]), name
 
 
-def test_kill_9_and_sigterm_and_resume_end_bit_identical(image_root, tmp_path):
-    options = ["digits", "--data", image_root, "--loader", "torch", "--resume", *settings("train.epochs=30")]
-    launch("train", *options, "--output", tmp_path / "straight")
-    for number, expected in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)):
-        process = start("train", *options, "--output", tmp_path / "killed")
-        wait_for_new_checkpoint(process, tmp_path / "killed" / "checkpoints")
-        process.send_signal(number)
-        assert finish(process)[0] == expected
-    launch("train", *options, "--output", tmp_path / "killed")
-    states = [checkpoint.load_latest(tmp_path / name / "checkpoints")[0] for name in ("straight", "killed")]
+def test_sigterm_and_resume_auto_end_bit_identical(image_root, tmp_path):
+    options = ["digits", "--data", image_root, "--loader", "torch", *settings("train.epochs=30")]
+    launch("train", *options, "--resume", "auto", "--output", tmp_path / "straight")
+    process = start("train", *options, "--resume", "auto", "--output", tmp_path / "stopped")
+    wait_for_new_checkpoint(process, tmp_path / "stopped" / "checkpoints")
+    process.send_signal(signal.SIGTERM)
+    code, told = finish(process)
+    assert code == 75
+    assert "continue with --resume" in told
+    launch("train", *options, "--resume", "auto", "--output", tmp_path / "stopped")
+    states = [checkpoint.load_latest(tmp_path / name / "checkpoints")[0] for name in ("straight", "stopped")]
     for name, weight in states[0]["method"].items():
         assert weight.equal(states[1]["method"][name]), name
-    assert [row["epoch"] for row in read_rows(tmp_path / "killed", "epoch")] == list(range(1, 31))
+    assert [row["epoch"] for row in read_rows(tmp_path / "stopped", "epoch")] == list(range(1, 31))
+
+
+def test_a_run_killed_at_random_moments_ends_bit_identical(image_root, tmp_path):
+    """`tools.crash_runs` does it 20 times, with each loader."""
+    done = crash(image_root, tmp_path, loader="torch", kills=3, epochs=60, seconds=0.5)
+    assert done.differing == ()
+    assert len(done.at_steps) == 3
+
+
+def test_another_loader_goes_on_from_the_end_of_an_epoch_and_says_so(converted_root, tmp_path, capsys):
+    """Three steps an epoch: stopped at step 5, it goes on from step 3."""
+    if missing("dali"):
+        pytest.skip(missing("dali"))
+    chosen = ["train.epochs=3", "train.keep_checkpoints=1"]
+    assert train(converted_root, tmp_path / "run", *chosen, "train.max_steps=5") in (0, None)
+    folder = tmp_path / "run" / "checkpoints"
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder)] == [5, 3]
+    options = ("--loader", "dali", "--resume")
+    assert train(converted_root, tmp_path / "run", *chosen, options=options) in (0, None)
+    told = capsys.readouterr().err
+    assert (
+        "loader torch before and dali now: the run goes on from the end of an epoch, step 3, and not from step 5"
+        in told
+    )
+    assert "continuing at step 3" in told
+    assert checkpoint.load_latest(folder)[0]["step"] == 9
+    # At the end of an epoch there is nothing to say; before the first one, the run begins again.
+    for stop, begin in ((3, "continuing at step 3"), (2, "starting")):
+        output = tmp_path / f"stopped-{stop}"
+        assert train(converted_root, output, *chosen, f"train.max_steps={stop}") in (0, None)
+        assert train(converted_root, output, *chosen, options=options) in (0, None)
+        told = capsys.readouterr().err
+        assert f"digits: {begin}, " in told
+        assert ("goes on from the end of an epoch, step 0" in told) == (stop == 2)
+
+
+def test_a_full_disk_ends_a_run_in_one_sentence_and_nothing_is_lost(capsys, image_root, tmp_path):
+    output, options = tmp_path / "run", ("--loader", "torch", "--resume")
+    assert train(image_root, output, "train.epochs=2", "train.max_steps=3") in (0, None)
+    folder = output / "checkpoints"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        assert train(image_root, output, "train.epochs=2", options=options) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: the checkpoint of step 6 cannot be written to {folder} (File too large; "), last
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert train(image_root, output, "train.epochs=2", options=options) in (0, None)
+    assert checkpoint.load_latest(folder)[0]["step"] == 6
 
 
 def wait_for_new_checkpoint(process, folder):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,12 +22,22 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def launch(processes, data, output, *settings):
-    command = [sys.executable]
+def torchrun(*options):
+    return [sys.executable, "-m", "torch.distributed.run", *options]
+
+
+def script(data, output, *settings):
+    return [str(HERE / "distributed_run.py"), str(data), str(output), *SETTINGS, *settings]
+
+
+environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+
+
+def launch(processes, data, output, *settings, restarts=0):
+    begin = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(HERE / "distributed_run.py"), str(data), str(output), *SETTINGS, *settings]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+        begin = torchrun("--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}")
+    command = begin + script(data, output, *settings)
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(processes)]
@@ -76,3 +88,92 @@ def test_two_processes_resume_bit_identically(image_root, runs, tmp_path):
     assert resumed["step"] == straight["step"] == 9
     for name, weight in straight["method"].items():
         assert torch.equal(resumed["method"][name], weight), name
+
+
+def assert_same_weights(left, right):
+    states = [checkpoint.load_latest(folder / "checkpoints")[0] for folder in (left, right)]
+    assert states[0]["step"] == states[1]["step"]
+    for name, weight in states[0]["method"].items():
+        assert torch.equal(states[1]["method"][name], weight), name
+
+
+RANDOM = ["model.drop_path_rate=0.2", "model.sort=random"]
+
+
+def test_one_process_in_two_parts_is_two_processes_and_both_skip_what_one_cannot_compute(image_root, tmp_path):
+    """Random numbers included: a part draws those of the process that it stands for."""
+    (one,) = launch(1, image_root, tmp_path / "one", *RANDOM, "train.accumulate=2", "nan=1:4")
+    two = launch(2, image_root, tmp_path / "two", *RANDOM, "nan=1:4")
+    assert [report["skipped"] for report in (one, *two)] == [1, 1, 1]
+    assert two[0]["digest"] == two[1]["digest"]
+    states = [checkpoint.load_latest(tmp_path / name / "checkpoints")[0] for name in ("one", "two")]
+    for name, weight in states[0]["method"].items():
+        torch.testing.assert_close(states[1]["method"][name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_other_processes_go_on_from_the_end_of_an_epoch_and_say_so(image_root, runs, tmp_path):
+    output, _, _ = runs
+    launch(2, image_root, tmp_path, "train.max_steps=4")
+    (one,) = launch(1, image_root, tmp_path)
+    assert one["moved"] == (
+        "processes 2 before and 1 now: the run goes on from the end of an epoch, step 3, and not from step 4"
+    )
+    assert len(one["seen"]) == 6
+    states = [checkpoint.load_latest(folder / "checkpoints")[0] for folder in (output / "one", tmp_path)]
+    for name, weight in states[0]["method"].items():
+        torch.testing.assert_close(states[1]["method"][name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_a_dead_rank_ends_the_job_and_torchrun_begins_it_again(image_root, runs, tmp_path):
+    output, _, _ = runs
+    launch(2, image_root, tmp_path, "kill=1:5", restarts=1)
+    assert (tmp_path / "killed").exists()
+    assert_same_weights(output / "two", tmp_path)
+
+
+def test_a_rank_that_hangs_ends_the_job_within_the_timeout(image_root, tmp_path):
+    """Without torchrun, which would end the others by itself."""
+    processes = []
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for rank in range(2):
+        own = environment | meet | {"RANK": str(rank)}
+        command = [sys.executable, *script(image_root, tmp_path, "train.timeout_seconds=4", "hang=1:4")]
+        processes.append(subprocess.Popen(command, env=own, stderr=subprocess.PIPE, text=True))
+    try:
+        _, told = processes[0].communicate(timeout=120)
+        assert processes[0].returncode not in (0, None)
+        assert "imed out" in told or "imeout" in told
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+    assert checkpoint.load_latest(tmp_path / "checkpoints")[0]["step"] == 3
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def test_two_nodes_are_two_processes(image_root, runs, tmp_path):
+    """The line of docs/cluster.md, with both nodes on this machine."""
+    output, _, _ = runs
+    guide = (HERE.parent / "docs" / "cluster.md").read_text()
+    line = next(line for line in guide.splitlines() if line.startswith("torchrun --nnodes 2 "))
+    options, _, _ = line.removeprefix("torchrun ").partition(" -m cli.train")
+    words = options.replace("--nproc-per-node 8", "--nproc-per-node 1").replace(
+        "NODE0:29400", f"127.0.0.1:{free_port()}"
+    )
+    command = torchrun(*words.split()) + script(image_root, tmp_path)
+    agents = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        for _ in range(2)
+    ]
+    try:
+        told = [agent.communicate(timeout=150)[1] for agent in agents]
+        assert [agent.returncode for agent in agents] == [0, 0], told
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+    assert_same_weights(output / "two", tmp_path)

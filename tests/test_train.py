@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import signal
 
@@ -166,8 +167,113 @@ def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_steps(tmp_path):
-    with pytest.raises(ValueError, match=r"steps \d+-\d+; lower optim.lr"):
+    with pytest.raises(ValueError, match=r"not finite in \d+ steps in a row, up to step \d+; .* lower optim.lr"):
         trainer(tmp_path, "optim.lr=1e30", "optim.warmup_epochs=0", "optim.clip_grad=none").fit()
+
+
+def spoil(run, steps, how="nan"):
+    """Have the loss be no number at `steps`; `inf` leaves its gradients as they are."""
+    original = run.method.forward
+
+    def forward(images, targets, at):
+        out = original(images, targets, at)
+        if at.step in steps:
+            out["loss"] = out["loss"] * float("nan") if how == "nan" else out["loss"] + float("inf")
+        return out
+
+    run.method.forward = forward
+    return run
+
+
+@pytest.mark.parametrize("how", ["nan", "inf"])
+def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(tmp_path, how):
+    for name in ("before", "after", "resumed"):
+        (tmp_path / name).mkdir()
+    trainer(tmp_path / "before", "train.max_steps=7").fit()
+    spoil(trainer(tmp_path / "after", "train.max_steps=8"), {7}, how).fit()
+    before, after = (final_state(tmp_path / name) for name in ("before", "after"))
+    assert (before["step"], after["step"]) == (7, 8)
+    for part in ("method", "ema"):
+        assert_same(before[part], after[part])
+    assert_same(before["optimizer"]["state"], after["optimizer"]["state"])
+    assert after["skipped"].tolist()[:2] == [1, 1]
+    rows = read_rows(tmp_path / "after", "step")
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1]
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in rows)
+
+    spoil(trainer(tmp_path / "after"), {7, 12, 13}, how).fit()  # goes on, with the count
+    assert final_state(tmp_path / "after")["skipped"].tolist()[:2] == [3, 0]
+    assert [row["loss"] for row in read_rows(tmp_path / "after", "step")][6] is None  # steps 12 and 13
+    assert json.loads((tmp_path / "after" / "summary.json").read_text())["skipped"] == 3
+    spoil(trainer(tmp_path / "resumed"), {7, 12, 13}, how).fit()
+    assert_same(final_state(tmp_path / "resumed")["method"], final_state(tmp_path / "after")["method"])
+
+
+def test_steps_without_a_finite_loss_in_a_row_stop_the_run(tmp_path):
+    for name in ("before", "broken", "spread"):
+        (tmp_path / name).mkdir()
+    trainer(tmp_path / "before", "train.max_steps=6").fit()
+    with pytest.raises(ValueError, match=r"not finite in 6 steps in a row, up to step 12; .*model\.weights=RUN"):
+        spoil(trainer(tmp_path / "broken", "train.max_skipped=5"), range(6, 20)).fit()
+    broken = final_state(tmp_path / "broken")
+    assert broken["step"] == 10
+    assert_same(broken["method"], final_state(tmp_path / "before")["method"])
+    # Over in between two rows of the log, it counts all the same; four and four are not five.
+    with pytest.raises(ValueError, match=r"not finite in 3 steps in a row"):
+        spoil(trainer(tmp_path / "spread", "train.max_skipped=3", "train.log_every_steps=20"), {1, 2, 3}).fit()
+    few = spoil(trainer(tmp_path / "spread", "train.max_skipped=5"), {1, 2, 3, 4, 6, 7, 8, 9})
+    few.fit()
+    assert few.guard.check(20) == 8
+
+
+def test_a_batch_in_parts_is_a_batch(tmp_path):
+    still = ["loss.mixup=0", "loss.cutmix=0", "model.drop_path_rate=0", "data.flip=0", "model.sort=magnitude"]
+    states = []
+    for parts in (1, 2, 4):
+        (tmp_path / str(parts)).mkdir()
+        trainer(tmp_path / str(parts), *still, f"train.accumulate={parts}").fit()
+        states.append(final_state(tmp_path / str(parts))["method"])
+        rows = read_rows(tmp_path / str(parts), "step")
+        assert rows[3]["loss"] == pytest.approx(read_rows(tmp_path / "1", "step")[3]["loss"], abs=1e-5)
+    for other in states[1:]:
+        for name, weight in states[0].items():
+            torch.testing.assert_close(other[name], weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_activations_computed_twice_train_to_the_bit(tmp_path, uninterrupted, compiling):
+    settings = [*COMPILED, "train.epochs=1", "model.drop_path_rate=0"] if compiling else []
+    expected = uninterrupted
+    if compiling:
+        (tmp_path / "once").mkdir()
+        trainer(tmp_path / "once", *settings).fit()
+        expected = final_state(tmp_path / "once")
+    (tmp_path / "twice").mkdir()
+    run = trainer(tmp_path / "twice", "train.checkpoint_activations=true", *settings)
+    calls = []
+    if not compiling:
+        run.method.model.blocks[0].register_forward_pre_hook(lambda block, _: calls.append(block.training))
+    run.fit()
+    assert compiling or calls.count(True) == 2 * 20
+    for name, weight in expected["method"].items():
+        torch.testing.assert_close(final_state(tmp_path / "twice")["method"][name], weight, rtol=0, atol=0)
+
+
+def test_the_summary_says_how_it_ended(tmp_path):
+    trainer(tmp_path, "train.max_steps=5").fit()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["finished"], summary["step"], summary["epoch"]) == (False, 5, 1)
+    run = trainer(tmp_path)
+    row = run.fit()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["finished"], summary["step"], summary["skipped"]) == (True, 20, 0)
+    rows = read_rows(tmp_path, "epoch")
+    assert summary["train_seconds"] == pytest.approx(sum(row["train_seconds"] for row in rows))
+    assert summary["best"]["top1"] == max(max(row["top1"], row["ema_top1"]) for row in rows)
+    assert summary["last"]["top1"] == row["top1"]
+    low, middle, dense = map(run.method.cost, (0.2, 0.6, 1.0))
+    assert row["saved_macs"] == pytest.approx(1 - (low + 2 * middle + 2 * dense) / (5 * dense))
+    assert row["saved_share"] == pytest.approx(row["saved_time"] / row["saved_macs"])
 
 
 def test_a_loader_that_ends_early_is_an_error(tmp_path):

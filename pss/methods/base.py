@@ -121,7 +121,10 @@ class Method(nn.Module):
         return [group for group in groups if group["params"]]
 
     def after_optimizer(self, at: Progress) -> None:
-        """Called right after the optimizer step, before the moving average (to re-apply weight masks, say)."""
+        """Called right after the optimizer step, before the moving average (to re-apply weight masks, say).
+
+        Also where the step was skipped because its gradients were not finite.
+        """
 
     def end_step(self, at: Progress) -> None:
         """Called last in a step, while the averaged gradients are still there (to move masks, say)."""
