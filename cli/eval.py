@@ -52,7 +52,9 @@ def evaluate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for rho.json, rho.csv and rho.png (default: the run's, or what runs share)."),
+        typer.Option(
+            help="Folder for report.html and rho.json, .csv and .png (default: the run's, or what runs share)."
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="Which split to evaluate on.")] = "val",
     loader: Annotated[Literal["auto", "dali", "ffcv", "torch"], typer.Option(help="What decodes the images.")] = "auto",
@@ -110,7 +112,7 @@ def evaluate(
         raise ValueError("--export needs one ρ, as in --rho 0.6, or --dynamic")
 
     import pipelines
-    from pss import dist, sweep
+    from pss import dist, report, sweep
     from pss.runs import open_run
 
     if export is not None:
@@ -152,7 +154,11 @@ def evaluate(
                 folder = output or sweep.default_output(loaded)
                 sweep.write(found.rows, folder)
                 sweep.show(found.rows)
-                typer.echo(f"wrote {folder / 'rho.json'}, rho.csv and rho.png", err=True)
+                with_report = report.available()
+                if with_report:
+                    report.write(found, loaded, names, folder / "report.html")
+                last = "rho.png and report.html" if with_report else f"and rho.png; {report.MISSING}"
+                typer.echo(f"wrote {folder / 'rho.json'}, rho.csv, {last}", err=True)
                 if push is not None:
                     write_model(loaded[0], names[0], found.rows, push)
             world.barrier()

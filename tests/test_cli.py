@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import cli.eval
 import cli.train
+import pss.report
 from cli.errors import run
 from pss import checkpoint
 from pss.metrics import read_rows
@@ -78,7 +80,15 @@ def test_eval_writes_table_rows_and_picture(trained, image_root, tmp_path, capsy
     assert [(row["rho"], row["tokens"], row["num_images"]) for row in rows] == [(1.0, 17, 23), (0.5, 8, 23)]
     assert rows[0]["top1"] == pytest.approx(read_rows(trained, "epoch")[-1]["top1"], abs=1e-3)
     assert (tmp_path / "rho.png").exists()
+    assert (tmp_path / "report.html").exists() == (find_spec("plotly") is not None)
     assert "GFLOPs" in capsys.readouterr().out
+
+
+def test_eval_says_what_the_report_needs(trained, image_root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pss.report, "find_spec", lambda name: None)
+    call(cli.eval.app, trained, "--data", image_root, "--rho", "1", "--output", tmp_path, "--loader", "torch")
+    assert "pip install 'patch-sampling-schedule[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_accuracy_does_not_depend_on_batch_size_or_loader(trained, image_root, tmp_path):

@@ -2,6 +2,7 @@
 # Make .venv with everything pss uses. Safe to run again: it does nothing when .venv is up to date.
 #   PSS_PYTHON   the interpreter to use (default: the first of python3, python3.13, python3.12, python3.11 that is new enough)
 #   PSS_NO_APT=1 never call apt-get
+#   CI           set: install Chromium too (300 MB), in which a test opens the report; it is skipped where there is none
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -43,6 +44,11 @@ fi
 if ! headers_present; then
   say "installing the OpenCV and TurboJPEG headers that FFCV compiles against"
   apt g++ pkg-config libopencv-dev libturbojpeg0-dev python3-dev || true
+fi
+
+if [ -n "${CI:-}" ] && ! command -v chromium >/dev/null; then
+  say "installing Chromium for the test of the report"
+  apt chromium fonts-dejavu-core || true
 fi
 
 if ! .venv/bin/python -c 'import pip' 2>/dev/null; then "$python" -m venv --clear .venv; fi

@@ -1,0 +1,172 @@
+"use strict";
+const report = JSON.parse(document.getElementById("data").textContent);
+const get = (id) => document.getElementById(id);
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const colour = (number) => { const all = style("--series").split(/\s+/); return all[number % all.length]; };
+const symbols = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"];
+
+function element(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+function layout(more) {
+  const axis = { gridcolor: style("--line"), zeroline: false, automargin: true, fixedrange: true, linecolor: style("--line") };
+  return {
+    margin: { l: 44, r: 12, t: 10, b: 36 },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: "system-ui, sans-serif", size: 13, color: style("--ink") },
+    hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") } },
+    showlegend: report.runs.length > 1,
+    legend: { orientation: "h", y: -0.2, font: { size: 12 } },
+    hovermode: "closest",
+    ...more,
+    xaxis: { ...axis, ...(more.xaxis || {}) },
+    yaxis: { ...axis, ...(more.yaxis || {}) },
+  };
+}
+
+const draw = (id, traces, more) =>
+  Plotly.react(get(id), traces, layout(more || {}), { responsive: true, displayModeBar: false });
+
+// Accuracy against cost.
+const inMega = Math.max(...report.rows.map((row) => row.gflops)) < 0.1;
+const flops = inMega ? "MFLOPs" : "GFLOPs";
+get("cost-title").textContent = `${flops} per image`;
+
+function drawCosts() {
+  const charts = [
+    ["throughput", "images_per_second", "images/s", ",.0f", 1],
+    ["cost", "gflops", flops, ",.3~f", inMega ? 1000 : 1],
+    ["loader", "images_per_second_with_loader", "images/s", ",.0f", 1],
+    ["latency", "latency_ms", "ms", ",.3~f", 1],
+  ];
+  for (const [id, key, unit, form, factor] of charts) {
+    const traces = report.runs.map((run, number) => {
+      const rows = report.rows.filter((row) => row.run === run.name).sort((a, b) => a.rho - b.rho);
+      const at = (name) => rows.map((row) => factor * row[name]);
+      const trace = {
+        name: run.name, mode: "lines+markers", x: at(key), y: rows.map((row) => row.top1),
+        customdata: rows.map((row) => [row.rho, row.tokens, row[`${key}_low`], row[`${key}_high`]]),
+        line: { color: colour(number), width: 2 }, marker: { symbol: symbols[number % symbols.length], size: 8 },
+        hovertemplate: `<b>ρ %{customdata[0]:.3~g}</b> · %{customdata[1]} tokens<br>top-1 %{y:.2f} %<br>%{x:${form}} ${unit}` +
+          (key === "gflops" ? "" : `<br>(%{customdata[2]:${form}} to %{customdata[3]:${form}})`) + "<extra>%{fullData.name}</extra>",
+      };
+      if (key !== "gflops") {
+        trace.error_x = {
+          type: "data", symmetric: false, thickness: 1, width: 3,
+          array: rows.map((row) => row[`${key}_high`] - row[key]), arrayminus: rows.map((row) => row[key] - row[`${key}_low`]),
+        };
+      }
+      return trace;
+    });
+    draw(id, traces, { yaxis: { ticksuffix: " %" } });
+  }
+}
+
+function fillTable() {
+  const line = (tag, cells) => element("tr", {}, ...cells.map((text) => element(tag, { textContent: text })));
+  get("rows").append(
+    element("thead", {}, line("th", report.table.headings)),
+    element("tbody", {}, ...report.table.cells.map((cells) => line("td", cells))),
+  );
+}
+
+// The gallery, and the map below it.
+const order = report.runs[0].rhos.map((rho, place) => [rho, place]).sort((a, b) => a[0] - b[0]).map((pair) => pair[1]);
+const chosen = () => ({ run: report.runs[get("run").value], place: order[get("rho").value] });
+
+function buildGallery() {
+  const { run } = chosen();
+  const [height, width] = run.grid;
+  get("gallery").replaceChildren(...run.pictures.map((picture) => {
+    const image = element("img", { src: picture.source, alt: picture.label });
+    image.onload = () => image.classList.toggle("small", image.naturalWidth <= 64);
+    const veil = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    veil.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    veil.append(document.createElementNS("http://www.w3.org/2000/svg", "path"));
+    return element("figure", { className: "card" },
+      element("div", { className: "frame" }, image, veil),
+      element("figcaption", {}, element("div", { className: "answer" }), element("div", { className: "label", textContent: `labelled ${picture.label}` })));
+  }));
+}
+
+function showRho() {
+  const { run, place } = chosen();
+  const [height, width] = run.grid;
+  const patches = height * width;
+  const rho = run.rhos[place];
+  [...get("gallery").children].forEach((card, number) => {
+    const view = run.pictures[number].views[place];
+    const kept = new Set(view.kept);
+    let path = "";
+    for (let patch = 0; patch < patches; patch++)
+      if (!kept.has(patch)) path += `M${patch % width} ${Math.floor(patch / width)}h1v1h-1z`;
+    card.querySelector("path").setAttribute("d", path);
+    const [prediction, chance] = view.top[0];
+    const right = prediction === run.pictures[number].label;
+    const answer = card.querySelector(".answer");
+    answer.className = `answer ${right ? "right" : "wrong"}`;
+    answer.textContent = `${right ? "✓" : "✗"} ${prediction} ${percent(chance)}`;
+    answer.title = view.top.map(([name, share]) => `${name} ${percent(share)}`).join("\n");
+    Object.assign(card.dataset, { kept: view.kept.length, prediction, probability: chance });
+  });
+  get("state").textContent =
+    `ρ ${+rho.toPrecision(3)}: ${run.kept[place]} of ${patches} patches, ${run.tokens[place]} tokens`;
+  drawMap(run, place);
+}
+
+function drawMap(run, place) {
+  const [height, width] = run.grid;
+  const shares = run.frequencies[place];
+  const z = Array.from({ length: height }, (_, row) => shares.slice(row * width, (row + 1) * width));
+  const low = Math.min(...shares), high = Math.max(...shares);
+  get("map-title").textContent = `ρ ${+run.rhos[place].toPrecision(3)}, share of all images that keep the patch: ` +
+    `${percent(low)} to ${percent(high)}`;
+  draw("map", [{
+    type: "heatmap", z, zmin: low === high ? 0 : low, zmax: high, colorscale: "Cividis", xgap: 1, ygap: 1,
+    hovertemplate: "row %{y}, column %{x}<br>kept in %{z:.1%} of the images<extra></extra>",
+    colorbar: { tickformat: ".0%", thickness: 12, outlinewidth: 0 },
+  }], {
+    showlegend: false,
+    margin: { l: 10, r: 10, t: 10, b: 10 },
+    xaxis: { visible: false, constrain: "domain" }, yaxis: { visible: false, autorange: "reversed", scaleanchor: "x", constrain: "domain" },
+  });
+}
+
+// Training curves.
+const trained = report.runs.some((run) => run.training);
+
+function drawTraining() {
+  if (!trained) return;
+  const axis = document.querySelector("input[name=axis]:checked").value;
+  for (const key of ["loss", "val_loss", "top1"]) {
+    const traces = report.runs.map((run, number) => run.training && {
+      name: run.name, mode: key === "loss" ? "lines" : "lines+markers", x: run.training[key][axis], y: run.training[key].values,
+      line: { color: colour(number), width: 2 }, marker: { symbol: symbols[number % symbols.length], size: 4 },
+      hovertemplate: `${axis === "steps" ? "step %{x:,}" : "%{x:.3~g} h"}<br>%{y:.4~g}<extra>%{fullData.name}</extra>`,
+    }).filter(Boolean);
+    draw(key, traces, { xaxis: { title: { text: axis, standoff: 4 }, nticks: 6 } });
+  }
+}
+
+function drawAll() {
+  drawCosts();
+  showRho();
+  drawTraining();
+}
+
+get("run").append(...report.runs.map((run, number) => element("option", { value: number, textContent: run.name })));
+get("run-label").hidden = report.runs.length < 2;
+get("rho").max = order.length - 1;
+get("rho").value = order.length - 1;
+get("training").hidden = !trained;
+get("rho").addEventListener("input", showRho);
+get("run").addEventListener("change", () => { buildGallery(); showRho(); });
+document.querySelectorAll("input[name=axis]").forEach((radio) => radio.addEventListener("change", drawTraining));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+fillTable();
+buildGallery();
+drawAll();
