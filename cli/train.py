@@ -33,6 +33,7 @@ _MAY_DIFFER = (
     "train.accumulate",
     "train.checkpoint_activations",
 )
+_DOCTOR_SECONDS = 5.0
 _STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "run again"
 
 
@@ -75,6 +76,10 @@ def train(
         bool,
         typer.Option("--plan", help="Train nothing; show rho, costs and what the loader must deliver."),
     ] = False,
+    doctor: Annotated[
+        bool,
+        typer.Option("--doctor", help="Train nothing; measure whether the model or the loader bounds each rho."),
+    ] = False,
     loader_rate: Annotated[
         float | None, typer.Option(help="Images per second a node decodes: simulates the run on it.")
     ] = None,
@@ -94,6 +99,9 @@ def train(
         return
     if loader_rate is not None or gpu_rate is not None or (gpus, nodes) != (1, 1):
         raise ValueError("--loader-rate, --gpu-rate, --gpus and --nodes are for --plan; add it, or leave them out")
+    if doctor:
+        _doctor(config, data, loader)
+        return
     if data is None or output is None:
         missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
         raise ValueError(f"give {' and '.join(missing)}; only --plan needs neither")
@@ -206,6 +214,44 @@ def _plan(
         show_machine(config, planned, gpus=gpus, nodes=nodes, loader_rate=loader_rate, gpu_rate=gpu_rate)
     else:
         typer.echo("\n--loader-rate says how a loader keeps up with it (see tools.bench_loader), on --gpus and --nodes")
+
+
+def _doctor(config: Config, data: Path | None, loader: Any) -> None:
+    """Measure both sides on one process; of the loader the batches that it would deliver."""
+    if data is None:
+        raise ValueError("--doctor measures the loader; give --data")
+    import pipelines
+    from cli.doctor import show
+    from pipelines.probe import images_per_second
+    from pss import dist
+    from pss.doctor import diagnose, measure_training
+    from pss.plan import plan
+
+    dataset = pipelines.open_dataset(data)
+    planned = plan(config, num_images=sum(dataset.per_class["train"]), num_classes=len(dataset.classes))
+    with dist.start() as world:
+        if world.size > 1:
+            raise ValueError("--doctor looks at one process; run it without torchrun")
+        if loader == "auto":
+            loader, _ = _choose_loader(data, None, config, world)
+        built = pipelines.build(
+            data,
+            "train",
+            train=True,
+            loader=loader,
+            config=config.data,
+            batch_size=config.train.batch_size // config.train.accumulate,
+            seed=config.train.seed,
+            device=str(world.device),
+            num_workers=config.train.num_workers,
+        )
+        try:
+            loader_rate = images_per_second(built, _DOCTOR_SECONDS)
+        finally:
+            built.close()
+        rates = measure_training(config, planned, len(dataset.classes), world.device)
+    found = diagnose(config, planned, rates, loader_rate)
+    show(config, planned, found, backend=built.backend, device=str(world.device))
 
 
 def _choose_loader(data: Path, resumed: Path | None, config: Config, world: World) -> tuple[Any, str]:

@@ -112,6 +112,16 @@ def test_auto_says_what_it_took_and_a_resumed_run_keeps_it(trained, image_root, 
     assert "--loader auto: torch (the run began with it)" in capsys.readouterr().err
 
 
+def test_the_doctor_measures_and_trains_nothing(capsys, image_root, monkeypatch):
+    monkeypatch.setattr(cli.train, "_DOCTOR_SECONDS", 0.2)
+    options = ["--data", image_root, "--loader", "torch", *settings()]
+    assert call(cli.train.app, "digits", "--doctor", *options) in (0, None)
+    told = capsys.readouterr().out
+    assert "torch loader alone" in told
+    assert told.count("model") + told.count("loader\n") >= 3
+    assert "give --data" in mistake(capsys, cli.train.app, "digits", "--doctor")
+
+
 def test_list_shows_every_recipe(capsys):
     assert call(cli.train.app, "--list") == 0
     assert "deit-s-224" in capsys.readouterr().out

@@ -56,7 +56,7 @@ def crash(data: Path, work: Path, *, loader: str, kills: int, epochs: int, secon
         loader: dali, ffcv or torch.
         kills: how often to kill; the run must be long enough for all of them.
         epochs: the length of the run.
-        seconds: each kill comes at a random moment up to so long after the run has begun, or gone on.
+        seconds: each kill comes at a random moment up to so long after the first new checkpoint.
         seed: of the moments.
     """
     draw = random.Random(seed)
@@ -67,8 +67,9 @@ def crash(data: Path, work: Path, *, loader: str, kills: int, epochs: int, secon
     folder = work / "killed" / "checkpoints"
     while_writing, steps = 0, []
     for _ in range(kills):
+        before = set(folder.glob("step-*"))
         process = _start(options, work / "killed")
-        _wait_until_it_trains(process)
+        _wait_for_progress(process, folder, before)
         time.sleep(draw.uniform(0, seconds))
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -111,19 +112,15 @@ def _start(options: list[str], output: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def _wait_until_it_trains(process: subprocess.Popen[str]) -> None:
-    assert process.stderr is not None
-    began, told = time.monotonic(), []
-    while time.monotonic() - began < _START_SECONDS:
-        line = process.stderr.readline()
-        if line.startswith("digits: "):
-            return
-        told.append(line)
-        if not line:
-            break
-    process.kill()
-    process.communicate()
-    raise ValueError(f"the run did not begin to train: {''.join(told)}")
+def _wait_for_progress(process: subprocess.Popen[str], folder: Path, before: set[Path]) -> None:
+    """Until there is a checkpoint that was not there before."""
+    began = time.monotonic()
+    while set(folder.glob("step-*")) <= before:
+        if process.poll() is not None or time.monotonic() - began > _START_SECONDS:
+            process.kill()
+            _, told = process.communicate()
+            raise ValueError(f"the run did not get on: {told}")
+        time.sleep(0.01)
 
 
 def _finish(process: subprocess.Popen[str]) -> None:
@@ -136,7 +133,7 @@ def main(
     loader: Annotated[str, typer.Option(help="dali, ffcv or torch.")] = "torch",
     kills: Annotated[int, typer.Option(help="How often to kill.", min=1)] = 20,
     epochs: Annotated[int, typer.Option(help="Length of the run.")] = 14,
-    seconds: Annotated[float, typer.Option(help="Latest moment of a kill, after the run has begun.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="Latest moment of a kill, after the first new checkpoint.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
 ) -> None:
     """Kill a run again and again, and see that it ends as if nothing had been."""
