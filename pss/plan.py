@@ -12,7 +12,6 @@ import torch
 from pss.config import Config
 from pss.flops import macs
 from pss.methods.sampled import build_schedule
-from pss.sampling import num_kept_tokens
 from pss.schedules import Fixed, Schedule
 from pss.vit import create_model
 
@@ -105,7 +104,7 @@ def plan(config: Config, *, num_images: int = IMAGENET_IMAGES, num_classes: int 
             Level(
                 rho,
                 count / total_steps,
-                num_kept_tokens(rho, model.num_patches, model.num_prefix_tokens),
+                model.num_kept_tokens(rho),
                 macs(model, rho),
             )
             for rho, count in counts.items()

@@ -38,6 +38,13 @@ def test_the_published_cycle_saves_what_was_published(settings: tuple[str, ...],
     assert planned.epoch_macs == pytest.approx(3 * planned.dense_macs * (1 - planned.saving) * 1251 * 1024)
 
 
+def test_tokens_are_counted_as_the_model_counts_them() -> None:
+    config = recipes.get("deit-s-224").with_settings(["train.epochs=10", "model.token_counts=aligned"])
+    assert [level.tokens for level in plan(config).levels] == [197]  # all of it is the cooldown
+    uncooled = config.with_settings(["schedule.cooldown_epochs=0"])
+    assert [level.tokens for level in plan(uncooled).levels] == [40, 80, 120, 160, 197]
+
+
 def test_a_dense_run_saves_nothing_and_demands_one() -> None:
     planned = plan(recipes.get("digits").with_settings(["method=dense"]), num_images=1440)
     assert (planned.saving, planned.average_demand, planned.peak_demand) == (0.0, 1.0, 1.0)
