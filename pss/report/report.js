@@ -123,8 +123,8 @@ function drawMap(run, place) {
   const shares = run.frequencies[place];
   const z = Array.from({ length: height }, (_, row) => shares.slice(row * width, (row + 1) * width));
   const low = Math.min(...shares), high = Math.max(...shares);
-  get("map-title").textContent = `ρ ${+run.rhos[place].toPrecision(3)}, share of all images that keep the patch: ` +
-    `${percent(low)} to ${percent(high)}`;
+  get("map-title").textContent = `ρ ${+run.rhos[place].toPrecision(3)}: kept in ` +
+    `${percent(low)} to ${percent(high)} of all images`;
   draw("map", [{
     type: "heatmap", z, zmin: low === high ? 0 : low, zmax: high, colorscale: "Cividis", xgap: 1, ygap: 1,
     hovertemplate: "row %{y}, column %{x}<br>kept in %{z:.1%} of the images<extra></extra>",
@@ -145,7 +145,7 @@ function drawTraining() {
   for (const key of ["loss", "val_loss", "top1"]) {
     const traces = report.runs.map((run, number) => run.training && {
       name: run.name, mode: key === "loss" ? "lines" : "lines+markers", x: run.training[key][axis], y: run.training[key].values,
-      line: { color: colour(number), width: 2 }, marker: { symbol: symbols[number % symbols.length], size: 4 },
+      line: { color: colour(number), width: 2 }, marker: { symbol: symbols[number % symbols.length], size: 5 },
       hovertemplate: `${axis === "steps" ? "step %{x:,}" : "%{x:.3~g} h"}<br>%{y:.4~g}<extra>%{fullData.name}</extra>`,
     }).filter(Boolean);
     draw(key, traces, { xaxis: { title: { text: axis, standoff: 4 }, nticks: 6 } });
