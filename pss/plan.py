@@ -201,31 +201,35 @@ def remedies(config: Config, planned: Plan, machine: Machine) -> list[Remedy]:
     found = []
     side = config.data.img_size
 
-    def wait(of: Config, on: Machine) -> float:
+    def shown(of: Config) -> Plan:
         limited = replace(of, train=replace(of.train, max_steps=min(planned.total_steps, _SHOWN_STEPS)))
-        return run_on(plan(limited, num_images=planned.num_images), on, side).data_wait
+        return plan(limited, num_images=planned.num_images)
 
+    def wait(of: Plan, on: Machine) -> float:
+        return run_on(of, on, side).data_wait
+
+    unchanged = shown(config)
     demand = planned.average_demand * machine.images_per_second
     if machine.loader_images_per_second >= demand:
         if config.method == "sampled" and len(planned.levels) > 1:
             shuffled = replace(config, schedule=replace(config.schedule, shuffle=True))
-            if (left := wait(shuffled, machine)) <= _WAIT:
+            if (left := wait(shown(shuffled), machine)) <= _WAIT:
                 found.append(Remedy("--set schedule.shuffle=true", left))
         if config.method == "sampled" and config.schedule.name == "cyclic":
             longest = config.schedule.period_steps or planned.steps_per_epoch
             for period in _shorter(longest):
                 cycle = replace(config, schedule=replace(config.schedule, period_steps=period))
-                if (left := wait(cycle, machine)) <= _WAIT:
+                if (left := wait(shown(cycle), machine)) <= _WAIT:
                     found.append(Remedy(f"--set schedule.period_steps={period}", left))
                     break
         for mebibytes in (2**power for power in range(9, 18)):
             larger = replace(machine, queue_bytes=mebibytes * 2**20)
-            if larger.queue_bytes > machine.queue_bytes and (left := wait(config, larger)) <= _WAIT:
+            if larger.queue_bytes > machine.queue_bytes and (left := wait(unchanged, larger)) <= _WAIT:
                 found.append(Remedy(f"--set train.prefetch_mb={mebibytes}", left))
                 break
     for factor in (1.05**power for power in range(1, 60)):
         faster = replace(machine, loader_images_per_second=max(demand, machine.loader_images_per_second) * factor)
-        if (left := wait(config, faster)) <= _WAIT:
+        if (left := wait(unchanged, faster)) <= _WAIT:
             rate = faster.loader_images_per_second
             found.append(
                 Remedy(f"a loader of {rate:,.0f} images/s (another --format or more decoding on the GPU)", left)
