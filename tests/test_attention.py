@@ -178,6 +178,21 @@ def test_materialised_is_the_reference(
     assert_close_to_exact((result, *ours), (expected, *gradients), dtype)
 
 
+def test_the_memory_that_a_thread_keeps_serves_every_size_dtype_and_mode() -> None:
+    vars(attention_materialised._memory).clear()
+    for num_images, dtype in ((4, torch.float32), (1, torch.float64), (7, torch.float64), (2, torch.bfloat16)):
+        where = positions((3, 4), 1, torch.rand(num_images, 12).argsort(1)[:, :9])
+        q, k, v = torch.randn(3, num_images, 2, 10, 8).to(dtype)
+        table = torch.randn(num_table_rows((3, 4)), 2, dtype=torch.float64).to(dtype)
+        expected = attend_explicitly(q.double(), k.double(), v.double(), table=table.double(), positions=where)
+        with torch.inference_mode():
+            seen = attend(q, k, v, table=table, positions=where)
+        result = attend(q.requires_grad_(), k, v, table=table, positions=where)
+        result.sum().backward()
+        for ours in (seen, result):
+            torch.testing.assert_close(ours.double(), expected, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
 def test_gradients_flow_to_what_needs_them() -> None:
     where = positions((2, 3), 1)
     qkv, table = torch.randn(3, 2, 2, 7, 8), torch.randn(num_table_rows((2, 3)), 2)
