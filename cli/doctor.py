@@ -12,12 +12,12 @@ from pss.plan import Plan, remedies
 def show(config: Config, planned: Plan, found: Diagnosis, *, backend: str, device: str) -> None:
     """Both rates at each level, which bounds it, and what to change."""
     typer.echo(f"{config.recipe}: one process on {device}, {backend} loader alone: {found.loader_rate:,.0f} images/s")
-    typer.echo(f"\n{'ρ':>6} {'steps':>8} {'tokens':>8} {'trains img/s':>14} {'of loader':>10}  bound by")
+    typer.echo(f"\n{'ρ':>6} {'pixels':>7} {'steps':>8} {'tokens':>8} {'trains img/s':>14} {'of loader':>10}  bound by")
     for level in planned.levels:
-        rate = found.train_rates[level.rho]
+        rate = found.train_rates[level]
         typer.echo(
-            f"{level.rho:>6.3g} {level.share:>8.1%} {level.tokens:>8,} {rate:>14,.0f} {rate / found.loader_rate:>10.2f}"
-            f"  {found.bound(level.rho)}"
+            f"{level.rho:>6.3g} {level.img_size:>7} {level.share:>8.1%} {level.tokens:>8,} {rate:>14,.0f} "
+            f"{rate / found.loader_rate:>10.2f}  {found.bound(level)}"
         )
     wanted = planned.average_demand * found.machine.images_per_second
     enough = found.loader_rate >= wanted

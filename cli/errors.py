@@ -1,4 +1,4 @@
-"""How the three commands end: 0, or 2 with one sentence on stderr for what a user can put right."""
+"""How the three commands end: 0, or 2 with one sentence on stderr for what a user can put right (1 for what not)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import sys
 import typer
 
 _TRACEBACK = "--traceback"
+
+
+class Failed(Exception):
+    """What ended a command and was no mistake of its user: one sentence, exit code 1."""
 
 
 def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
@@ -31,3 +35,8 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Failed as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -60,6 +60,9 @@ def evaluate(
     loader: Annotated[Literal["auto", "dali", "ffcv", "torch"], typer.Option(help="What decodes the images.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Images per batch, also for the speed.", min=1)] = 64,
     ema: Annotated[bool, typer.Option("--ema", help="Evaluate the moving average of the weights.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run, take the checkpoint of the best validation, not the newest.")
+    ] = False,
     push: Annotated[
         Path | None,
         typer.Option(help="Also write the model into this folder, ready for the Hugging Face Hub.", show_default=False),
@@ -124,7 +127,7 @@ def evaluate(
     with dist.start() as world:
         if world.size > 1 and not sweeping:
             raise ValueError("choosing ρ and exporting are for one process; start it without torchrun")
-        loaded = [open_run(source, world.device, ema=ema, sort=sort) for source in runs]
+        loaded = [open_run(source, world.device, ema=ema, best=best, sort=sort) for source in runs]
         if dataset is not None:
             for one, source in zip(loaded, runs, strict=True):
                 check_classes(one, source, dataset.root, dataset.classes)

@@ -18,10 +18,13 @@ def show(config: Config, planned: Plan, whose: str = "") -> None:
     """The run by levels, its arithmetic, what it asks of the loader, and a drawing of rho; `whose`: the images."""
     epochs = f"{config.train.epochs:,} epochs of {planned.steps_per_epoch:,} steps"
     typer.echo(f"{config.recipe}: {planned.num_images:,} images{whose}, {epochs}, {planned.batch_size:,} images a step")
-    typer.echo(f"\n{'ρ':>6} {'steps':>9} {'tokens':>8} {'GMACs':>9} {'of dense':>9}")
+    typer.echo(f"\n{'ρ':>6} {'pixels':>7} {'steps':>9} {'tokens':>8} {'GMACs':>9} {'of dense':>9}")
     for level in planned.levels:
         cost = level.macs / planned.dense_macs
-        typer.echo(f"{level.rho:>6.3g} {level.share:>9.1%} {level.tokens:>8,} {level.macs / 1e9:>9.4g} {cost:>9.1%}")
+        typer.echo(
+            f"{level.rho:>6.3g} {level.img_size:>7} {level.share:>9.1%} {level.tokens:>8,} {level.macs / 1e9:>9.4g} "
+            f"{cost:>9.1%}"
+        )
     dense = planned.epoch_macs / planned.mean_cost
     typer.echo(f"\nan epoch takes {planned.epoch_macs / 1e15:.4g} PMACs, {dense / 1e15:.4g} at ρ = 1 throughout")
     cooldown = config.schedule.cooldown_epochs
@@ -83,10 +86,14 @@ def show_machine(
     if simulated.data_wait <= 0.01:
         typer.echo(f"it waits for data {simulated.data_wait:.1%} of the time: the loader keeps up")
         return
-    by_level = {level.rho: 0.0 for level in planned.levels}
-    for rho, waited in zip(planned.rhos, simulated.waited, strict=True):
-        by_level[rho] += waited
-    shares = ", ".join(f"ρ {rho:g}: {waited / simulated.seconds:.1%}" for rho, waited in by_level.items())
+    by_level = [0.0 for _ in planned.levels]
+    for number, waited in zip(planned.level_of_step, simulated.waited, strict=True):
+        by_level[number] += waited
+    several = len({level.img_size for level in planned.levels}) > 1
+    names = [f"ρ {level.rho:g}" + f" at {level.img_size} px" * several for level in planned.levels]
+    shares = ", ".join(
+        f"{name}: {waited / simulated.seconds:.1%}" for name, waited in zip(names, by_level, strict=True)
+    )
     typer.echo(f"it waits for data {simulated.data_wait:.1%} of the time ({shares})")
     for remedy in remedies(config, planned, machine):
         typer.echo(f"  cure: {remedy.what}, after which it waits {remedy.data_wait:.1%}")

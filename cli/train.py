@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cli.errors import run
+from cli.errors import Failed, run
 
 if TYPE_CHECKING:
     from pss.config import Config
@@ -31,6 +31,7 @@ _MAY_DIFFER = (
     "train.max_skipped",
     "train.timeout_seconds",
     "train.accumulate",
+    "train.parallel",
     "train.checkpoint_activations",
 )
 _DOCTOR_SECONDS = 5.0
@@ -111,6 +112,7 @@ def train(
     from pipelines.prefetch import Prefetcher
     from pss import dist
     from pss.checkpoint import list_checkpoints
+    from pss.claim import claim
     from pss.config import Config, differing_fields
     from pss.train import Interrupted, Trainer
 
@@ -161,23 +163,33 @@ def train(
             if world.is_main:
                 created = not output.exists()
                 output.mkdir(parents=True, exist_ok=True)
-                partial = saved_config.with_suffix(".partial")
-                partial.write_text(config.to_json(), encoding="utf-8")
-                partial.replace(saved_config)
-                begin = f"continuing at step {trainer.step}" if trainer.step else "starting"
-                typer.echo(
-                    f"{recipe}: {begin}, {config.method} on {world.device.type}, {train_loader.num_samples:,} images, "
-                    f"{len(dataset.classes)} classes, {trainer.total_steps:,} steps, {train_loader.backend} loader",
-                    err=True,
-                )
-                if trainer.moved is not None:
-                    typer.echo(trainer.moved, err=True)
-                if trainer.started_from is not None:
-                    typer.echo(f"weights of {config.model.weights}: {trainer.started_from}", err=True)
-            world.barrier()
-            trainer.fit()
+            with claim(output, world):
+                if world.is_main:
+                    partial = saved_config.with_suffix(".partial")
+                    partial.write_text(config.to_json(), encoding="utf-8")
+                    partial.replace(saved_config)
+                    begin = f"continuing at step {trainer.step}" if trainer.step else "starting"
+                    typer.echo(
+                        f"{recipe}: {begin}, {config.method} on {world.device.type}, "
+                        f"{train_loader.num_samples:,} images, {len(dataset.classes)} classes, "
+                        f"{trainer.total_steps:,} steps, {train_loader.backend} loader",
+                        err=True,
+                    )
+                    if trainer.moved is not None:
+                        typer.echo(trainer.moved, err=True)
+                    if trainer.started_from is not None:
+                        typer.echo(f"weights of {config.model.weights}: {trainer.started_from}", err=True)
+                world.barrier()
+                trainer.fit()
             if world.is_main:
                 typer.echo(f"done: {output}; next: pss-eval {output} --data {data}", err=True)
+        except RuntimeError as error:
+            if world.size == 1 or not dist.is_lost(error):
+                raise
+            raise Failed(
+                f"process {world.rank} has lost another one ({str(error).splitlines()[0]}), whose own last words say "
+                "why; torchrun --max-restarts begins the job again, and --resume goes on from the newest checkpoint"
+            ) from error
         except Interrupted:
             if world.is_main:
                 typer.echo(f"stopped at step {trainer.step}; continue with --resume", err=True)

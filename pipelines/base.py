@@ -5,7 +5,7 @@ A loader turns one split of a data set into uint8 batches on its device. What it
 on the back end or on where an interrupted run was resumed. Everything after the crop (flip, normalisation, mixing)
 happens once, for all back ends, in `pipelines.device`.
 
-Legend: B images per rank and step, S image side in pixels.
+Legend: B images per rank and step, S image side in pixels, which may be another one in each epoch of training.
 """
 
 from __future__ import annotations
@@ -58,6 +58,34 @@ class GpuDecoding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Progressive:
+    """Progressive resizing: training begins with small images, which grow to `data.img_size`. Sizes are constant within
+    an epoch; evaluation always takes images of full size."""
+
+    start_size: int | None = None
+    """Side of the first epochs' images in pixels; None trains at full size throughout."""
+    begin_epoch: int = 0
+    """Epochs of the first size, after which images grow."""
+    end_epoch: int = 0
+    """The first epoch of full size."""
+    multiple: int = 32
+    """The sizes between are multiples of this."""
+
+    def __post_init__(self) -> None:
+        if self.start_size is None:
+            return
+        if self.start_size < 1 or self.multiple < 1:
+            raise ValueError(
+                f"data.progressive.start_size is {self.start_size} and multiple {self.multiple}; both are at least 1"
+            )
+        if not 0 <= self.begin_epoch <= self.end_epoch or self.end_epoch == 0:
+            raise ValueError(
+                f"data.progressive grows from epoch {self.begin_epoch} to {self.end_epoch}; set begin_epoch and a "
+                "later end_epoch, the first one at full size"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """How images become model inputs. The same for every loader."""
 
@@ -91,12 +119,16 @@ class DataConfig:
     """Channel means on the 0-1 scale, subtracted on the device."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Channel standard deviations on the 0-1 scale."""
+    progressive: Progressive = Progressive()
+    """Smaller images in the first epochs (training)."""
     gpu_decoding: GpuDecoding = GpuDecoding()
     """For the DALI loader on a GPU."""
 
     def __post_init__(self) -> None:
         if self.img_size < 1:
             raise ValueError(f"data.img_size is {self.img_size}; it must be at least 1")
+        if (start := self.progressive.start_size) is not None and start > self.img_size:
+            raise ValueError(f"data.progressive.start_size is {start}, above data.img_size ({self.img_size})")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"data.crop_scale is {self.crop_scale}; it must be (low, high) with 0 < low <= high <= 1")
@@ -119,6 +151,17 @@ class DataConfig:
             raise ValueError(f"data.crop_pct is {self.crop_pct}; it must lie in (0, 1]")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"data.interpolation is {self.interpolation!r}; use 'bilinear' or 'bicubic'")
+
+    def train_size(self, epoch: int) -> int:
+        """Side of the training images of `epoch`, in pixels: `img_size`, or what progressive resizing makes of it."""
+        grow = self.progressive
+        if grow.start_size is None or epoch >= grow.end_epoch:
+            return self.img_size
+        if epoch <= grow.begin_epoch:
+            return grow.start_size
+        share = (epoch - grow.begin_epoch) / (grow.end_epoch - grow.begin_epoch)
+        size = grow.start_size + share * (self.img_size - grow.start_size)
+        return min(self.img_size, max(grow.start_size, round(size / grow.multiple) * grow.multiple))
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,8 @@ class OnCpu(DaliPipeline):
             self._ahead[-1].fail(failure)
             return
         loader, crops = self.loader, self.loader.crops_per_image
-        batch = FilledBatch(keys, len(decoded), side=loader.config.img_size, pin_memory=loader.device.type == "cuda")
+        side = loader.side(self._epoch)
+        batch = FilledBatch(keys, len(decoded), side=side, pin_memory=loader.device.type == "cuda")
         self._ahead.append(batch)
         # The tensors keep DALI's memory, which it does not use again while they live.
         pixels = [torch.utils.dlpack.from_dlpack(image).permute(2, 0, 1) for image in decoded]
@@ -262,7 +263,6 @@ class InGraph(DaliPipeline):
 
     def _graph(self) -> list[Any]:
         config, crops = self.loader.config, self.loader.crops_per_image
-        square = [config.img_size, config.img_size]
         decoding: dict[str, Any] = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
         if self.device.type == "cuda":
             height, width = config.gpu_decoding.preallocate
@@ -278,12 +278,13 @@ class InGraph(DaliPipeline):
         if not self.loader.train:
             encoded, size, corner = self._external(types.FLOAT, types.INT32)
             whole = fn.resize(fn.decoders.image(encoded, **decoding), size=size, **resizing)
-            return [fn.slice(whole, corner, np.array(square, dtype=np.int32), axes=[0, 1])]
+            square = np.array([config.img_size, config.img_size], dtype=np.int32)
+            return [fn.slice(whole, corner, square, axes=[0, 1])]
         further = 2 * crops if crops > 1 else 0
-        encoded, corner, extent, *boxes = self._external(*[types.INT32] * (2 + further))
+        encoded, side, corner, extent, *boxes = self._external(types.FLOAT, *[types.INT32] * (2 + further))
         decoded = fn.decoders.image_slice(encoded, corner, extent, axes=[0, 1], **decoding)
         cut = [fn.slice(decoded, boxes[i], boxes[crops + i], axes=[0, 1]) for i in range(crops) if further]
-        return [fn.resize(crop, size=square, **resizing) for crop in cut or [decoded]]
+        return [fn.resize(crop, size=side, **resizing) for crop in cut or [decoded]]
 
     def _inputs(self, keys: Keys) -> list[Any]:
         if not self.loader.train:
@@ -293,7 +294,8 @@ class InGraph(DaliPipeline):
         numbers = [bounds[:, :2], bounds[:, 2:]]
         if self.loader.crops_per_image > 1:
             numbers += [*crops[..., :2].swapaxes(0, 1), *crops[..., 2:].swapaxes(0, 1)]
-        return [array.astype(np.int32) for array in numbers]
+        side = np.full((len(bounds), 2), self.loader.side(self._epoch), dtype=np.float32)
+        return [side, *(array.astype(np.int32) for array in numbers)]
 
     def next(self) -> torch.Tensor:
         # DALI frees its memory in the order of this stream; without it, perhaps before torch has read it.

@@ -59,6 +59,7 @@ _PLACE = np.dtype(
         ("height", "<i4"),
         ("width", "<i4"),
         ("box", "<i4", 4),  # top, left, height, width of the crop in it
+        ("side", "<i4"),  # of the result, at most that of the loader's memory
         ("outcome", "<i4"),  # written by the decoder
     ]
 )
@@ -108,7 +109,9 @@ def _decoder(parallel: bool, crops: int) -> Callable[..., Any]:
             for crop in range(crops):
                 place = plan[batch[row + crop]]
                 top, left, crop_height, crop_width = place["box"]
-                resize(pixels, top, top + crop_height, left, left + crop_width, out[row + crop])
+                side = place["side"]
+                small = out[row + crop].reshape(-1)[: side * side * 3].reshape(side, side, 3)
+                resize(pixels, top, top + crop_height, left, left + crop_width, small)
                 place["outcome"] = outcome
         return out[: len(batch)]
 
@@ -203,7 +206,8 @@ class FfcvLoader(PlannedLoader):
         plan = self._plan["f0"][: len(keys)]
         for name in ("ptr", "size", "mode", "height", "width"):
             plan[name] = self._rows[name][sample_numbers(keys)]
-        plan["box"], plan["outcome"] = self._crops(epoch, keys), 0
+        side = self.side(epoch)
+        plan["box"], plan["side"], plan["outcome"] = self._crops(epoch, keys), side, 0
         Compiler.set_num_threads(self._threads)
         running = self._running = _Epoch(self._beton, np.arange(len(keys), dtype=np.uint64))
         first = 0
@@ -217,7 +221,7 @@ class FfcvLoader(PlannedLoader):
                     raise DataError(
                         f"{self._path}, sample {bad[0]} cannot be decoded; copy the file again or convert anew"
                     )
-                yield self._copy(pixels), step
+                yield self._copy(pixels, side), step
         finally:
             running.stop()
 
@@ -240,10 +244,15 @@ class FfcvLoader(PlannedLoader):
             boxes = np.concatenate([corners, np.full_like(corners, self.config.img_size)], axis=1)
         return scale_boxes(boxes, sizes, self._stored[samples])
 
-    def _copy(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
-        """Out of the memory that FFCV will use again; uint8 (B, 3, S, S), channels last in memory."""
-        images = torch.from_numpy(pixels)
-        images = images.pin_memory() if self.device.type == "cuda" else images.clone()
+    def _copy(self, pixels: NDArray[np.uint8], side: int) -> torch.Tensor:
+        """Out of the memory that FFCV will use again; uint8 (B, 3, S, S), channels last in memory.
+
+        Smaller images than the loader's largest fill the beginning of their place.
+        """
+        places = torch.from_numpy(pixels).flatten(1)
+        images = places[:, : 3 * side**2].view(len(places), side, side, 3)
+        on_gpu = self.device.type == "cuda"
+        images = images.contiguous().pin_memory() if on_gpu else images.clone(memory_format=torch.contiguous_format)
         return images.permute(0, 3, 1, 2)
 
     def library_versions(self) -> dict[str, str]:

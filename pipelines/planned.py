@@ -165,6 +165,10 @@ class PlannedLoader(ABC):
         """How many rows of a batch, one after the other, are cut from the same decoded image."""
         return self.config.decode_once if self.train else 1
 
+    def side(self, epoch: int) -> int:
+        """Of the images of `epoch`, in pixels."""
+        return self.config.train_size(epoch) if self.train else self.config.img_size
+
     def _batch(self, images: torch.Tensor, keys: NDArray[np.int64]) -> Batch:
         """Put labels and sample numbers beside `images`, which go to the loader's device with the labels."""
         index = sample_numbers(keys)

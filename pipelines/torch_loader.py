@@ -139,7 +139,7 @@ class TorchLoader(PlannedLoader):
             epoch,
             keys,
             crops_per_image=self.crops_per_image,
-            side=self.config.img_size,
+            side=self.side(epoch),
             pin_memory=self.device.type == "cuda",
         )
 

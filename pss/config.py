@@ -158,6 +158,9 @@ class TrainConfig:
     """Seed of weights, order, crops, mixing and random sampling."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; `auto` is bf16 autocast on a GPU and fp32 on a CPU."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes do with the model: `ddp` gives each a whole one; `fsdp` gives each a share of every
+    tensor, for models that do not fit one GPU, and does not compile."""
     accumulate: int = 1
     """Parts that each process computes its share of a batch in, one after the other, to save memory; what is learnt is
     what as many times the processes would learn."""
@@ -208,6 +211,11 @@ class Config:
             *("epochs", "batch_size", "log_every_steps", "keep_checkpoints", "accumulate", "max_skipped"),
         )
         _require_positive(self.compile, "compile", "max_graphs")
+        if self.train.parallel == "fsdp" and self.compile.mode == "on":
+            raise ValueError(
+                "train.parallel is fsdp, whose sharded blocks are not compiled; set compile.mode=auto, or "
+                "train.parallel=ddp"
+            )
         if self.compile.cuda_graphs and (self.compile.mode == "off" or self.compile.backend != "inductor"):
             raise ValueError(
                 "compile.cuda_graphs records what compiled code launches; leave it false, or set compile.mode=auto and "

@@ -31,6 +31,7 @@ class TrainView:
         *,
         epoch: int,
         rho: float,
+        img_size: int,
         tokens: int,
         loss: float,
         images_per_second: float,
@@ -43,7 +44,8 @@ class TrainView:
         odd = f"  {skipped} skipped" if skipped else ""
         used = f"  MFU {mfu:.0%}" if mfu is not None else ""
         line = (
-            f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._total}  ρ {rho:.2g}  {tokens} tokens  "
+            f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._total}  "
+            f"{img_size} px  ρ {rho:.2g}  {tokens} tokens  "
             f"loss {loss:.3f}  |g| {grad_norm:.2g}  {images_per_second:,.0f} img/s{used}  "
             f"data wait {data_wait:.0%}{odd}  ETA {self._eta(step)}"
         )

@@ -48,36 +48,45 @@ class World:
 
 
 class Vote:
-    """Whether any process wants something, asked at every step and answered one step later.
+    """Whether any process wants each of several things, asked at every step and answered one step later.
 
     The answer is the same everywhere, and nobody waits for it: it travels between hosts while the next step runs.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, num_questions: int = 1) -> None:
         self._world = world
         # Over the hosts' network: asking a GPU would make the host wait for its step.
         self._group: Any = None
         if world.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=world.timeout_seconds))
-        self._raised = torch.zeros(1, dtype=torch.int64)
+        self._raised = torch.zeros(num_questions, dtype=torch.int64)
         self._pending: dist.Work | None = None
 
-    def cast(self, wanted: bool) -> bool:
-        """Every process must call this at every step. A world of one has its answer at once."""
+    def cast(self, *wanted: bool) -> tuple[bool, ...]:
+        """Every process must call this at every step, with an answer to each question. A world of one has the outcome
+        at once."""
         if self._world.size == 1:
             return wanted
-        answer = self.close()
-        self._raised = torch.tensor([int(wanted)])
+        outcome = self.close()
+        self._raised = torch.tensor(wanted, dtype=torch.int64)
         self._pending = dist.all_reduce(self._raised, group=self._group, async_op=True)
-        return answer
+        return outcome
 
-    def close(self) -> bool:
-        """Wait for the answer that is under way, False if none is."""
+    def close(self) -> tuple[bool, ...]:
+        """Wait for the outcome that is under way; all False if none is."""
         if self._pending is None:
-            return False
+            return tuple(False for _ in self._raised)
         self._pending.wait()
         self._pending = None
-        return bool(self._raised)
+        return tuple(count > 0 for count in self._raised.tolist())
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error says that another process has died, or has not answered in time."""
+    if isinstance(error, dist.DistError):
+        return True
+    told = str(error)  # gloo's errors have no class of their own
+    return any(word in told for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer"))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pss import methods
 from pss.config import Config
 from pss.methods import Progress
 from pss.optim import build_optimizer
-from pss.plan import Machine, Plan, Simulated, queue_batches, simulate
+from pss.plan import Level, Machine, Plan, Simulated, queue_batches, simulate
 from pss.train import autocast, compile_levels, seed_generator
 
 _CPU_BATCH = 32
@@ -22,8 +22,8 @@ _CPU_BATCH = 32
 class Diagnosis:
     """What was measured, in images per second of one process, and what follows from it."""
 
-    train_rates: dict[float, float]
-    """By rho: forward, backward and optimizer step, data at hand."""
+    train_rates: dict[Level, float]
+    """By level of the plan: forward, backward and optimizer step, data at hand."""
     loader_rate: float
     """The loader alone."""
     machine: Machine
@@ -31,27 +31,28 @@ class Diagnosis:
     simulated: Simulated
     """The run at these rates, with its queue."""
 
-    def bound(self, rho: float) -> str:
-        """Which of the two is slower at `rho`."""
-        return "loader" if self.loader_rate < self.train_rates[rho] else "model"
+    def bound(self, level: Level) -> str:
+        """Which of the two is slower there."""
+        return "loader" if self.loader_rate < self.train_rates[level] else "model"
 
 
-def diagnose(config: Config, planned: Plan, train_rates: dict[float, float], loader_rate: float) -> Diagnosis:
+def diagnose(config: Config, planned: Plan, train_rates: dict[Level, float], loader_rate: float) -> Diagnosis:
     """Simulate the run from measured rates; see `Diagnosis`."""
-    seconds = sum(level.share / train_rates[level.rho] for level in planned.levels)  # per image, on average
+    seconds = sum(level.share / train_rates[level] for level in planned.levels)  # per image, on average
     machine = Machine(
         processes=1,
         images_per_second=planned.mean_cost / seconds,
         loader_images_per_second=loader_rate,
         queue_bytes=round(config.train.prefetch_mb * 2**20),
     )
-    steps = [planned.batch_size / train_rates[rho] for rho in planned.rhos]
+    seconds_of = [planned.batch_size / train_rates[level] for level in planned.levels]
+    steps = [seconds_of[number] for number in planned.level_of_step]
     queue = queue_batches(planned, machine, config.data.img_size)
     return Diagnosis(train_rates, loader_rate, machine, simulate(steps, planned.batch_size / loader_rate, queue))
 
 
-def measure_training(config: Config, planned: Plan, num_classes: int, device: torch.device) -> dict[float, float]:
-    """Images per second of training steps at each rho of the plan, on images that are already on the device.
+def measure_training(config: Config, planned: Plan, num_classes: int, device: torch.device) -> dict[Level, float]:
+    """Images per second of training steps at each level of the plan, on images that are already on the device.
 
     The median of interleaved rounds. A GPU gets the configured batch, a CPU at most 32 images.
     """
@@ -65,19 +66,19 @@ def measure_training(config: Config, planned: Plan, num_classes: int, device: to
     (phase, *_) = method.phases()
     method.begin_phase(phase)
     optimizer, _ = build_optimizer(method, phase, batch_size=batch, steps_per_epoch=planned.steps_per_epoch)
-    size = config.data.img_size
-    images = torch.randn(batch, 3, size, size, device=device)
+    sizes = {level.img_size for level in planned.levels}
+    images = {size: torch.randn(batch, 3, size, size, device=device) for size in sizes}
     targets = torch.arange(batch, device=device) % num_classes
     half = autocast(config, device)
 
-    def seconds(rho: float) -> float:
-        step = planned.rhos.index(rho)
+    def seconds(level: Level) -> float:
+        step = planned.level_of_step.index(planned.levels.index(level))
         at = Progress(step, planned.total_steps, 0, config.train.epochs, config.train.seed, 0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
         with half:
-            loss = method(images, targets, at)["loss"]
+            loss = method(images[level.img_size], targets, at)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -85,8 +86,9 @@ def measure_training(config: Config, planned: Plan, num_classes: int, device: to
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
-    rhos = [level.rho for level in planned.levels]
-    for rho in rhos * 2:
-        seconds(rho)  # compiled, and caches filled
-    rounds = [[seconds(rho) for rho in rhos] for _ in range(7)]
-    return {rho: batch / statistics.median(times) for rho, times in zip(rhos, zip(*rounds, strict=True), strict=True)}
+    levels = planned.levels
+    for level in levels * 2:
+        seconds(level)  # compiled, and caches filled
+    rounds = [[seconds(level) for level in levels] for _ in range(7)]
+    medians = map(statistics.median, zip(*rounds, strict=True))
+    return {level: batch / median for level, median in zip(levels, medians, strict=True)}

@@ -46,16 +46,27 @@ def accuracy(
     rhos: Sequence[float],
     autocast: AbstractContextManager[Any],
     observe: Observe | None = None,
+    in_step: bool = False,
 ) -> list[Accuracy]:
     """Accuracy at each rho, over every image of the loader's split once, on any number of processes.
 
     Each batch is decoded once and predicted at all of `rhos`; `observe` is shown the batch, the images as the model
-    takes them, and the logits (B, classes) of every rho. Raises `DataError` where the processes together did not see
-    exactly the split's images.
+    takes them, and the logits (B, classes) of every rho. With `in_step` all processes predict equally often, which a
+    model that is sharded among them needs; one without an image left repeats another.
+
+    Raises:
+        DataError: the processes together did not see exactly the split's images, or there is not one for each and they
+            go `in_step`.
     """
     totals = torch.zeros(len(rhos), 3, dtype=torch.float64, device=world.device)  # right, right in five, loss
     seen = torch.zeros(1, dtype=torch.int64, device=world.device)
     loader.set_epoch(0)
+    most = -(-loader.num_samples // (loader.batch_size * world.size))  # batches of a process
+    if in_step and loader.num_samples < world.size:
+        raise DataError(
+            f"the validation split has {loader.num_samples} images for {world.size} processes with a sharded model; "
+            "use fewer processes, or train.parallel=ddp"
+        )
     for batch in loader:
         images, labels = prepare(batch, 0), batch.labels
         predicted = []
@@ -71,6 +82,10 @@ def accuracy(
         seen += labels.numel()
         if observe is not None:
             observe(batch, images, predicted)
+    for _ in range(most - len(loader) if in_step else 0):
+        for rho in rhos:
+            with autocast:
+                predict(images[:1], rho)
     world.sum(totals)
     world.sum(seen)
     count = int(seen)

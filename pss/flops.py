@@ -53,13 +53,16 @@ def macs_of_tokens(model: VisionTransformer, num_tokens: Sequence[int], num_embe
     return total + sum(linear_macs(head, 1) for head in (model.head, model.head_dist) if head is not None)
 
 
-def macs(model: VisionTransformer, rho: float = 1.0) -> int:
+def macs(model: VisionTransformer, rho: float = 1.0, image_size: int | None = None) -> int:
     """MACs of one image's forward pass at kept share `rho`. If patches are kept at random, the rest are not embedded.
+
+    `image_size` is the side of images with a lower resolution than the model's own.
 
     DeiT-S at 224 pixels: 4.60 G, 3.16 G and 2.23 G at rho = 1, 0.7 and 0.5.
     """
-    num_tokens = model.num_kept_tokens(rho)
-    num_embedded = num_tokens - model.num_prefix_tokens if model.sort == "random" else None
+    num_tokens = model.num_kept_tokens(rho, image_size)
+    num_embedded = num_tokens if model.sort == "random" else model.num_kept_tokens(1.0, image_size)
+    num_embedded -= model.num_prefix_tokens
     return macs_of_tokens(model, [num_tokens] * len(model.blocks), num_embedded)
 
 

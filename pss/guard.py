@@ -9,6 +9,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from pss.sharding import own_part
+
 
 class Guard:
     """Judges each step by its gradient norm, which is the same on every process once gradients are averaged."""
@@ -71,7 +73,8 @@ def update_average(ema: ModelEmaV3, model: nn.Module, step: int, skipped: Tensor
     """Move the average towards the weights as `ModelEmaV3.update` does, not at all where `skipped` is 1.0."""
     share = (1 - ema.get_decay(step)) * (1 - skipped)
     averages, differences = [], []
-    for average, value in zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True):
+    pairs = zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True)
+    for average, value in ((own_part(a), own_part(b)) for a, b in pairs):
         if average.is_floating_point():
             averages.append(average)
             differences.append(value)

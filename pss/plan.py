@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,9 +22,10 @@ IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Level:
-    """One kept share of a run."""
+    """One kept share of a run, at one size of its images."""
 
     rho: float
+    img_size: int  # in pixels
     share: float  # of the steps
     tokens: int  # per image, prefix included
     macs: int  # of one image's forward pass
@@ -37,9 +39,14 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
     batch_size: int
-    dense_macs: int  # of one image's forward pass at rho = 1
-    levels: tuple[Level, ...]  # by ascending rho
-    rhos: tuple[float, ...]  # of every step
+    dense_macs: int  # of one image's forward pass at rho = 1 and full size
+    levels: tuple[Level, ...]  # by ascending size and rho
+    level_of_step: tuple[int, ...]  # for every step, which of `levels`
+
+    @property
+    def rhos(self) -> tuple[float, ...]:
+        """Of every step."""
+        return tuple(self.levels[number].rho for number in self.level_of_step)
 
     @property
     def saving(self) -> float:
@@ -69,8 +76,8 @@ class Plan:
     def step_seconds(self, dense_images_per_second: float) -> list[float]:
         """How long each step takes where `dense_images_per_second` are trained at rho = 1, data always at hand."""
         dense = self.batch_size / dense_images_per_second
-        by_rho = {level.rho: dense * level.macs / self.dense_macs for level in self.levels}
-        return [by_rho[rho] for rho in self.rhos]
+        seconds = [dense * level.macs / self.dense_macs for level in self.levels]
+        return [seconds[number] for number in self.level_of_step]
 
 
 def plan(config: Config, *, num_images: int = IMAGENET_IMAGES, num_classes: int = IMAGENET_CLASSES) -> Plan:
@@ -92,8 +99,10 @@ def plan(config: Config, *, num_images: int = IMAGENET_IMAGES, num_classes: int 
         model = create_model(
             config.model.name, num_classes=num_classes, img_size=config.data.img_size, **config.model.overrides()
         )
-    rhos = tuple(map(schedule, range(total_steps)))
-    counts = {rho: rhos.count(rho) for rho in sorted(set(rhos))}
+    sizes = [config.data.train_size(epoch) for epoch in range(config.train.epochs)]
+    seen = [(sizes[step // steps_per_epoch], schedule(step)) for step in range(total_steps)]
+    counts = Counter(seen)
+    number_of = {level: number for number, level in enumerate(sorted(counts))}
     return Plan(
         num_images=num_images,
         steps_per_epoch=steps_per_epoch,
@@ -101,15 +110,10 @@ def plan(config: Config, *, num_images: int = IMAGENET_IMAGES, num_classes: int 
         batch_size=config.train.batch_size,
         dense_macs=macs(model),
         levels=tuple(
-            Level(
-                rho,
-                count / total_steps,
-                model.num_kept_tokens(rho),
-                macs(model, rho),
-            )
-            for rho, count in counts.items()
+            Level(rho, size, counts[size, rho] / total_steps, model.num_kept_tokens(rho, size), macs(model, rho, size))
+            for size, rho in number_of
         ),
-        rhos=rhos,
+        level_of_step=tuple(number_of[level] for level in seen),
     )
 
 

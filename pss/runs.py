@@ -41,7 +41,9 @@ class Run:
         return hub.Published(self.method.model, model.name, settings, self.classes, self.config.data, self.step)
 
 
-def open_run(source: str, device: torch.device, *, ema: bool = False, sort: Sort | None = None) -> Run:
+def open_run(
+    source: str, device: torch.device, *, ema: bool = False, best: bool = False, sort: Sort | None = None
+) -> Run:
     """Whatever `source` names, in evaluation mode on `device`.
 
     Args:
@@ -50,16 +52,17 @@ def open_run(source: str, device: torch.device, *, ema: bool = False, sort: Sort
             file and the model it belongs to. The last two get the patch sampling block injected.
         device: Where to.
         ema: Take the moving average of the weights instead of the weights.
+        best: Of a run, take the checkpoint of the best validation instead of the newest.
         sort: Which patches to keep; what the run was trained with if None.
 
     Raises:
-        ValueError: nothing of that kind is there, or there is no moving average.
+        ValueError: nothing of that kind is there, or there is no moving average, or no validation yet.
     """
     path = Path(source)
     if not source.startswith(hub.PREFIX) and not hub.is_model(path) and (path.exists() or not _names_weights(source)):
-        return load_run(path, device, ema=ema, sort=sort)
-    if ema:
-        raise ValueError(f"{source} holds one set of weights; leave out --ema")
+        return load_run(path, device, ema=ema, best=best, sort=sort)
+    if ema or best:
+        raise ValueError(f"{source} holds one set of weights; leave out {'--ema' if ema else '--best'}")
     if source.startswith(hub.PREFIX) or hub.is_model(path):
         published = hub.load(source)
         model, data, classes, step = published.model, published.data, published.classes, published.step
@@ -74,20 +77,30 @@ def open_run(source: str, device: torch.device, *, ema: bool = False, sort: Sort
     return Run(Path(source).name, config, classes, step, method.to(device).eval())
 
 
-def load_run(source: Path, device: torch.device, *, ema: bool = False, sort: Sort | None = None) -> Run:
+def load_run(
+    source: Path, device: torch.device, *, ema: bool = False, best: bool = False, sort: Sort | None = None
+) -> Run:
     """The method of a run's newest whole checkpoint, or of the one named, in evaluation mode on `device`.
 
     Args:
         source: The `--output` of a `pss-train` run, or a file in its `checkpoints`.
         device: Where to.
         ema: Take the moving average of the weights instead of the weights.
+        best: Take the checkpoint of the best validation instead of the newest.
         sort: Which patches to keep; what the run was trained with if None.
 
-    Raises `ValueError` where the folder holds no run, or no moving average was kept.
+    Raises `ValueError` where the folder holds no run, or no moving average was kept, or no epoch was validated yet.
     """
     folder = source if source.suffix != ".pt" or source.is_dir() else source.parent.parent
     config = Config.from_json(folder / "config.json")
-    if folder == source:
+    if best and folder != source:
+        raise ValueError(f"{source} is one checkpoint; name the run's folder, or leave out --best")
+    if best:
+        path = checkpoint.best(folder / "checkpoints")
+        if path is None:
+            raise ValueError(f"{folder} holds no validated checkpoint yet; let pss-train finish an epoch")
+        state = checkpoint.load(path)
+    elif folder == source:
         found = checkpoint.load_latest(folder / "checkpoints")
         if found is None:
             raise ValueError(f"{folder} holds no checkpoint yet; let pss-train finish at least one epoch")

@@ -105,6 +105,22 @@ def gather(tokens: Tensor, kept: Tensor, num_prefix: int) -> Tensor:
     return torch.cat((tokens[:, :num_prefix], tokens[:, num_prefix:].gather(1, index)), dim=1)
 
 
+def spread(grid: tuple[int, int], over: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+    """Where the patches of a coarse (h, w) grid lie on a finer one that covers the same view.
+
+    The first and the last row and column meet those of the finer grid, the others lie at equal distances, rounded to
+    whole patches. A coarse grid of one row or column lies in the middle.
+
+    Returns:
+        Indices on the finer grid, ascending and all different, (h * w,).
+    """
+    rows, columns = (
+        torch.tensor([fine // 2] if coarse == 1 else [round(i * (fine - 1) / (coarse - 1)) for i in range(coarse)])
+        for coarse, fine in zip(grid, over, strict=True)
+    )
+    return (rows[:, None] * over[1] + columns).flatten().to(device)
+
+
 def step_generator(seed: int, step: int, rank: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A random source that depends on the three numbers alone: a resumed run draws what the first would have."""
     digest = blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()

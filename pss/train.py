@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,6 +35,7 @@ from pss.guard import Guard, skipping, update_average
 from pss.methods import Method, Phase, Progress
 from pss.metrics import Meter, RunLog, read_rows
 from pss.optim import build_optimizer
+from pss.sharding import gather, scatter_optimizer, shard, whole
 from pss.version import __version__
 from pss.weights import Report, start_from
 
@@ -65,7 +67,10 @@ class Trainer:
         self.prepare = DeviceTransform(config.data, seed=seed, train=True)
         self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
         seed_generator(seed)  # the same on every process: they must begin with the same weights
-        self.method: Method = methods.build(config, len(classes), self.steps_per_epoch).to(world.device)
+        self.sharded = config.train.parallel == "fsdp" and world.size > 1
+        self.method: Method = methods.build(config, len(classes), self.steps_per_epoch)
+        if not self.sharded:
+            self.method.to(world.device)
         self.method.model.checkpoint_activations = config.train.checkpoint_activations
         self.moved: str | None = None
         """Why a resumed run goes on from the end of an epoch, where its newest checkpoint is from the middle of one."""
@@ -74,16 +79,21 @@ class Trainer:
         """What became of the weights that a new run starts from."""
         if saved is None and config.model.weights is not None:
             self.started_from = start_from(self.method.model, config.model.weights, ignore_head=config.model.own_head)
-        self.compiled = compile_levels(self.method, config.compile, world.device, self.total_steps)
+        self.compiled = not self.sharded and compile_levels(self.method, config.compile, world.device, self.total_steps)
         self.mixing = build_mixing(config, len(classes), world.rank)
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
         self.guard = Guard(world.device, config.train.max_skipped)
-        self._macs: dict[float, int] = {}
+        self._macs: dict[tuple[float, int], int] = {}
         self._saved = saved
         if saved is not None:
             self._restore(saved)
+        if self.sharded:
+            shard(self.method, world)
+            if self.ema is not None:
+                shard(self.ema.module, world)
         self._last_save = time.monotonic()
+        self._save_asked = False
 
     @property
     def total_steps(self) -> int:
@@ -110,7 +120,7 @@ class Trainer:
         self.view = TrainView(total_steps=self.last_step, done_steps=self.step, epochs=self.epochs, enabled=main)
         self.row: dict[str, Any] = {}
         check_masks(self.world.device, self.view.say)
-        self.vote = Vote(self.world)
+        self.vote = Vote(self.world, num_questions=2)
         try:
             with catch_signals() as stop:
                 first_epoch = 0
@@ -164,9 +174,10 @@ class Trainer:
             self.method, phase, batch_size=self.config.train.batch_size, steps_per_epoch=self.steps_per_epoch
         )
         if self._saved is not None and self._saved["phase"] == number:
-            self.optimizer.load_state_dict(self._saved["optimizer"])
+            state = self._saved["optimizer"]
+            self.optimizer.load_state_dict(scatter_optimizer(state, self.optimizer) if self.sharded else state)
         self._saved = None
-        engine = wrap(self.method, self.world)
+        engine = self.method if self.sharded else wrap(self.method, self.world)
         first_step = first_epoch * self.steps_per_epoch
         while self.epoch < first_epoch + phase.epochs and self.step < self.last_step:
             self._run_epoch(engine, phase, first_step, stop)
@@ -191,7 +202,7 @@ class Trainer:
             self.lr_schedule.step_update(self.step - first_step)
             images, targets = self._inputs(batch)
             out = self._gradients(engine, images, targets, at)
-            norm = nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
+            norm = whole(nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None]))
             skip, measured = self.guard.judge(out["loss"], norm)
             skipping(self.optimizer, skip)
             if phase.optim.clip_grad is not None:
@@ -206,21 +217,29 @@ class Trainer:
             self.step += 1
             rho = self.method.rho(at)
             for m in (meter, epoch_meter):
-                m.add(len(images), measured, wait, rho, self._cost(rho))
+                m.add(len(images), measured, wait, rho, self._cost(rho, images.shape[-1]))
             if self.step % train.log_every_steps == 0:
                 self._log_step(meter, at, out)
-            stopping = self.vote.cast(bool(stop))
-            if stopping or time.monotonic() - self._last_save > 60 * train.checkpoint_every_minutes:
+            stopping, saving = self.vote.cast(bool(stop), self._is_save_due())
+            if stopping or saving:
                 self._save()
             if stopping:
                 self._finish()
                 raise Interrupted
-        whole = self.step == (self.epoch + 1) * self.steps_per_epoch
-        if whole:
+        complete = self.step == (self.epoch + 1) * self.steps_per_epoch
+        if complete:
             self._check_delivered()
             self.epoch += 1
-        where = f"epoch {self.epoch}/{self.epochs}" if whole else f"step {self.step}/{self.total_steps}"
+        where = f"epoch {self.epoch}/{self.epochs}" if complete else f"step {self.step}/{self.total_steps}"
         self._end_epoch(epoch_meter, where)
+
+    def _is_save_due(self) -> bool:
+        """Whether to ask for a checkpoint. All processes write it together, so the main one asks, once."""
+        due = time.monotonic() - self._last_save > 60 * self.config.train.checkpoint_every_minutes
+        if not due or self._save_asked or not self.world.is_main:
+            return False
+        self._save_asked = True
+        return True
 
     def _gradients(self, engine: nn.Module, images: Tensor, targets: Tensor, at: Progress) -> dict[str, Tensor]:
         """Forward and backward, in `train.accumulate` parts; returns the means of what the method returns for them.
@@ -233,6 +252,8 @@ class Trainer:
             # Dropout is then a function of (seed, step, rank), whatever else drew random numbers before.
             seed_generator(at.seed, at.step, rank)
             last = number + 1 == parts
+            if isinstance(engine, FSDPModule):
+                engine.set_requires_gradient_sync(last)
             with nullcontext() if last or not isinstance(engine, DistributedDataParallel) else engine.no_sync():
                 with self.autocast:
                     out: dict[str, Tensor] = engine(some, their_targets, replace(at, rank=rank))
@@ -242,10 +263,11 @@ class Trainer:
                     sums[name] = sums.get(name, 0) + value.detach() / parts
         return sums
 
-    def _cost(self, rho: float) -> int:
-        if rho not in self._macs:
-            self._macs[rho] = self.method.cost(rho)
-        return self._macs[rho]
+    def _cost(self, rho: float, image_size: int) -> int:
+        level = rho, image_size
+        if level not in self._macs:
+            self._macs[level] = self.method.cost(rho, image_size)
+        return self._macs[level]
 
     def _check_delivered(self) -> None:
         """Every sample of the plan, each as often as planned, also where the epoch was resumed in the middle."""
@@ -265,15 +287,14 @@ class Trainer:
     def _log_step(self, meter: Meter, at: Progress, out: dict[str, Tensor]) -> None:
         summary = meter.summary()
         skipped = self.guard.check(self.step)
-        rho = self.method.rho(at)
-        tokens = self.method.num_tokens(rho)
+        rho, size = self.method.rho(at), self.config.data.train_size(at.epoch)
+        tokens = self.method.num_tokens(rho, size)
         extra = {name: float(value) for name, value in out.items() if name != "loss"}
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         if self.log is not None:
-            self.log.write(
-                "step", self.step, epoch=at.epoch, rho=rho, tokens=tokens, lr=lr, skipped=skipped, **summary, **extra
-            )
-        self.view.step(self.step, epoch=at.epoch, rho=rho, tokens=tokens, skipped=skipped, **summary)
+            where = {"epoch": at.epoch, "rho": rho, "img_size": size, "tokens": tokens}
+            self.log.write("step", self.step, **where, lr=lr, skipped=skipped, **summary, **extra)
+        self.view.step(self.step, epoch=at.epoch, rho=rho, img_size=size, tokens=tokens, skipped=skipped, **summary)
         meter.reset()
 
     def _end_epoch(self, meter: Meter, where: str) -> None:
@@ -300,13 +321,29 @@ class Trainer:
         for prefix, model in models.items():
             model.eval()
             (result,) = accuracy(
-                model.predict, self.val_loader, self.prepare_val, self.world, rhos=[1.0], autocast=self.autocast
+                model.predict,
+                self.val_loader,
+                self.prepare_val,
+                self.world,
+                rhos=[1.0],
+                autocast=self.autocast,
+                in_step=self.sharded,
             )
             row |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5}
             row[f"{prefix}val_loss"] = result.loss
         return row
 
     def _save(self, score: float | None = None) -> None:
+        """Write a checkpoint of this step. Every process must call it."""
+        tensors = {}
+        if self.writer is not None or self.sharded:
+            tensors = {
+                "method": self.method.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+        if self.sharded:
+            tensors = gather(tensors, self.world)
         if self.writer is not None:
             state = {
                 "version": __version__,
@@ -316,14 +353,13 @@ class Trainer:
                 "epoch": self.epoch,
                 "phase": self.phase,
                 "world_size": self.world.size,
-                "method": self.method.state_dict(),
-                "ema": None if self.ema is None else self.ema.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
                 "loader": self.train_loader.state_dict(),
                 "skipped": self.guard.counts,
+                **tensors,
             }
             self.writer.save(state, step=self.step, score=score)
         self._last_save = time.monotonic()
+        self._save_asked = False
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
         """The state to go on from; None for a new run.
@@ -339,11 +375,13 @@ class Trainer:
         own = {
             "processes": self.world.size,
             "parts": self.config.train.accumulate,
+            "parallel": self.config.train.parallel,
             "loader": self.train_loader.state_dict().get("backend"),
         }
         theirs = {
             "processes": state["world_size"],
             "parts": state["config"]["train"]["accumulate"],
+            "parallel": state["config"]["train"].get("parallel", "ddp"),
             "loader": state["loader"].get("backend"),
         }
         if own == theirs or state["step"] % self.steps_per_epoch == 0:
@@ -400,7 +438,9 @@ def compile_levels(method: Method, settings: CompileConfig, device: torch.device
         return False
     if settings.cuda_graphs and device.type != "cuda":
         raise ValueError(f"compile.cuda_graphs needs a GPU and this run is on the {device.type}; leave it false")
-    counts = sorted({method.num_tokens(rho) for rho in method.rhos(total_steps)})
+    epochs = range(-(-total_steps // method.steps_per_epoch))
+    sizes = {method.config.data.train_size(epoch) for epoch in epochs}
+    counts = sorted({method.num_tokens(rho, size) for rho in method.rhos(total_steps) for size in sizes})
     if len(counts) + 1 > settings.max_graphs:
         raise ValueError(
             f"this run trains at {len(counts)} token counts ({', '.join(map(str, counts))}) and validates at one, and "

@@ -209,9 +209,35 @@ class VisionTransformer(nn.Module):
         """Tokens of a whole image, prefix included."""
         return self.num_prefix_tokens + self.num_patches
 
-    def num_kept_tokens(self, rho: float) -> int:
-        """Tokens that the blocks see at a share `rho`, prefix included. Raises `ValueError` for a rho not in (0, 1]."""
-        return sampling.num_kept_tokens(rho, self.num_patches, self.num_prefix_tokens, self.token_counts)
+    def grid_of(self, image_size: tuple[int, int] | int) -> Grid:
+        """Patch rows and columns of an image of (height, width) pixels, or of a square one of that side.
+
+        Raises:
+            ValueError: it does not consist of whole patches, or has more of them than the model was built for.
+        """
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        sides = self.patch_embed.patch_size
+        grid = size[0] // sides[0], size[1] // sides[1]
+        fits = all(0 < part <= whole for part, whole in zip(grid, self.grid_size, strict=True))
+        if not fits or any(pixels % side for pixels, side in zip(size, sides, strict=True)):
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels do not suit this model: it takes whole patches of "
+                f"{sides[0]} x {sides[1]}, and at most {self.image_size[0]} x {self.image_size[1]} pixels"
+            )
+        return grid
+
+    def num_kept_tokens(self, rho: float, image_size: tuple[int, int] | int | None = None) -> int:
+        """Tokens that the blocks see at a share `rho`, prefix included.
+
+        Args:
+            rho: Share of the image's tokens, in (0, 1].
+            image_size: Of images with a lower resolution; that of the model by default.
+
+        Raises:
+            ValueError: a rho not in (0, 1], or images that do not suit the model.
+        """
+        height, width = self.grid_size if image_size is None else self.grid_of(image_size)
+        return sampling.num_kept_tokens(rho, height * width, self.num_prefix_tokens, self.token_counts)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are not to be decayed although they are not 1-D, as in timm."""
@@ -234,6 +260,7 @@ class VisionTransformer(nn.Module):
         *,
         sort: Sort | None = None,
         generator: torch.Generator | None = None,
+        low_resolution: bool = False,
     ) -> Tensor:
         """Classify images from a share of their patches.
 
@@ -242,6 +269,7 @@ class VisionTransformer(nn.Module):
             rho: Share of the tokens to keep, in (0, 1].
             sort: Which patches to keep; the model's own `sort` if None.
             generator: Source of the random sort; torch's default generator if None.
+            low_resolution: Take smaller images too, as the same view in fewer patches; see `see`.
 
         Returns:
             Logits, (B, num_classes).
@@ -249,41 +277,73 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: wrong image size, rho or sort.
         """
-        tokens, kept = self.see(images, rho, sort, generator)
+        tokens, kept = self.see(images, rho, sort, generator, low_resolution)
         if self.compiled_trunk is None or torch.compiler.is_compiling():
             return self.readout(self.trunk(tokens, kept))
         return self.readout(self.compiled_trunk(self, tokens, kept))
 
     def see(
-        self, images: Tensor, rho: float, sort: Sort | None = None, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        rho: float,
+        sort: Sort | None = None,
+        generator: torch.Generator | None = None,
+        low_resolution: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """`embed` and `sample` in one, which saves embedding patches that a random choice drops; see there."""
-        num_kept = self.num_kept_tokens(rho)
+        """`embed` and `sample` in one, which saves embedding patches that a random choice drops; see there.
+
+        With `low_resolution` images may be smaller than those the model was built for, by whole patches. Their few
+        patches are spread evenly over the model's grid: to the blocks it is as if the patches between them had been
+        dropped, so that position embeddings and biases keep their meaning in shares of the view, and need no resizing.
+        """
+        places = self._places(images) if low_resolution else None
+        num_patches = self.num_patches if places is None else len(places)
+        num_kept = sampling.num_kept_tokens(rho, num_patches, self.num_prefix_tokens, self.token_counts)
+        whole = num_kept == num_patches + self.num_prefix_tokens
         random = (self.sort if sort is None else sort) == "random"
         dropout = self.training and self.pos_drop.p > 0
-        if num_kept == self.num_tokens or not random or dropout:
-            return self.sample(self.embed(images), rho, sort, generator)
-        kept = sampling.select_at_random(
-            len(images), self.num_patches, num_kept - self.num_prefix_tokens, generator, images.device
-        )
-        return self.embed(images, kept), kept
+        if whole or not random or dropout:
+            tokens, kept = self._sample(self.embed(images, places=places), num_kept, sort, generator)
+        else:
+            kept = sampling.select_at_random(
+                len(images), num_patches, num_kept - self.num_prefix_tokens, generator, images.device
+            )
+            tokens = self.embed(images, kept, places)
+        if places is None:
+            return tokens, kept
+        return tokens, places.unsqueeze(0) if kept is None else places[kept]
 
-    def embed(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def _places(self, images: Tensor) -> Tensor | None:
+        """Where on the model's grid the patches of smaller images lie, (patches,); None if the images are not smaller.
+
+        Raises `ValueError` for images of a size that does not suit the model.
+        """
+        grid = self.grid_of((images.shape[-2], images.shape[-1]))
+        return None if grid == self.grid_size else sampling.spread(grid, self.grid_size, images.device)
+
+    def embed(self, images: Tensor, kept: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """Images (B, 3, height, width) to tokens (B, N, D): prefix, patches, position embedding, input norm.
 
         Args:
-            images: Of the size the model was built for.
+            images: Of the size the model was built for, or smaller if there are `places`.
             kept: Indices of the patches to embed, (B, K - prefix), which gives (B, K, D); None for all.
+            places: Where on the model's grid the patches of smaller images lie, (patches,).
 
         Raises:
             ValueError: the images have another size than the model was built for.
         """
-        if tuple(images.shape[-2:]) != tuple(self.image_size):
+        if places is None and tuple(images.shape[-2:]) != tuple(self.image_size):
             raise ValueError(
                 f"this model takes images of {self.image_size[0]} x {self.image_size[1]} pixels, "
                 f"got {images.shape[-2]} x {images.shape[-1]}; build it with that img_size"
             )
-        x: Tensor = self.patch_embed(images) if kept is None else self._embed_patches(images, kept)
+        x: Tensor
+        if kept is not None:
+            x = self._embed_patches(images, kept)
+        elif places is not None:  # timm's module would refuse the size
+            x = self.patch_embed.norm(self.patch_embed.proj(images).flatten(2).transpose(1, 2))
+        else:
+            x = self.patch_embed(images)
         prefix = [
             token.expand(x.shape[0], -1, -1)
             for token in (self.cls_token, self.dist_token, self.reg_token)
@@ -293,20 +353,21 @@ class VisionTransformer(nn.Module):
             x = torch.cat((*prefix, x), dim=1)
         else:
             num_placed = self.pos_embed.shape[1] - self.num_patches  # prefix tokens that have a position
-            places: Tensor = self.pos_embed
-            if kept is not None:
-                some = places[0, num_placed + kept]  # (B, K - prefix, D)
-                places = torch.cat((places[:, :num_placed].expand(len(kept), -1, -1), some), dim=1)
+            positions: Tensor = self.pos_embed
+            where = kept if places is None else places.unsqueeze(0) if kept is None else places[kept]
+            if where is not None:
+                some = positions[0, num_placed + where]  # (B or 1, K - prefix, D)
+                positions = torch.cat((positions[:, :num_placed].expand(len(some), -1, -1), some), dim=1)
             if num_placed:
-                x = self.pos_drop(torch.cat((*prefix, x), dim=1) + places)
+                x = self.pos_drop(torch.cat((*prefix, x), dim=1) + positions)
             else:
-                x = self.pos_drop(torch.cat((*prefix, x + places), dim=1))
+                x = self.pos_drop(torch.cat((*prefix, x + positions), dim=1))
         tokens: Tensor = self.norm_pre(x)
         return tokens
 
     def _embed_patches(self, images: Tensor, kept: Tensor) -> Tensor:
         """The patch embedding of some patches, as a matrix product: (B, K - prefix, D)."""
-        height, width = self.grid_size
+        height, width = self.grid_of((images.shape[-2], images.shape[-1]))
         projection = self.patch_embed.proj
         pixels = images.view(
             *images.shape[:2], height, images.shape[2] // height, width, -1
@@ -332,8 +393,12 @@ class VisionTransformer(nn.Module):
             The prefix and the kept patches (B, K, D), and the indices of the latter (B, K - prefix); at rho = 1 the
             tokens themselves and None.
         """
-        num_kept = self.num_kept_tokens(rho)
-        if num_kept == self.num_tokens:
+        return self._sample(tokens, self.num_kept_tokens(rho), sort, generator)
+
+    def _sample(
+        self, tokens: Tensor, num_kept: int, sort: Sort | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if num_kept == tokens.shape[1]:
             return tokens, None
         kept = sampling.select(tokens, num_kept, self.num_prefix_tokens, self.sort if sort is None else sort, generator)
         return sampling.gather(tokens, kept, self.num_prefix_tokens), kept
@@ -344,11 +409,12 @@ class VisionTransformer(nn.Module):
         Tokens may be reordered, and dropped, along with their positions.
 
         Args:
-            kept: Indices of the kept patches, (B, K - prefix); None if all patches are there.
+            kept: Indices of the kept patches on the model's grid, (B, K - prefix), or (1, K - prefix) if they are the
+                same for all images; None if all patches are there.
 
         Returns:
             For a bias the numbers of `pss.relpos.positions`, (2, B, K); for rotary embedding sines and cosines,
-            (B, K, 2 * head width). If `kept` is None, 1 in place of B.
+            (B, K, 2 * head width). If all images have the same patches, 1 in place of B.
         """
         if self.rel_pos == "none":
             return None
@@ -366,7 +432,7 @@ class VisionTransformer(nn.Module):
 
         Args:
             tokens: What `sample` returns, (B, K, D).
-            kept: Indices of the kept patches, (B, K - prefix); None if all patches are there.
+            kept: See `positions`.
 
         Returns:
             (B, K, D).

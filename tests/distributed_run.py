@@ -18,6 +18,7 @@ import torch
 
 import pipelines
 from pss import dist, recipes
+from pss.sharding import whole
 from pss.train import Trainer
 
 
@@ -64,7 +65,7 @@ def main() -> None:
 
         trainer.method.forward = faulty
         row = trainer.fit()
-        digest = sum(float(p.double().abs().sum()) for p in trainer.method.parameters())
+        digest = sum(float(whole(p.double().abs().sum())) for p in trainer.method.parameters())
         report = {"seen": seen, "row": row, "digest": digest, "num_val": loaders[1].num_samples,
                   "skipped": trainer.guard.check(0), "moved": trainer.moved}  # fmt: skip
         (output / f"rank{world.rank}.json").write_text(json.dumps(report))

@@ -25,7 +25,9 @@ class MemoryLoader:
         batch_size: int = 8,
         train: bool = True,
         on_batch: Callable[[int], None] | None = None,
+        size: Callable[[int], int] | None = None,
     ) -> None:
+        """`size`: side of the images of an epoch, a divisor of `img_size`; all of it by default."""
         generator = np.random.default_rng(0)
         self.num_samples, self.num_classes, self.batch_size, self.train = num_samples, num_classes, batch_size, train
         self.labels = np.arange(num_samples) % num_classes
@@ -34,7 +36,7 @@ class MemoryLoader:
         self.images = (images + 150 * rows[:, None, :, None]).astype(np.uint8)
         whole, rest = divmod(num_samples, batch_size)
         self.steps_per_epoch = whole if train or not rest else whole + 1
-        self.on_batch = on_batch
+        self.on_batch, self.size = on_batch, size or (lambda epoch: img_size)
         self.epoch, self.start = 0, 0
 
     def planned_hash(self, epoch: int) -> int:
@@ -58,7 +60,9 @@ class MemoryLoader:
             index = order[step * self.batch_size : (step + 1) * self.batch_size]
             if self.on_batch is not None:
                 self.on_batch(self.epoch * self.steps_per_epoch + step)
-            yield Batch(*map(torch.from_numpy, (self.images[index], self.labels[index], index)))
+            every = self.images.shape[-1] // self.size(self.epoch)
+            images = np.ascontiguousarray(self.images[index][:, :, ::every, ::every])
+            yield Batch(*map(torch.from_numpy, (images, self.labels[index], index)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_samples": self.num_samples}

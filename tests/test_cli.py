@@ -444,3 +444,39 @@ def finish(process):
 def launch(name, *arguments, processes=1):
     code, told = finish(start(name, *arguments, processes=processes))
     assert code == 0, told
+
+
+def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(capsys, image_root, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "cli.train", "digits", "--data", str(image_root), "--output", str(output)]
+    command += ["--loader", "torch", "--resume", *settings("train.epochs=4000", "train.max_steps=9000")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list((output / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        arguments = ["digits", "--data", image_root, "--output", output, "--loader", "torch", "--resume"]
+        told = mistake(capsys, cli.train.app, *arguments, *settings("train.epochs=4000"))
+        assert f"{output} is in use by a run (process {process.pid} on " in told
+    finally:
+        process.kill()
+        process.communicate()
+    newest = checkpoint.step_of(checkpoint.list_checkpoints(output / "checkpoints")[0])
+    stop = f"train.max_steps={newest + 1}"
+    assert train(image_root, output, "train.epochs=4000", stop, options=("--loader", "torch", "--resume")) in (0, None)
+
+
+def test_the_best_checkpoint_can_be_evaluated(capsys, image_root, tmp_path):
+    output = tmp_path / "run"
+    assert train(image_root, output, "train.epochs=3", "train.keep_checkpoints=3") in (0, None)
+    best = output / "checkpoints" / "best.json"
+    (oldest,) = (output / "checkpoints").glob("step-000000003-*")
+    best.write_text(json.dumps({"file": oldest.name, "step": 3, "score": 100.0}))
+    arguments = ["--data", image_root, "--rho", "1", "--loader", "torch", "--output", tmp_path]
+    for options, step in (((), 9), (("--best",), 3)):
+        assert call(cli.eval.app, output, *arguments, *options) in (0, None)
+        (row,) = json.loads((tmp_path / "rho.json").read_text())
+        assert row["step"] == step
+    assert "leave out --best" in mistake(capsys, cli.eval.app, oldest, *arguments, "--best")
+    best.unlink()
+    assert "no validated checkpoint yet" in mistake(capsys, cli.eval.app, output, *arguments, "--best")

@@ -55,6 +55,19 @@ def test_one_graph_per_level_and_mode_with_the_results_of_the_plain_model(
     assert counter.frame_count == len(rhos) + 1
 
 
+def test_images_of_lower_resolution_are_levels_of_their_own() -> None:
+    """Of 2 x 3 patches: at rho = 1 all images have the same places, below that each its own."""
+    model, plain, counter = compiled(rel_pos="bias")
+    small = torch.randn(4, 3, 8, 12)
+    for rho in (1, 0.6, 1, 0.6):
+        ours, theirs = (one(small, rho, low_resolution=True) for one in (model, plain))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            model(small[:3], rho, low_resolution=True), theirs[:3], rtol=0, atol=1e-5
+        )  # a short batch is filled up
+    assert counter.frame_count == 2
+
+
 def test_a_level_over_the_limit_is_an_error() -> None:
     model, _, counter = compiled(max_graphs=5)
     for rho in RHOS:

@@ -15,7 +15,7 @@ import torch
 from conftest import missing
 
 from pipelines import Batch, DataConfig, DataError, build
-from pipelines.base import GpuDecoding
+from pipelines.base import GpuDecoding, Progressive
 from pipelines.source import open_source
 
 if reason := missing("dali"):
@@ -200,3 +200,17 @@ def test_on_a_gpu_it_shows_the_same_images(split: str, decoding: GpuDecoding, co
     assert all(batch.images.is_cuda and batch.labels.is_cuda for batch in batches)
     on_host = [replace(batch, images=batch.images.cpu(), labels=batch.labels.cpu()) for batch in batches]
     assert differences(on_host, reference(converted_root, split)).mean() < 2.0
+
+
+def test_a_gpus_graph_resizes_to_the_size_of_the_epoch(make: Make) -> None:
+    progressive = Progressive(start_size=32, begin_epoch=1, end_epoch=2)
+    for crops in (1, 3):
+        growing = make(config=replace(CONFIG, progressive=progressive, decode_once=crops))
+        for epoch, side in ((1, 32), (2, 48), (0, 32)):
+            alone = make(config=replace(CONFIG, img_size=side, decode_once=crops))
+            batches = []
+            for loader in (growing, alone):
+                loader.set_epoch(epoch)
+                batches.append(list(loader))
+            assert not differences(*batches).any()
+            assert batches[0][0].images.shape[-1] == side

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from pss import checkpoint
 
 HERE = Path(__file__).parent
 SETTINGS = [
-    "model.embed_dim=24", "model.depth=2", "model.qkv_bias=qv", "train.batch_size=16", "train.epochs=4",
-    "train.max_steps=9", "train.log_every_steps=2", "optim.warmup_epochs=1", "schedule.period_steps=9",
+    "model.embed_dim=24", "model.depth=2", "model.qkv_bias=qv", "train.batch_size=16", "train.epochs=7",
+    "train.max_steps=20", "train.log_every_steps=2", "optim.warmup_epochs=1", "schedule.period_steps=9",
 ]  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def runs(image_root, tmp_path_factory):
 def test_rho_is_the_same_on_both_ranks_and_as_in_one_process(runs):
     _, (one,), two = runs
     rhos = [[rho for rho, _ in rank["seen"]] for rank in (one, *two)]
-    assert rhos[0] == rhos[1] == rhos[2] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.8, 0.6, 0.4]
+    assert rhos[0] == rhos[1] == rhos[2] == (3 * [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.8, 0.6, 0.4])[:20]
 
 
 def test_the_ranks_share_the_batches_of_one_process(runs):
@@ -81,11 +82,11 @@ def test_validation_counts_every_image_once(runs):
 
 def test_two_processes_resume_bit_identically(image_root, runs, tmp_path):
     output, _, _ = runs
-    launch(2, image_root, tmp_path, "train.max_steps=4", "train.epochs=4")
+    launch(2, image_root, tmp_path, "train.max_steps=4")
     launch(2, image_root, tmp_path)
     resumed = checkpoint.load_latest(tmp_path / "checkpoints")[0]
     straight = checkpoint.load_latest(output / "two" / "checkpoints")[0]
-    assert resumed["step"] == straight["step"] == 9
+    assert resumed["step"] == straight["step"] == 20
     for name, weight in straight["method"].items():
         assert torch.equal(resumed["method"][name], weight), name
 
@@ -118,7 +119,7 @@ def test_other_processes_go_on_from_the_end_of_an_epoch_and_say_so(image_root, r
     assert one["moved"] == (
         "processes 2 before and 1 now: the run goes on from the end of an epoch, step 3, and not from step 4"
     )
-    assert len(one["seen"]) == 6
+    assert len(one["seen"]) == 20 - 3
     states = [checkpoint.load_latest(folder / "checkpoints")[0] for folder in (output / "one", tmp_path)]
     for name, weight in states[0]["method"].items():
         torch.testing.assert_close(states[1]["method"][name], weight, atol=1e-5, rtol=1e-4)
@@ -177,3 +178,96 @@ def test_two_nodes_are_two_processes(image_root, runs, tmp_path):
             if agent.poll() is None:
                 os.killpg(agent.pid, signal.SIGKILL)
     assert_same_weights(output / "two", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sharded(image_root, tmp_path_factory):
+    output = tmp_path_factory.mktemp("sharded")
+    return output, launch(2, image_root, output, "train.parallel=fsdp", *SHARDED)
+
+
+SHARDED = ["train.ema_decay=0.9", "optim.clip_grad=0.5", "train.checkpoint_every_minutes=0.0001"]
+
+
+def test_sharded_processes_learn_what_whole_ones_do(image_root, sharded, tmp_path):
+    output, reports = sharded
+    launch(2, image_root, tmp_path, *SHARDED)
+    states = [checkpoint.load_latest(folder / "checkpoints")[0] for folder in (tmp_path, output)]
+    for part in ("method", "ema"):
+        for name, weight in states[0][part].items():
+            torch.testing.assert_close(states[1][part][name], weight, atol=1e-5, rtol=0)
+    (whole,), (shards,) = ([state["optimizer"]["state"].values()] for state in states)
+    for values, others in zip(whole, shards, strict=True):
+        assert {name: value.shape for name, value in values.items()} == {n: v.shape for n, v in others.items()}
+    assert reports[0]["row"]["top1"] == reports[1]["row"]["top1"]
+
+
+def test_sharded_processes_resume_bit_identically(image_root, sharded, tmp_path):
+    output, _ = sharded
+    launch(2, image_root, tmp_path, "train.parallel=fsdp", "train.max_steps=4", *SHARDED)
+    launch(2, image_root, tmp_path, "train.parallel=fsdp", *SHARDED)
+    assert_same_weights(output, tmp_path)
+
+
+def test_sharded_processes_validate_in_step(image_root, tmp_path):
+    """23 images in batches of 11 on two processes: one has two batches, the other one. Parts and a skipped step too."""
+    words = ["train.batch_size=44", "train.max_steps=2", "train.accumulate=2", "optim.warmup_epochs=0", "nan=1:1"]
+    reports = launch(2, image_root, tmp_path, "train.parallel=fsdp", *words)
+    assert [report["skipped"] for report in reports] == [1, 1]
+    launch(2, image_root, tmp_path / "whole", *words)
+    assert_same_to_rounding(tmp_path / "whole", tmp_path)
+    assert reports[0]["num_val"] == 23
+
+
+def test_whole_and_sharded_runs_continue_each_other(image_root, sharded, tmp_path):
+    launch(2, image_root, tmp_path, "train.parallel=fsdp", "train.max_steps=4", *SHARDED)
+    first, _ = launch(2, image_root, tmp_path, *SHARDED)
+    assert first["moved"].startswith(
+        "parallel fsdp before and ddp now: the run goes on from the end of an epoch, step 3"
+    )
+    assert_same_to_rounding(sharded[0], tmp_path)
+
+
+def assert_same_to_rounding(left, right):
+    states = [checkpoint.load_latest(folder / "checkpoints")[0] for folder in (left, right)]
+    for name, weight in states[0]["method"].items():
+        torch.testing.assert_close(states[1]["method"][name], weight, atol=1e-5, rtol=0)
+
+
+def test_a_process_that_loses_another_says_so_in_a_sentence(image_root, tmp_path):
+    """The command itself, two of it, without torchrun; one is killed."""
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = [word for setting in (*SETTINGS[:3], "train.epochs=4000") for word in ("--set", setting)]
+    command = [
+        sys.executable,
+        "-m",
+        "cli.train",
+        "digits",
+        "--data",
+        str(image_root),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    processes = [
+        subprocess.Popen(
+            [*command, "--loader", "torch", *words],
+            env=environment | meet | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "run" / "checkpoints").is_dir() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        processes[1].kill()
+        _, told = processes[0].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[0].returncode == 1
+    assert "Traceback" not in told
+    assert told.splitlines()[-1].startswith("error: process 0 has lost another one")
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints") is not None

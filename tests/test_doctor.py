@@ -20,7 +20,7 @@ def config(*settings):
 def test_every_level_is_measured():
     planned = plan(config(), num_images=400, num_classes=4)
     rates = measure_training(config(), planned, 4, torch.device("cpu"))
-    assert list(rates) == [level.rho for level in planned.levels]
+    assert list(rates) == list(planned.levels)
     assert all(rate > 0 for rate in rates.values())
 
 
@@ -40,10 +40,10 @@ def test_the_verdict_follows_from_the_rates(capsys, loader_rate, bounds, words):
     """A model of 1,000 images/s at rho = 1, where time goes with arithmetic."""
     chosen = config("train.prefetch_mb=0.2", "train.epochs=4")
     planned = plan(chosen, num_images=1600, num_classes=4)
-    rates = {level.rho: 1000 * planned.dense_macs / level.macs for level in planned.levels}
+    rates = {level: 1000 * planned.dense_macs / level.macs for level in planned.levels}
     found = diagnose(chosen, planned, rates, loader_rate)
     assert found.machine.images_per_second == pytest.approx(1000)
-    assert [found.bound(rho) for rho in rates] == bounds
+    assert [found.bound(level) for level in rates] == bounds
     cli.doctor.show(chosen, planned, found, backend="torch", device="cpu")
     told = capsys.readouterr().out
     assert all(word in told for word in words), told

@@ -28,6 +28,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pipelines import Batch, DataConfig, DataError, Loader, build, open_dataset
+from pipelines.base import Progressive
 from pipelines.beton import JPEG, RAW
 from pipelines.convert import PROFILES
 from pipelines.manifest import read_manifest
@@ -673,3 +674,30 @@ def test_it_can_be_read_in_inference_mode(backend: str, make: Make) -> None:
     plain = list(make(backend, "val", num_workers=1))
     with torch.inference_mode():
         assert same(list(make(backend, "val", num_workers=1)), plain)
+
+
+PROGRESSIVE = Progressive(start_size=32, begin_epoch=1, end_epoch=4, multiple=8)
+
+
+def test_images_grow_epoch_by_epoch() -> None:
+    config = DataConfig(img_size=48, progressive=PROGRESSIVE)
+    assert [config.train_size(epoch) for epoch in range(6)] == [32, 32, 40, 40, 48, 48]
+    assert [DataConfig(img_size=48).train_size(epoch) for epoch in (0, 9)] == [48, 48]
+    jump = DataConfig(img_size=48, progressive=Progressive(start_size=32, begin_epoch=2, end_epoch=2))
+    assert [jump.train_size(epoch) for epoch in range(4)] == [32, 32, 48, 48]
+    with pytest.raises(ValueError, match=r"start_size is 64, above data\.img_size \(48\)"):
+        DataConfig(img_size=48, progressive=Progressive(start_size=64, end_epoch=1))
+    with pytest.raises(ValueError, match="set begin_epoch and a later end_epoch"):
+        Progressive(start_size=32, begin_epoch=3, end_epoch=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_smaller_images_are_the_same_crops(backend: str, workers: int, make: Make) -> None:
+    """To the bit those of a loader that delivers nothing else; evaluation is at full size."""
+    growing = make(backend, config=DataConfig(img_size=48, progressive=PROGRESSIVE), num_workers=workers)
+    for epoch, side in ((1, 32), (4, 48), (2, 40)):
+        alone = make(backend, config=DataConfig(img_size=side), num_workers=workers)
+        assert same(epoch_of(growing, epoch), epoch_of(alone, epoch))
+    val = make(backend, "val", config=DataConfig(img_size=48, progressive=PROGRESSIVE))
+    assert next(iter(val)).images.shape[-1] == 48

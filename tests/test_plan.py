@@ -141,3 +141,18 @@ def test_the_command_shows_a_plan() -> None:
 def test_what_planning_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train("digits", **options)
+
+
+def test_growing_images_are_planned_by_size_and_rho() -> None:
+    """Of 300 epochs 60 at 160 px, the growth to 224 px in steps of 32, then 60 at full size, the last 10 at rho = 1."""
+    planned = plan(recipes.get("deit-s-224-lowres"))
+    tokens: dict[int, list[int]] = {}
+    for level in planned.levels:
+        tokens.setdefault(level.img_size, []).append(level.tokens)
+    assert tokens == {160: [20, 40, 61, 81, 101], 192: [29, 58, 87, 116, 145], 224: [39, 79, 118, 158, 197]}
+    assert sum(level.share for level in planned.levels) == pytest.approx(1)
+    alone = plan(recipes.get("deit-s-224"))
+    assert planned.dense_macs == alone.dense_macs
+    assert planned.saving > alone.saving + 0.1
+    first, last = planned.levels[planned.level_of_step[0]], planned.levels[planned.level_of_step[-1]]
+    assert (first.img_size, first.rho, last.img_size, last.rho) == (160, 0.2, 224, 1.0)

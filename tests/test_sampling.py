@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pss.sampling import gather, num_kept_tokens, select, step_generator
+from pss.sampling import gather, num_kept_tokens, select, spread, step_generator
 
 
 @pytest.mark.parametrize(("num_patches", "counts"), [(196, (39, 79, 118, 158, 197)), (576, (115, 231, 346, 462, 577))])
@@ -145,3 +145,18 @@ def test_impossible_choices_are_refused() -> None:
     for num_kept in (1, 6):
         with pytest.raises(ValueError, match="of 4 patches"):
             select(tokens, num_kept, 1, "magnitude")
+
+
+@given(st.data())
+def test_a_coarse_grid_is_spread_evenly(data: st.DataObject) -> None:
+    fine = data.draw(st.tuples(st.integers(1, 30), st.integers(1, 30)))
+    coarse = data.draw(st.tuples(*(st.integers(1, side) for side in fine)))
+    places = spread(coarse, fine)
+    rows, columns = (places // fine[1]).reshape(coarse), (places % fine[1]).reshape(coarse)
+    for lines, side in ((rows[:, 0], fine[0]), (columns[0], fine[1])):
+        steps = lines.diff()
+        assert bool((steps >= 1).all())
+        assert not len(steps) or int(steps.max() - steps.min()) <= 1
+        assert (int(lines[0]), int(lines[-1])) == ((0, side - 1) if len(lines) > 1 else (side // 2, side // 2))
+    assert torch.equal(places, (rows[:, :1] * fine[1] + columns[:1]).flatten())
+    assert spread(fine, fine).tolist() == list(range(fine[0] * fine[1])) or 1 in fine

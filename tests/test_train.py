@@ -31,7 +31,8 @@ SETTINGS = [
 
 def trainer(output, *settings, on_batch=None, num_samples=40):
     config = recipes.get("digits").with_settings([*SETTINGS, *settings])
-    loaders = MemoryLoader(num_samples, on_batch=on_batch), MemoryLoader(num_samples, train=False)
+    growing = MemoryLoader(num_samples, on_batch=on_batch, size=config.data.train_size)
+    loaders = growing, MemoryLoader(num_samples, train=False)
     return Trainer(config, *loaders, classes=CLASSES, output=output, world=HERE)
 
 
@@ -451,3 +452,33 @@ def test_the_host_waits_for_the_gpu_at_the_log_only(tmp_path, mode):
         torch.cuda.set_sync_debug_mode("default")
         for loader in loaders:
             loader.close()
+
+
+GROWING = ["data.progressive.start_size=16", "data.progressive.begin_epoch=2", "data.progressive.end_epoch=2"]
+
+
+def test_images_of_growing_size_train_and_a_stopped_run_ends_bit_identical(tmp_path):
+    """Two epochs of 16 px, 4 patches, then 32 px, 16 patches; validation is at 32 px throughout."""
+    settings = [
+        *GROWING,
+        "schedule.name=list",
+        "schedule.rhos=0.6,1",
+        "train.log_every_steps=1",
+        "model.sort=magnitude",
+    ]
+    (tmp_path / "whole").mkdir()
+    trainer(tmp_path / "whole", *settings).fit()
+    rows = read_rows(tmp_path / "whole", "step")
+    assert [row["img_size"] for row in rows] == [16] * 10 + [32] * 10
+    assert [row["tokens"] for row in rows] == [3, 5] * 5 + [10, 17] * 5
+    for stop in (7, 10):
+        (output := tmp_path / str(stop)).mkdir()
+        trainer(output, *settings, f"train.max_steps={stop}").fit()
+        trainer(output, *settings).fit()
+        for part in ("method", "ema", "optimizer"):
+            assert_same(final_state(output)[part], final_state(tmp_path / "whole")[part])
+
+
+def test_sizes_of_other_than_whole_patches_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="images of 20 x 20 pixels do not suit this model: it takes whole patches"):
+        trainer(tmp_path, "data.progressive.start_size=20", "data.progressive.end_epoch=2")

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pss.sampling import num_kept_tokens, step_generator
+from pss.sampling import gather, num_kept_tokens, step_generator
+from pss.sampling import spread as spread_of_patches
 from pss.vit import VisionTransformer, create_model
 
 TINY: dict[str, Any] = {
@@ -476,3 +477,47 @@ def test_compiles_and_exports_in_one_piece(options: dict[str, Any]) -> None:
         with torch.no_grad():
             exported = torch.export.export(model, (x, rho)).module()
             torch.testing.assert_close(exported(x, rho), expected, rtol=0, atol=1e-5)
+
+
+# Images of lower resolution.
+
+
+def enlarged(small: Tensor, places: Tensor) -> Tensor:
+    """A full image (B, 3, 16, 24) that has the patches of a small one, (B, 3, 8, 12), at `places`; noise elsewhere."""
+    full = images(len(small))
+    for number, place in enumerate(places.tolist()):
+        (row, column), (into_row, into_column) = divmod(number, 3), divmod(place, 6)
+        patch = small[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        full[:, :, 4 * into_row : 4 * into_row + 4, 4 * into_column : 4 * into_column + 4] = patch
+    return full
+
+
+@pytest.mark.parametrize("rel_pos", ["none", "bias", "separable", "rope"])
+@pytest.mark.parametrize("sort", ["magnitude", "random"])
+@pytest.mark.parametrize("rho", [1.0, 0.6])
+def test_a_small_image_is_a_large_one_of_which_its_patches_are_left(rel_pos: Any, sort: Any, rho: float) -> None:
+    model = tiny(rel_pos=rel_pos, sort=sort, spread=0.1)
+    small = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(2))
+    places = spread_of_patches((2, 3), (4, 6))
+    assert places.tolist() == [0, 2, 5, 18, 20, 23]
+    tokens, kept = model.see(small, rho, None, step_generator(0, 0, 0), low_resolution=True)
+    assert kept is not None
+    assert kept.shape == ((1, 6) if rho == 1 else (2, 3))  # of 7 tokens 4
+    assert set(kept.flatten().tolist()) <= set(places.tolist())
+    everywhere = kept.expand(2, -1)
+    expected = gather(model.embed(enlarged(small, places)), everywhere, 1)
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-6)
+    logits = model(small, rho, generator=step_generator(0, 0, 0), low_resolution=True)
+    torch.testing.assert_close(logits, model.readout(model.trunk(expected, everywhere)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_size_of_images_is_checked() -> None:
+    model = tiny(rel_pos="bias")
+    small = torch.zeros(1, 3, 8, 12)
+    with pytest.raises(ValueError, match="takes images of 16 x 24 pixels, got 8 x 12"):
+        model(small)
+    assert torch.equal(model(images(), 0.6, low_resolution=True), model(images(), 0.6))
+    for size in ((8, 13), (20, 24), (0, 12)):
+        with pytest.raises(ValueError, match=f"images of {size[0]} x {size[1]} pixels do not suit this model"):
+            model(torch.zeros(1, 3, *size), low_resolution=True)
+    assert model.num_kept_tokens(0.6, (8, 12)) == num_kept_tokens(0.6, 6, 1) == 4

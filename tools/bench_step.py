@@ -153,17 +153,25 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor, autocast: bo
 def time_rounds(
     cases: dict[str, Callable[[], None]], rounds: int, device: torch.device, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of every case in every round, after one round to warm up; every other round goes backwards."""
+    """Seconds a step of every case in every round, after one round to warm up; every other round goes backwards.
+
+    Short steps are repeated, and their mean taken, until they have taken about as long as the longest one: what the
+    machine does besides then falls on all alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    repeats = dict.fromkeys(cases, 1)
     for number in range(rounds + 1):
         order = list(cases)[:: 1 if number % 2 else -1]
         for name in order:
             wait_for(device)
             begin = clock()
-            cases[name]()
+            for _ in range(repeats[name]):
+                cases[name]()
             wait_for(device)
-            if number:
-                seconds[name].append(clock() - begin)
+            seconds[name].append((clock() - begin) / repeats[name])
+        if not number:
+            longest = max(times[0] for times in seconds.values())
+            repeats = {name: max(1, round(longest / times.pop())) for name, times in seconds.items()}
     return seconds
 
 

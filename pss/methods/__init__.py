@@ -20,4 +20,6 @@ def build(config: Config, num_classes: int, steps_per_epoch: int) -> Method:
     model = create_model(
         config.model.name, num_classes=num_classes, img_size=config.data.img_size, **config.model.overrides()
     )
+    for epoch in range(config.train.epochs):
+        model.grid_of(config.data.train_size(epoch))  # raises where the sizes do not suit the patches
     return METHODS[config.method](model, config, steps_per_epoch)

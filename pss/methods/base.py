@@ -56,7 +56,7 @@ class Method(nn.Module):
         """One training forward.
 
         Args:
-            images: float, normalised, (B, 3, S, S).
+            images: float, normalised, (B, 3, S, S); with progressive resizing smaller than the model's own at first.
             targets: class indices, int64 (B,), or class probabilities (B, classes) where images are mixed.
             at: the current position.
 
@@ -78,13 +78,16 @@ class Method(nn.Module):
         """All shares of patches that training sees in a run of `total_steps` steps."""
         return (1.0,)
 
-    def num_tokens(self, rho: float) -> int:
-        """Tokens per image that the blocks see at `rho`, prefix tokens included."""
-        return self.model.num_kept_tokens(rho)
+    def num_tokens(self, rho: float, image_size: int | None = None) -> int:
+        """Tokens per image that the blocks see at `rho`, prefix tokens included.
 
-    def cost(self, rho: float = 1.0) -> int:
-        """Multiply-accumulates of `predict` for one image."""
-        return macs(self.model, rho=rho)
+        `image_size` is the side of images with a lower resolution than the model's own.
+        """
+        return self.model.num_kept_tokens(rho, image_size)
+
+    def cost(self, rho: float = 1.0, image_size: int | None = None) -> int:
+        """Multiply-accumulates of the model for one image; `image_size` as in `num_tokens`."""
+        return macs(self.model, rho, image_size)
 
     def phases(self) -> list[Phase]:
         """The phases of the run, in order; their epochs add up to the run's."""

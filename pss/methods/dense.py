@@ -11,5 +11,5 @@ class Dense(Method):
     """Trains on all patches; `predict` samples like any other method's."""
 
     def forward(self, images: Tensor, targets: Tensor, at: Progress) -> dict[str, Tensor]:
-        logits = self.model(images)
+        logits = self.model(images, low_resolution=True)
         return {"loss": self.classification_loss(logits, targets), "logits": logits}

@@ -28,7 +28,7 @@ class Sampled(Method):
 
     def forward(self, images: Tensor, targets: Tensor, at: Progress) -> dict[str, Tensor]:
         generator = step_generator(at.seed, at.step, at.rank, images.device)
-        logits = self.model(images, rho=self.rho(at), generator=generator)
+        logits = self.model(images, rho=self.rho(at), generator=generator, low_resolution=True)
         return {"loss": self.classification_loss(logits, targets), "logits": logits}
 
 

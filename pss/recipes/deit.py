@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipelines.base import DataConfig
-from pss.config import Config, LossConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from pipelines.base import DataConfig, Progressive
+from pss.config import CompileConfig, Config, LossConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 
 def deit_s_224() -> Config:
@@ -47,6 +47,18 @@ def deit_s_384() -> Config:
         recipe="deit-s-384",
         data=replace(small.data, img_size=384),
         train=replace(small.train, batch_size=512),
+    )
+
+
+def deit_s_224_lowres() -> Config:
+    """DeiT-S from scratch on images that grow from 160 to 224 px, under Cyclic(0.2-1.0) at every size."""
+    small = deit_s_224()
+    return replace(
+        small,
+        recipe="deit-s-224-lowres",
+        data=replace(small.data, progressive=Progressive(start_size=160, begin_epoch=60, end_epoch=240)),
+        # Five token counts at each of 160, 192 and 224 px, and validation.
+        compile=CompileConfig(max_graphs=16),
     )
 
 
