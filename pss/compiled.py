@@ -67,7 +67,7 @@ class CompiledTrunk:
         num_missing = batch_size - len(tokens)
         if num_missing:
             tokens = torch.cat((tokens, tokens[:1].expand(num_missing, -1, -1)))
-            if kept is not None and len(kept) > 1:  # one row is all images'
+            if kept is not None and kept.ndim == 2:
                 kept = torch.cat((kept, kept[:1].expand(num_missing, -1)))
         # As many graphs as shapes: whatever else would make torch compile once more is a fault, and raised as one.
         with torch._dynamo.config.patch(recompile_limit=self.num_graphs), _unwarned(self.num_graphs > num_graphs):
@@ -79,7 +79,7 @@ class CompiledTrunk:
         device = tokens.device.type
         half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         recording = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tokens.requires_grad
-        sets = 0 if kept is None else 1 if len(kept) == 1 else 2  # of patches: none needed, one for all, each its own
+        sets = 0 if kept is None else kept.ndim  # of patches: 1 for all images, or each its own
         level = (tokens.shape[1], sets, tokens.dtype, half, model.training, *recording)
         sizes = self._batch_sizes.setdefault(level, [])
         enough = [size for size in sizes if size >= len(tokens)]

@@ -295,6 +295,8 @@ class VisionTransformer(nn.Module):
         With `low_resolution` images may be smaller than those the model was built for, by whole patches. Their few
         patches are spread evenly over the model's grid: to the blocks it is as if the patches between them had been
         dropped, so that position embeddings and biases keep their meaning in shares of the view, and need no resizing.
+        The indices returned are on the model's grid; where no patch is dropped, they are the same for all images and
+        have one dimension.
         """
         places = self._places(images) if low_resolution else None
         num_patches = self.num_patches if places is None else len(places)
@@ -311,7 +313,7 @@ class VisionTransformer(nn.Module):
             tokens = self.embed(images, kept, places)
         if places is None:
             return tokens, kept
-        return tokens, places.unsqueeze(0) if kept is None else places[kept]
+        return tokens, places if kept is None else places[kept]
 
     def _places(self, images: Tensor) -> Tensor | None:
         """Where on the model's grid the patches of smaller images lie, (patches,); None if the images are not smaller.
@@ -409,7 +411,7 @@ class VisionTransformer(nn.Module):
         Tokens may be reordered, and dropped, along with their positions.
 
         Args:
-            kept: Indices of the kept patches on the model's grid, (B, K - prefix), or (1, K - prefix) if they are the
+            kept: Indices of the kept patches on the model's grid, (B, K - prefix), or (K - prefix,) if they are the
                 same for all images; None if all patches are there.
 
         Returns:
@@ -418,6 +420,8 @@ class VisionTransformer(nn.Module):
         """
         if self.rel_pos == "none":
             return None
+        if kept is not None and kept.ndim == 1:
+            kept = kept.unsqueeze(0)
         if self.rope is None:
             device = next(self.parameters()).device
             return relpos.positions(self.grid_size, self.num_prefix_tokens, kept, device)

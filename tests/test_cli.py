@@ -63,7 +63,7 @@ def trained(image_root, tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(trained):
     assert {path.name for path in trained.iterdir()} == {
-        "config.json", "log.jsonl", "summary.json", "tensorboard", "checkpoints",
+        "config.json", "log.jsonl", "summary.json", "tensorboard", "checkpoints", ".lock",
     }  # fmt: skip
     epochs = read_rows(trained, "epoch")
     assert [row["epoch"] for row in epochs] == [1, 2]
@@ -477,6 +477,7 @@ def test_the_best_checkpoint_can_be_evaluated(capsys, image_root, tmp_path):
         assert call(cli.eval.app, output, *arguments, *options) in (0, None)
         (row,) = json.loads((tmp_path / "rho.json").read_text())
         assert row["step"] == step
+    capsys.readouterr()
     assert "leave out --best" in mistake(capsys, cli.eval.app, oldest, *arguments, "--best")
     best.unlink()
     assert "no validated checkpoint yet" in mistake(capsys, cli.eval.app, output, *arguments, "--best")
