@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +33,7 @@ _MAY_DIFFER = (
     "train.parallel",
     "train.checkpoint_activations",
 )
+_CONFIG = "config.json"
 _DOCTOR_SECONDS = 5.0
 _STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "run again"
 
@@ -106,30 +106,19 @@ def train(
     if data is None or output is None:
         missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
         raise ValueError(f"give {' and '.join(missing)}; only --plan needs neither")
-    _check_output(output, resume)
-
     import pipelines
     from pipelines.prefetch import Prefetcher
     from pss import dist
-    from pss.checkpoint import list_checkpoints
     from pss.claim import claim
-    from pss.config import Config, differing_fields
     from pss.train import Interrupted, Trainer
 
-    saved_config = output / "config.json"
-    if resume and saved_config.exists():
-        changed = [
-            field
-            for field in differing_fields(Config.from_json(saved_config), config)
-            if not field.startswith(_MAY_DIFFER)
-        ]
-        if changed:
-            raise ValueError(
-                f"--resume: the run in {output} has other settings (saved, now): {'; '.join(changed)}; "
-                "repeat its --set options, or choose another --output"
-            )
+    if output.is_file():
+        raise ValueError(f"--output {output} is a file; name a folder")
     dataset = pipelines.open_dataset(data)
-    with dist.start(config.train.timeout_seconds) as world:
+    with (
+        dist.start(config.train.timeout_seconds) as world,
+        claim(output, world, lambda: _admit(output, config, resume)),
+    ):
         if config.train.batch_size % (world.size * config.train.accumulate):
             raise ValueError(
                 f"train.batch_size is {config.train.batch_size}, which {world.size} processes cannot share evenly in "
@@ -152,7 +141,6 @@ def train(
         if config.train.prefetch_mb:
             train_loader = Prefetcher(train_loader, round(config.train.prefetch_mb * 2**20), world.device)
         val_loader = None
-        created = False
         try:
             # Accuracy is measured on the original bytes, which FFCV's files do not hold.
             val_backend = "auto" if loader == "ffcv" else loader
@@ -161,26 +149,22 @@ def train(
                 config, train_loader, val_loader, classes=list(dataset.classes), output=output, world=world
             )
             if world.is_main:
-                created = not output.exists()
-                output.mkdir(parents=True, exist_ok=True)
-            with claim(output, world):
-                if world.is_main:
-                    partial = saved_config.with_suffix(".partial")
-                    partial.write_text(config.to_json(), encoding="utf-8")
-                    partial.replace(saved_config)
-                    begin = f"continuing at step {trainer.step}" if trainer.step else "starting"
-                    typer.echo(
-                        f"{recipe}: {begin}, {config.method} on {world.device.type}, "
-                        f"{train_loader.num_samples:,} images, {len(dataset.classes)} classes, "
-                        f"{trainer.total_steps:,} steps, {train_loader.backend} loader",
-                        err=True,
-                    )
-                    if trainer.moved is not None:
-                        typer.echo(trainer.moved, err=True)
-                    if trainer.started_from is not None:
-                        typer.echo(f"weights of {config.model.weights}: {trainer.started_from}", err=True)
-                world.barrier()
-                trainer.fit()
+                saved_config = output / _CONFIG
+                partial = saved_config.with_suffix(".partial")
+                partial.write_text(config.to_json(), encoding="utf-8")
+                partial.replace(saved_config)
+                begin = f"continuing at step {trainer.step}" if trainer.step else "starting"
+                typer.echo(
+                    f"{recipe}: {begin}, {config.method} on {world.device.type}, {train_loader.num_samples:,} images, "
+                    f"{len(dataset.classes)} classes, {trainer.total_steps:,} steps, {train_loader.backend} loader",
+                    err=True,
+                )
+                if trainer.moved is not None:
+                    typer.echo(trainer.moved, err=True)
+                if trainer.started_from is not None:
+                    typer.echo(f"weights of {config.model.weights}: {trainer.started_from}", err=True)
+            world.barrier()
+            trainer.fit()
             if world.is_main:
                 typer.echo(f"done: {output}; next: pss-eval {output} --data {data}", err=True)
         except RuntimeError as error:
@@ -198,9 +182,25 @@ def train(
             train_loader.close()
             if val_loader is not None:
                 val_loader.close()
-            # A run that failed before its first checkpoint leaves nothing to continue, so it leaves nothing.
-            if created and not list_checkpoints(output / "checkpoints"):
-                shutil.rmtree(output)
+
+
+def _admit(output: Path, config: Config, resume: bool) -> None:
+    """Raise `ValueError` where the run in `output`, if there is one, is not to be continued, or is another one."""
+    from pss.config import Config, differing_fields
+
+    saved = output / _CONFIG
+    if not saved.exists():
+        return
+    if not resume:
+        raise ValueError(f"{output} already holds a run; add --resume to continue it, or choose another --output")
+    changed = [
+        field for field in differing_fields(Config.from_json(saved), config) if not field.startswith(_MAY_DIFFER)
+    ]
+    if changed:
+        raise ValueError(
+            f"--resume: the run in {output} has other settings (saved, now): {'; '.join(changed)}; "
+            "repeat its --set options, or choose another --output"
+        )
 
 
 def _plan(
@@ -282,13 +282,6 @@ def _choose_loader(data: Path, resumed: Path | None, config: Config, world: Worl
             choice = f"{found.backend} {found.reason}"
     backend, _, reason = (world.broadcast(choice) or "").partition(" ")
     return backend, reason
-
-
-def _check_output(output: Path, resume: bool) -> None:
-    if output.is_file():
-        raise ValueError(f"--output {output} is a file; name a folder")
-    if (output / "config.json").exists() and not resume:
-        raise ValueError(f"{output} already holds a run; add --resume to continue it, or choose another --output")
 
 
 def main() -> None:

@@ -65,11 +65,11 @@ class Progressive:
     start_size: int | None = None
     """Side of the first epochs' images in pixels; None trains at full size throughout."""
     begin_epoch: int = 0
-    """Epochs of the first size, after which images grow."""
+    """Epochs at the first size, after which images grow."""
     end_epoch: int = 0
     """The first epoch of full size."""
     multiple: int = 32
-    """The sizes between are multiples of this."""
+    """The sizes between are multiples of this, rounded down."""
 
     def __post_init__(self) -> None:
         if self.start_size is None:
@@ -157,11 +157,11 @@ class DataConfig:
         grow = self.progressive
         if grow.start_size is None or epoch >= grow.end_epoch:
             return self.img_size
-        if epoch <= grow.begin_epoch:
+        if epoch < grow.begin_epoch:
             return grow.start_size
-        share = (epoch - grow.begin_epoch) / (grow.end_epoch - grow.begin_epoch)
-        size = grow.start_size + share * (self.img_size - grow.start_size)
-        return min(self.img_size, max(grow.start_size, round(size / grow.multiple) * grow.multiple))
+        done, of = epoch + 1 - grow.begin_epoch, grow.end_epoch + 1 - grow.begin_epoch
+        size = grow.start_size + (self.img_size - grow.start_size) * done // of
+        return max(grow.start_size, size // grow.multiple * grow.multiple)
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,8 @@ class PlannedLoader(ABC):
         """The configuration, less what changes pixels no more than another version of a library."""
         settings = asdict(self.config)
         del settings["gpu_decoding"]
+        if self.config.progressive.start_size is None:  # as runs have it that know of no other sizes
+            del settings["progressive"]
         return settings
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

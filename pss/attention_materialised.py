@@ -68,7 +68,8 @@ def materialised_attention(qkv: Tensor, table: Tensor, positions: Tensor) -> tup
         mask = bias.shared.expand(len(q), -1, -1, -1) if bias.is_shared else pairs[: len(q)]
         if not bias.is_shared:
             bias.write(bias.entries(images, entries[: len(q)]), mask)
-        parts.append(F.scaled_dot_product_attention(q, k, v, mask))
+        with torch.autocast("cpu", enabled=False):  # it would round the bias to half precision
+            parts.append(F.scaled_dot_product_attention(q, k, v, mask))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.transpose(1, 2).contiguous(), out.new_empty(0)
 

@@ -211,6 +211,13 @@ class Config:
             *("epochs", "batch_size", "log_every_steps", "keep_checkpoints", "accumulate", "max_skipped"),
         )
         _require_positive(self.compile, "compile", "max_graphs")
+        grow = self.data.progressive
+        if grow.start_size is not None and grow.end_epoch >= self.train.epochs:
+            raise ValueError(
+                f"data.progressive.end_epoch is {grow.end_epoch} and train.epochs {self.train.epochs}; the run would "
+                f"never see images of full size: --set data.progressive.end_epoch={self.train.epochs * 4 // 5} "
+                f"--set data.progressive.begin_epoch={self.train.epochs // 5}"
+            )
         if self.train.parallel == "fsdp" and self.compile.mode == "on":
             raise ValueError(
                 "train.parallel is fsdp, whose sharded blocks are not compiled; set compile.mode=auto, or "

@@ -36,7 +36,6 @@ class Accuracy:
     num_images: int
 
 
-@torch.inference_mode()
 def accuracy(
     predict: Predict,
     loader: Loader,
@@ -52,21 +51,30 @@ def accuracy(
 
     Each batch is decoded once and predicted at all of `rhos`; `observe` is shown the batch, the images as the model
     takes them, and the logits (B, classes) of every rho. With `in_step` all processes predict equally often, which a
-    model that is sharded among them needs; one without an image left repeats another.
+    model that is sharded among them needs; one without an image left repeats another, so there must be one for each.
 
     Raises:
-        DataError: the processes together did not see exactly the split's images, or there is not one for each and they
-            go `in_step`.
+        DataError: the processes together did not see exactly the split's images.
     """
+    # What a sharded model gathers in inference mode it would keep for training, which cannot use it.
+    with torch.no_grad() if in_step else torch.inference_mode():
+        return _accuracy(predict, loader, prepare, world, rhos, autocast, observe, in_step)
+
+
+def _accuracy(
+    predict: Predict,
+    loader: Loader,
+    prepare: Prepare,
+    world: World,
+    rhos: Sequence[float],
+    autocast: AbstractContextManager[Any],
+    observe: Observe | None,
+    in_step: bool,
+) -> list[Accuracy]:
     totals = torch.zeros(len(rhos), 3, dtype=torch.float64, device=world.device)  # right, right in five, loss
     seen = torch.zeros(1, dtype=torch.int64, device=world.device)
     loader.set_epoch(0)
     most = -(-loader.num_samples // (loader.batch_size * world.size))  # batches of a process
-    if in_step and loader.num_samples < world.size:
-        raise DataError(
-            f"the validation split has {loader.num_samples} images for {world.size} processes with a sharded model; "
-            "use fewer processes, or train.parallel=ddp"
-        )
     for batch in loader:
         images, labels = prepare(batch, 0), batch.labels
         predicted = []

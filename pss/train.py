@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
@@ -62,12 +62,17 @@ class Trainer:
         self.steps_per_epoch = train_loader.steps_per_epoch
         self.epochs = config.train.epochs
         self.step = self.epoch = 0
-        self.autocast = autocast(config, world.device)
+        self.autocast = autocast(config, world.device, keep_copies=config.train.parallel == "ddp")
         seed = config.train.seed
         self.prepare = DeviceTransform(config.data, seed=seed, train=True)
         self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
         seed_generator(seed)  # the same on every process: they must begin with the same weights
         self.sharded = config.train.parallel == "fsdp" and world.size > 1
+        if self.sharded and val_loader.num_samples < world.size:
+            raise DataError(
+                f"the validation split has {val_loader.num_samples} images for {world.size} processes with a sharded "
+                "model; use fewer processes, or train.parallel=ddp"
+            )
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch)
         if not self.sharded:
             self.method.to(world.device)
@@ -252,8 +257,6 @@ class Trainer:
             # Dropout is then a function of (seed, step, rank), whatever else drew random numbers before.
             seed_generator(at.seed, at.step, rank)
             last = number + 1 == parts
-            if isinstance(engine, FSDPModule):
-                engine.set_requires_gradient_sync(last)
             with nullcontext() if last or not isinstance(engine, DistributedDataParallel) else engine.no_sync():
                 with self.autocast:
                     out: dict[str, Tensor] = engine(some, their_targets, replace(at, rank=rank))
@@ -440,7 +443,12 @@ def compile_levels(method: Method, settings: CompileConfig, device: torch.device
         raise ValueError(f"compile.cuda_graphs needs a GPU and this run is on the {device.type}; leave it false")
     epochs = range(-(-total_steps // method.steps_per_epoch))
     sizes = {method.config.data.train_size(epoch) for epoch in epochs}
-    counts = sorted({method.num_tokens(rho, size) for rho in method.rhos(total_steps) for size in sizes})
+    graphs = set()
+    for rho, size in product(method.rhos(total_steps), sizes):
+        count, most = method.num_tokens(rho, size), method.num_tokens(1.0, size)
+        # All patches of small images lie at the same places, others at each image's own; see `CompiledTrunk`.
+        graphs.add((count, count == most and size < method.config.data.img_size))
+    counts = sorted(count for count, _ in graphs)
     if len(counts) + 1 > settings.max_graphs:
         raise ValueError(
             f"this run trains at {len(counts)} token counts ({', '.join(map(str, counts))}) and validates at one, and "
@@ -460,11 +468,11 @@ def wrap(method: Method, world: World) -> nn.Module:
     return DistributedDataParallel(method, device_ids=devices, gradient_as_bucket_view=True)
 
 
-def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
-    """The arithmetic that `train.precision` asks for on this device."""
+def autocast(config: Config, device: torch.device, *, keep_copies: bool = True) -> AbstractContextManager[Any]:
+    """The arithmetic that `train.precision` asks for on this device; `keep_copies` of the weights until its end."""
     precision = config.train.precision
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=keep_copies)
     return nullcontext()
 
 

@@ -193,6 +193,19 @@ def test_the_memory_that_a_thread_keeps_serves_every_size_dtype_and_mode() -> No
             torch.testing.assert_close(ours.double(), expected, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
+def test_autocast_does_not_round_the_bias() -> None:
+    where = positions((3, 4), 1)
+    q, k, v = torch.zeros(3, 2, 2, 13, 8).bfloat16()
+    v[:, :, 0] = 1
+    table = torch.full((num_table_rows((3, 4)), 2), 8.0)
+    table[-3:] = 8.02  # of pairs with the prefix token; in bfloat16 it is 8
+    with torch.autocast("cpu", torch.bfloat16):
+        result = attend(q, k, v, table=table, positions=where)
+    expected = attend_explicitly(q.double(), k.double(), v.double(), table=table.double(), positions=where)
+    assert abs(float(expected[0, 0, 1, 0]) - 1 / 13) > 1e-3
+    torch.testing.assert_close(result.double(), expected, rtol=2**-8, atol=0)
+
+
 def test_gradients_flow_to_what_needs_them() -> None:
     where = positions((2, 3), 1)
     qkv, table = torch.randn(3, 2, 2, 7, 8), torch.randn(num_table_rows((2, 3)), 2)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import cli.eval
 import cli.train
+import pss.claim
 import pss.report
 from cli.errors import run
 from pss import checkpoint
@@ -446,7 +447,8 @@ def launch(name, *arguments, processes=1):
     assert code == 0, told
 
 
-def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(capsys, image_root, tmp_path):
+def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(capsys, image_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(pss.claim, "_PATIENCE_SECONDS", 0.2)
     output = tmp_path / "run"
     command = [sys.executable, "-m", "cli.train", "digits", "--data", str(image_root), "--output", str(output)]
     command += ["--loader", "torch", "--resume", *settings("train.epochs=4000", "train.max_steps=9000")]

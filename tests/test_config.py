@@ -88,3 +88,10 @@ def test_a_foreign_config_file_is_refused(tmp_path):
             Config.from_json(path)
     with pytest.raises(ValueError, match="not found"):
         Config.from_json(tmp_path / "none.json")
+
+
+def test_images_must_reach_their_full_size_within_the_run():
+    grow = ["data.progressive.start_size=160", "data.progressive.end_epoch=10"]
+    with pytest.raises(ValueError, match=r"end_epoch is 10 and train.epochs 10; .*--set data.progressive.end_epoch=8"):
+        recipes.get("deit-s-224").with_settings([*grow, "train.epochs=10"])
+    recipes.get("deit-s-224").with_settings([*grow, "train.epochs=11"])

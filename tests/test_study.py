@@ -27,7 +27,13 @@ class Commands:
             folder = study.Path(output)
             folder.mkdir(parents=True, exist_ok=True)
             rows = [
-                {"kind": "epoch", "epoch": n, "step": STEPS * n, "train_seconds": self.seconds[arm] * n, "top1": 50.0}
+                {
+                    "kind": "epoch",
+                    "epoch": n,
+                    "step": STEPS * n,
+                    "train_seconds": self.seconds[arm] * n,
+                    "by_rho": {"1": {"steps": STEPS}},
+                }
                 for n in range(1, epochs + 1)
             ]
             (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -58,7 +64,7 @@ def test_runs_take_turns_in_alternating_order(run):
     assert result["images"] == 53
     dense, cyclic = result["lines"]
     assert dense["ratios"] == []
-    assert cyclic["ratios"] == [0.5] * 4
+    assert cyclic["ratios"] == [0.5] * 2  # of four epochs; the first one of a turn is not counted
     assert cyclic["seconds"] == [10.0]
     assert cyclic["limit"] < dense["limit"] == 1
     assert "| cyclic | magnitude | 10.00 % | 5.00 % | 0.17 | 0.500 (0.500–0.500) |" in study.report(result)
@@ -70,10 +76,22 @@ def test_every_seed_and_sort_is_a_run_and_a_study_goes_on_where_it_stopped(run):
     names = [f"{arm}-{seed}" for seed in (0, 1) for arm in ("dense-magnitude", "fixed-magnitude", "fixed-random")]
     assert called == [(name, 4) for name in reversed(names)]
     lines = {(line["arm"], line["sort"]): line for line in result["lines"]}
-    assert lines["fixed", "random"]["ratios"] == [0.75] * 8
+    assert lines["fixed", "random"]["ratios"] == [0.75] * 6
     assert lines["fixed", "random"]["top1"][1.0] == [10.0, 11.0]
     assert "10.50 % ± 0.71" in study.report(result)
     called.clear()
     again, called = run(*words)
     assert called == []
     assert again["lines"] == result["lines"]
+
+
+def test_an_epoch_in_which_a_run_was_stopped_is_not_timed(tmp_path):
+    steps = {1: 3, 2: 1, 3: 3, 4: 3}  # by the process that ended the epoch
+    rows = [
+        {"kind": "epoch", "step": 3 * n, "epoch": n, "train_seconds": float(n), "by_rho": {"1": {"steps": count}}}
+        for n, count in steps.items()
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trial = study.Trial("dense", "magnitude", 0, tmp_path, ())
+    assert trial.timed(1, 3) == {1: 1.0, 3: 3.0, 4: 4.0}
+    assert trial.timed(2, 3) == {4: 4.0}

@@ -53,6 +53,14 @@ class Trial:
         """What its log says of every epoch so far."""
         return read_rows(self.folder, "epoch") if (self.folder / "log.jsonl").exists() else []
 
+    def timed(self, turn: int, steps: int) -> dict[int, float]:
+        """Seconds of training by epoch, of those that one process trained from beginning to end.
+
+        Where a turn has several, the first one is left out: on a GPU its steps are compiled in it.
+        """
+        whole = [row for row in self.epochs() if sum(level["steps"] for level in row["by_rho"].values()) == steps]
+        return {row["epoch"]: row["train_seconds"] for row in whole if turn == 1 or (row["epoch"] - 1) % turn}
+
 
 def trials(arguments: argparse.Namespace) -> list[Trial]:
     """Every run, in the order of the first turn. Dense training has no choice of patches, so it has one sort."""
@@ -89,7 +97,7 @@ def train(made: Sequence[Trial], arguments: argparse.Namespace, config: Config, 
 
 def measure(made: Sequence[Trial], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of pss-eval over all runs."""
-    rhos = ",".join(f"{rho:g}" for rho in arguments.rhos)
+    rhos = ",".join(map(str, arguments.rhos))
     folders = [str(trial.folder) for trial in made]
     command("eval", *folders, "--data", str(arguments.data), "--rho", rhos, "--output", str(arguments.output))
     rows: list[dict[str, Any]] = json.loads((arguments.output / "rho.json").read_text(encoding="utf-8"))
@@ -97,7 +105,12 @@ def measure(made: Sequence[Trial], arguments: argparse.Namespace) -> list[dict[s
 
 
 def compare(
-    made: Sequence[Trial], rows: Sequence[dict[str, Any]], limits: dict[str, float], rhos: Sequence[float]
+    made: Sequence[Trial],
+    rows: Sequence[dict[str, Any]],
+    limits: dict[str, float],
+    rhos: Sequence[float],
+    turn: int,
+    steps: int,
 ) -> list[dict[str, Any]]:
     """One line for every arm and sort: accuracy over its seeds, and its time over that of the dense runs."""
     lines = []
@@ -109,8 +122,9 @@ def compare(
         for trial in own:
             dense = next((other for other in made if other.arm == "dense" and other.seed == trial.seed), None)
             if dense is not None and trial is not dense:
-                pairs = zip(trial.epochs(), dense.epochs(), strict=True)
-                ratios += [mine["train_seconds"] / theirs["train_seconds"] for mine, theirs in pairs]
+                theirs = dense.timed(turn, steps)
+                mine = trial.timed(turn, steps)
+                ratios += [mine[epoch] / theirs[epoch] for epoch in mine if epoch in theirs]
         seconds = [sum(row["train_seconds"] for row in trial.epochs()) for trial in own]
         line = {"arm": arm, "sort": sort, "seeds": len(own), "top1": top1, "seconds": seconds, "ratios": ratios}
         lines.append(line | {"limit": limits[arm]})
@@ -132,7 +146,7 @@ def report(result: dict[str, Any]) -> str:
     for line in result["lines"]:
         accuracies = [_mean(line["top1"][rho], " %") for rho in rhos]
         minutes = _mean([seconds / 60 for seconds in line["seconds"]], "")
-        time_ratio = "1"
+        time_ratio = "1" if line["arm"] == "dense" else "–"
         if line["ratios"]:
             first, median, third = quartiles(line["ratios"])
             time_ratio = f"{median:.3f} ({first:.3f}–{third:.3f})"
@@ -162,11 +176,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="where to write every epoch and every row of the sweep")
     parser.add_argument("--markdown", type=Path, help="where to write the table, beside printing it")
     arguments = parser.parse_args(argv)
+    if arguments.turn < 1:
+        parser.error(f"--turn is {arguments.turn}; a turn has at least 1 epoch")
+    if not all(0 < rho <= 1 for rho in arguments.rhos):
+        parser.error("--rhos are shares of patches, in (0, 1]")
     config = recipes.get(arguments.recipe).with_settings(arguments.set)
     num_images = sum(pipelines.open_dataset(arguments.data).per_class["train"])
     plans = {arm: plan(config.with_settings(ARMS[arm]), num_images=num_images) for arm in dict.fromkeys(arguments.arms)}
     made = trials(arguments)
-    train(made, arguments, config, num_images // config.train.batch_size)
+    steps = num_images // config.train.batch_size
+    train(made, arguments, config, steps)
     rows = measure(made, arguments)
     limits = {arm: planned.mean_cost for arm, planned in plans.items()}
     result = {
@@ -177,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "seeds": arguments.seeds,
         "rhos": arguments.rhos,
         "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "lines": compare(made, rows, limits, arguments.rhos),
+        "lines": compare(made, rows, limits, arguments.rhos, arguments.turn, steps),
         "log": {trial.folder.name: trial.epochs() for trial in made},
         "sweep": rows,
     }
