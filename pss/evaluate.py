@@ -56,44 +56,31 @@ def accuracy(
     Raises:
         DataError: the processes together did not see exactly the split's images.
     """
-    # What a sharded model gathers in inference mode it would keep for training, which cannot use it.
-    with torch.no_grad() if in_step else torch.inference_mode():
-        return _accuracy(predict, loader, prepare, world, rhos, autocast, observe, in_step)
-
-
-def _accuracy(
-    predict: Predict,
-    loader: Loader,
-    prepare: Prepare,
-    world: World,
-    rhos: Sequence[float],
-    autocast: AbstractContextManager[Any],
-    observe: Observe | None,
-    in_step: bool,
-) -> list[Accuracy]:
     totals = torch.zeros(len(rhos), 3, dtype=torch.float64, device=world.device)  # right, right in five, loss
     seen = torch.zeros(1, dtype=torch.int64, device=world.device)
     loader.set_epoch(0)
     most = -(-loader.num_samples // (loader.batch_size * world.size))  # batches of a process
-    for batch in loader:
-        images, labels = prepare(batch, 0), batch.labels
-        predicted = []
-        for row, rho in zip(totals, rhos, strict=True):
-            with autocast:
-                logits = predict(images, rho)
-            logits = logits.float()  # (B, classes)
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            row[0] += ranked[:, 0].sum()
-            row[1] += ranked.sum()
-            row[2] += F.cross_entropy(logits, labels, reduction="none").double().sum()
-            predicted.append(logits)
-        seen += labels.numel()
-        if observe is not None:
-            observe(batch, images, predicted)
-    for _ in range(most - len(loader) if in_step else 0):
-        for rho in rhos:
-            with autocast:
-                predict(images[:1], rho)
+    # What a sharded model gathers in inference mode it would keep for training, which cannot use it.
+    with torch.no_grad() if in_step else torch.inference_mode():
+        for batch in loader:
+            images, labels = prepare(batch, 0), batch.labels
+            predicted = []
+            for row, rho in zip(totals, rhos, strict=True):
+                with autocast:
+                    logits = predict(images, rho)
+                logits = logits.float()  # (B, classes)
+                ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+                row[0] += ranked[:, 0].sum()
+                row[1] += ranked.sum()
+                row[2] += F.cross_entropy(logits, labels, reduction="none").double().sum()
+                predicted.append(logits)
+            seen += labels.numel()
+            if observe is not None:
+                observe(batch, images, predicted)
+        for _ in range(most - len(loader) if in_step else 0):
+            for rho in rhos:
+                with autocast:
+                    predict(images[:1], rho)
     world.sum(totals)
     world.sum(seen)
     count = int(seen)
