@@ -157,6 +157,8 @@ def test_a_coarse_grid_is_spread_evenly(data: st.DataObject) -> None:
         steps = lines.diff()
         assert bool((steps >= 1).all())
         assert not len(steps) or int(steps.max() - steps.min()) <= 1
+        exact = torch.arange(len(lines)) * (side - 1) / max(1, len(lines) - 1)
+        assert len(lines) == 1 or bool(((lines - exact).abs() <= 0.5 + 1e-4).all())
         assert (int(lines[0]), int(lines[-1])) == ((0, side - 1) if len(lines) > 1 else (side // 2, side // 2))
     assert torch.equal(places, (rows[:, :1] * fine[1] + columns[:1]).flatten())
     assert spread(fine, fine).tolist() == list(range(fine[0] * fine[1])) or 1 in fine
