@@ -62,12 +62,12 @@ class Trainer:
         self.steps_per_epoch = train_loader.steps_per_epoch
         self.epochs = config.train.epochs
         self.step = self.epoch = 0
-        self.autocast = autocast(config, world.device, keep_copies=config.train.parallel == "ddp")
+        self.sharded = config.train.parallel == "fsdp" and world.size > 1
+        self.autocast = autocast(config, world.device, keep_copies=not self.sharded)
         seed = config.train.seed
         self.prepare = DeviceTransform(config.data, seed=seed, train=True)
         self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
         seed_generator(seed)  # the same on every process: they must begin with the same weights
-        self.sharded = config.train.parallel == "fsdp" and world.size > 1
         if self.sharded and val_loader.num_samples < world.size:
             raise DataError(
                 f"the validation split has {val_loader.num_samples} images for {world.size} processes with a sharded "
