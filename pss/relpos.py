@@ -38,6 +38,11 @@ def reach(num_rows: int) -> int:
     return (num_rows - NUM_PREFIX_ROWS) // 2
 
 
+def num_entries(num_rows: int) -> int:
+    """Entries that `spread` makes of a table of `num_rows` rows, for each head."""
+    return 5 * reach(num_rows) + 4
+
+
 def positions(
     grid: Grid, num_prefix: int, kept: Tensor | None = None, device: torch.device | str | None = None
 ) -> Tensor:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
-from pss import attention_materialised
+from pss import attention_cpu, attention_materialised
 from pss.attention import Attention, attend, attend_explicitly, attend_packed, gets_masks_right
-from pss.relpos import num_separable_rows, num_table_rows, positions
+from pss.relpos import num_entries, num_separable_rows, num_table_rows, positions
 
 
 def table_row(grid: tuple[int, int], query: int | None, key: int | None) -> int:
@@ -131,6 +131,7 @@ def test_sampled_attention_and_all_its_gradients_equal_the_loops(
     num_images=st.integers(1, 5),
     width=st.sampled_from([1, 8, 20, 32, 64, 96, 128]),
     cache=st.sampled_from([1, 2**13, 2**15, 2**20]),
+    shares=st.integers(1, 4),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     packed=st.booleans(),
     seed=st.integers(0, 2**31),
@@ -144,11 +145,12 @@ def test_materialised_is_the_reference(
     num_images: int,
     width: int,
     cache: int,
+    shares: int,
     dtype: torch.dtype,
     packed: bool,
     seed: int,
 ) -> None:
-    """All patches, each image's own or the same ones for all, tokens in any order, in one tensor or three, in parts."""
+    """Every kind of kept sets, tokens in any order, in one tensor or three; in parts, by one thread or several."""
     generator = torch.Generator().manual_seed(seed)
     num_patches = grid[0] * grid[1]
     order = torch.rand(1 if kept_sets == "shared" else num_images, num_patches, generator=generator).argsort(1)
@@ -167,7 +169,9 @@ def test_materialised_is_the_reference(
 
     by_role = qkv.permute(2, 0, 3, 1, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_materialised, "_CACHE", cache)
+        for name in ("_OWN_CACHE", "_SHARED_CACHE"):
+            patch.setattr(attention_cpu, name, cache)
+        patch.setattr(attention_cpu, "num_shares", lambda: shares)
         if packed:
             result = attend_packed(by_role, table=table, positions=where)
         else:
@@ -179,7 +183,7 @@ def test_materialised_is_the_reference(
 
 
 def test_the_memory_that_a_thread_keeps_serves_every_size_dtype_and_mode() -> None:
-    vars(attention_materialised._memory).clear()
+    attention_cpu._memory.clear()
     for num_images, dtype in ((4, torch.float32), (1, torch.float64), (7, torch.float64), (2, torch.bfloat16)):
         where = positions((3, 4), 1, torch.rand(num_images, 12).argsort(1)[:, :9])
         q, k, v = torch.randn(3, num_images, 2, 10, 8).to(dtype)
@@ -191,6 +195,41 @@ def test_the_memory_that_a_thread_keeps_serves_every_size_dtype_and_mode() -> No
         result.sum().backward()
         for ours in (seen, result):
             torch.testing.assert_close(ours.double(), expected, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_threads_divide_the_images_and_repeat_themselves_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu, "num_shares", lambda: 3)
+    qkv, table = torch.randn(3, 8, 2, 10, 8, requires_grad=True), torch.randn(num_table_rows((3, 4)), 2)
+    for where in (positions((3, 4), 1, torch.rand(8, 12).argsort(1)[:, :9]), positions((3, 4), 1)[:, :, :10]):
+        attention_cpu._memory.clear()
+        results = []
+        for _ in range(20):
+            out = attend_packed(qkv, table=table.requires_grad_(), positions=where)
+            results.append(torch.autograd.grad(out.square().sum(), (qkv, table)))
+        (plan,) = (shares for shares in attention_cpu._memory.known.values() if len(shares) > 1)
+        assert [[(part.start, part.stop) for part, _ in share.parts] for share in plan] == [
+            [(0, 2)],
+            [(2, 5)],
+            [(5, 8)],
+        ]
+        for again in results[1:]:
+            assert all(map(torch.equal, again, results[0]))
+
+
+def test_positions_that_changed_in_place_are_not_taken_for_the_ones_remembered() -> None:
+    q, k, v = torch.randn(3, 2, 2, 10, 8)
+    table = torch.randn(num_table_rows((3, 4)), 2)
+    sets = [positions((3, 4), 1, torch.rand(2, 12).argsort(1)[:, :9]) for _ in range(3)]
+    with torch.inference_mode():
+        sets_without_version = [where.clone() for where in sets]
+    for each in (sets, sets_without_version):
+        where = each[0]
+        for others in each:
+            with torch.inference_mode(where.is_inference()):
+                where.copy_(others)
+            result = attend(q, k, v, table=table, positions=where)
+            expected = attend_explicitly(q, k, v, table=table, positions=where)
+            torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
 def test_autocast_does_not_round_the_bias() -> None:
@@ -356,8 +395,8 @@ def test_nothing_of_all_pairs_of_tokens_is_kept_for_the_backward_pass(kept_sets:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = attend_packed(qkv.permute(2, 0, 3, 1, 4), table=table, positions=where)
-    inputs = qkv.nbytes + table.nbytes + where.nbytes
-    assert sum(storages.values()) == inputs + out.nbytes
+    spread = 4 * 2 * num_entries(len(table))
+    assert sum(storages.values()) == qkv.nbytes + table.nbytes + where.nbytes + out.nbytes + spread
 
 
 # The module.

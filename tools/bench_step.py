@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from pss import attention_materialised, relpos
+from pss import attention_cpu, relpos
 from pss.attention import Attention, RelPos
 from pss.flops import macs, training_saving
 from pss.schedules import Cyclic, histogram
@@ -178,7 +178,7 @@ def time_rounds(
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
     """The most bytes of tensors that a step has allocated at a time, beyond what was there before; it runs twice."""
     step()
-    vars(attention_materialised._memory).clear()  # or what it keeps for its next call would count as there before
+    attention_cpu._memory.clear()  # or what it keeps for its next call would count as there before
     if device.type == "cuda":
         wait_for(device)
         torch.cuda.reset_peak_memory_stats(device)
