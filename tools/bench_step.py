@@ -27,6 +27,7 @@ and less than the naive way; attention takes at most half of the naive way's mem
 import argparse
 import copy
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -38,6 +39,8 @@ from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_args
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands have it; read when torch is loaded
 
 import timm
 import torch
@@ -249,7 +252,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": version("triton") if find_spec("triton") else None,
         "timm": timm.__version__,
         "cpu": cpu[0] if cpu else platform.processor(),
-        "threads": torch.get_num_threads(),
+        "threads": f"{torch.get_num_threads()} (OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY')})",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
 
