@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +116,12 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     child.start()
     child.join(60)
     assert child.exitcode == 0
+
+
+@pytest.mark.parametrize(("imports", "shares"), [("import tools, torch", 2), ("import torch, tools", 1)])
+def test_nobody_sets_the_policy_when_torch_has_already_read_it(imports: str, shares: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = f"{imports}; torch.set_num_threads(2); from pss import cpu_threads; print(cpu_threads.num_shares())"
+    command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    assert int(result.stdout) == shares

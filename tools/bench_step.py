@@ -40,8 +40,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_args
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands have it; read when torch is loaded
-
 import timm
 import torch
 import torch.nn.functional as F
