@@ -126,7 +126,7 @@ def precision(dtype: torch.dtype) -> torch.dtype:
 def _rows(num_rows: int) -> Tensor:
     """The row of the table that each entry of `spread` comes from."""
     with torch.inference_mode(False):
-        return relpos.spread(torch.arange(num_rows).unsqueeze(1))[0].clone()
+        return relpos.spread(torch.arange(num_rows, device="cpu").unsqueeze(1))[0].clone()
 
 
 def _of(images: slice, batch: Tensor, dim: int) -> Tensor:
@@ -238,7 +238,7 @@ class _Memory(threading.local):
         """Keep nothing."""
         self.last_pairs: tuple[Tensor, tuple[int, int], _Pairs] | None = None
         self.known: dict[Hashable, list[_Share]] = {}
-        self.kept = torch.empty(0, 64, dtype=torch.uint8)
+        self.kept = torch.empty(0, 64, dtype=torch.uint8, device="cpu")
         """The buffers of all that are known, one over the other."""
 
     def take(self, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
@@ -246,7 +246,7 @@ class _Memory(threading.local):
         lines = [-(-math.prod(shape) * dtype.itemsize // 64) for shape, dtype in wanted]  # of the cache
         if len(self.kept) < sum(lines):
             self.clear()
-            self.kept = torch.empty(sum(lines), 64, dtype=torch.uint8)
+            self.kept = torch.empty(sum(lines), 64, dtype=torch.uint8, device="cpu")
         parts = torch.split(self.kept[: sum(lines)], lines)
         return [
             part.view(-1).view(dtype)[: math.prod(shape)].view(shape)
