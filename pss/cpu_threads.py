@@ -7,13 +7,12 @@ here are woken once, do their share of all the small operations each on its own,
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 
 import torch
-
-from pipelines.threads import Threads
 
 # Python lets one thread at a time ask torch for an operation; many of them would wait for each other.
 _MOST = 8
@@ -21,9 +20,10 @@ _MOST = 8
 # torch loads OpenMP, which reads this once. Threads that wait for work by spinning would keep ours from their cores.
 _openmp_sleeps = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
 
+_Task = Callable[[], None]
+
 _lock = threading.Lock()
-_threads: Threads | None = None
-_count = 0
+_threads: "_Threads | None" = None
 
 
 def num_shares() -> int:
@@ -46,7 +46,6 @@ def run_shares(work: Callable[[int], None], count: int) -> None:
     def run(share: int) -> None:
         failure = None
         try:
-            torch.set_grad_enabled(False)
             work(share)
         except BaseException as error:
             failure = error
@@ -54,9 +53,9 @@ def run_shares(work: Callable[[int], None], count: int) -> None:
 
     failures: list[BaseException | None] = []
     with _lock:
-        threads = _at_least(count)
+        tasks = _at_least(count).tasks
         for share in range(count):
-            threads.submit(partial(run, share))
+            tasks.put(partial(run, share))
         try:
             while len(failures) < count:
                 failures.append(ended.get())
@@ -68,16 +67,52 @@ def run_shares(work: Callable[[int], None], count: int) -> None:
             raise failure
 
 
-def _at_least(count: int) -> Threads:
-    global _threads, _count
-    if _threads is None or _count < count:
-        _threads, _count = Threads(count, "operation"), count  # the last ones end when nobody refers to them
+def _at_least(count: int) -> "_Threads":
+    global _threads
+    if _threads is None or _threads.count < count:
+        _threads = _Threads(count)  # the last ones end when nobody refers to them
     return _threads
 
 
+class _Threads:
+    """`count` threads that run what is put into `tasks`, which must not raise."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        begun = threading.Barrier(count + 1)
+        threads = [
+            threading.Thread(target=_serve, args=(self.tasks, begun), name=f"pss-operation-{i}", daemon=True)
+            for i in range(count)
+        ]
+        intra_op = torch.get_num_threads()
+        for thread in threads:
+            thread.start()
+        begun.wait()
+        torch.set_num_threads(intra_op)  # what one of ours has set is also what threads started later would begin with
+        weakref.finalize(self, _stop, self.tasks, threads)
+
+
+def _serve(tasks: SimpleQueue[_Task | None], begun: threading.Barrier) -> None:
+    torch.get_num_threads()  # torch sets up a thread at its first use; later, that would undo the next line
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    begun.wait()
+    while (task := tasks.get()) is not None:
+        task()
+        del task  # and the tensors it holds
+
+
+def _stop(tasks: SimpleQueue[_Task | None], threads: list[threading.Thread]) -> None:
+    for _ in threads:
+        tasks.put(None)
+    for thread in threads:
+        thread.join(5)
+
+
 def _forget() -> None:
-    global _threads, _count, _lock
-    _threads, _count, _lock = None, 0, threading.Lock()
+    global _threads, _lock
+    _threads, _lock = None, threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget)  # a forked process has no threads but the one that forked
