@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,10 +74,19 @@ def test_what_a_share_raises_is_raised_when_all_have_ended() -> None:
 
 def test_several_callers_take_turns() -> None:
     totals = torch.zeros(4, 2)
+    inside: list[int] = []
+    together: list[set[int]] = []
 
     def call(caller: int) -> None:
+        def work(share: int) -> None:
+            inside.append(caller)
+            time.sleep(0.001)
+            together.append(set(inside))
+            inside.remove(caller)
+            totals[caller, share].add_(1)
+
         for _ in range(50):
-            run_shares(lambda share: totals[caller, share].add_(1), 2)
+            run_shares(work, 2)
 
     callers = [threading.Thread(target=call, args=(caller,)) for caller in range(4)]
     for caller in callers:
@@ -84,6 +94,7 @@ def test_several_callers_take_turns() -> None:
     for caller in callers:
         caller.join(60)
     assert torch.equal(totals, torch.full((4, 2), 50.0))
+    assert all(len(callers) == 1 for callers in together)
 
 
 def test_shares_are_for_few_threads_that_sleep_between_operations(
@@ -118,10 +129,24 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     assert child.exitcode == 0
 
 
-@pytest.mark.parametrize(("imports", "shares"), [("import tools, torch", 2), ("import torch, tools", 1)])
-def test_nobody_sets_the_policy_when_torch_has_already_read_it(imports: str, shares: int) -> None:
+_RUN_A_COMMAND = """
+import typer
+from cli.errors import run
+app = typer.Typer()
+app.command()(lambda: None)
+try:
+    run(app, [])
+except SystemExit as done:
+    assert not done.code
+"""
+
+
+@pytest.mark.parametrize("sets_the_policy", ["import tools", _RUN_A_COMMAND])
+@pytest.mark.parametrize("torch_first", [False, True])
+def test_nobody_sets_the_policy_when_torch_has_already_read_it(sets_the_policy: str, torch_first: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    code = f"{imports}; torch.set_num_threads(2); from pss import cpu_threads; print(cpu_threads.num_shares())"
+    count = "import torch; torch.set_num_threads(2); from pss import cpu_threads; print(cpu_threads.num_shares())"
+    code = "\n".join(["import torch"] * torch_first + [sets_the_policy, count])
     command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=True)
-    assert int(result.stdout) == shares
+    assert int(result.stdout) == (1 if torch_first else 2)
