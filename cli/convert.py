@@ -17,7 +17,7 @@ from cli import errors
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from pipelines.manifest import Manifest
+    from pipelines.storage.manifest import Manifest
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -57,8 +57,8 @@ def convert(
 
     Interrupted, the same command continues. With --traceback, errors show where they arose.
     """
-    from pipelines import convert as conversion
-    from pipelines import verify as verification
+    from pipelines.conversion import convert as conversion
+    from pipelines.conversion import verify as verification
 
     signal.signal(signal.SIGTERM, _terminate)
     jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs

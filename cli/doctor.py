@@ -5,8 +5,8 @@ from __future__ import annotations
 import typer
 
 from pss.config import Config
-from pss.doctor import Diagnosis
-from pss.plan import Plan, remedies
+from pss.planning.doctor import Diagnosis
+from pss.planning.plan import Plan, remedies
 
 
 def show(config: Config, planned: Plan, found: Diagnosis, *, backend: str, device: str) -> None:

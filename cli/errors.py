@@ -22,7 +22,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
     """
     # Waiting threads must not spin: the loader's threads and the model's share the cores, and a spinning team that
     # misses one member for a time slice costs ten times the step. Read once, when torch loads OpenMP; to set it later
-    # would tell `pss.cpu_threads` what is not so.
+    # would tell `pss.runtime.threads` what is not so.
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if arguments is None else arguments)

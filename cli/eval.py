@@ -14,8 +14,8 @@ from cli.errors import run
 if TYPE_CHECKING:
     import torch
 
-    from pss.runs import Run
-    from pss.sweep import Row, Sweep
+    from pss.inference.opening import Run
+    from pss.inference.sweep import Row, Sweep
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -115,11 +115,12 @@ def evaluate(
         raise ValueError("--export needs one ρ, as in --rho 0.6, or --dynamic")
 
     import pipelines
-    from pss import dist, report, sweep
-    from pss.runs import open_run
+    from pss.inference import report, sweep
+    from pss.inference.opening import open_run
+    from pss.runtime import processes as dist
 
     if export is not None:
-        from pss.export import check_target
+        from pss.inference.export import check_target
 
         check_target(export)
     dataset = None if data is None else pipelines.open_dataset(data)
@@ -208,8 +209,8 @@ def choose(
     device: torch.device,
 ) -> float:
     """The ρ that meets `demand`; says what it is and, where there is data to measure it on, what it costs."""
-    from pss import choose as chooser
-    from pss import sweep
+    from pss.inference import choose as chooser
+    from pss.inference import sweep
 
     if demand.max_drop is not None:
         assert measure is not None
@@ -245,7 +246,7 @@ def choose(
 
 def write_model(one: Run, name: str, rows: Sequence[Row], folder: Path) -> None:
     """Write a model for the Hugging Face Hub."""
-    from pss import hub, sweep
+    from pss.inference import hub, sweep
 
     card = hub.card(name, rows=rows, columns=sweep.COLUMNS, architecture=one.config.model.name)
     hub.save(folder, one.published(), card)
@@ -254,7 +255,7 @@ def write_model(one: Run, name: str, rows: Sequence[Row], folder: Path) -> None:
 
 def write_export(one: Run, path: Path, rho: float | None) -> None:
     """Write a model for other programs."""
-    from pss.export import export
+    from pss.inference.export import export
 
     worst = export(one, path, rho=rho)
     how = "any ρ" if rho is None else f"ρ {rho:.4g}"

@@ -8,10 +8,10 @@ from dataclasses import replace
 import typer
 
 from pss.config import Config
-from pss.plan import Machine, Plan, plan, queue_batches, remedies, run_on
+from pss.planning.plan import Machine, Plan, plan, queue_batches, remedies, run_on
 
 _WIDTH = 72
-_TFLOPS = 290.0  # what an H200 sustains at the rates that `tools.bench_step` aims at
+_TFLOPS = 290.0  # what an H200 sustains at the rates that `tools.benchmarks.step` aims at
 
 
 def show(config: Config, planned: Plan, whose: str = "") -> None:

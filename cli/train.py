@@ -13,7 +13,7 @@ from cli.errors import Failed, run
 
 if TYPE_CHECKING:
     from pss.config import Config
-    from pss.dist import World
+    from pss.runtime.processes import World
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -107,10 +107,10 @@ def train(
         missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
         raise ValueError(f"give {' and '.join(missing)}; only --plan needs neither")
     import pipelines
-    from pipelines.prefetch import Prefetcher
-    from pss import dist
-    from pss.claim import claim
-    from pss.train import Interrupted, Trainer
+    from pipelines.loaders.prefetch import Prefetcher
+    from pss.runs.lock import claim
+    from pss.runtime import processes as dist
+    from pss.training.trainer import Interrupted, Trainer
 
     if output.is_file():
         raise ValueError(f"--output {output} is a file; name a folder")
@@ -209,7 +209,7 @@ def _plan(
     """Show what the run would cost, on ImageNet-1k's number of images where there is no data."""
     import pipelines
     from cli.plan import show, show_machine
-    from pss.plan import IMAGENET_CLASSES, IMAGENET_IMAGES, plan
+    from pss.planning.plan import IMAGENET_CLASSES, IMAGENET_IMAGES, plan
 
     for name, rate in (("--loader-rate", loader_rate), ("--gpu-rate", gpu_rate)):
         if rate is not None and not 0 < rate < float("inf"):
@@ -225,7 +225,9 @@ def _plan(
     if loader_rate is not None:
         show_machine(config, planned, gpus=gpus, nodes=nodes, loader_rate=loader_rate, gpu_rate=gpu_rate)
     else:
-        typer.echo("\n--loader-rate says how a loader keeps up with it (see tools.bench_loader), on --gpus and --nodes")
+        typer.echo(
+            "\n--loader-rate says how a loader keeps up with it (see tools.benchmarks.loader), on --gpus and --nodes"
+        )
 
 
 def _doctor(config: Config, data: Path | None, loader: Any) -> None:
@@ -234,10 +236,10 @@ def _doctor(config: Config, data: Path | None, loader: Any) -> None:
         raise ValueError("--doctor measures the loader; give --data")
     import pipelines
     from cli.doctor import show
-    from pipelines.probe import images_per_second
-    from pss import dist
-    from pss.doctor import diagnose, measure_training
-    from pss.plan import plan
+    from pipelines.loaders.probe import images_per_second
+    from pss.planning.doctor import diagnose, measure_training
+    from pss.planning.plan import plan
+    from pss.runtime import processes as dist
 
     dataset = pipelines.open_dataset(data)
     planned = plan(config, num_images=sum(dataset.per_class["train"]), num_classes=len(dataset.classes))
@@ -268,8 +270,8 @@ def _doctor(config: Config, data: Path | None, loader: Any) -> None:
 
 def _choose_loader(data: Path, resumed: Path | None, config: Config, world: World) -> tuple[Any, str]:
     """What `--loader auto` stands for, the same on every process, and why."""
-    from pipelines.probe import probe
-    from pss.checkpoint import load_latest
+    from pipelines.loaders.probe import probe
+    from pss.runs.checkpoint import load_latest
 
     choice = None
     if world.is_main:

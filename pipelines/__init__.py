@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.base import Backend, Batch, DataConfig, DataError, Loader
-from pipelines.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, read_manifest
-from pipelines.source import class_names, find_split_folder, open_source
+from pipelines.storage.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, read_manifest
+from pipelines.storage.source import class_names, find_split_folder, open_source
 
 __all__ = ["Backend", "Batch", "DataConfig", "DataError", "DataSet", "Loader", "build", "open_dataset"]
 
@@ -61,7 +61,7 @@ def build(
         return made
     source = open_source(root, split, check_bytes)
     if backend == "torch":
-        made = import_module("pipelines.torch_loader").TorchLoader(source, **settings)
+        made = import_module("pipelines.loaders.torch_loader").TorchLoader(source, **settings)
     elif backend == "dali":
         module = _import_backend("dali", "DALI is not installed; run `make setup`, or use loader='torch'")
         made = module.DaliLoader(source, **settings)
@@ -72,7 +72,7 @@ def build(
 
 def _import_backend(name: str, remedy: str) -> Any:
     try:
-        return import_module(f"pipelines.{name}_loader")
+        return import_module(f"pipelines.loaders.{name}_loader")
     except ImportError as error:
         raise DataError(f"{remedy} ({error})") from error
 

@@ -3,7 +3,7 @@
 A loader turns one split of a data set into uint8 batches on its device. What it delivers is a pure function of
 (data set, settings, seed, epoch, rank, world size): order, crops and flips do not depend on the number of threads,
 on the back end or on where an interrupted run was resumed. Everything after the crop (flip, normalisation, mixing)
-happens once, for all back ends, in `pipelines.device`.
+happens once, for all back ends, in `pipelines.augment.device`.
 
 Legend: B images per rank and step, S image side in pixels, which may be another one in each epoch of training.
 """

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from pss.version import __version__
 
 if TYPE_CHECKING:
-    from pss.flops import macs
+    from pss.models.flops import macs
+    from pss.models.vit import create_model
+    from pss.models.weights import load_weights
     from pss.schedules import Cosine, Cyclic, Fixed, Linear
-    from pss.vit import create_model
-    from pss.weights import load_weights
 
 __all__ = ["Cosine", "Cyclic", "Fixed", "Linear", "__version__", "create_model", "load_weights", "macs"]
 
@@ -22,9 +22,9 @@ _HOME = {
     "Cyclic": "pss.schedules",
     "Fixed": "pss.schedules",
     "Linear": "pss.schedules",
-    "create_model": "pss.vit",
-    "load_weights": "pss.weights",
-    "macs": "pss.flops",
+    "create_model": "pss.models.vit",
+    "load_weights": "pss.models.weights",
+    "macs": "pss.models.flops",
 }
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from pipelines.convert import Options, convert
-from pipelines.manifest import Manifest
+from pipelines.conversion.convert import Options, convert
+from pipelines.storage.manifest import Manifest
 
 # The tensors of the tests are too small to share: threads would only wait for each other.
 torch.set_num_threads(1)

@@ -27,10 +27,11 @@ import numpy as np
 from conftest import Silent, convert_folder, missing, picture, write_folder
 from PIL import Image
 
-from pipelines import DataConfig, DataError, build, processes
-from pipelines.beton import FIELD, HEADER, METADATA
-from pipelines.source import TarSource
-from pipelines.verify import verify
+from pipelines import DataConfig, DataError, build
+from pipelines.conversion import engines
+from pipelines.conversion.beton import FIELD, HEADER, METADATA
+from pipelines.conversion.verify import verify
+from pipelines.storage.source import TarSource
 
 NAMED, WARNED, RIGHT = "named in an error", "named in a warning", "right pixels"
 SECONDS = 30.0  # after which a case has hung
@@ -425,5 +426,5 @@ def _one_by_one(function: Any, tasks: Any, jobs: int, on_result: Any) -> list[An
 
 
 if __name__ == "__main__":
-    processes.map_processes = _one_by_one  # the case is a process already
+    engines.map_processes = _one_by_one  # the case is a process already
     print(json.dumps({column: run(column, Path(sys.argv[1])) for column in sys.argv[2:]}))

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 import pipelines
-from pss import dist, recipes
-from pss.sharding import whole
-from pss.train import Trainer
+from pss import recipes
+from pss.runtime import processes as dist
+from pss.training.sharding import whole
+from pss.training.trainer import Trainer
 
 
 def main() -> None:

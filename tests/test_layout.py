@@ -28,7 +28,7 @@ def imports_of(path):
     ("folder", "allowed"),
     [
         ("pipelines", {"pipelines"}),
-        ("pss", {"pss", "pipelines.base", "pipelines.device", "pipelines.augment"}),
+        ("pss", {"pss", "pipelines.base", "pipelines.augment.device", "pipelines.augment"}),
         ("cli", {"pss", "pipelines", "cli"}),
     ],
 )

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from pss import checkpoint
+from pss.runs import checkpoint
 
 _START_SECONDS = 120.0
 _SETTINGS = (

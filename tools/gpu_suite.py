@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tools.bench_step import environment
+from tools.benchmarks.step import environment
 
 ROOT = Path(__file__).parent.parent
 TAIL = 2000  # characters kept of what a failed part said last
@@ -118,7 +118,7 @@ class Suite:
 
     def _rates(self, name: str, folder: Path | None, *settings: str) -> list[str]:
         recipe, _, _, batch = self.models[name]
-        words = ["tools.bench_training", "--device", self.device, "--recipe", recipe, "--batch", str(batch)]
+        words = ["tools.benchmarks.training", "--device", self.device, "--recipe", recipe, "--batch", str(batch)]
         words += self._set(*settings)
         if folder is None:
             return [*words, "--cycles", "0", "--cycle-steps", "9"]
@@ -127,7 +127,7 @@ class Suite:
 
     def _train(self, folder: Path) -> list[list[str]]:
         recipe, _, _, batch = next(iter(self.models.values()))
-        words = ["tools.bench_training", "--device", self.device, "--recipe", recipe, "--batch", str(batch)]
+        words = ["tools.benchmarks.training", "--device", self.device, "--recipe", recipe, "--batch", str(batch)]
         words += ["--data", str(self.images), *self._set()]
         words += ["--seconds", "0.1" if self.dry else "60", "--cycle-steps", "2" if self.dry else "125"]
         return [[*words, "--json", str(folder / "train.json")]]
@@ -140,21 +140,21 @@ class Suite:
         return [word for setting in settings for word in ("--set", setting)]
 
     def _attention(self, folder: Path) -> list[list[str]]:
-        words = ["tools.bench_attention", "--device", self.device, "--json", str(folder / "attention.json")]
+        words = ["tools.benchmarks.attention", "--device", self.device, "--json", str(folder / "attention.json")]
         if self.dry:
             return [[*words, "--lengths", "39", "--batch", "1", "--heads", "1", "--width", "16", "--rounds", "1"]]
         return [[*words, "--batch", "256", "--dtype", "bfloat16", "--rounds", "10"]]
 
     def _step(self, name: str, folder: Path) -> list[str]:
         _, model, img_size, batch = self.models[name]
-        words = ["tools.bench_step", "--device", self.device, "--model", model, "--img-size", str(img_size)]
+        words = ["tools.benchmarks.step", "--device", self.device, "--model", model, "--img-size", str(img_size)]
         words += ["--json", str(folder / "step.json")]
         if self.dry:
             return [*words, "--batch", "1", "--rounds", "1", "--beside", "none", "naive"]
         return [*words, "--batch", str(batch // 8), "--rounds", "5", "--bf16", "--beside", "none", "naive"]
 
     def _loaders(self, folder: Path) -> list[list[str]]:
-        words = ["tools.bench_loader", "--data", str(self.images), "--json", str(folder / "loaders.json")]
+        words = ["tools.benchmarks.loader", "--data", str(self.images), "--json", str(folder / "loaders.json")]
         if self.dry:
             return [[*words, "--img-size", "32", "--batch", "24", "--batches", "5", "--rounds", "1", "--threads", "1"]]
         threads = str(len(os.sched_getaffinity(0)))
@@ -163,7 +163,7 @@ class Suite:
         ]
 
     def _augment(self, _: Path) -> list[list[str]]:
-        words = ["tools.bench_augment", "--device", self.device]
+        words = ["tools.benchmarks.augment", "--device", self.device]
         if self.dry:
             return [[*words, "--batch", "2", "--rounds", "2", "--batches", "1"]]
         return [[*words, "--batch", "1024", "--rounds", "5", "--batches", "4"]]
@@ -227,7 +227,7 @@ class Suite:
             environ = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
             if self.dry:
                 environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-                if command[0] == "tools.bench_training":
+                if command[0] == "tools.benchmarks.training":
                     environ["PSS_ATTENTION"] = "fused"
             words = [sys.executable, "-m", *command]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -25,9 +25,9 @@ import torch
 import pipelines
 from pss import recipes
 from pss.config import Config
-from pss.metrics import read_rows
-from pss.plan import plan
-from tools.bench_step import environment, quartiles
+from pss.planning.plan import plan
+from pss.runs.log import read_rows
+from tools.benchmarks.step import environment, quartiles
 from tools.demo import command
 
 ARMS = {

@@ -1,12 +1,12 @@
-"""Training methods by name. Each is one file behind the contract of `pss.methods.base`."""
+"""Training methods by name. Each is one file behind the contract of `pss.methods.contract`."""
 
 from __future__ import annotations
 
 from pss.config import Config
-from pss.methods.base import Method, Phase, Progress
+from pss.methods.contract import Method, Phase, Progress
 from pss.methods.dense import Dense
 from pss.methods.sampled import Sampled
-from pss.vit import create_model
+from pss.models.vit import create_model
 
 __all__ = ["METHODS", "Method", "Phase", "Progress", "build"]
 

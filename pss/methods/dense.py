@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pss.methods.base import Method, Progress
+from pss.methods.contract import Method, Progress
 
 
 class Dense(Method):

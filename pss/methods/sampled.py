@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from pss.config import Config
-from pss.methods.base import Method, Progress
-from pss.sampling import step_generator
+from pss.methods.contract import Method, Progress
+from pss.models.sampling import step_generator
+from pss.models.vit import VisionTransformer
 from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled, levels
-from pss.vit import VisionTransformer
 
 
 class Sampled(Method):

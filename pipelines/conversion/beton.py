@@ -1,0 +1,168 @@
+"""Images encoded for FFCV and put into a `.beton` file, so that the same images always give the same bytes.
+
+FFCV's own writer fills pages in whatever order its processes reach them, and waits for ever for one that has died.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import uuid
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.base import DataError
+from pipelines.conversion.scan import ImageFile, decode_rgb
+from pipelines.conversion.shards import write_file
+from pipelines.conversion.work import Finished, load_finished
+from pipelines.storage.beton import (
+    FIELD,
+    HEADER,
+    JPEG,
+    METADATA,
+    RAW,
+    STORED,
+    allocation_table,
+    frame,
+    page_size,
+    stored_path,
+)
+from pipelines.storage.manifest import FileEntry
+
+Store = Literal["jpg", "mix", "raw"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive samples to be encoded."""
+
+    data: str  # file for the encoded images, one behind the other
+    images: Sequence[ImageFile]
+    raw: Sequence[bool]  # which of them are stored as pixels
+    max_size: int
+    quality: int
+
+
+def plan_raw(num_samples: int, store: Store, seed: int) -> NDArray[np.bool_]:
+    """Which samples are stored as pixels: none, all, or in `mix` each with probability one half."""
+    if store != "mix":
+        return np.full(num_samples, store == "raw")
+    drawn: NDArray[np.bool_] = np.random.Generator(np.random.Philox(key=[seed, 2])).random(num_samples) < 0.5
+    return drawn
+
+
+def encode_piece(piece: Piece) -> Finished:
+    """Decode, scale down and encode as FFCV's writer does; rows of STORED without the place in the file."""
+    rows = np.zeros(len(piece.images), dtype=STORED)
+    data = Path(piece.data)
+    unfinished = data.with_name(f"{data.name}.{uuid.uuid4().hex}.unfinished")
+    with unfinished.open("wb") as file:
+        for i, (image, raw) in enumerate(zip(piece.images, piece.raw, strict=True)):
+            pixels = _scaled(image, piece.max_size)
+            payload = pixels.tobytes() if raw else _jpeg(pixels, piece.quality)
+            file.write(payload)
+            height, width = pixels.shape[:2]
+            rows[i] = (0, len(payload), RAW if raw else JPEG, width, height, zlib.crc32(payload))
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(data)
+    return Finished(rows)
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise DataError("writing FFCV files needs OpenCV; install the ffcv extra") from error
+    cv2.setNumThreads(0)
+    return cv2
+
+
+def _scaled(image: ImageFile, max_size: int) -> NDArray[np.uint8]:
+    height, width = image.height, image.width
+    if min(height, width) * max_size < max(height, width):
+        raise DataError(f"{image.sample.name}: it is too narrow to be scaled down to {max_size} pixels")
+    pixels = decode_rgb(image.read())
+    ratio = max_size / max(height, width)
+    if ratio >= 1:
+        return pixels
+    cv2 = _opencv()
+    # float64 first, as FFCV has it: the products decide which way a size is cut
+    size = (ratio * np.array([width, height])).astype(int).tolist()
+    scaled: NDArray[np.uint8] = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return scaled
+
+
+def _jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
+    cv2 = _opencv()
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    content: bytes = encoded.tobytes()
+    return content
+
+
+class BetonFile:
+    """Puts pieces together in their order as they get finished.
+
+    A piece's data is deleted once it is on the disk in the file. Its rows stay, and with them its place is known:
+    after an interruption, the pieces that still have data are written to where they belong.
+    """
+
+    def __init__(self, path: Path, results: Sequence[Path], data: Sequence[Path], num_samples: int, max_size: int):
+        self.path, self._results, self._data = path, results, data
+        self._page = page_size(max_size)
+        start = HEADER.itemsize + 3 * FIELD.itemsize + num_samples * METADATA.itemsize
+        self._end = -(-start // self._page) * self._page
+        self._rows: list[NDArray[Any]] = []
+
+    def advance(self) -> None:
+        """Append the next pieces, as far as they are finished."""
+        while len(self._rows) < len(self._results) and (result := self._results[len(self._rows)]).exists():
+            rows = load_finished(result).rows
+            for i, size in enumerate(rows["size"].tolist()):
+                if self._end % self._page + size > self._page:
+                    self._end = -(-self._end // self._page) * self._page
+                rows["ptr"][i] = self._end
+                self._end += size
+            data = self._data[len(self._rows)]
+            if data.exists():
+                self._copy(data, rows)
+            self._rows.append(rows)
+
+    def _copy(self, data: Path, rows: NDArray[Any]) -> None:
+        new_page = rows["ptr"][1:] != rows["ptr"][:-1] + rows["size"][:-1]
+        starts = [0, *(np.flatnonzero(new_page) + 1).tolist()]
+        out = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            with data.open("rb") as file:
+                for first, last in zip(starts, [*starts[1:], len(rows)], strict=True):
+                    os.lseek(out, int(rows["ptr"][first]), os.SEEK_SET)
+                    left = int(rows["size"][first:last].sum())
+                    while left:
+                        left -= os.sendfile(out, file.fileno(), None, left)
+            os.fsync(out)
+        finally:
+            os.close(out)
+        data.unlink()
+
+    def finish(self, labels: NDArray[np.int64]) -> FileEntry:
+        """Write header, metadata and table, and beside the file what `verify` compares it with."""
+        self.advance()
+        assert len(self._rows) == len(self._results)
+        rows = np.concatenate(self._rows)
+        table = -(-self._end // self._page) * self._page
+        with self.path.open("r+b") as file:
+            file.write(frame(rows, labels, self._page, table))
+            file.truncate(table)
+            file.seek(table)
+            file.write(allocation_table(rows).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        content = io.BytesIO()
+        np.save(content, rows)
+        return write_file(stored_path(self.path), content.getvalue())

@@ -1,0 +1,181 @@
+"""Whether a converted data set is as it was written: in seconds by a sample of it, or byte for byte."""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.base import DataError
+from pipelines.conversion.engines import Engine, map_tasks
+from pipelines.conversion.processes import Progress
+from pipelines.conversion.shards import BLOCK, member_header
+from pipelines.storage.beton import RAW, damaged_frame, stored_path
+from pipelines.storage.manifest import FileEntry, Manifest, Split, hash_file, read_manifest
+
+LISTED = 10  # damaged files or samples named in a message
+_SAMPLED = 64  # of each file format of a split, in a quick verification
+_CHUNK = 256  # samples per task
+_LARGE = (".tar", ".beton")
+
+
+def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False) -> Manifest:
+    """Compare a converted data set with its manifest; `DataError` names the files and samples that differ.
+
+    Quickly: all sizes, everything but the images themselves, and 64 random samples of each split and format. With
+    `full`, every sample and the checksum of every file.
+    """
+    manifest, _ = read_manifest(root)
+    names = sorted(manifest.files)
+    hashed = [name for name in names if full or not name.endswith(_LARGE)]
+    progress.start("verifying files", len(hashed))
+    entries = map_tasks(_entry, [root / name for name in hashed], jobs, lambda _: progress.advance(1))
+    found = dict(zip(hashed, entries, strict=True))
+    bad = [
+        name for name in names if found.get(name, _same_size(root / name, manifest.files[name])) != manifest.files[name]
+    ]
+    tables_good = {
+        split: entry
+        for split, entry in manifest.splits.items()
+        if entry.table not in bad and (entry.beton is None or f"{entry.beton}.npy" not in bad)
+    }
+    max_size = manifest.made["options"]["max_size"]
+    problems = check_samples(root, tables_good, jobs, progress, max_size, sampled=None if full else _SAMPLED)
+    if bad or problems:
+        named = {problem.split(",")[0] for problem in problems}
+        which = listed([*problems, *(name for name in bad if name not in named)])
+        raise DataError(f"{root}: {which} are not as they were written; copy them again or convert anew")
+    return manifest
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of many."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{', '.join(names[:LISTED])}{more}"
+
+
+def check_samples(
+    root: Path,
+    splits: Mapping[str, Split],
+    jobs: int,
+    progress: Progress,
+    max_size: int,
+    *,
+    sampled: int | None = None,
+    engine: Engine = "processes",
+) -> list[str]:
+    """What is wrong with the samples in the tars and .beton files, by file and number.
+
+    `max_size` is the option the .beton files were written with.
+    """
+    tasks: list[_Task] = []
+    problems: list[str] = []
+    for split in splits.values():
+        index = np.arange(split.num_samples)
+        if sampled is not None and sampled < len(index):
+            seed = int.from_bytes(os.urandom(8), "little")
+            index = np.sort(np.random.default_rng(seed).choice(index, sampled, replace=False))
+        chunks = [index[i : i + _CHUNK] for i in range(0, len(index), _CHUNK)]
+        if split.shards:
+            tasks.extend(_Task(root, split, chunk, False) for chunk in chunks)
+        if split.beton is not None:
+            labels = np.load(root / split.table, mmap_mode="r")["label"].astype(np.int64)
+            rows = np.load(stored_path(root / split.beton))
+            if problem := damaged_frame(root / split.beton, rows, labels, max_size):
+                problems.append(f"{split.beton}, {problem}")
+            tasks.extend(_Task(root, split, chunk, True) for chunk in chunks)
+    progress.start("verifying samples", sum(len(task.index) for task in tasks))
+    for _, found in map_tasks(_check_chunk, tasks, jobs, lambda result: progress.advance(result[0]), engine):
+        problems.extend(found)
+    return problems
+
+
+@dataclass(frozen=True)
+class _Task:
+    root: Path
+    split: Split
+    index: NDArray[np.int64]
+    beton: bool
+
+
+def _entry(path: Path) -> FileEntry | None:
+    try:
+        return hash_file(path)
+    except OSError:
+        return None
+
+
+def _same_size(path: Path, expected: FileEntry) -> FileEntry | None:
+    try:
+        return expected if path.stat().st_size == expected.bytes else None
+    except OSError:
+        return None
+
+
+def _check_chunk(task: _Task) -> tuple[int, list[str]]:
+    """The number of samples, and those that are damaged."""
+    check = _damaged_in_beton if task.beton else _damaged_in_tars
+    return len(task.index), check(task)
+
+
+def _damaged_in_tars(task: _Task) -> list[str]:
+    rows = np.load(task.root / task.split.table, mmap_mode="r")
+    damaged = []
+    for i in task.index.tolist():
+        row = rows[i]
+        tar = task.split.shards[int(row["shard"])]
+        offset, length = int(row["offset"]), int(row["length"])
+        label = np.array(row["label"], dtype="<i4").tobytes()
+        number = np.array(i, dtype="<i8").tobytes()
+        behind = b"".join(
+            member_header(f"{i:08d}.{name}", len(content)) + content + bytes(-len(content) % BLOCK)
+            for name, content in (("lab", label), ("sid", number))
+        )
+        padding = bytes(-length % BLOCK)
+        content = _read(task.root / tar, offset - BLOCK, BLOCK + length + len(padding) + len(behind))
+        sound = (
+            content.startswith(member_header(f"{i:08d}.jpg", length))
+            and zlib.crc32(content[BLOCK : BLOCK + length]) == row["crc32"]
+            and content[BLOCK + length :] == padding + behind
+        )
+        if not sound:
+            damaged.append(f"{tar}, member {i:08d}.jpg")
+    return damaged
+
+
+def _damaged_in_beton(task: _Task) -> list[str]:
+    assert task.split.beton is not None
+    path = task.root / task.split.beton
+    rows = np.load(stored_path(path), mmap_mode="r")
+    return [f"{path.name}, sample {i}" for i in task.index.tolist() if not _decodes(path, rows[i])]
+
+
+def _decodes(path: Path, row: np.void) -> bool:
+    payload = _read(path, int(row["ptr"]), int(row["size"]))
+    if zlib.crc32(payload) != row["crc32"]:
+        return False
+    size = (int(row["width"]), int(row["height"]))
+    if row["mode"] == RAW:
+        return len(payload) == 3 * size[0] * size[1]
+    try:
+        with Image.open(io.BytesIO(payload)) as image:
+            image.load()
+            return (image.size, image.mode) == (size, "RGB")
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def _read(path: Path, offset: int, length: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+    except OSError:
+        return b""

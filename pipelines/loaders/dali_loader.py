@@ -1,0 +1,374 @@
+"""NVIDIA DALI as decoder: of the cropped region alone on the CPU, of JPEG files on the GPU, or of both at once.
+
+DALI gets encoded bytes and crop boxes from a callback that is a pure function of the step, so it keeps no order and
+no random state of its own: resuming at any step, or with another number of ranks, gives the same images. What it
+decodes on the GPU, it also crops and resizes there; what it decodes on the CPU is resized by threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import nvidia.dali
+import torch
+import torch.utils.dlpack
+import torchvision
+from numpy.typing import NDArray
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+from PIL import Image
+
+from pipelines.base import DataError
+from pipelines.loaders.geometry import evaluation_resize, random_crops
+from pipelines.loaders.order import sample_numbers
+from pipelines.loaders.planned import Decoded, PlannedLoader
+from pipelines.loaders.resize import crop_and_resize, resize_and_crop
+from pipelines.loaders.threads import FilledBatch, Threads
+from pipelines.loaders.watched import WatchedThread
+from pipelines.storage.source import Source
+from pipelines.storage.unreadable import UNREADABLE, unreadable
+
+_PREFETCH = 2
+_DECODED = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
+_REMEDY = "use loader='torch', or convert the data set with pss-convert"
+_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+
+Keys = NDArray[np.int64]
+Fill = Callable[[torch.Tensor, int, torch.Tensor], None]
+"""Makes row (an int) of a batch from decoded pixels, (3, H, W), and writes it, (3, S, S)."""
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A batch that DALI is working on, and the memory it reads without having copied it."""
+
+    keys: Keys
+    inputs: tuple[Any, ...]
+
+
+class DaliPipeline(ABC):
+    """One DALI pipeline and what it is fed: batches given as keys, each decoded whole, in their order."""
+
+    def __init__(self, loader: DaliLoader, max_images: int, device_id: int | None) -> None:
+        self.loader = loader
+        self._epoch = 0
+        self._to_feed: Iterator[Keys] = iter(())
+        self._in_flight: deque[Fed] = deque()
+        self._unreadable: DataError | None = None  # what ended the feeding
+        self._thread = WatchedThread("DALI")
+        self._pipe: Any = Pipeline(
+            batch_size=max_images,
+            num_threads=max(1, loader.num_workers),
+            device_id=device_id,
+            prefetch_queue_depth=_PREFETCH,
+        )
+        with self._pipe:
+            self._pipe.set_outputs(*self._graph())
+        self._pipe.build()
+
+    @abstractmethod
+    def _graph(self) -> list[Any]:
+        """Define DALI's operators; returns its outputs."""
+
+    @abstractmethod
+    def _inputs(self, keys: Keys) -> list[Any]:
+        """What the graph is fed for the batch `keys`: arrays, one row an image."""
+
+    @abstractmethod
+    def next(self) -> torch.Tensor:
+        """The next batch, uint8 (B, 3, S, S), channels last in memory."""
+
+    def begin(self, epoch: int, batches: list[Keys]) -> None:
+        """Decode `batches` from now on, and forget those before, which may have been left early."""
+        self._to_feed, self._unreadable = iter(()), None
+        with contextlib.suppress(StopIteration):
+            while True:
+                self._run()
+        self._in_flight.clear()
+        self._pipe.reset()
+        self._epoch, self._to_feed = epoch, iter(batches)
+
+    def _external(self, *kinds: Any) -> Sequence[Any]:
+        """The graph's inputs: encoded images, then numbers of these types."""
+        inputs: Sequence[Any] = fn.external_source(
+            source=self._feed,
+            num_outputs=1 + len(kinds),
+            batch=True,
+            no_copy=True,
+            dtype=[types.UINT8, *kinds],
+            ndim=1,
+        )
+        return inputs
+
+    def _feed(self) -> tuple[Any, ...]:
+        """DALI's callback, run in the watched thread: the inputs of the next batch; StopIteration ends the epoch."""
+        keys = next(self._to_feed)
+        try:
+            encoded = self.loader.source.read_many(sample_numbers(keys)[:: self.loader.crops_per_image])
+            inputs = (encoded, *map(np.ascontiguousarray, self._inputs(keys)))
+        except DataError as failure:  # not DALI's to know, which has batches before this one to deliver
+            self._unreadable, self._to_feed = failure, iter(())
+            raise StopIteration from failure
+        self._in_flight.append(Fed(keys, inputs))
+        return inputs
+
+    def _run(self, *arguments: Any) -> tuple[Keys, Any]:
+        """What DALI makes of the next batch."""
+        try:
+            outputs = self._thread.call(partial(self._pipe.run, *arguments), self.loader.stall_seconds)
+        except RuntimeError as error:
+            raise self._explain(error) from error
+        except StopIteration:
+            if self._unreadable is not None:
+                raise self._unreadable from None
+            raise
+        return self._in_flight.popleft().keys, outputs
+
+    def _boxes(self, keys: Keys) -> tuple[Keys, Keys]:
+        """Training: what to decode of each image, (images, 4), and the crops within that, (images, crops, 4)."""
+        heights, widths = self.loader.source.sizes(sample_numbers(keys))
+        drawn = random_crops(
+            heights, widths, keys, seed=self.loader.seed, epoch=self._epoch, config=self.loader.config
+        ).reshape(-1, self.loader.crops_per_image, 4)
+        corner = drawn[..., :2].min(axis=1)  # of the crops' common bounds
+        extent = (drawn[..., :2] + drawn[..., 2:]).max(axis=1) - corner
+        drawn[..., :2] -= corner[:, None]
+        return np.concatenate([corner, extent], axis=1), drawn
+
+    def _evaluation(self, keys: Keys) -> tuple[Keys, Keys]:
+        """Evaluation: the size of the whole image resized, and the crop's corner in it, both (images, 2)."""
+        return evaluation_resize(*self.loader.source.sizes(sample_numbers(keys)), self.loader.config)
+
+    def _explain(self, error: RuntimeError) -> DataError:
+        """DALI seldom says which image it could not decode: Pillow tries those it may have been."""
+        source, crops = self.loader.source, self.loader.crops_per_image
+        suspects = [int(i) for fed in self._in_flight for i in sample_numbers(fed.keys[::crops])]
+        for i in suspects:
+            encoded = source.read(i)
+            try:
+                with Image.open(io.BytesIO(encoded.data)) as image:
+                    image.load()
+                    if image.format not in _DECODED:
+                        return DataError(
+                            f"{source.name(i)} is a {image.format} image, which DALI cannot decode; {_REMEDY}"
+                        )
+            except UNREADABLE as reason:
+                return unreadable(source.name(i), len(encoded), reason)
+        names = ", ".join(source.name(i) for i in suspects[:3])
+        return DataError(f"DALI cannot decode one of {len(suspects)} images ({names}, ...): {error}")
+
+    def close(self) -> None:
+        self._thread.stop()
+        self._pipe = None
+
+
+class OnCpu(DaliPipeline):
+    """DALI decodes; threads cut and resize, as the torch loader does, while DALI decodes the next batch."""
+
+    def __init__(self, loader: DaliLoader, max_images: int) -> None:
+        self._threads: Threads | None = None
+        self._ahead: deque[FilledBatch] = deque()
+        super().__init__(loader, max_images, None)
+
+    def _graph(self) -> list[Any]:
+        decoding = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
+        if not self.loader.train:
+            (encoded,) = self._external()
+            return [fn.decoders.image(encoded, **decoding)]
+        encoded, corner, extent = self._external(types.INT32, types.INT32)
+        return [fn.decoders.image_slice(encoded, corner, extent, axes=[0, 1], **decoding)]
+
+    def _inputs(self, keys: Keys) -> list[Any]:
+        if not self.loader.train:
+            return []
+        bounds, _ = self._boxes(keys)
+        return [bounds[:, :2].astype(np.int32), bounds[:, 2:].astype(np.int32)]
+
+    def begin(self, epoch: int, batches: list[Keys]) -> None:
+        self._stop_threads()
+        super().begin(epoch, batches)
+        self._ahead.clear()
+        self._threads = Threads(max(1, self.loader.num_workers), "resize")
+        self._begin_next()
+
+    def next(self) -> torch.Tensor:
+        batch = self._ahead.popleft()
+        self._begin_next()
+        return batch.wait(self.loader.stall_seconds, "the resizing of a batch")
+
+    def _begin_next(self) -> None:
+        """Hand another decoded batch to the threads. A failure is for the reader of that batch."""
+        try:
+            keys, (decoded,) = self._run()
+        except StopIteration:
+            return
+        except DataError as failure:
+            self._ahead.append(FilledBatch(np.zeros(0, np.int64), 1, side=0, pin_memory=False))
+            self._ahead[-1].fail(failure)
+            return
+        loader, crops = self.loader, self.loader.crops_per_image
+        side = loader.side(self._epoch)
+        batch = FilledBatch(keys, len(decoded), side=side, pin_memory=loader.device.type == "cuda")
+        self._ahead.append(batch)
+        # The tensors keep DALI's memory, which it does not use again while they live.
+        pixels = [torch.utils.dlpack.from_dlpack(image).permute(2, 0, 1) for image in decoded]
+        fill = self._fill_training(keys) if loader.train else self._fill_evaluation(keys)
+
+        def fill_rows(number: int) -> None:
+            for row in range(number * crops, (number + 1) * crops):
+                fill(pixels[number], row, batch.images[row])
+
+        assert self._threads is not None
+        for number in range(len(decoded)):
+            self._threads.submit(partial(batch.attempt, partial(fill_rows, number)))
+
+    def _fill_training(self, keys: Keys) -> Fill:
+        boxes, interpolation = self._boxes(keys)[1].reshape(-1, 4).tolist(), self.loader.config.interpolation
+        return lambda pixels, row, into: crop_and_resize(pixels, boxes[row], into, interpolation)
+
+    def _fill_evaluation(self, keys: Keys) -> Fill:
+        sizes, corners = (numbers.tolist() for numbers in self._evaluation(keys))
+        interpolation = self.loader.config.interpolation
+        return lambda pixels, row, into: resize_and_crop(pixels, sizes[row], corners[row], into, interpolation)
+
+    def _stop_threads(self) -> None:
+        if self._threads is not None:
+            self._threads.stop()
+            self._threads = None
+
+    def close(self) -> None:
+        super().close()
+        self._stop_threads()
+        self._ahead.clear()
+
+
+class InGraph(DaliPipeline):
+    """DALI does everything, on `device`; on a GPU the images never visit the host."""
+
+    def __init__(self, loader: DaliLoader, max_images: int, device: torch.device) -> None:
+        self.device = device
+        device_id = None
+        if device.type == "cuda":
+            device_id = torch.cuda.current_device() if device.index is None else device.index
+        super().__init__(loader, max_images, device_id)
+
+    def _graph(self) -> list[Any]:
+        config, crops = self.loader.config, self.loader.crops_per_image
+        decoding: dict[str, Any] = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
+        if self.device.type == "cuda":
+            height, width = config.gpu_decoding.preallocate
+            decoding |= {
+                "device": "mixed",
+                "hw_decoder_load": config.gpu_decoding.hardware_load,
+                "preallocate_height_hint": height,
+                "preallocate_width_hint": width,
+                # Evaluation owes torchvision's pixels; training would pay for them with part of the decoder's rate.
+                "jpeg_fancy_upsampling": not self.loader.train,
+            }
+        resizing = {"interp_type": _FILTERS[config.interpolation], "antialias": True}
+        if not self.loader.train:
+            encoded, size, corner = self._external(types.FLOAT, types.INT32)
+            whole = fn.resize(fn.decoders.image(encoded, **decoding), size=size, **resizing)
+            square = np.array([config.img_size, config.img_size], dtype=np.int32)
+            return [fn.slice(whole, corner, square, axes=[0, 1])]
+        further = 2 * crops if crops > 1 else 0
+        encoded, side, corner, extent, *boxes = self._external(types.FLOAT, *[types.INT32] * (2 + further))
+        decoded = fn.decoders.image_slice(encoded, corner, extent, axes=[0, 1], **decoding)
+        cut = [fn.slice(decoded, boxes[i], boxes[crops + i], axes=[0, 1]) for i in range(crops) if further]
+        return [fn.resize(crop, size=side, **resizing) for crop in cut or [decoded]]
+
+    def _inputs(self, keys: Keys) -> list[Any]:
+        if not self.loader.train:
+            sizes, corners = self._evaluation(keys)
+            return [sizes.astype(np.float32), corners.astype(np.int32)]
+        bounds, crops = self._boxes(keys)
+        numbers = [bounds[:, :2], bounds[:, 2:]]
+        if self.loader.crops_per_image > 1:
+            numbers += [*crops[..., :2].swapaxes(0, 1), *crops[..., 2:].swapaxes(0, 1)]
+        side = np.full((len(bounds), 2), self.loader.side(self._epoch), dtype=np.float32)
+        return [side, *(array.astype(np.int32) for array in numbers)]
+
+    def next(self) -> torch.Tensor:
+        # DALI frees its memory in the order of this stream; without it, perhaps before torch has read it.
+        streams = [torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []
+        _, outputs = self._run(*streams)
+        crops = [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]  # each (images, S, S, 3)
+        images: torch.Tensor = crops[0] if len(crops) == 1 else torch.stack(crops, dim=1).flatten(0, 1)
+        if streams and len(crops) == 1:
+            images = images.clone()
+        return images.permute(0, 3, 1, 2)
+
+
+class DaliLoader(PlannedLoader):
+    """DALI with `num_workers` threads (at least one); decodes on the GPU if `device` is one.
+
+    There, `data.gpu_decoding` may have several pipelines take turns with the batches, and may give a share of every
+    batch's images, its first ones, to the CPU.
+    """
+
+    backend = "dali"
+
+    def __init__(self, source: Source, **settings: Any) -> None:
+        super().__init__(source, **settings)
+        self.source = source
+        wanted = self.config.gpu_decoding
+        in_graph = self._decodes_in_graph()
+        self._cpu_share = wanted.cpu_share if in_graph else 1.0
+        images = self.batch_size // self.crops_per_image
+        on_cpu = len(self._shares(np.zeros(self.batch_size, np.int64))[0]) // self.crops_per_image
+        self._lanes: list[list[DaliPipeline | None]] = [
+            [
+                OnCpu(self, on_cpu) if on_cpu else None,
+                InGraph(self, images, self.device) if on_cpu < images else None,
+            ]
+            for _ in range(wanted.pipelines if in_graph else 1)
+        ]
+
+    def _decodes_in_graph(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _shares(self, keys: Keys) -> list[Keys]:
+        """The rows of a batch that are decoded on the CPU, and those that are not."""
+        images = len(keys) // self.crops_per_image
+        return np.split(keys, [round(images * self._cpu_share) * self.crops_per_image])
+
+    def _batches(self, epoch: int, steps: list[Keys]) -> Generator[Decoded]:
+        shares = [self._shares(keys) for keys in steps]
+        for number, lane in enumerate(self._lanes):
+            for share, pipeline in enumerate(lane):
+                if pipeline is not None:
+                    pipeline.begin(
+                        epoch, [keys for step in shares[number :: len(self._lanes)] if len(keys := step[share])]
+                    )
+        for number, keys in enumerate(steps):
+            lane = self._lanes[number % len(self._lanes)]
+            parts = [
+                pipeline.next().to(self.device, non_blocking=True)
+                for share, pipeline in zip(shares[number], lane, strict=True)
+                if pipeline is not None and len(share)
+            ]
+            yield parts[0] if len(parts) == 1 else torch.cat(parts), keys
+
+    def library_versions(self) -> dict[str, str]:
+        versions = {"dali": nvidia.dali.__version__}
+        if self._decodes_in_graph():
+            versions["decoding"] = f"on a GPU, {self.config.gpu_decoding}"
+        if self._cpu_share:
+            versions["torchvision"] = torchvision.__version__
+        return versions
+
+    def close(self) -> None:
+        super().close()
+        for pipeline in itertools.chain(*self._lanes):
+            if pipeline is not None:
+                pipeline.close()
+        self.source.close()

@@ -1,0 +1,234 @@
+"""What the back ends have in common: the plan of an epoch, and the state a resumed run compares.
+
+A back end derives from `PlannedLoader` and turns planned steps into pixels; it decides neither order nor crops.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.base import Batch, DataConfig, DataError
+from pipelines.loaders.order import (
+    ORDER_VERSION,
+    copy_numbers,
+    evaluation_samples,
+    keys_hash,
+    sample_numbers,
+    train_batches,
+    train_steps,
+)
+from pipelines.storage.source import Table
+
+_log = logging.getLogger(__name__)
+
+Decoded = tuple[torch.Tensor, NDArray[np.int64]]
+"""Images of a batch, uint8 (B, 3, S, S), and the keys (see `pipelines.loaders.order`) of its rows."""
+
+
+class PlannedLoader(ABC):
+    """Base of the loaders; see `pipelines.base.Loader` for the contract."""
+
+    backend: str
+    stall_seconds = 30.0
+    """How long nothing may be decoded before the loader gives up with a `DataError`."""
+
+    def __init__(
+        self,
+        table: Table,
+        *,
+        config: DataConfig,
+        batch_size: int,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+        num_workers: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} does not exist among {world_size}; ranks count from 0")
+        if not 0 <= seed < 1 << 63:
+            raise ValueError(f"the data seed is {seed}; it must lie in 0 ... 2^63 - 1")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"the number of workers is {num_workers}; it must be at least 0")
+        self.table, self.config, self.train = table, config, train
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.device = torch.device(device)
+        self.num_workers = cores_of_this_rank() if num_workers is None else num_workers
+        self.num_classes = len(table.classes)
+        self.num_samples = table.num_samples
+        self.batch_size = batch_size
+        if train and batch_size % config.decode_once:
+            raise ValueError(
+                f"data.decode_once is {config.decode_once} and the batch size {batch_size}; "
+                "make the batch size a multiple: a batch holds all crops of its images"
+            )
+        if train:
+            self.steps_per_epoch = train_steps(self.num_samples, batch_size, world_size)
+        else:
+            own = len(evaluation_samples(self.num_samples, rank, world_size))
+            self.steps_per_epoch = -(-own // batch_size)
+        self.epoch = self.start_step = 0
+        self._iteration = 0
+        self._delivered = 0
+        self._closed = False
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose what the next iteration delivers: `epoch`, from its batch `start_step` on."""
+        if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(
+                f"epoch {epoch}, step {start_step} does not exist; an epoch has {self.steps_per_epoch} steps"
+            )
+        self.epoch, self.start_step = epoch, start_step
+        self._delivered = self._hash(self._steps(epoch)[:start_step]) if start_step else 0
+
+    @property
+    def delivered_hash(self) -> int:
+        """Of what has been delivered in this epoch; see `Loader`."""
+        return self._delivered
+
+    def planned_hash(self, epoch: int) -> int:
+        """Of everything that `epoch` delivers; see `Loader`."""
+        return self._hash(self._steps(epoch))
+
+    @staticmethod
+    def _hash(steps: list[NDArray[np.int64]]) -> int:
+        return keys_hash(np.concatenate([np.zeros(0, np.int64), *steps]))
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever the next iteration starts."""
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._closed:
+            raise DataError(f"the {self.backend} loader has been closed; build a new one")
+        self._iteration += 1
+        steps = self._steps(self.epoch)
+        self._delivered = self._hash(steps[: self.start_step])
+        return self._supervised(self._iteration, self._batches(self.epoch, steps[self.start_step :]))
+
+    def _supervised(self, iteration: int, batches: Generator[Decoded]) -> Iterator[Batch]:
+        """A failure is final: what a library delivers after one cannot be trusted."""
+        try:
+            for images, keys in batches:
+                batch = self._batch(images, keys)
+                self._delivered = (self._delivered + keys_hash(keys)) & 0xFFFFFFFF
+                yield batch
+                if iteration != self._iteration:
+                    raise RuntimeError("this loader has been iterated anew; only its latest iterator goes on")
+        except DataError:
+            self.close()
+            raise
+        finally:
+            batches.close()
+
+    @abstractmethod
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
+        """Decode `steps`, each the keys of one batch."""
+
+    @abstractmethod
+    def library_versions(self) -> dict[str, str]:
+        """The libraries that decode and resize, noted in the state."""
+
+    def _steps(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The keys of every batch of `epoch` on this rank."""
+        if self.train:
+            return list(
+                train_batches(
+                    self.num_samples,
+                    self.seed,
+                    epoch,
+                    batch_size=self.batch_size,
+                    rank=self.rank,
+                    world_size=self.world_size,
+                    repeats=self.config.repeats,
+                    decode_once=self.config.decode_once,
+                )
+            )
+        own = evaluation_samples(self.num_samples, self.rank, self.world_size)
+        return [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
+
+    @property
+    def crops_per_image(self) -> int:
+        """How many rows of a batch, one after the other, are cut from the same decoded image."""
+        return self.config.decode_once if self.train else 1
+
+    def side(self, epoch: int) -> int:
+        """Of the images of `epoch`, in pixels."""
+        return self.config.train_size(epoch) if self.train else self.config.img_size
+
+    def _batch(self, images: torch.Tensor, keys: NDArray[np.int64]) -> Batch:
+        """Put labels and sample numbers beside `images`, which go to the loader's device with the labels."""
+        index = sample_numbers(keys)
+        copies = self.train and self.config.repeats * self.config.decode_once > 1
+        return Batch(
+            images.to(self.device, non_blocking=True),
+            torch.from_numpy(self.table.labels[index]).to(self.device),
+            torch.from_numpy(index),
+            torch.from_numpy(copy_numbers(keys)) if copies else None,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides which data is delivered. Resuming with another number of ranks is possible while the global
+        batch stays the same."""
+        return {
+            "backend": self.backend,
+            "libraries": self.library_versions(),
+            "order_version": ORDER_VERSION,
+            "data": self.table.fingerprint,
+            "num_samples": self.num_samples,
+            "train": self.train,
+            "global_batch": self.batch_size * self.world_size,
+            "seed": self.seed,
+            "config": json.dumps(self._deciding_settings(), sort_keys=True),
+        }
+
+    def _deciding_settings(self) -> dict[str, Any]:
+        """The configuration, less what changes pixels no more than another version of a library."""
+        settings = asdict(self.config)
+        del settings["gpu_decoding"]
+        if self.config.progressive.start_size is None:  # as runs have it that know of no other sizes
+            del settings["progressive"]
+        return settings
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check `state` against this loader; `DataError` names what differs. Other library versions are only logged:
+        they change neither the order nor the crops."""
+        own = self.state_dict()
+        before, now = _fields(state), _fields(own)
+        differing = [
+            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            for name in {**now, **before}
+            if before.get(name) != now.get(name)
+        ]
+        if differing:
+            raise DataError(f"the run was started with other data settings: {'; '.join(differing)}")
+        if state.get("libraries") != own["libraries"]:
+            _log.warning("decoded by %s, until now by %s", own["libraries"], state.get("libraries"))
+
+    def close(self) -> None:
+        """Stop and join all threads and processes."""
+        self._closed = True
+
+
+def cores_of_this_rank() -> int:
+    """The processor cores this process may use, shared evenly among the ranks on this machine (torchrun's count)."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _fields(state: dict[str, Any]) -> dict[str, Any]:
+    """A state's entries that must not differ, those of the configuration one by one."""
+    config = {f"config.{name}": value for name, value in json.loads(state.get("config", "{}")).items()}
+    return {name: value for name, value in state.items() if name not in ("config", "libraries")} | config

@@ -1,0 +1,157 @@
+"""The reference back end: torchvision decodes, crops and resizes, in this thread or in worker threads."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Generator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import torchvision.io
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipelines.base import DataConfig
+from pipelines.loaders.geometry import evaluation_resize, random_crops
+from pipelines.loaders.order import sample_numbers
+from pipelines.loaders.planned import Decoded, PlannedLoader
+from pipelines.loaders.resize import crop_and_resize, resize_and_crop
+from pipelines.loaders.threads import FilledBatch, Threads
+from pipelines.storage.source import Bytes, Source
+from pipelines.storage.unreadable import UNREADABLE, unreadable
+
+_JPEG_MAGIC = b"\xff\xd8"
+_BATCHES_AHEAD = 3
+
+
+def decode(encoded: Bytes, name: str) -> Tensor:
+    """An image as RGB, uint8 (3, H, W), EXIF orientation ignored; `DataError` naming it if it is damaged."""
+    if encoded[:2].tobytes() == _JPEG_MAGIC:
+        writable = encoded if encoded.flags.writeable else encoded.copy()
+        try:
+            # The operator itself: its Python wrapper announces its own retirement on every call.
+            pixels: Tensor = torch.ops.image.decode_jpeg(
+                torch.from_numpy(writable), torchvision.io.ImageReadMode.RGB.value, False
+            )
+            return pixels
+        except (RuntimeError, AttributeError):
+            pass  # Pillow reads some that torchvision refuses, and says better what is wrong with the others
+    try:
+        with Image.open(io.BytesIO(encoded.data)) as image:
+            deep = image.mode.startswith("I;16")  # Pillow's conversion would clip it instead of scaling it
+            shallow = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image
+            return torch.from_numpy(np.array(shallow.convert("RGB"))).permute(2, 0, 1)
+    except UNREADABLE as error:
+        raise unreadable(name, len(encoded), error) from error
+
+
+class DecodedStep(FilledBatch):
+    """A batch being decoded."""
+
+    def __init__(self, epoch: int, keys: NDArray[np.int64], *, crops_per_image: int, **settings: Any) -> None:
+        self.epoch, self.crops_per_image = epoch, crops_per_image
+        self.images_to_decode = sample_numbers(keys[::crops_per_image])
+        super().__init__(keys, len(self.images_to_decode), **settings)
+        self.encoded: list[Bytes] = []
+        self.geometry: list[list[int]] = []  # per row the crop's box, or the resized size and the crop's corner
+
+
+class Decoder:
+    """Turns sample numbers into a uint8 batch: `open` once, then `decode` for every image, from any thread."""
+
+    def __init__(self, source: Source, config: DataConfig, train: bool, seed: int) -> None:
+        self.source, self.config, self.train, self.seed = source, config, train, seed
+
+    def open(self, step: DecodedStep) -> None:
+        """Read the batch's files and decide its crops."""
+        step.encoded = self.source.read_many(step.images_to_decode)
+        heights, widths = self.source.sizes(sample_numbers(step.keys))
+        if self.train:
+            boxes = random_crops(heights, widths, step.keys, seed=self.seed, epoch=step.epoch, config=self.config)
+            step.geometry = boxes.tolist()
+        else:
+            sizes, corners = evaluation_resize(heights, widths, self.config)
+            step.geometry = np.concatenate([sizes, corners], axis=1).tolist()
+
+    def decode(self, step: DecodedStep, number: int) -> None:
+        """Decode image `number` of the batch and fill its rows."""
+        interpolation = self.config.interpolation
+        whole = decode(step.encoded[number], self.source.name(int(step.images_to_decode[number])))
+        for row in range(number * step.crops_per_image, (number + 1) * step.crops_per_image):
+            if self.train:
+                crop_and_resize(whole, step.geometry[row], step.images[row], interpolation)
+            else:
+                height, width, *corner = step.geometry[row]
+                resize_and_crop(whole, (height, width), corner, step.images[row], interpolation)
+
+
+class TorchLoader(PlannedLoader):
+    """torchvision's decoder in `num_workers` threads, or in the caller's own for 0."""
+
+    backend = "torch"
+
+    def __init__(self, source: Source, **settings: Any) -> None:
+        super().__init__(source, **settings)
+        self.source = source
+        self._decoder = Decoder(source, self.config, self.train, self.seed)
+        self._threads: Threads | None = None
+
+    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
+        self._stop_threads()
+        if self.num_workers == 0:
+            for keys in steps:
+                step = self._step(epoch, keys)
+                self._decoder.open(step)
+                for number in range(len(step.images_to_decode)):
+                    self._decoder.decode(step, number)
+                yield step.images, keys
+            return
+        threads = self._threads = Threads(self.num_workers, "decode")
+        ahead: deque[DecodedStep] = deque()
+        to_submit = deque(steps)
+        try:
+            for _ in steps:
+                while to_submit and len(ahead) < _BATCHES_AHEAD:
+                    ahead.append(self._step(epoch, to_submit.popleft()))
+                    self._submit(threads, ahead[-1])
+                step = ahead.popleft()
+                first = self.source.name(int(step.images_to_decode[0]))
+                waiting_for = f"one of {len(step.images_to_decode)} images from {first} on"
+                yield step.wait(self.stall_seconds, waiting_for), step.keys
+        finally:
+            threads.stop()
+
+    def _submit(self, threads: Threads, step: DecodedStep) -> None:
+        def open_and_decode() -> None:
+            self._decoder.open(step)
+            for number in range(len(step.images_to_decode)):
+                threads.submit(partial(step.attempt, partial(self._decoder.decode, step, number)))
+
+        threads.submit(partial(step.attempt, open_and_decode, fills_image=False))
+
+    def _step(self, epoch: int, keys: NDArray[np.int64]) -> DecodedStep:
+        return DecodedStep(
+            epoch,
+            keys,
+            crops_per_image=self.crops_per_image,
+            side=self.side(epoch),
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _stop_threads(self) -> None:
+        if self._threads is not None:
+            self._threads.stop()
+            self._threads = None
+
+    def library_versions(self) -> dict[str, str]:
+        return {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "pillow": PIL.__version__}
+
+    def close(self) -> None:
+        super().close()
+        self._stop_threads()
+        self.source.close()

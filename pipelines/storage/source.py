@@ -1,0 +1,297 @@
+"""Random access to the encoded images of one split, whether it lies in tars or in a plain folder.
+
+A source knows each sample's label, size and name, and returns its bytes; it decodes nothing. Sources can be sent to
+other processes: what they keep open is opened again there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import mmap
+import os
+import resource
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.base import DataError
+from pipelines.storage.manifest import (
+    MANIFEST,
+    SPLIT_ALIASES,
+    Manifest,
+    Split,
+    canonical_split,
+    hash_file,
+    read_manifest,
+)
+from pipelines.storage.unreadable import UNREADABLE, has_stray_marker, unreadable
+
+Bytes = NDArray[np.uint8]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Files of a class folder that count as images, whatever their case. Others are not looked at."""
+
+_READ_THREADS = 8
+
+
+class Table(Protocol):
+    """What is known of a split without reading an image."""
+
+    classes: tuple[str, ...]
+    num_samples: int
+    labels: NDArray[np.int64]  # (N,)
+    fingerprint: str  # of a conversion: every byte of it; of a plain folder: the names of classes and images
+
+    def sizes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Heights and widths of the original images, each (len(index),)."""
+        ...
+
+    def name(self, i: int) -> str:
+        """Where sample `i` is to be found, for messages."""
+        ...
+
+
+class Source(Table, Protocol):
+    """A split whose encoded images can be read."""
+
+    def read(self, i: int) -> Bytes:
+        """The encoded image of sample `i`. The array may be read-only."""
+        ...
+
+    def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
+        """The encoded images of a batch. `sizes` of samples that have been read costs nothing."""
+        ...
+
+    def close(self) -> None:
+        """Stop threads; reading starts them again."""
+        ...
+
+
+class ConvertedTable:
+    """The sample table of one split of a converted data set."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        self.root, self.split = root, canonical_split(split)
+        self.manifest, self.fingerprint = read_manifest(root)
+        self.entry: Split = _split_entry(self.manifest, root, self.split)
+        self.classes = self.manifest.classes
+        self.num_samples = self.entry.num_samples
+        self._rows = self.load_table(self.entry.table)
+        self.labels: NDArray[np.int64] = self._rows["label"].astype(np.int64)
+
+    def load_table(self, name: str) -> NDArray[Any]:
+        """Table `name` with a row per sample; `DataError` unless it has the checksum of the manifest.
+
+        Labels, places and checksums of the images are taken from it. About 0.1 s for a million samples.
+        """
+        path = self.root / name
+        self.check_size(name)
+        if hash_file(path) != self.manifest.files[name]:
+            raise DataError(f"{path} is damaged or belongs to another data set; copy it again")
+        rows: NDArray[Any] = np.load(path, mmap_mode="r")
+        assert len(rows) == self.num_samples
+        return rows
+
+    def check_size(self, name: str) -> None:
+        """Raise `DataError` unless file `name` is present with the size the manifest gives."""
+        path, expected = self.root / name, self.manifest.files[name].bytes
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}); copy it again") from error
+        if found != expected:
+            raise DataError(f"{path} has {found} bytes instead of {expected}; copy it again")
+
+    def sizes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        rows = self._rows[index]
+        return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+
+    def name(self, i: int) -> str:
+        return f"{self.root / self.entry.table}, sample {i}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.root, self.split)
+
+
+class TarSource(ConvertedTable):
+    """The original bytes of a converted split: the tars are mapped into memory and the table says where to look."""
+
+    def __init__(self, root: Path, split: str, check_bytes: bool = True) -> None:
+        super().__init__(root, split)
+        self.check_bytes = check_bytes
+        if not self.entry.shards:
+            raise DataError(
+                f"the {self.split} split of {root} holds FFCV data only; use loader='ffcv', or convert it again "
+                "with --format ffcv,dali"
+            )
+        for shard in self.entry.shards:
+            self.check_size(shard)
+        _allow_open_files(len(self.entry.shards))
+        self._maps: dict[int, mmap.mmap] = {}
+        self._unchecked = np.full(self.num_samples, check_bytes)  # a sample is checked when it is first read
+
+    def read(self, i: int) -> Bytes:
+        mapped, offset, length = self._locate(i)
+        encoded = np.frombuffer(mapped, dtype=np.uint8, count=length, offset=offset)
+        if self._unchecked[i]:
+            if zlib.crc32(encoded.data) != self._rows[i]["crc32"]:
+                raise DataError(f"{self.name(i)} has been damaged since the conversion; copy the file again")
+            self._unchecked[i] = False
+        return encoded
+
+    def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
+        for i in index:  # let the system fetch the whole batch while its first images are decoded
+            mapped, offset, length = self._locate(i)
+            page = offset - offset % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, page, offset - page + length)
+        return [self.read(i) for i in index]
+
+    def _locate(self, i: int) -> tuple[mmap.mmap, int, int]:
+        row = self._rows[i]
+        shard = int(row["shard"])
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            with (self.root / self.entry.shards[shard]).open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[shard] = mapped
+        offset, length = int(row["offset"]), int(row["length"])
+        if offset < 0 or length < 1 or offset + length > len(mapped):
+            raise DataError(f"{self.name(i)} lies outside its file; copy the table and the tar again")
+        return mapped, offset, length
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.root, self.split, self.check_bytes)
+
+    def close(self) -> None:
+        """Nothing runs: the operating system unmaps the tars when the last view of them is gone."""
+
+    def name(self, i: int) -> str:
+        return f"{self.root / self.entry.shards[int(self._rows[i]['shard'])]}, member {i:08d}.jpg"
+
+
+class FolderSource:
+    """`<root>/<split>/<class>/<image>`, read as it lies. Samples come in the order of class and file name."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        folder = split_folder(root, split)
+        train = find_split_folder(root, "train")
+        self.classes = class_names(train or folder)
+        number = {name: label for label, name in enumerate(self.classes)}
+        found = class_names(folder)
+        if unknown := [name for name in found if name not in number]:
+            raise DataError(f"{folder} has the class {unknown[0]!r}, which {train} has not; the classes must agree")
+        self.folder = folder
+        files = [(f"{name}/{file}", number[name]) for name in found for file in image_files(folder / name)]
+        if not files:
+            raise DataError(f"there is no image in {folder}; expected <class>/*.jpg")
+        self.names = [name for name, _ in files]
+        self.labels = np.array([label for _, label in files], dtype=np.int64)
+        self.num_samples = len(files)
+        self.fingerprint = hashlib.sha256("\n".join((*self.classes, "", *self.names)).encode()).hexdigest()
+        self._sizes = np.zeros((self.num_samples, 2), dtype=np.int32)  # filled as samples are first asked for
+        self._pool: ThreadPoolExecutor | None = None
+
+    def sizes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        missing = index[self._sizes[index, 0] == 0]
+        if len(missing):
+            self.read_many(missing)
+        sizes = self._sizes[index].astype(np.int64)
+        return sizes[:, 0], sizes[:, 1]
+
+    def read(self, i: int) -> Bytes:
+        try:
+            encoded = np.fromfile(self.folder / self.names[i], dtype=np.uint8)
+        except OSError as error:
+            raise DataError(f"{self.name(i)} cannot be read ({error.strerror})") from error
+        if not self._sizes[i, 0]:
+            try:
+                with Image.open(io.BytesIO(encoded.data)) as image:
+                    if image.mode in ("I", "F"):
+                        raise DataError(f"{self.name(i)} has 32-bit pixels, whose range is not known; remove it")
+                    if image.format == "JPEG" and has_stray_marker(encoded.data):
+                        image.load()  # which raises if it is one
+                    self._sizes[i] = image.height, image.width
+            except DataError:
+                raise
+            except UNREADABLE as error:
+                raise unreadable(self.name(i), len(encoded), error) from error
+        return encoded
+
+    def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_READ_THREADS, "pss-read")
+        return list(self._pool.map(self.read, index))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def name(self, i: int) -> str:
+        return str(self.folder / self.names[i])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pool": None}
+
+
+def open_source(root: Path, split: str, check_bytes: bool = True) -> Source:
+    """The encoded images of `split`; raises `DataError` where there are none.
+
+    With `check_bytes` each image of a conversion is compared with its checksum when it is first read.
+    """
+    return TarSource(root, split, check_bytes) if (root / MANIFEST).exists() else FolderSource(root, split)
+
+
+def find_split_folder(root: Path, split: str) -> Path | None:
+    """The folder of a split under any of its names."""
+    folders = (root / name for name in SPLIT_ALIASES[canonical_split(split)])
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """The folder of a split; `DataError` where it is missing."""
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}")
+    if folder := find_split_folder(root, split):
+        return folder
+    split = canonical_split(split)
+    raise DataError(
+        f"{root} has no {split} split; expected {root}/{MANIFEST} (see pss-convert) or {root}/{split}/<class>/*.jpg"
+    )
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The class folders of a split, sorted by name."""
+    with os.scandir(folder) as entries:
+        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")))
+
+
+def image_files(folder: Path) -> Sequence[str]:
+    """The image files of a class folder, sorted by name."""
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
+        )
+
+
+def _split_entry(manifest: Manifest, root: Path, split: str) -> Split:
+    if split not in manifest.splits:
+        raise DataError(f"{root} has no {split} split, only {', '.join(manifest.splits)}")
+    return manifest.splits[split]
+
+
+def _allow_open_files(more: int) -> None:
+    """Every mapped tar holds a file descriptor; ImageNet has about 650 of them and the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = more + 1024 if hard == resource.RLIM_INFINITY else min(more + 1024, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

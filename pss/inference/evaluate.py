@@ -1,0 +1,233 @@
+"""Accuracy over a whole split, and what a prediction costs: time, with the loader and without, and memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.base import Batch, DataError, Loader
+from pss.runtime.processes import World
+
+Predict = Callable[[Tensor, float], Tensor]
+Prepare = Callable[[Batch, int], Tensor]
+Observe = Callable[[Batch, Tensor, list[Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 and top-5 in percent, mean cross entropy, and how many images they are over."""
+
+    top1: float
+    top5: float
+    loss: float
+    num_images: int
+
+
+def accuracy(
+    predict: Predict,
+    loader: Loader,
+    prepare: Prepare,
+    world: World,
+    *,
+    rhos: Sequence[float],
+    autocast: AbstractContextManager[Any],
+    observe: Observe | None = None,
+    in_step: bool = False,
+) -> list[Accuracy]:
+    """Accuracy at each rho, over every image of the loader's split once, on any number of processes.
+
+    Each batch is decoded once and predicted at all of `rhos`; `observe` is shown the batch, the images as the model
+    takes them, and the logits (B, classes) of every rho. With `in_step` all processes predict equally often, which a
+    model that is sharded among them needs; one without an image left repeats another, so there must be one for each.
+
+    Raises:
+        DataError: the processes together did not see exactly the split's images.
+    """
+    totals = torch.zeros(len(rhos), 3, dtype=torch.float64, device=world.device)  # right, right in five, loss
+    seen = torch.zeros(1, dtype=torch.int64, device=world.device)
+    loader.set_epoch(0)
+    most = -(-loader.num_samples // (loader.batch_size * world.size))  # batches of a process
+    # What a sharded model gathers in inference mode it would keep for training, which cannot use it.
+    with torch.no_grad() if in_step else torch.inference_mode():
+        for batch in loader:
+            images, labels = prepare(batch, 0), batch.labels
+            predicted = []
+            for row, rho in zip(totals, rhos, strict=True):
+                with autocast:
+                    logits = predict(images, rho)
+                logits = logits.float()  # (B, classes)
+                ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+                row[0] += ranked[:, 0].sum()
+                row[1] += ranked.sum()
+                row[2] += F.cross_entropy(logits, labels, reduction="none").double().sum()
+                predicted.append(logits)
+            seen += labels.numel()
+            if observe is not None:
+                observe(batch, images, predicted)
+        for _ in range(most - len(loader) if in_step else 0):
+            for rho in rhos:
+                with autocast:
+                    predict(images[:1], rho)
+    world.sum(totals)
+    world.sum(seen)
+    count = int(seen)
+    if count != loader.num_samples:
+        raise DataError(
+            f"evaluation saw {count} images of a split of {loader.num_samples}; the loader lost or repeated some"
+        )
+    rows = (totals / count).tolist()
+    return [Accuracy(100 * right, 100 * five, loss, count) for right, five, loss in rows]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of interleaved rounds, with the smallest and the largest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@torch.inference_mode()
+def call_seconds(
+    calls: Sequence[Callable[[], Any]],
+    device: torch.device,
+    *,
+    rounds: int = 7,
+    one_by_one: bool = False,
+    round_seconds: float = 0.05,
+) -> list[list[float]]:
+    """Seconds that one call of each takes, in every round; rounds are interleaved, so all see one machine.
+
+    A round repeats a call for about `round_seconds`, as clock and scheduler then matter little. On a GPU the calls of
+    a round overlap, as in a stream of batches, unless they are made `one_by_one`, as requests that come singly. The
+    first calls, which set things up, are not counted.
+    """
+
+    def seconds(call: Callable[[], Any], repeats: int) -> float:
+        _synchronize(device)
+        began = time.perf_counter()
+        for _ in range(repeats):
+            call()
+            if one_by_one:
+                _synchronize(device)
+        _synchronize(device)
+        return (time.perf_counter() - began) / repeats
+
+    repeats = []
+    for call in calls:
+        seconds(call, 2)  # warm-up
+        repeats.append(max(1, round(round_seconds / seconds(call, 1))))
+    measured: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for times, call, count in zip(measured, calls, repeats, strict=True):
+            times.append(seconds(call, count))
+    return measured
+
+
+def rates(
+    calls: Sequence[Callable[[], Any]], *, num_images: int, device: torch.device, rounds: int = 7
+) -> list[Spread]:
+    """Images per second of each call, which predicts `num_images` images."""
+    measured = call_seconds(calls, device, rounds=rounds)
+    return [Spread.of([num_images / seconds for seconds in times]) for times in measured]
+
+
+def latencies(calls: Sequence[Callable[[], Any]], *, device: torch.device, rounds: int = 7) -> list[Spread]:
+    """Milliseconds from the start of a call to its result, of each call."""
+    measured = call_seconds(calls, device, rounds=rounds, one_by_one=True)
+    return [Spread.of([1e3 * seconds for seconds in times]) for times in measured]
+
+
+@torch.inference_mode()
+def loader_rates(
+    predicts: Sequence[Callable[[Tensor], Any]],
+    loader: Loader,
+    prepare: Prepare,
+    *,
+    device: torch.device,
+    rounds: int = 3,
+    round_seconds: float = 1.0,
+) -> list[Spread]:
+    """Images per second of each call with the loader in the path: from files to logits.
+
+    In a round every call gets the batches of one epoch, or as many as come in `round_seconds`; the first one, for which
+    the loader starts up, is not counted unless it is the only one.
+    """
+
+    def rate(predict: Callable[[Tensor], Any]) -> float:
+        loader.set_epoch(0)
+        count, began = 0, time.perf_counter()
+        for number, batch in enumerate(loader):
+            predict(prepare(batch, 0))
+            if number == 0 and len(loader) > 1:
+                _synchronize(device)
+                began = time.perf_counter()
+                continue
+            count += len(batch.labels)
+            if time.perf_counter() - began > round_seconds:
+                break
+        _synchronize(device)
+        return count / (time.perf_counter() - began)
+
+    measured: list[list[float]] = [[] for _ in predicts]
+    for _ in range(rounds):
+        for values, predict in zip(measured, predicts, strict=True):
+            values.append(rate(predict))
+    return [Spread.of(values) for values in measured]
+
+
+@torch.inference_mode()
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that a call needs at most, beyond what was there before it; None where that cannot be told.
+
+    On a GPU those of tensors; on a CPU those of the process, so that they include its libraries' buffers.
+    """
+    call()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator kept back would not be asked for again
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    except (OSError, AttributeError):
+        return None
+    before = _resident("VmRSS")
+    call()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    match = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert match is not None
+    return 1024 * int(match[1])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,249 @@
+"""Models as files that run without pss: `torch.export` programs (`.pt2`) and ONNX.
+
+The choice of the patches by magnitude is part of the graph. The batch size is free. The share of patches is fixed, or
+there is another input, `num_patches`: a scalar int64, how many patches to keep. Weights and images are float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pipelines.base import DataConfig
+from pss.inference.opening import Run
+from pss.models import sampling
+from pss.models.vit import VisionTransformer
+from pss.version import __version__
+
+LEVELS = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Shares of patches at which a file with a free one is compared with the model it was made from."""
+
+METADATA = "pss.json"
+"""The metadata's name inside a `.pt2` file; ONNX files carry the same under its keys."""
+
+_TOLERANCE = 1e-4
+_OPSET = 18
+
+
+class _Fixed(nn.Module):
+    """A model at one share of patches."""
+
+    def __init__(self, model: VisionTransformer, rho: float) -> None:
+        super().__init__()
+        self.model, self.rho = model, rho
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images, rho=self.rho, sort="magnitude")
+        return logits
+
+
+class _Dynamic(nn.Module):
+    """A model at any share of patches; with all patches it takes the same way as with fewer."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, num_patches: Tensor) -> Tensor:
+        model = self.model
+        count: Any = num_patches.item()
+        torch._check(count >= 1)
+        torch._check(count <= model.num_patches)
+        tokens = model.embed(images)
+        kept = sampling.select(tokens, count + model.num_prefix_tokens, model.num_prefix_tokens, "magnitude")
+        return model.readout(model.trunk(sampling.gather(tokens, kept, model.num_prefix_tokens), kept))
+
+
+def export(run: Run, path: Path, *, rho: float | None) -> float:
+    """Write a run's model to `path`, and compare what the file computes with what the model does.
+
+    Args:
+        run: Its model is moved to the CPU.
+        path: A `.pt2` or `.onnx` file.
+        rho: The share of patches; None for one that is chosen at each call.
+
+    Returns:
+        The largest difference of a logit, over batches of two sizes, and over five shares of patches if it is free.
+
+    Raises:
+        ValueError: another suffix, a model that keeps random patches, packages that are missing, or a difference of
+            more than 1e-4 (of the largest logit, where that is above 1).
+    """
+    check_target(path)
+    model = run.method.model
+    if model.sort != "magnitude" and rho != 1.0:
+        raise ValueError(
+            f"{run.name} keeps random patches, and a file must choose the same each time; add --sort magnitude"
+        )
+    model = model.cpu().float().eval()
+    metadata = describe(model, run.config.data, run.classes, rho)
+    program = _trace(model, rho, explicit_attention=path.suffix == ".onnx")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        if path.suffix == ".pt2":
+            torch.export.save(program, partial, extra_files={METADATA: json.dumps(metadata)})
+        else:
+            _write_onnx(program, partial, metadata, dynamic=rho is None)
+        worst = _compare(model, partial, rho)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return worst
+
+
+def check_target(path: Path) -> None:
+    """Raise `ValueError` for a file that cannot be written here."""
+    if path.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"--export {path}: name a file that ends in .onnx or .pt2")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+    if path.suffix == ".onnx" and missing:
+        raise ValueError(
+            f"--export {path} needs {', '.join(missing)}; run: pip install 'patch-sampling-schedule[export]'"
+        )
+
+
+def describe(
+    model: VisionTransformer, data: DataConfig, classes: Sequence[str] | None, rho: float | None
+) -> dict[str, Any]:
+    """The metadata of a file: what its user must know to prepare images and to read its answers."""
+    return {
+        "pss_version": __version__,
+        "classes": list(classes) if classes is not None else [str(number) for number in range(model.num_classes)],
+        "img_size": data.img_size,
+        "crop_pct": data.crop_pct,
+        "interpolation": data.interpolation,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "rho": "dynamic" if rho is None else rho,
+        "num_patches": {f"{level:g}": num_patches(model, level) for level in (LEVELS if rho is None else (rho,))},
+        "max_patches": model.num_patches,
+    }
+
+
+def num_patches(model: VisionTransformer, rho: float) -> int:
+    """Patches that are kept at share `rho`, prefix tokens not counted."""
+    return model.num_kept_tokens(rho) - model.num_prefix_tokens
+
+
+def _trace(model: VisionTransformer, rho: float | None, *, explicit_attention: bool) -> Any:
+    size = model.image_size
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    images = torch.zeros(2, 3, *size)
+    module: nn.Module = _Fixed(model, 1.0 if rho is None else rho)
+    inputs: tuple[Tensor, ...] = (images,)
+    shapes: tuple[Any, ...] = ({0: batch},)
+    if rho is None:
+        module = _Dynamic(model)
+        inputs, shapes = (images, torch.tensor(max(1, model.num_patches // 2))), (*shapes, None)
+    if not explicit_attention:
+        return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes)
+    with _ExplicitAttention():
+        return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes)
+
+
+class _ExplicitAttention(TorchFunctionMode):
+    """Writes attention out in plain operations.
+
+    ONNX has to be told them anyway, and torch's own account of its kernels promises another memory layout than the
+    operations yield, which the exporter stumbles over where the number of tokens is free.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    assert dropout_p == 0
+    logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.softmax(dim=-1) @ v
+
+
+def _write_onnx(program: Any, path: Path, metadata: dict[str, Any], *, dynamic: bool) -> None:
+    import onnx
+    from onnxscript import opset18 as op
+
+    def stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+        length = op.Reshape(op.Gather(op.Shape(x), dim, axis=0), op.Constant(value_ints=[1]))
+        return op.TopK(x, length, axis=dim, largest=descending, sorted=True)  # of equals the lower index comes first
+
+    written = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=_OPSET,
+        input_names=["images", "num_patches"] if dynamic else ["images"],
+        output_names=["logits"],
+        custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+        verbose=False,
+    )
+    assert written is not None
+    model = written.model_proto
+    onnx.helper.set_model_props(
+        model, {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    )
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def _compare(model: VisionTransformer, path: Path, rho: float | None) -> float:
+    """The largest difference of a logit between a file and the model; `ValueError` if it is too large."""
+    call = _open(path)
+    generator = torch.Generator().manual_seed(0)
+    worst = largest = 0.0
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, *model.image_size, generator=generator)
+        for level in LEVELS if rho is None else (rho,):
+            with torch.inference_mode():
+                expected = model(images, rho=level, sort="magnitude").numpy()
+            found = call(images.numpy(), num_patches(model, level) if rho is None else None)
+            worst = max(worst, float(np.abs(found - expected).max()))
+            largest = max(largest, float(np.abs(expected).max()))
+    if not worst <= _TOLERANCE * max(1.0, largest):
+        raise ValueError(
+            f"{path.name.removeprefix('.partial-')} would differ from the model by {worst:.2g}, which is more than "
+            f"{_TOLERANCE:g}; it was not written"
+        )
+    return worst
+
+
+def _open(path: Path) -> Any:
+    """A file as a function of images (B, 3, S, S) and the number of patches, if that is free."""
+    if path.suffix == ".pt2":
+        program = torch.export.load(path).module()
+
+        def call_program(images: Any, count: int | None) -> Any:
+            inputs = [torch.from_numpy(images)] + ([] if count is None else [torch.tensor(count)])
+            with torch.inference_mode():
+                return program(*inputs).numpy()
+
+        return call_program
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def call_session(images: Any, count: int | None) -> Any:
+        inputs = {"images": images} | ({} if count is None else {"num_patches": np.asarray(count)})
+        return session.run(None, inputs)[0]
+
+    return call_session

@@ -1,0 +1,261 @@
+"""One table for many runs at many rhos: accuracy over a whole split, cost, and speed side by side."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from pipelines.augment.device import DeviceTransform
+from pipelines.base import Batch, DataConfig, Loader
+from pss.inference.evaluate import Accuracy, Spread, accuracy, latencies, loader_rates, peak_memory, rates
+from pss.inference.exhibit import Curator, Exhibit
+from pss.inference.opening import Run
+from pss.inference.plots import plot_sweep
+from pss.runtime.precision import autocast
+from pss.runtime.processes import World
+
+Row = dict[str, Any]
+MakeLoader = Callable[[DataConfig], Loader]
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep found."""
+
+    rows: list[Row]
+    """For every run at every rho, in that order."""
+    exhibits: list[Exhibit]
+    """For every run, what it keeps of the images."""
+
+
+def sweep(
+    runs: Sequence[Run],
+    *,
+    names: Sequence[str],
+    rhos: Sequence[float],
+    make_loader: MakeLoader,
+    batch_size: int,
+    world: World,
+) -> Sweep:
+    """Measure every run at every rho.
+
+    Accuracy is over the whole split, on all processes together. What is timed is timed with all rhos, and where no
+    loader is involved all runs, interleaved in one go, by every process for itself:
+
+    * `images_per_second`: the model alone, on a batch of random images;
+    * `images_per_second_with_loader`: from the files of the split to logits;
+    * `latency_ms`: the model alone, on one image, until the result is there.
+
+    `peak_memory_mib` is the weights and what predicting one batch takes besides (`pss.inference.evaluate.peak_memory`).
+    """
+    found: list[tuple[list[Accuracy], list[Spread], Exhibit]] = []
+    for name, one in zip(names, runs, strict=True):
+        loader = make_loader(one.config.data)
+        try:
+            found.append(_evaluate(name, one, rhos, loader, world))
+        finally:
+            loader.close()
+
+    def calls(num_images: int) -> list[Callable[[], Tensor]]:
+        made: list[Callable[[], Tensor]] = []
+        for one in runs:
+            size = one.config.data.img_size
+            images = torch.randn(num_images, 3, size, size, device=world.device)
+            made += [partial(predict, one, images, rho) for rho in rhos]
+        return made
+
+    batches = calls(batch_size)
+    speeds = rates(batches, num_images=batch_size, device=world.device)
+    waits = latencies(calls(1), device=world.device)
+    memory = [peak_memory(call, world.device) for call in batches]
+
+    rows: list[Row] = []
+    for number, (name, one) in enumerate(zip(names, runs, strict=True)):
+        accuracies, with_loader, _ = found[number]
+        weights = sum(weight.nbytes for weight in one.method.state_dict().values())
+        for place, rho in enumerate(rhos):
+            result, timed = accuracies[place], number * len(rhos) + place
+            extra = memory[timed]
+            rows.append(
+                {
+                    "run": name,
+                    "method": one.config.method,
+                    "sort": one.method.model.sort,
+                    "rho": rho,
+                    "tokens": one.method.num_tokens(rho),
+                    "top1": round(result.top1, 4),
+                    "top5": round(result.top5, 4),
+                    "loss": round(result.loss, 6),
+                    "gflops": one.method.cost(rho) / 1e9,
+                    **_spread("images_per_second", speeds[timed], 1),
+                    **_spread("images_per_second_with_loader", with_loader[place], 1),
+                    **_spread("latency_ms", waits[timed], 4),
+                    "peak_memory_mib": None if extra is None else round((weights + extra) / _MIB, 1),
+                    "num_images": result.num_images,
+                    "batch_size": batch_size,
+                    "step": one.step,
+                    "processes": world.size,
+                    "device": _device_name(world.device),
+                    "torch": torch.__version__,
+                }
+            )
+    return Sweep(rows, [exhibit for *_, exhibit in found])
+
+
+def predict(run: Run, images: Tensor, rho: float) -> Tensor:
+    """Logits (B, classes) in the run's own precision."""
+    with autocast(run.config, images.device):
+        return run.method.predict(images, rho)
+
+
+def _evaluate(
+    name: str, one: Run, rhos: Sequence[float], loader: Loader, world: World
+) -> tuple[list[Accuracy], list[Spread], Exhibit]:
+    """Accuracy, speed with the loader, and the exhibit of one run at every rho."""
+    prepare = DeviceTransform(one.config.data, seed=0, train=False)
+    curator = Curator(
+        one.method.model,
+        rhos=rhos,
+        num_samples=loader.num_samples,
+        world=world,
+        autocast=lambda: autocast(one.config, world.device),
+    )
+    torch.manual_seed(0)  # the same random patches each time
+    with _progress(name, loader.num_samples, world) as advance:
+
+        def observe(batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
+            curator(batch, images, logits)
+            advance(len(images))
+
+        accuracies = accuracy(
+            one.method.predict,
+            loader,
+            prepare,
+            world,
+            rhos=rhos,
+            autocast=autocast(one.config, world.device),
+            observe=observe,
+        )
+    exhibit = curator.exhibit()
+    calls = [partial(predict, one, rho=rho) for rho in rhos]
+    return accuracies, loader_rates(calls, loader, prepare, device=world.device), exhibit
+
+
+def _spread(name: str, values: Spread, digits: int) -> Row:
+    return {
+        name: round(values.median, digits),
+        f"{name}_low": round(values.low, digits),
+        f"{name}_high": round(values.high, digits),
+    }
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """Write `rho.json` (a list of rows), `rho.csv` and `rho.png` into `folder`, each in one move."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "rho.json", json.dumps(rows, indent=2) + "\n")
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(folder / "rho.csv", text.getvalue())
+    plot_sweep(rows, folder / "rho.png")
+
+
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("ρ", lambda row: f"{row['rho']:.3g}"),
+    ("tokens", lambda row: str(row["tokens"])),
+    ("top-1 %", lambda row: f"{row['top1']:.2f}"),
+    ("top-5 %", lambda row: f"{row['top5']:.2f}"),
+    ("loss", lambda row: f"{row['loss']:.3f}"),
+    ("GFLOPs", lambda row: f"{row['gflops']:.3g}"),
+    ("images/s", lambda row: _in_words(row, "images_per_second", ",.0f")),
+    ("with loader", lambda row: _in_words(row, "images_per_second_with_loader", ",.0f")),
+    ("ms, batch 1", lambda row: _in_words(row, "latency_ms", ".3g")),
+    ("MiB", lambda row: "–" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:,.0f}"),
+)
+"""Heading and content of each column of the table, for people."""
+
+
+def _in_words(row: Row, name: str, form: str) -> str:
+    return f"{row[name]:{form}} ({row[name + '_low']:{form}}–{row[name + '_high']:{form}})"
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print the table."""
+    console = Console()
+    if not console.is_terminal:  # a file has no width to fit
+        console = Console(width=200)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("run")
+    for heading, _ in COLUMNS:
+        table.add_column(heading, justify="right")
+    last = None
+    for row in rows:
+        if last not in (None, row["run"]):
+            table.add_section()
+        table.add_row(row["run"] if row["run"] != last else "", *(text(row) for _, text in COLUMNS))
+        last = row["run"]
+    console.print(table)
+
+
+def distinct_names(sources: Sequence[str | Path]) -> list[str]:
+    """Each source's own name, or as many of its last parts as it takes to tell the sources apart."""
+    paths = [Path(source).resolve() if Path(source).exists() else Path(str(source)) for source in sources]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"{sources[0]} is named more than once; name each run once")
+
+
+def default_output(runs: Sequence[Run]) -> Path:
+    """The run's own folder, or the nearest folder that holds all of several; the current one if none has a folder."""
+    folders = [one.folder.resolve() for one in runs if one.folder is not None]
+    return Path(os.path.commonpath(folders)) if folders else Path()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move, so that nobody reads half of it."""
+    staged = path.with_name(f".{path.name}.partial")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
+
+
+class _progress:
+    """A bar over the images of a split, on the main process's terminal."""
+
+    def __init__(self, name: str, total: int, world: World) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        self._bar = Progress(
+            *columns, console=console, transient=True, disable=not (world.is_main and console.is_terminal)
+        )
+        self._task = self._bar.add_task(f"evaluating {name}", total=total)
+        self._factor = world.size
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._bar.start()
+        return lambda count: self._bar.advance(self._task, count * self._factor)
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()

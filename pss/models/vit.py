@@ -1,0 +1,519 @@
+"""A Vision Transformer that accepts any share of its patches, composed from timm's parts.
+
+The parts keep timm's names, so a state dict of timm's plain model loads as it is when there is no relative position
+bias. The public pieces (`see`, which is `embed` and `sample`, `trunk`, which is `positions`, `blocks` and `norm`, and
+`readout`) are what `forward` is made of; a method that selects tokens elsewhere puts them together in its own way.
+"""
+
+import difflib
+import math
+from typing import Any, Literal, get_args
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention as TimmAttention
+from timm.layers import PatchEmbed, RotaryEmbeddingCat, trunc_normal_
+from timm.models import list_models
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from timm.models.vision_transformer import global_pool_nlc
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pss.attention import relpos
+from pss.attention.attend import Attention, RelPos
+from pss.attention.relpos import Grid
+from pss.models import sampling
+from pss.models.compiled import CompiledTrunk
+from pss.models.sampling import Sort, TokenCounts
+
+QkvBias = Literal["full", "qv"]
+Init = Literal["timm", "published"]
+
+_POOLING = ("token", "avg", "max", "avgmax")
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # ViT-B as SimMIM fine-tunes it: positions are known through the bias alone.
+    "simmim_base_patch16": {
+        "name": "vit_base_patch16_224",
+        "rel_pos": "bias",
+        "qkv_bias": "qv",
+        "init": "published",
+        "pos_embed": "none",
+        "global_pool": "avg",
+        "init_values": 0.1,
+    },
+}
+
+# Options of timm's model that would drop patches, or change the grid, behind the back of the sampling.
+_REFUSED_OVERRIDES = ("patch_drop_rate", "dynamic_img_size", "dynamic_img_pad")
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    img_size: int | tuple[int, int] = 224,
+    rel_pos: RelPos | None = None,
+    sort: Sort = "magnitude",
+    token_counts: TokenCounts = "published",
+    qkv_bias: QkvBias | None = None,
+    init: Init | None = None,
+    **overrides: Any,
+) -> "VisionTransformer":
+    """Build a Vision Transformer by name.
+
+    Args:
+        name: A plain ViT of timm (`deit_small_patch16_224`, `vit_base_patch16_224`, distilled ones too), or a preset:
+            `simmim_base_patch16`, the ViT-B that SimMIM fine-tunes.
+        num_classes: Width of the classifier; 0 for none, so that features come out.
+        img_size: Height and width of the images in pixels, or one number for both; multiples of the patch size.
+        rel_pos: How attention learns of relative positions. `bias`: a bias table in every block, as BEiT and the PSS
+            runs; `separable`: a bias that is the sum of one for rows and one for columns; `rope`: axial rotary
+            embedding; `none`: not at all. None is the preset's choice, or `none`.
+        sort: Which patches `forward` keeps unless told otherwise (see `pss.models.sampling.select`).
+        token_counts: What a share of the tokens is rounded to: whole tokens as `published`, or multiples of 8
+            (`aligned`), which a GPU computes faster (see `pss.models.sampling.num_kept_tokens`).
+        qkv_bias: `full` leaves timm's bias on queries, keys and values; `qv` has none on the keys, as BEiT.
+        init: `timm`, or `published` for the initialisation of the PSS runs: truncated normal 0.02, the
+            outputs of block l divided by sqrt(2l), a classifier near zero.
+        overrides: Passed on to `timm.create_model` (patch_size, embed_dim, depth, num_heads, drop_path_rate, ...).
+
+    Raises:
+        ValueError: unknown name, a model that is not a plain ViT, or settings that do not go together.
+    """
+    preset = _PRESETS.get(name, {})
+    settings = {"rel_pos": "none", "qkv_bias": "full", "init": "timm", "name": name, **preset, **overrides}
+    explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
+    for key in ("rel_pos", "qkv_bias"):
+        if key in preset and explicit[key] not in (None, preset[key]):
+            raise ValueError(f"{name} has {key}={preset[key]!r}, got {explicit[key]!r}; leave {key} out")
+    settings |= {key: value for key, value in explicit.items() if value is not None}
+    for key, choices in (("rel_pos", RelPos), ("qkv_bias", QkvBias), ("init", Init)):
+        if settings[key] not in get_args(choices):
+            raise ValueError(f"{key} must be one of {', '.join(get_args(choices))}, got {settings[key]!r}")
+    timm_name, rel_pos, qkv_bias, init = (settings.pop(key) for key in ("name", "rel_pos", "qkv_bias", "init"))
+    if qkv_bias == "qv":
+        settings["qkv_bias"] = True
+
+    plain = _create_plain(timm_name, num_classes=num_classes, img_size=img_size, **settings)
+    if init == "published":
+        _init_published(plain)
+    return VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block, made of the parts of timm's, that hands extra arguments on to its attention."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.norm1: nn.Module = source.norm1
+        self.attn = Attention(source.attn)
+        self.ls1: nn.Module = source.ls1
+        self.drop_path1: nn.Module = source.drop_path1
+        self.norm2: nn.Module = source.norm2
+        self.mlp: nn.Module = source.mlp
+        self.ls2: nn.Module = source.ls2
+        self.drop_path2: nn.Module = source.drop_path2
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, **attention_options: Any) -> Tensor:
+        """Tokens (B, K, D) to tokens (B, K, D).
+
+        `positions` are those of the model; `attention_options` go to the attention: `attn_mask`, or what a method's own
+        attention module takes.
+        """
+        x = x + self.attention_branch(x, positions, **attention_options)
+        return x + self.mlp_branch(x)
+
+    def attention_branch(self, x: Tensor, positions: Tensor | None = None, **attention_options: Any) -> Tensor:
+        """What attention adds to the tokens (B, K, D)."""
+        branch: Tensor = self.drop_path1(self.ls1(self.attn(self.norm1(x), positions, **attention_options)))
+        return branch
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """What the MLP adds to the tokens (B, K, D)."""
+        branch: Tensor = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return branch
+
+
+class VisionTransformer(nn.Module):
+    """A ViT whose forward pass takes the kept share of patches as an argument; it remembers nothing about it.
+
+    At rho = 1 nothing is sampled and the numbers are those of timm's model. Training and evaluation mode obey rho
+    alike.
+    """
+
+    def __init__(
+        self,
+        plain: Any,
+        *,
+        rel_pos: RelPos = "none",
+        qkv_bias: QkvBias = "full",
+        sort: Sort = "magnitude",
+        token_counts: TokenCounts = "published",
+    ) -> None:
+        """Take over the parts of timm's plain ViT; use `create_model`, which also checks that it is one."""
+        super().__init__()
+        for key, value, choices in (("sort", sort, Sort), ("token_counts", token_counts, TokenCounts)):
+            if value not in get_args(choices):
+                raise ValueError(f"{key} must be one of {', '.join(get_args(choices))}, got {value!r}")
+        self.sort: Sort = sort
+        self.token_counts: TokenCounts = token_counts
+        self.rel_pos: RelPos = rel_pos
+        self.grid_size: Grid = plain.patch_embed.grid_size
+        self.image_size: tuple[int, int] = plain.patch_embed.img_size
+        self.embed_dim: int = plain.embed_dim
+        self.num_classes: int = plain.num_classes
+        self.num_prefix_tokens: int = plain.num_prefix_tokens
+        self.global_pool: str = plain.global_pool
+        self.pool_include_prefix: bool = plain.pool_include_prefix
+
+        self.patch_embed: PatchEmbed = plain.patch_embed
+        self.cls_token: nn.Parameter | None = plain.cls_token
+        self.reg_token: nn.Parameter | None = plain.reg_token
+        self.dist_token: nn.Parameter | None = getattr(plain, "dist_token", None)
+        self.pos_embed: nn.Parameter | None = plain.pos_embed
+        self.pos_drop: nn.Dropout = plain.pos_drop
+        self.norm_pre: nn.Module = plain.norm_pre
+        blocks = [Block(block) for block in plain.blocks]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm: nn.Module = plain.norm
+        self.fc_norm: nn.Module = plain.fc_norm
+        self.head_drop: nn.Module = plain.head_drop
+        self.head: nn.Module = plain.head
+        self.head_dist: nn.Module | None = getattr(plain, "head_dist", None)
+
+        for block in blocks:
+            if qkv_bias == "qv":
+                block.attn.drop_key_bias()
+            if rel_pos != "none":
+                block.attn.add_positions(rel_pos, self.grid_size)
+        self.compiled_trunk: CompiledTrunk | None = None
+        """Computes `trunk` in its place if it is set."""
+        self.checkpoint_activations = False
+        """Have each block computed once more in the backward pass, which then needs only what entered it."""
+        # Angles as in timm's own ViTs with axial rotary embedding.
+        self.rope: RotaryEmbeddingCat | None = None
+        if rel_pos == "rope":
+            width = blocks[0].attn.head_dim
+            self.rope = RotaryEmbeddingCat(width, temperature=100.0, in_pixels=False, feat_shape=list(self.grid_size))
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a whole image."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a whole image, prefix included."""
+        return self.num_prefix_tokens + self.num_patches
+
+    def grid_of(self, image_size: tuple[int, int] | int) -> Grid:
+        """Patch rows and columns of an image of (height, width) pixels, or of a square one of that side.
+
+        Raises:
+            ValueError: it does not consist of whole patches, or has more of them than the model was built for.
+        """
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        sides = self.patch_embed.patch_size
+        grid = size[0] // sides[0], size[1] // sides[1]
+        fits = all(0 < part <= whole for part, whole in zip(grid, self.grid_size, strict=True))
+        if not fits or any(pixels % side for pixels, side in zip(size, sides, strict=True)):
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels do not suit this model: it takes whole patches of "
+                f"{sides[0]} x {sides[1]}, and at most {self.image_size[0]} x {self.image_size[1]} pixels"
+            )
+        return grid
+
+    def num_kept_tokens(self, rho: float, image_size: tuple[int, int] | int | None = None) -> int:
+        """Tokens that the blocks see at a share `rho`, prefix included.
+
+        Args:
+            rho: Share of the image's tokens, in (0, 1].
+            image_size: Of images with a lower resolution; that of the model by default.
+
+        Raises:
+            ValueError: a rho not in (0, 1], or images that do not suit the model.
+        """
+        height, width = self.grid_size if image_size is None else self.grid_of(image_size)
+        return sampling.num_kept_tokens(rho, height * width, self.num_prefix_tokens, self.token_counts)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are not to be decayed although they are not 1-D, as in timm."""
+        return {"pos_embed", "cls_token", "reg_token", "dist_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameter names into layers, for learning rates that fall towards the input: stem, then
+        each block, then what follows them (BEiT's rule; timm counts the last norm to the last block).
+        """
+        assert not coarse, "only layer-wise learning rates ask for it"
+        return {
+            "stem": r"^cls_token|^reg_token|^dist_token|^pos_embed|^patch_embed|^norm_pre",
+            "blocks": r"^blocks\.(\d+)",
+        }
+
+    def forward(
+        self,
+        images: Tensor,
+        rho: float = 1.0,
+        *,
+        sort: Sort | None = None,
+        generator: torch.Generator | None = None,
+        low_resolution: bool = False,
+    ) -> Tensor:
+        """Classify images from a share of their patches.
+
+        Args:
+            images: (B, 3, height, width), of the size the model was built for.
+            rho: Share of the tokens to keep, in (0, 1].
+            sort: Which patches to keep; the model's own `sort` if None.
+            generator: Source of the random sort; torch's default generator if None.
+            low_resolution: Take smaller images too, as the same view in fewer patches; see `see`.
+
+        Returns:
+            Logits, (B, num_classes).
+
+        Raises:
+            ValueError: wrong image size, rho or sort.
+        """
+        tokens, kept = self.see(images, rho, sort, generator, low_resolution)
+        if self.compiled_trunk is None or torch.compiler.is_compiling():
+            return self.readout(self.trunk(tokens, kept))
+        return self.readout(self.compiled_trunk(self, tokens, kept))
+
+    def see(
+        self,
+        images: Tensor,
+        rho: float,
+        sort: Sort | None = None,
+        generator: torch.Generator | None = None,
+        low_resolution: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`embed` and `sample` in one, which saves embedding patches that a random choice drops; see there.
+
+        With `low_resolution` images may be smaller than those the model was built for, by whole patches. Their few
+        patches are spread evenly over the model's grid: to the blocks it is as if the patches between them had been
+        dropped, so that position embeddings and biases keep their meaning in shares of the view, and need no resizing.
+        The indices returned are on the model's grid; where no patch is dropped, they are the same for all images and
+        have one dimension.
+        """
+        places = self._places(images) if low_resolution else None
+        num_patches = self.num_patches if places is None else len(places)
+        num_kept = sampling.num_kept_tokens(rho, num_patches, self.num_prefix_tokens, self.token_counts)
+        whole = num_kept == num_patches + self.num_prefix_tokens
+        random = (self.sort if sort is None else sort) == "random"
+        dropout = self.training and self.pos_drop.p > 0
+        if whole or not random or dropout:
+            tokens, kept = self._sample(self.embed(images, places=places), num_kept, sort, generator)
+        else:
+            kept = sampling.select_at_random(
+                len(images), num_patches, num_kept - self.num_prefix_tokens, generator, images.device
+            )
+            tokens = self.embed(images, kept, places)
+        if places is None:
+            return tokens, kept
+        return tokens, places if kept is None else places[kept]
+
+    def _places(self, images: Tensor) -> Tensor | None:
+        """Where on the model's grid the patches of smaller images lie, (patches,); None if the images are not smaller.
+
+        Raises `ValueError` for images of a size that does not suit the model.
+        """
+        grid = self.grid_of((images.shape[-2], images.shape[-1]))
+        return None if grid == self.grid_size else sampling.spread(grid, self.grid_size, images.device)
+
+    def embed(self, images: Tensor, kept: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """Images (B, 3, height, width) to tokens (B, N, D): prefix, patches, position embedding, input norm.
+
+        Args:
+            images: Of the size the model was built for, or smaller if there are `places`.
+            kept: Indices of the patches to embed, (B, K - prefix), which gives (B, K, D); None for all.
+            places: Where on the model's grid the patches of smaller images lie, (patches,).
+
+        Raises:
+            ValueError: the images have another size than the model was built for.
+        """
+        if places is None and tuple(images.shape[-2:]) != tuple(self.image_size):
+            raise ValueError(
+                f"this model takes images of {self.image_size[0]} x {self.image_size[1]} pixels, "
+                f"got {images.shape[-2]} x {images.shape[-1]}; build it with that img_size"
+            )
+        x: Tensor
+        if kept is not None:
+            x = self._embed_patches(images, kept)
+        elif places is not None:  # timm's module would refuse the size
+            x = self.patch_embed.norm(self.patch_embed.proj(images).flatten(2).transpose(1, 2))
+        else:
+            x = self.patch_embed(images)
+        prefix = [
+            token.expand(x.shape[0], -1, -1)
+            for token in (self.cls_token, self.dist_token, self.reg_token)
+            if token is not None
+        ]
+        if self.pos_embed is None:
+            x = torch.cat((*prefix, x), dim=1)
+        else:
+            num_placed = self.pos_embed.shape[1] - self.num_patches  # prefix tokens that have a position
+            positions: Tensor = self.pos_embed
+            where = kept if places is None else places.unsqueeze(0) if kept is None else places[kept]
+            if where is not None:
+                some = positions[0, num_placed + where]  # (B or 1, K - prefix, D)
+                positions = torch.cat((positions[:, :num_placed].expand(len(some), -1, -1), some), dim=1)
+            if num_placed:
+                x = self.pos_drop(torch.cat((*prefix, x), dim=1) + positions)
+            else:
+                x = self.pos_drop(torch.cat((*prefix, x + positions), dim=1))
+        tokens: Tensor = self.norm_pre(x)
+        return tokens
+
+    def _embed_patches(self, images: Tensor, kept: Tensor) -> Tensor:
+        """The patch embedding of some patches, as a matrix product: (B, K - prefix, D)."""
+        height, width = self.grid_of((images.shape[-2], images.shape[-1]))
+        projection = self.patch_embed.proj
+        pixels = images.view(
+            *images.shape[:2], height, images.shape[2] // height, width, -1
+        )  # (B, 3, h, side, w, side)
+        image = torch.arange(len(images), device=images.device).unsqueeze(1)
+        pixels = pixels.permute(0, 2, 4, 1, 3, 5)[image, kept // width, kept % width]  # (B, K - prefix, 3, side, side)
+        x = F.linear(pixels.flatten(2), projection.weight.flatten(1), projection.bias)
+        embedded: Tensor = self.patch_embed.norm(x)
+        return embedded
+
+    def sample(
+        self, tokens: Tensor, rho: float, sort: Sort | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Keep a share of the patches: the patch sampling block of McDanel & Huynh (2022).
+
+        Args:
+            tokens: All tokens, (B, N, D).
+            rho: Share of the tokens to keep, in (0, 1].
+            sort: Which patches to keep; the model's own `sort` if None.
+            generator: Source of the random sort; torch's default generator if None.
+
+        Returns:
+            The prefix and the kept patches (B, K, D), and the indices of the latter (B, K - prefix); at rho = 1 the
+            tokens themselves and None.
+        """
+        return self._sample(tokens, self.num_kept_tokens(rho), sort, generator)
+
+    def _sample(
+        self, tokens: Tensor, num_kept: int, sort: Sort | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if num_kept == tokens.shape[1]:
+            return tokens, None
+        kept = sampling.select(tokens, num_kept, self.num_prefix_tokens, self.sort if sort is None else sort, generator)
+        return sampling.gather(tokens, kept, self.num_prefix_tokens), kept
+
+    def positions(self, kept: Tensor | None) -> Tensor | None:
+        """What the blocks need to know of the tokens' positions; None if they need nothing.
+
+        Tokens may be reordered, and dropped, along with their positions.
+
+        Args:
+            kept: Indices of the kept patches on the model's grid, (B, K - prefix), or (K - prefix,) if they are the
+                same for all images; None if all patches are there.
+
+        Returns:
+            For a bias the numbers of `relpos.positions`, (2, B, K); for rotary embedding sines and cosines,
+            (B, K, 2 * head width). If all images have the same patches, 1 in place of B.
+        """
+        if self.rel_pos == "none":
+            return None
+        if kept is not None and kept.ndim == 1:
+            kept = kept.unsqueeze(0)
+        if self.rope is None:
+            device = next(self.parameters()).device
+            return relpos.positions(self.grid_size, self.num_prefix_tokens, kept, device)
+        turns = self.rope.get_embed()  # (patches, 2 * head width)
+        turns = turns.unsqueeze(0) if kept is None else turns[kept]
+        sines, cosines = turns.new_zeros(1), turns.new_ones(1)  # prefix tokens are not turned
+        still = torch.cat((sines, cosines)).repeat_interleave(turns.shape[2] // 2)
+        return torch.cat((still.expand(turns.shape[0], self.num_prefix_tokens, -1), turns), dim=1)
+
+    def trunk(self, tokens: Tensor, kept: Tensor | None) -> Tensor:
+        """All blocks, and the norm after them.
+
+        Args:
+            tokens: What `sample` returns, (B, K, D).
+            kept: See `positions`.
+
+        Returns:
+            (B, K, D).
+        """
+        positions = self.positions(kept)
+        again = self.checkpoint_activations and torch.is_grad_enabled()
+        for block in self.blocks:
+            tokens = checkpoint(block, tokens, positions, use_reentrant=False) if again else block(tokens, positions)
+        normed: Tensor = self.norm(tokens)
+        return normed
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """The trunk's tokens (B, K, D) to one feature vector per image, (B, D)."""
+        if self.head_dist is not None:
+            features: Tensor = (self.head_drop(tokens[:, 0]) + self.head_drop(tokens[:, 1])) / 2
+        else:
+            x = global_pool_nlc(
+                tokens, self.global_pool, self.num_prefix_tokens, reduce_include_prefix=self.pool_include_prefix
+            )
+            features = self.head_drop(self.fc_norm(x))
+        return features
+
+    def readout(self, tokens: Tensor) -> Tensor:
+        """The trunk's tokens (B, K, D) to logits (B, num_classes); a distilled model averages its two heads."""
+        logits: Tensor
+        if self.head_dist is None:
+            logits = self.head(self.pooled(tokens))
+        else:
+            logits = (self.head(self.head_drop(tokens[:, 0])) + self.head_dist(self.head_drop(tokens[:, 1]))) / 2
+        return logits
+
+
+def _create_plain(name: str, **settings: Any) -> Any:
+    """timm's model of that name, once it is known to be a plain ViT whose grid fits the image."""
+    known = [*_PRESETS, *list_models(module="vision_transformer"), *list_models(module="deit")]
+    if name.split(".")[0] not in known:
+        nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]
+        raise ValueError(f"no plain Vision Transformer is called {name!r}; did you mean {', '.join(nearest)}?")
+    if refused := [key for key in _REFUSED_OVERRIDES if key in settings]:
+        raise ValueError(f"{', '.join(refused)} cannot be combined with patch sampling; pass rho to forward instead")
+    try:
+        plain = timm.create_model(name, **settings)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm cannot build {name} with these settings: {error}") from error
+    plain_parts = (
+        type(plain) in (TimmVisionTransformer, VisionTransformerDistilled)
+        and type(plain.patch_embed) is PatchEmbed
+        and all(type(block) is TimmBlock and type(block.attn) is TimmAttention for block in plain.blocks)
+        and plain.global_pool in _POOLING
+    )
+    if not plain_parts:
+        raise ValueError(
+            f"{name} is not a plain Vision Transformer (patch embedding, pre-norm blocks with ordinary attention, "
+            f"{', '.join(_POOLING)} pooling); choose one that is, such as deit_small_patch16_224"
+        )
+    if any(size % patch for size, patch in zip(plain.patch_embed.img_size, plain.patch_embed.patch_size, strict=True)):
+        raise ValueError(
+            f"img_size {plain.patch_embed.img_size} is not a multiple of the patch size {plain.patch_embed.patch_size}"
+        )
+    return plain
+
+
+def _init_published(plain: Any) -> None:
+    """Initialise a timm ViT as the runs of McDanel & Huynh (2022) were."""
+    for module in plain.modules():
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+        if getattr(plain, name, None) is not None:
+            trunc_normal_(getattr(plain, name), std=0.02)
+    with torch.no_grad():
+        for number, block in enumerate(plain.blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2 * number))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+        for name in ("head", "head_dist"):
+            if isinstance(head := getattr(plain, name, None), nn.Linear):
+                head.weight.mul_(0.001)

@@ -1,0 +1,96 @@
+"""Whether the model or the loader bounds a run here, level by level: both are measured, each on its own."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pss import methods
+from pss.config import Config
+from pss.methods import Progress
+from pss.planning.plan import Level, Machine, Plan, Simulated, queue_batches, simulate
+from pss.runtime.precision import autocast
+from pss.runtime.seeds import seed_generator
+from pss.training.optim import build_optimizer
+from pss.training.trainer import compile_levels
+
+_CPU_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was measured, in images per second of one process, and what follows from it."""
+
+    train_rates: dict[Level, float]
+    """By level of the plan: forward, backward and optimizer step, data at hand."""
+    loader_rate: float
+    """The loader alone."""
+    machine: Machine
+    """This process, as `pss.planning.plan.remedies` wants it."""
+    simulated: Simulated
+    """The run at these rates, with its queue."""
+
+    def bound(self, level: Level) -> str:
+        """Which of the two is slower there."""
+        return "loader" if self.loader_rate < self.train_rates[level] else "model"
+
+
+def diagnose(config: Config, planned: Plan, train_rates: dict[Level, float], loader_rate: float) -> Diagnosis:
+    """Simulate the run from measured rates; see `Diagnosis`."""
+    seconds = sum(level.share / train_rates[level] for level in planned.levels)  # per image, on average
+    machine = Machine(
+        processes=1,
+        images_per_second=planned.mean_cost / seconds,
+        loader_images_per_second=loader_rate,
+        queue_bytes=round(config.train.prefetch_mb * 2**20),
+    )
+    seconds_of = [planned.batch_size / train_rates[level] for level in planned.levels]
+    steps = [seconds_of[number] for number in planned.level_of_step]
+    queue = queue_batches(planned, machine, config.data.img_size)
+    return Diagnosis(train_rates, loader_rate, machine, simulate(steps, planned.batch_size / loader_rate, queue))
+
+
+def measure_training(config: Config, planned: Plan, num_classes: int, device: torch.device) -> dict[Level, float]:
+    """Images per second of training steps at each level of the plan, on images that are already on the device.
+
+    The median of interleaved rounds. A GPU gets the configured batch, a CPU at most 32 images.
+    """
+    batch = config.train.batch_size // config.train.accumulate
+    if device.type == "cpu":
+        batch = min(batch, _CPU_BATCH)
+    seed_generator(config.train.seed)
+    method = methods.build(config, num_classes, planned.steps_per_epoch).to(device).train()
+    method.model.checkpoint_activations = config.train.checkpoint_activations
+    compile_levels(method, config.compile, device, planned.total_steps)
+    (phase, *_) = method.phases()
+    method.begin_phase(phase)
+    optimizer, _ = build_optimizer(method, phase, batch_size=batch, steps_per_epoch=planned.steps_per_epoch)
+    sizes = {level.img_size for level in planned.levels}
+    images = {size: torch.randn(batch, 3, size, size, device=device) for size in sizes}
+    targets = torch.arange(batch, device=device) % num_classes
+    half = autocast(config, device)
+
+    def seconds(level: Level) -> float:
+        step = planned.level_of_step.index(planned.levels.index(level))
+        at = Progress(step, planned.total_steps, 0, config.train.epochs, config.train.seed, 0)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        with half:
+            loss = method(images[level.img_size], targets, at)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    levels = planned.levels
+    for level in levels * 2:
+        seconds(level)  # compiled, and caches filled
+    rounds = [[seconds(level) for level in levels] for _ in range(7)]
+    medians = map(statistics.median, zip(*rounds, strict=True))
+    return {level: batch / median for level, median in zip(levels, medians, strict=True)}

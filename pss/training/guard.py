@@ -1,0 +1,85 @@
+"""A step whose loss or gradients are not finite changes nothing, on any process, and is counted.
+
+Nothing here reads a value from the device: whether a step counts is decided there, and told when the log asks.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from pss.training.sharding import own_part
+
+
+class Guard:
+    """Judges each step by its gradient norm, which is the same on every process once gradients are averaged."""
+
+    def __init__(self, device: torch.device, limit: int) -> None:
+        """`limit`: how many steps in a row may be skipped."""
+        self.limit = limit
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        """Steps skipped: in all, in a row up to now, and the longest row since `check`."""
+        self._ones = torch.ones(3, device=device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of `loss`, to the bit where it is finite. Where it is not, all are NaN, and so is their average
+        over processes, even where they alone would have been finite."""
+        torch.autograd.backward(loss * (1 + 0 * loss.detach()))
+
+    def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether a step is skipped, and what of it goes into averages.
+
+        Args:
+            loss: of this process, scalar.
+            norm: of the gradients, averaged over processes, before clipping; scalar.
+
+        Returns:
+            1.0 if the optimizer must skip this step, else 0.0 (its `found_inf`); and loss, norm and 1, or three zeros.
+        """
+        bad = ~torch.isfinite(norm)
+        total, row, longest = self.counts.unbind()
+        total += bad
+        row += 1
+        row *= bad
+        torch.maximum(longest, row, out=longest)
+        measured = torch.where(bad, 0.0, torch.stack((loss.detach().float(), norm.float(), self._ones[0])))
+        return bad.float(), measured
+
+    def check(self, step: int) -> int:
+        """Steps skipped so far. Reads from the device.
+
+        Raises:
+            ValueError: more in a row than allowed, at some time since the last check.
+        """
+        total, row, longest = self.counts.tolist()
+        if longest >= self.limit:
+            raise ValueError(
+                f"the loss or its gradients were not finite in {longest} steps in a row, up to step {step}; none of "
+                "them changed the weights or is in a checkpoint: start anew from there (--set model.weights=RUN) with "
+                "a lower optim.lr or train.precision=fp32, or look at the data"
+            )
+        self.counts[2] = row
+        return int(total)
+
+
+def skipping(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
+    """Have the next step of a fused optimizer change nothing where `skip` is 1.0: what `torch.amp` uses as well."""
+    optimizer.found_inf = skip  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def update_average(ema: ModelEmaV3, model: nn.Module, step: int, skipped: Tensor) -> None:
+    """Move the average towards the weights as `ModelEmaV3.update` does, not at all where `skipped` is 1.0."""
+    share = (1 - ema.get_decay(step)) * (1 - skipped)
+    averages, differences = [], []
+    pairs = zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True)
+    for average, value in ((own_part(a), own_part(b)) for a, b in pairs):
+        if average.is_floating_point():
+            averages.append(average)
+            differences.append(value)
+        else:
+            average.copy_(value)
+    moves = list(torch._foreach_sub(differences, averages))
+    torch._foreach_mul_(moves, share)
+    torch._foreach_add_(averages, moves)

@@ -1,0 +1,161 @@
+"""pss-convert as a user runs it: messages, exit codes, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import missing, picture, write_folder
+
+COMMAND = [sys.executable, "-m", "cli.convert"]
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONWARNINGS": "error"} | environment,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("source")
+    write_folder(root, {"a": 6, "b": 6})
+    return root
+
+
+def test_help_is_quick_and_complete() -> None:
+    modules = "import sys, cli.convert; print(sorted({'torch', 'numpy', 'PIL', 'pipelines'} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", modules], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert loaded.stdout.strip() == "[]"
+    result = run("--help", COLUMNS="200")
+    assert result.returncode == 0
+    for option in (
+        "format",
+        "split",
+        "val-fraction",
+        "max-size",
+        "quality",
+        "jobs",
+        "on-error",
+        "shard-size",
+        "seed",
+        "verify",
+        "full",
+        "profile",
+        "part",
+        "merge",
+        "restart",
+        "engine",
+    ):
+        assert f"--{option} " in result.stdout
+
+
+def test_a_conversion_says_what_it_did(source: Path, tmp_path: Path) -> None:
+    result = run(source, tmp_path / "set", "--format", "dali", "--val-fraction", "0.5")
+    assert (result.returncode, result.stdout.count("\n")) == (0, 2)
+    assert "2 classes, 6 train, 6 val images" in result.stdout
+    assert re.search(r"images/s: checking \d+, writing \d+, verifying \d+", result.stdout)
+    assert "checking train: 6/6 images" in result.stderr  # plain lines: this is no terminal
+    assert "files are as they were written" in run(tmp_path / "set", "--verify").stdout
+    (tmp_path / "set" / "val-00000.idx").unlink()
+    damaged = run(tmp_path / "set", "--verify")
+    assert damaged.returncode == 2
+    assert "val-00000.idx are not as they were written" in damaged.stderr
+
+
+def test_skipped_images_are_counted(source: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "src", {"a": 3})
+    (tmp_path / "src" / "a" / "001.jpg").write_text("no image")
+    result = run(tmp_path / "src", tmp_path / "set", "--format", "dali", "--split", "train", "--on-error", "skip")
+    assert result.returncode == 0
+    assert "1 unreadable image(s) left out" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{src}"], "give a folder to write and --format"),
+        (["{src}", "--verify"], "holds no dataset.json"),
+        (["{src}", "{dest}", "--format", "dali"], "give either --val-fraction"),
+        (["{src}/none", "{dest}", "--format", "dali"], "there is no folder"),
+        (["{src}", "{dest}", "--format", "zip", "--split", "train"], "--format is 'zip'"),
+        (["{src}", "{src}", "--format", "dali", "--split", "train"], "already exists"),
+        (["{src}", "{dest}", "--format", "dali", "--split", "train", "--jobs", "0"], "--jobs"),
+        (["{src}", "{dest}", "--format", "ffcv", "--profile", "jpg900"], "--profile is 'jpg900'"),
+        (["{src}", "{dest}", "--format", "ffcv", "--part", "two"], "--part is 'two'; use i/n"),
+        (["{dest}", "--merge"], "there is no unfinished conversion"),
+        (["{src}", "--full"], "--full is for --verify"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, source: Path, tmp_path: Path
+) -> None:
+    result = run(*(a.format(src=source, dest=tmp_path / "set") for a in arguments))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(missing("ffcv") is not None, reason="FFCV is not installed")
+def test_an_image_that_cannot_be_scaled_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "src", {"a": 4})
+    picture(2, 200, 0).save(tmp_path / "src" / "a" / "strip.jpg")
+    result = run(tmp_path / "src", tmp_path / "set", "--format", "ffcv", "--max-size", "64", "--split", "train")
+    assert result.returncode == 2
+    message = result.stderr.splitlines()[-1]
+    assert "strip.jpg: it is too narrow" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_a_traceback_on_request(source: Path, tmp_path: Path) -> None:
+    arguments = [source, tmp_path / "set", "--format", "dali"]
+    for result in (run(*arguments, "--traceback"), run(*arguments, PSS_TRACEBACK="1")):
+        assert result.returncode == 1
+        assert "Traceback" in result.stderr
+        assert "DataError" in result.stderr
+
+
+def test_a_wrong_option_is_named(source: Path, tmp_path: Path) -> None:
+    result = run(source, tmp_path / "set", "--formats", "dali")
+    assert result.returncode == 2
+    assert "--formats" in result.stderr
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_and_keeps_what_is_finished(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    folder = tmp_path / "src" / "train" / "a"
+    folder.mkdir(parents=True)
+    picture(2000, 2000, 0).save(folder / "0.jpg")
+    for i in range(1, 400):
+        os.link(folder / "0.jpg", folder / f"{i}.jpg")
+    process = subprocess.Popen(
+        [*COMMAND, str(tmp_path / "src"), str(tmp_path / "set"), "--format", "dali", "--jobs", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    while not list(tmp_path.glob(".set.partial/work/check-train-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, sent)  # as the terminal does on Ctrl-C
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in stderr
+    assert "the same command continues" in stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.partial", "src"]

@@ -1,0 +1,174 @@
+"""One contract for every registered method."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pss import methods, recipes
+from pss.config import ScheduleConfig
+from pss.methods import METHODS, Progress
+from pss.methods.sampled import build_schedule
+from pss.training.optim import build_optimizer, peak_lr
+
+
+def tiny(**changes):
+    config = recipes.get("digits").with_settings(["model.embed_dim=24", "model.depth=2", "train.epochs=4"])
+    return replace(config, **changes)
+
+
+def at(step, total=40):
+    return Progress(step=step, total_steps=total, epoch=step // 10, epochs=4, seed=0, rank=0)
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    torch.manual_seed(0)
+    return methods.build(tiny(method=request.param), num_classes=10, steps_per_epoch=10)
+
+
+def test_forward_returns_a_loss_and_logits_and_reaches_every_parameter(method):
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    out = method(images, labels, at(3))
+    assert out["logits"].shape == (4, 10)
+    out["loss"].backward()
+    assert all(parameter.grad is not None for parameter in method.parameters() if parameter.requires_grad)
+
+
+def test_soft_targets_equal_labels_where_they_say_the_same(method):
+    method.eval()
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    smooth = method.config.loss.label_smoothing
+    soft = torch.nn.functional.one_hot(labels, 10) * (1 - smooth) + smooth / 10
+    torch.testing.assert_close(method(images, labels, at(3))["loss"], method(images, soft, at(3))["loss"])
+
+
+def test_predict_obeys_rho_in_evaluation(method):
+    method.eval()
+    images = torch.randn(2, 3, 32, 32)
+    for parameter in method.model.head.parameters():
+        torch.nn.init.normal_(parameter)
+    assert not torch.equal(method.predict(images, 1.0), method.predict(images, 0.4))
+    assert method.num_tokens(0.6) == 10  # of 17
+    assert method.cost(0.4) < method.cost(1.0)
+
+
+def test_every_parameter_is_in_exactly_one_group(method):
+    for phase in method.phases():
+        method.begin_phase(phase)
+        grouped = [parameter for group in method.param_groups(phase) for parameter in group["params"]]
+        assert len(grouped) == len(set(map(id, grouped)))
+        assert set(map(id, grouped)) == {id(p) for p in method.parameters() if p.requires_grad}
+
+
+def test_phases_add_up_to_the_run(method):
+    assert sum(phase.epochs for phase in method.phases()) == method.config.train.epochs
+
+
+def test_no_decay_on_vectors_class_token_and_position_embedding():
+    method = methods.build(tiny(), num_classes=10, steps_per_epoch=10)
+    (phase,) = method.phases()
+    undecayed = {id(p) for group in method.param_groups(phase) if group["weight_decay"] == 0 for p in group["params"]}
+    named = {name for name, p in method.named_parameters() if id(p) in undecayed}
+    assert {"model.pos_embed", "model.cls_token", "model.head.bias"} <= named
+    assert not any("relative_position_bias_table" in name or name.endswith("qkv.weight") for name in named)
+
+
+@pytest.mark.parametrize("rel_pos", ["bias", "separable"])
+def test_tables_of_positions_are_decayed_unless_told_otherwise(rel_pos):
+    config = tiny().with_settings([f"model.rel_pos={rel_pos}", "optim.decay_rel_pos=false"])
+    method = methods.build(config, num_classes=10, steps_per_epoch=10)
+    (phase,) = method.phases()
+    undecayed = {id(p) for group in method.param_groups(phase) if group["weight_decay"] == 0 for p in group["params"]}
+    named = {name for name, p in method.named_parameters() if id(p) in undecayed}
+    assert sum("relative_position_bias_table" in name for name in named) == 2
+    assert not any(name.endswith("qkv.weight") for name in named)
+
+
+def test_layers_learn_more_slowly_towards_the_input():
+    """BEiT's rule: the head at the full rate, each block at `layer_decay` of the one after it, the stem last."""
+    method = methods.build(tiny().with_settings(["optim.layer_decay=0.5"]), num_classes=10, steps_per_epoch=10)
+    (phase,) = method.phases()
+    groups = method.param_groups(phase)
+    scale = {id(p): group.get("lr_scale", 1.0) for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    named = {name.removeprefix("model."): (scale[id(p)], decay[id(p)]) for name, p in method.named_parameters()}
+    for name, expected in {
+        "head.weight": (1.0, 0.05),
+        "head.bias": (1.0, 0.0),
+        "blocks.1.attn.qkv.weight": (0.5, 0.05),
+        "blocks.1.attn.relative_position_bias_table": (0.5, 0.05),
+        "blocks.0.mlp.fc1.bias": (0.25, 0.0),
+        "patch_embed.proj.weight": (0.125, 0.05),
+        "pos_embed": (0.125, 0.0),
+        "cls_token": (0.125, 0.0),
+    }.items():
+        assert named[name] == expected, name
+    optimizer, schedule = build_optimizer(method, phase, batch_size=256, steps_per_epoch=10)
+    schedule.step_update(33)
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {1.0, 0.5, 0.25, 0.125}
+    rates = {group["lr"] / group["lr_scale"] for group in optimizer.param_groups}
+    assert max(rates) == pytest.approx(min(rates))
+
+
+def test_sampled_follows_its_schedule_and_dense_has_none():
+    sampled = methods.build(tiny(), num_classes=10, steps_per_epoch=10)
+    assert [sampled.rho(at(step)) for step in range(10)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4]
+    dense = methods.build(tiny(method="dense"), num_classes=10, steps_per_epoch=10)
+    assert {dense.rho(at(step)) for step in range(10)} == {1.0}
+
+
+def test_random_sampling_is_a_function_of_seed_step_and_rank():
+    config = tiny()
+    config = replace(config, model=replace(config.model, sort="random"), schedule=ScheduleConfig(name="fixed", rho=0.4))
+    torch.manual_seed(0)
+    method = methods.build(config, num_classes=10, steps_per_epoch=10)
+    torch.nn.init.normal_(method.model.head.weight)
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+
+    def logits(step, rank=0):
+        return method(images, labels, replace(at(step), rank=rank))["logits"]
+
+    assert torch.equal(logits(3), logits(3))
+    assert not torch.equal(logits(3), logits(4))
+    assert not torch.equal(logits(3), logits(3, rank=1))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cyclic"])
+def test_both_forms_can_be_configured(name):
+    config = tiny()
+    published = build_schedule(replace(config, schedule=ScheduleConfig(name=name)), 90)
+    symmetric = build_schedule(replace(config, schedule=ScheduleConfig(name=name, form="symmetric")), 90)
+    assert published.form == "published"
+    assert symmetric.form == "symmetric"
+    cooled = build_schedule(replace(config, schedule=ScheduleConfig(name=name, cooldown_epochs=1)), 90)
+    assert {cooled(step) for step in range(270, 360)} == {1.0}
+
+
+def test_cycle_length_is_a_knob():
+    schedule = build_schedule(replace(tiny(), schedule=ScheduleConfig(period_steps=9)), 90)
+    assert [schedule(step) for step in range(9)] == [schedule(step + 9) for step in range(9)]
+    assert {schedule(step) for step in range(9)} == {0.2, 0.4, 0.6, 0.8, 1.0}
+
+
+def test_learning_rate_warms_up_scales_and_ends():
+    config = recipes.get("deit-s-224")
+    assert peak_lr(config.optim, 1024) == pytest.approx(1e-3)
+    method = methods.build(tiny(optim=config.optim, train=replace(config.train, epochs=20)), 10, steps_per_epoch=10)
+    (phase,) = method.phases()
+    optimizer, schedule = build_optimizer(method, phase, batch_size=1024, steps_per_epoch=10)
+    rates = []
+    for step in range(200):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[25] == pytest.approx((1e-6 + 1e-3) / 2, rel=0.01)
+    assert max(rates) == pytest.approx(1e-3, rel=0.15)
+    assert rates[-1] == pytest.approx(1e-5, rel=0.01)
+
+
+def test_unknown_method_is_named():
+    with pytest.raises(ValueError, match="use one of sampled, dense"):
+        methods.build(tiny(method="sparse"), num_classes=10, steps_per_epoch=10)

@@ -1,0 +1,29 @@
+"""The README's first command, shortened: everything it promises is there afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_demo_ends_with_rows_and_a_picture(tmp_path):
+    output = tmp_path / "demo"
+    short = ["train.epochs=3", "model.depth=1", "optim.warmup_epochs=0", "optim.lr=3e-3"]
+    settings = [word for setting in short for word in ("--set", setting)]
+    command = [sys.executable, "-m", "tools.demo", "--output", str(output), *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((output / "rho.json").read_text())
+    assert [(row["run"], row["rho"]) for row in rows] == [
+        (run, rho) for run in ("pss", "dense") for rho in (1.0, 0.8, 0.6, 0.4, 0.2)
+    ]
+    assert [row["tokens"] for row in rows[:5]] == [17, 14, 10, 7, 3]
+    assert {row["num_images"] for row in rows} == {359}
+    assert rows[0]["top1"] > 25  # three epochs on ten classes
+    assert (output / "rho.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "pss" / "config.json").exists()
+    assert (output / "dense" / "config.json").exists()

@@ -1,0 +1,3 @@
+"""Benchmarks, one module each: `python -m tools.benchmarks.NAME`. They interleave what they compare, and quote ratios
+of medians with their spread.
+"""
