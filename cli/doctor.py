@@ -6,7 +6,8 @@ import typer
 
 from pss.config import Config
 from pss.planning.doctor import Diagnosis
-from pss.planning.plan import Plan, remedies
+from pss.planning.plan import Plan
+from pss.planning.simulation import remedies
 
 
 def show(config: Config, planned: Plan, found: Diagnosis, *, backend: str, device: str) -> None:

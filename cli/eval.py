@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-DEFAULT_RHOS = (1.0, 0.8, 0.6, 0.4, 0.2)
-
 
 @app.command()
 def evaluate(
@@ -42,7 +40,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Shares of patches to keep: a list 1.0,0.8,... or a range low:high:step "
-            "(default: 1.0,0.8,0.6,0.4,0.2; where ρ is to be chosen, all there are).",
+            "(default: those of the method, such as 1.0,0.8,0.6,0.4,0.2; where ρ is to be chosen, all there are).",
             show_default=False,
         ),
     ] = None,
@@ -111,8 +109,6 @@ def evaluate(
         raise ValueError("--dynamic goes with --export alone: a file whose ρ is free at each call")
     if data is None and (sweeping or max_drop is not None):
         raise ValueError("--data is missing; name the data set to evaluate on, as given to pss-train")
-    if export is not None and not (dynamic or demand.option) and len(rhos or ()) != 1:
-        raise ValueError("--export needs one ρ, as in --rho 0.6, or --dynamic")
 
     import pipelines
     from pss.inference import report, sweep
@@ -141,19 +137,19 @@ def evaluate(
             "device": world.device,
         }
 
-        def measure(at: Sequence[float]) -> Sweep:
+        def measure(at: Sequence[float] | None) -> Sweep:
             assert data is not None
             return sweep.sweep(
                 loaded,
                 names=names,
-                rhos=at,
+                points=at,
                 make_loader=lambda config: pipelines.build(data, split, config=config, **options),
                 batch_size=batch_size,
                 world=world,
             )
 
         if sweeping:
-            found = measure(rhos or DEFAULT_RHOS)
+            found = measure(rhos)
             if world.is_main:
                 folder = output or sweep.default_output(loaded)
                 sweep.write(found.rows, folder)
@@ -169,7 +165,7 @@ def evaluate(
         if demand.option:
             rhos = [choose(demand, loaded[0], rhos, None if data is None else measure, batch_size, world.device)]
         if export is not None:
-            write_export(loaded[0], export, None if dynamic or rhos is None else rhos[0])
+            write_export(loaded[0], export, rhos, dynamic=dynamic)
 
 
 @dataclass(frozen=True)
@@ -211,6 +207,7 @@ def choose(
     """The ρ that meets `demand`; says what it is and, where there is data to measure it on, what it costs."""
     from pss.inference import choose as chooser
     from pss.inference import sweep
+    from pss.methods import mean_tokens
 
     if demand.max_drop is not None:
         assert measure is not None
@@ -235,10 +232,10 @@ def choose(
         rows = [] if measure is None else measure(sorted({1.0, chosen}, reverse=True)).rows
     if rows:
         sweep.show(rows)
-    saved = 1 - one.method.cost(chosen) / one.method.cost()
+    saved = 1 - one.method.cost(chosen).forward / one.method.cost().forward
     drop = f", {rows[0]['top1'] - rows[-1]['top1']:.2f} points of top-1 less" if rows else ""
     typer.echo(
-        f"ρ {chosen:.4g} ({one.method.num_tokens(chosen)} of {one.method.num_tokens(1.0)} tokens), {reason}; "
+        f"ρ {chosen:.4g} ({mean_tokens(one.method.tokens(chosen))} of {one.method.model.num_tokens} tokens), {reason}; "
         f"against ρ 1 {saved:.0%} fewer FLOPs{drop}"
     )
     return chosen
@@ -253,12 +250,17 @@ def write_model(one: Run, name: str, rows: Sequence[Row], folder: Path) -> None:
     typer.echo(f"wrote {folder}: config.json, model.safetensors and README.md", err=True)
 
 
-def write_export(one: Run, path: Path, rho: float | None) -> None:
+def write_export(one: Run, path: Path, rhos: Sequence[float] | None, *, dynamic: bool) -> None:
     """Write a model for other programs."""
     from pss.inference.export import export
+    from pss.inference.sweep import operating_points
 
-    worst = export(one, path, rho=rho)
-    how = "any ρ" if rho is None else f"ρ {rho:.4g}"
+    points = (1.0,) if dynamic else operating_points(one, rhos)
+    if len(points) != 1 or (rhos is None and not dynamic and points != (None,)):
+        raise ValueError("--export needs one ρ, as in --rho 0.6, or --dynamic")
+    (point,) = points
+    worst = export(one, path, point=point, dynamic=dynamic)
+    how = "any ρ" if dynamic else "as trained" if point is None else f"ρ {point:.4g}"
     typer.echo(
         f"wrote {path}: {how}, any batch size; its logits differ from the model's by {worst:.1g} at most", err=True
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import typer
 
 from pss.config import Config
-from pss.planning.plan import Machine, Plan, plan, queue_batches, remedies, run_on
+from pss.planning.plan import Plan
+from pss.planning.simulation import Machine, queue_batches, remedies, run_on
 
 _WIDTH = 72
 _TFLOPS = 290.0  # what an H200 sustains at the rates that `tools.benchmarks.step` aims at
@@ -20,19 +20,16 @@ def show(config: Config, planned: Plan, whose: str = "") -> None:
     typer.echo(f"{config.recipe}: {planned.num_images:,} images{whose}, {epochs}, {planned.batch_size:,} images a step")
     typer.echo(f"\n{'ρ':>6} {'pixels':>7} {'steps':>9} {'tokens':>8} {'GMACs':>9} {'of dense':>9}")
     for level in planned.levels:
-        cost = level.macs / planned.dense_macs
+        cost = level.cost.training / planned.dense.training
         typer.echo(
-            f"{level.rho:>6.3g} {level.img_size:>7} {level.share:>9.1%} {level.tokens:>8,} {level.macs / 1e9:>9.4g} "
-            f"{cost:>9.1%}"
+            f"{level.rho:>6.3g} {level.img_size:>7} {level.share:>9.1%} {level.tokens:>8,} "
+            f"{level.cost.forward / 1e9:>9.4g} {cost:>9.1%}  {level.stage.name}".rstrip()
         )
     dense = planned.epoch_macs / planned.mean_cost
     typer.echo(f"\nan epoch takes {planned.epoch_macs / 1e15:.4g} PMACs, {dense / 1e15:.4g} at ρ = 1 throughout")
-    cooldown = config.schedule.cooldown_epochs
     before = ""
-    if config.method == "sampled" and 0 < cooldown < config.train.epochs:
-        head = replace(config.schedule, cooldown_epochs=0)
-        uncooled = plan(replace(config, schedule=head), num_images=planned.num_images)
-        before = f" ({uncooled.saving:.1%} without the last {cooldown} epochs at ρ = 1)"
+    if cooldown := planned.cooldown_epochs:
+        before = f" ({planned.saving_before_cooldown:.1%} without the last {cooldown} epochs at ρ = 1)"
     typer.echo(f"arithmetic saved, and at most that much time: {planned.saving:.1%}{before}")
     typer.echo(
         f"the loader must deliver {planned.average_demand:.2f} times what training takes in at ρ = 1, "
@@ -63,7 +60,7 @@ def show_machine(
     """The run on a machine: how long it takes, how long it waits for data at each level, and what would cure that."""
     assumed = gpu_rate is None
     if gpu_rate is None:
-        gpu_rate = 1e12 * _TFLOPS / (6 * planned.dense_macs)
+        gpu_rate = 1e12 * _TFLOPS / (2 * planned.dense.training)
     machine = Machine(
         processes=gpus * nodes,
         images_per_second=gpu_rate * gpus * nodes,

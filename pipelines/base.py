@@ -12,7 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
+
+from annotated_types import Le
+
+from pipelines.settings import Natural, Positive, Probability, Section, Share
 
 if TYPE_CHECKING:  # conversion, and the processes it starts, need no torch
     from torch import Tensor
@@ -33,51 +37,38 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuDecoding:
+class GpuDecoding(Section, section="data.gpu_decoding"):
     """Who decodes JPEG files when DALI works on a GPU. It decides neither order nor crops, and changes pixels by what
     decoders differ in; without a GPU nothing reads it."""
 
-    hardware_load: float = 0.65
+    hardware_load: Probability = 0.65
     """Share of the GPU's images that its JPEG engines decode, where it has them; the rest is decoded by its cores."""
-    cpu_share: float = 0.0
+    cpu_share: Probability = 0.0
     """Share of every batch's images that the CPU decodes."""
-    pipelines: int = 1
+    pipelines: Positive = 1
     """DALI pipelines that take turns with the batches; each has threads, and memory on the GPU, of its own."""
-    preallocate: tuple[int, int] = (0, 0)
+    preallocate: tuple[Natural, Natural] = (0, 0)
     """Height and width in pixels of an image for which the JPEG engines set aside memory at the start, not when one
     that large comes."""
 
-    def __post_init__(self) -> None:
-        for name in ("hardware_load", "cpu_share"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise ValueError(f"data.gpu_decoding.{name} is {share}; it is a share between 0 and 1")
-        if self.pipelines < 1:
-            raise ValueError(f"data.gpu_decoding.pipelines is {self.pipelines}; it must be at least 1")
-        if min(self.preallocate) < 0:
-            raise ValueError(f"data.gpu_decoding.preallocate is {self.preallocate}; it must be (height, width)")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Progressive:
+class Progressive(Section, section="data.progressive"):
     """Progressive resizing: training begins with small images, which grow to `data.img_size`. Sizes are constant within
     an epoch; evaluation always takes images of full size."""
 
-    start_size: int | None = None
+    start_size: Positive | None = None
     """Side of the first epochs' images in pixels; None trains at full size throughout."""
-    begin_epoch: int = 0
+    begin_epoch: Natural = 0
     """Epochs at the first size, after which images grow."""
-    end_epoch: int = 0
+    end_epoch: Natural = 0
     """The first epoch of full size."""
-    multiple: int = 32
+    multiple: Positive = 32
     """The sizes between are multiples of this, rounded down."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.start_size is None:
             return
-        if self.start_size < 1 or self.multiple < 1:
-            raise ValueError(
-                f"data.progressive.start_size is {self.start_size} and multiple {self.multiple}; both are at least 1"
-            )
         if not 0 <= self.begin_epoch <= self.end_epoch or self.end_epoch == 0:
             raise ValueError(
                 f"data.progressive grows from epoch {self.begin_epoch} to {self.end_epoch}; set begin_epoch and a "
@@ -86,16 +77,16 @@ class Progressive:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section, section="data"):
     """How images become model inputs. The same for every loader."""
 
-    img_size: int = 224
+    img_size: Positive = 224
     """Side of the square model input, in pixels."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
     """Range of the random crop's area, as a share of the image's (training)."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the random crop's aspect ratio, width over height (training)."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip (training)."""
     interpolation: Interpolation = "bicubic"
     """Resampling filter of the torch and DALI loaders, and of what RandAugment rotates, shears and shifts. FFCV's
@@ -104,16 +95,16 @@ class DataConfig:
     """RandAugment in timm's notation, for example rand-m9-mstd0.5-inc1-n2 (training)."""
     three_augment: bool = False
     """DeiT III's choice of grey, solarised or blurred, then colour jitter, in RandAugment's place (training)."""
-    erasing: float = 0.0
+    erasing: Probability = 0.0
     """Probability of overwriting a rectangle with noise (training)."""
-    repeats: int = 1
+    repeats: Annotated[Positive, Le(MAX_COPIES)] = 1
     """Training: copies of each sample in an epoch, spread over the ranks, each with its own crop, flip and further
     augmentation (repeated augmentation, as DeiT uses it with 3). An epoch keeps its number of steps, and so shows
     about 1/repeats of the samples."""
-    decode_once: int = 1
+    decode_once: Annotated[Positive, Le(MAX_COPIES)] = 1
     """Training: crops cut from each image that is decoded, all in the same batch, whose size counts the crops. An epoch
     keeps its number of steps. Saves decoding; excludes `repeats`."""
-    crop_pct: float = 0.875
+    crop_pct: Share = 0.875
     """Evaluation: the shorter side is resized to floor(img_size / crop_pct), then the centre is cropped."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Channel means on the 0-1 scale, subtracted on the device."""
@@ -124,9 +115,7 @@ class DataConfig:
     gpu_decoding: GpuDecoding = GpuDecoding()
     """For the DALI loader on a GPU."""
 
-    def __post_init__(self) -> None:
-        if self.img_size < 1:
-            raise ValueError(f"data.img_size is {self.img_size}; it must be at least 1")
+    def check(self) -> None:
         if (start := self.progressive.start_size) is not None and start > self.img_size:
             raise ValueError(f"data.progressive.start_size is {start}, above data.img_size ({self.img_size})")
         low, high = self.crop_scale
@@ -135,22 +124,12 @@ class DataConfig:
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"data.crop_ratio is {self.crop_ratio}; it must be (low, high) with 0 < low <= high")
-        for name in ("flip", "erasing"):
-            if not 0 <= (probability := getattr(self, name)) <= 1:
-                raise ValueError(f"data.{name} is {probability}; it is a probability between 0 and 1")
         if self.rand_augment is not None and self.three_augment:
             raise ValueError("data.rand_augment and data.three_augment are both set; choose one of them")
-        for name in ("repeats", "decode_once"):
-            if not 1 <= (count := getattr(self, name)) <= MAX_COPIES:
-                raise ValueError(f"data.{name} is {count}; it must lie in 1 ... {MAX_COPIES}")
         if self.repeats > 1 and self.decode_once > 1:
             raise ValueError(
                 f"data.repeats is {self.repeats} and data.decode_once {self.decode_once}; set one of them to 1"
             )
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"data.crop_pct is {self.crop_pct}; it must lie in (0, 1]")
-        if self.interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"data.interpolation is {self.interpolation!r}; use 'bilinear' or 'bicubic'")
 
     def train_size(self, epoch: int) -> int:
         """Side of the training images of `epoch`, in pixels: `img_size`, or what progressive resizing makes of it."""
@@ -162,6 +141,27 @@ class DataConfig:
         done, of = epoch + 1 - grow.begin_epoch, grow.end_epoch + 1 - grow.begin_epoch
         size = grow.start_size + (self.img_size - grow.start_size) * done // of
         return max(grow.start_size, size // grow.multiple * grow.multiple)
+
+
+@dataclass(frozen=True)
+class View:
+    """What each row of a batch shows of its stored image: a window, perhaps mirrored.
+
+    The window is in the frame of the stored image, which is not mirrored: pixel (i, j) of the S x S that are shown lies
+    in it at top + height (i + 1/2) / S and left + width (j + 1/2) / S, mirrored at left + width - width (j + 1/2) / S.
+
+    A view is of the images it comes with. A loader's images are yet to be flipped, so in its view nothing is; it lies
+    on the host. The view that `DeviceTransform.with_view` returns is of the images returned with it, on their device.
+    What RandAugment rotates, shears or shifts after the flip is not part of a view.
+    """
+
+    crop: Tensor
+    """float32 (B, 4): top, left, height, width of the window, as shares (0-1) of the height and width of the image as
+    it is stored, EXIF orientation ignored. In float32, top + height and left + width are at most 1. It is the planned
+    window, the same for every back end: FFCV rounds it outwards to whole pixels of its smaller copy. In evaluation,
+    what the centre crop leaves of the resized image."""
+    flipped: Tensor
+    """bool (B,): whether the window is shown mirrored left to right."""
 
 
 @dataclass(frozen=True)

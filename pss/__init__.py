@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pss.version import __version__
 
 if TYPE_CHECKING:
+    from pss.models.create import create_model
     from pss.models.flops import macs
-    from pss.models.vit import create_model
     from pss.models.weights import load_weights
     from pss.schedules import Cosine, Cyclic, Fixed, Linear
 
@@ -22,7 +22,7 @@ _HOME = {
     "Cyclic": "pss.schedules",
     "Fixed": "pss.schedules",
     "Linear": "pss.schedules",
-    "create_model": "pss.models.vit",
+    "create_model": "pss.models.create",
     "load_weights": "pss.models.weights",
     "macs": "pss.models.flops",
 }

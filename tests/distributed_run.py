@@ -46,7 +46,7 @@ def main() -> None:
 
         def record(batch, epoch):
             at = methods_progress(trainer)
-            seen.append((trainer.method.rho(at), batch.index.tolist()))
+            seen.append((trainer.method.stage(at).rho, batch.index.tolist()))
             return prepare(batch, epoch)
 
         trainer.prepare = record

@@ -312,6 +312,20 @@ class Attention(nn.Module):
             x = attend(q, k, v, attn_mask=attn_mask, dropout=dropout, scale=scale)
         return self.project_out(x)
 
+    def weights(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """How much each token of (B, K, D) looks at each other one in evaluation, (B, H, K, K); rows add up to 1.
+
+        Written out in plain operations: for pictures, and for methods that learn from attention.
+        """
+        q, k, v = self.project_in(x, positions)
+        table = self.relative_position_bias_table
+        logits = q @ k.transpose(-2, -1) * v.shape[-1] ** -0.5
+        if table is not None:
+            assert positions is not None
+            logits = logits + logit_bias(table, positions, None, logits.dtype)
+        weights: Tensor = logits.softmax(dim=-1)
+        return weights
+
     def project_in(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the tokens (B, K, D), each (B, H, K, head width).
 

@@ -11,9 +11,10 @@ from functools import cache, partial
 
 import torch
 
-from pss.inference.evaluate import Spread, latencies, rates
 from pss.inference.opening import Run
 from pss.inference.sweep import predict
+from pss.inference.timing import Spread, latencies, rates
+from pss.methods import mean_tokens
 
 _WINDOW = 8
 
@@ -23,18 +24,20 @@ class Choice:
     """The ρ that meets a demand."""
 
     rho: float
-    tokens: int
+    tokens: int | float
     measured: Spread
     """What the demand is about: milliseconds of one batch, or images per second."""
 
 
 def levels(run: Run, rhos: Sequence[float] | None = None) -> list[float]:
-    """One rho for every count of tokens that can be kept, ascending; if `rhos` are given, for every one of theirs."""
-    model = run.method.model
-    counts = range(model.num_prefix_tokens + 1, model.num_tokens + 1)
-    wanted = [count / model.num_tokens for count in counts] if rhos is None else sorted(rhos)
-    by_count = {run.method.num_tokens(rho): rho for rho in wanted}
-    return [by_count[count] for count in sorted(by_count)]
+    """One rho for every count of tokens that can be kept, ascending; if `rhos` are given, for every one of theirs.
+
+    Raises:
+        ValueError: the method has no rho to choose.
+    """
+    wanted = run.method.fine_points() if rhos is None else sorted(rhos)
+    by_tokens = {run.method.tokens(rho): rho for rho in wanted}
+    return [by_tokens[tokens] for tokens in sorted(by_tokens)]
 
 
 def fast_enough(
@@ -82,7 +85,7 @@ def fast_enough(
             f"no ρ brings batches of {batch} {wish} on this machine, the smallest, {candidates[0]:.3g}, gives {got}; "
             "ask for less, or take a smaller model"
         )
-    return Choice(candidates[found], run.method.num_tokens(candidates[found]), measure(found))
+    return Choice(candidates[found], mean_tokens(run.method.tokens(candidates[found])), measure(found))
 
 
 def largest(count: int, meets: Callable[[int], bool]) -> int | None:

@@ -11,25 +11,28 @@ import torch
 from torch import Tensor
 
 from pipelines.base import Batch
-from pss.models.vit import VisionTransformer
+from pss.methods import Method, Point, mean_tokens
 from pss.runtime.processes import World
+from pss.runtime.seeds import forked_generator
 
 _TOP = 3
 
 
 @dataclass(frozen=True)
 class View:
-    """One image at one rho."""
+    """One image at one operating point."""
 
     kept: list[int]
-    """Indices of the kept patches, ascending."""
+    """Indices of the patches that go through all blocks, ascending."""
+    depths: list[int] | None
+    """How many blocks each patch goes through; None where it is all or none."""
     top: list[tuple[int, float]]
     """The likeliest classes and their probabilities, best first."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of the split at every rho."""
+    """One image of the split at every operating point."""
 
     index: int
     label: int
@@ -40,50 +43,47 @@ class Picture:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """What one model keeps at each of `rhos`."""
+    """What one model keeps at each of `points`."""
 
-    rhos: list[float]
+    points: list[Point]
     grid: tuple[int, int]
-    tokens: list[int]
-    """Tokens at each rho, prefix included."""
+    num_blocks: int
+    tokens: list[int | float]
+    """Tokens at each point in an average block, prefix included."""
     frequencies: list[list[float]]
-    """Per rho and grid position, in raster order, the share of the split's images that keep the patch."""
+    """Per point and grid position, in raster order, the share of the split's images that keep the patch throughout."""
     pictures: list[Picture]
 
 
 class Curator:
-    """Watches an evaluation (as `observe` of `pss.inference.evaluate.accuracy`) and picks the images worth showing.
+    """Watches an evaluation (as `observe` of `pss.inference.accuracy`) and picks the images worth showing.
 
     The split is divided into as many stretches as there are pictures, so that all parts of it are seen. Of each, the
-    first image is shown that the model gets right at the largest rho and otherwise at another one; else its first.
+    first image is shown that the model gets right at the largest point and otherwise at another one; else its first.
     """
 
     def __init__(
         self,
-        model: VisionTransformer,
+        method: Method,
         *,
-        rhos: Sequence[float],
+        points: Sequence[Point],
         num_samples: int,
         world: World,
         autocast: Callable[[], AbstractContextManager[Any]],
         size: int = 12,
     ) -> None:
-        self._model, self._rhos, self._world, self._autocast = model, list(rhos), world, autocast
+        self._method, self._points, self._world, self._autocast = method, list(points), world, autocast
         self._num_samples, self._size = num_samples, min(size, num_samples)
-        self._largest = max(range(len(rhos)), key=lambda place: rhos[place])
-        self._counts = torch.zeros(len(rhos), model.num_patches, dtype=torch.float64, device=world.device)
+        self._largest = max(range(len(points)), key=lambda place: points[place] or 0.0)
+        self._num_blocks = len(method.model.blocks)
+        shape = len(points), method.model.num_patches
+        self._counts = torch.zeros(shape, dtype=torch.float64, device=world.device)
         self._chosen: dict[int, tuple[bool, int, int, Tensor, Tensor]] = {}
 
     def __call__(self, batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
         """Take note of a batch."""
-        with self._autocast():
-            tokens = self._model.embed(images)
-        for counts, rho in zip(self._counts, self._rhos, strict=True):
-            kept = self._model.sample(tokens, rho)[1]
-            if kept is None:
-                counts += len(images)
-            else:
-                counts += torch.bincount(kept.flatten(), minlength=len(counts))
+        for counts, point in zip(self._counts, self._points, strict=True):
+            counts += (self._depths(images, point, int(batch.index[0])) == self._num_blocks).sum(0)
         if self._world.is_main:
             self._choose(batch, images, torch.stack([one.argmax(1) for one in logits]).cpu())
 
@@ -105,14 +105,15 @@ class Curator:
         shares = self._world.sum(self._counts) / self._num_samples
         chosen = [self._chosen[stretch] for stretch in sorted(self._chosen)]
         views: list[list[View]] = [[] for _ in chosen]
-        for rho in self._rhos if chosen else ():
+        for point in self._points if chosen else ():
             images = torch.stack([image for *_, image in chosen])
-            for per_image, view in zip(views, self._views(images, rho), strict=True):
+            for per_image, view in zip(views, self._views(images, point), strict=True):
                 per_image.append(view)
         return Exhibit(
-            rhos=self._rhos,
-            grid=self._model.grid_size,
-            tokens=[self._model.num_kept_tokens(rho) for rho in self._rhos],
+            points=self._points,
+            grid=self._method.model.grid_size,
+            num_blocks=self._num_blocks,
+            tokens=[mean_tokens(self._method.tokens(point)) for point in self._points],
             frequencies=shares.tolist(),
             pictures=[
                 Picture(index, label, pixels, seen)
@@ -120,14 +121,22 @@ class Curator:
             ],
         )
 
-    def _views(self, images: Tensor, rho: float) -> list[View]:
-        model = self._model
-        with self._autocast():
-            tokens, kept = model.sample(model.embed(images), rho)
-            logits = model.readout(model.trunk(tokens, kept))
+    def _depths(self, images: Tensor, point: Point, key: int) -> Tensor:
+        """How many blocks each patch goes through, (B, patches); what is drawn at random belongs to `key`."""
+        with self._autocast(), forked_generator(images.device, key):
+            return self._method.depths(images, point)
+
+    def _views(self, images: Tensor, point: Point) -> list[View]:
+        depths = self._depths(images, point, 0)
+        with self._autocast(), forked_generator(images.device, 0):
+            logits = self._method.predict(images, point)
         top = logits.float().softmax(1).topk(min(_TOP, logits.shape[1]), dim=1)
-        every = list(range(model.num_patches))
+        uniform = bool(((depths == 0) | (depths == self._num_blocks)).all())
         return [
-            View(every if kept is None else kept[number].tolist(), list(zip(classes, chances, strict=True)))
-            for number, (classes, chances) in enumerate(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            View(
+                kept=(one == self._num_blocks).nonzero().flatten().tolist(),
+                depths=None if uniform else one.tolist(),
+                top=list(zip(classes, chances, strict=True)),
+            )
+            for one, classes, chances in zip(depths, top.indices.tolist(), top.values.tolist(), strict=True)
         ]

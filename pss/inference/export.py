@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from pipelines.base import DataConfig
 from pss.inference.opening import Run
-from pss.models import sampling
+from pss.methods import Method, Point
 from pss.models.vit import VisionTransformer
 from pss.version import __version__
 
@@ -34,67 +34,38 @@ _TOLERANCE = 1e-4
 _OPSET = 18
 
 
-class _Fixed(nn.Module):
-    """A model at one share of patches."""
-
-    def __init__(self, model: VisionTransformer, rho: float) -> None:
-        super().__init__()
-        self.model, self.rho = model, rho
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images, rho=self.rho, sort="magnitude")
-        return logits
-
-
-class _Dynamic(nn.Module):
-    """A model at any share of patches; with all patches it takes the same way as with fewer."""
-
-    def __init__(self, model: VisionTransformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, num_patches: Tensor) -> Tensor:
-        model = self.model
-        count: Any = num_patches.item()
-        torch._check(count >= 1)
-        torch._check(count <= model.num_patches)
-        tokens = model.embed(images)
-        kept = sampling.select(tokens, count + model.num_prefix_tokens, model.num_prefix_tokens, "magnitude")
-        return model.readout(model.trunk(sampling.gather(tokens, kept, model.num_prefix_tokens), kept))
-
-
-def export(run: Run, path: Path, *, rho: float | None) -> float:
+def export(run: Run, path: Path, *, point: Point, dynamic: bool = False) -> float:
     """Write a run's model to `path`, and compare what the file computes with what the model does.
 
     Args:
-        run: Its model is moved to the CPU.
+        run: Its method is moved to the CPU.
         path: A `.pt2` or `.onnx` file.
-        rho: The share of patches; None for one that is chosen at each call.
+        point: The operating point; None for a method that has none to choose.
+        dynamic: Leave the number of patches to be chosen at each call instead.
 
     Returns:
         The largest difference of a logit, over batches of two sizes, and over five shares of patches if it is free.
 
     Raises:
-        ValueError: another suffix, a model that keeps random patches, packages that are missing, or a difference of
-            more than 1e-4 (of the largest logit, where that is above 1).
+        ValueError: another suffix, a method that gives no module to export, packages that are missing, or a difference
+            of more than 1e-4 (of the largest logit, where that is above 1).
     """
     check_target(path)
-    model = run.method.model
-    if model.sort != "magnitude" and rho != 1.0:
-        raise ValueError(
-            f"{run.name} keeps random patches, and a file must choose the same each time; add --sort magnitude"
-        )
-    model = model.cpu().float().eval()
-    metadata = describe(model, run.config.data, run.classes, rho)
-    program = _trace(model, rho, explicit_attention=path.suffix == ".onnx")
+    method = run.method.cpu().float().eval()
+    try:
+        module = method.export_dynamic() if dynamic else method.export_module(point)
+    except ValueError as error:
+        raise ValueError(f"{run.name} cannot be exported: {error}") from None
+    metadata = describe(method, run.config.data, run.classes, point, dynamic=dynamic)
+    program = _trace(module.eval(), method.model, dynamic=dynamic, explicit_attention=path.suffix == ".onnx")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:
         if path.suffix == ".pt2":
             torch.export.save(program, partial, extra_files={METADATA: json.dumps(metadata)})
         else:
-            _write_onnx(program, partial, metadata, dynamic=rho is None)
-        worst = _compare(model, partial, rho)
+            _write_onnx(program, partial, metadata, dynamic=dynamic)
+        worst = _compare(method, partial, LEVELS if dynamic else (point,), dynamic=dynamic)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -113,9 +84,11 @@ def check_target(path: Path) -> None:
 
 
 def describe(
-    model: VisionTransformer, data: DataConfig, classes: Sequence[str] | None, rho: float | None
+    method: Method, data: DataConfig, classes: Sequence[str] | None, point: Point, *, dynamic: bool
 ) -> dict[str, Any]:
     """The metadata of a file: what its user must know to prepare images and to read its answers."""
+    model = method.model
+    tokens = {level: method.tokens(level) for level in (LEVELS if dynamic else (point,))}
     return {
         "pss_version": __version__,
         "classes": list(classes) if classes is not None else [str(number) for number in range(model.num_classes)],
@@ -124,31 +97,27 @@ def describe(
         "interpolation": data.interpolation,
         "mean": list(data.mean),
         "std": list(data.std),
-        "rho": "dynamic" if rho is None else rho,
-        "num_patches": {f"{level:g}": num_patches(model, level) for level in (LEVELS if rho is None else (rho,))},
+        "rho": "dynamic" if dynamic else point,
+        "num_patches": {
+            "as trained" if level is None else f"{level:g}": max(counts) - model.num_prefix_tokens
+            for level, counts in tokens.items()
+        },
         "max_patches": model.num_patches,
     }
 
 
-def num_patches(model: VisionTransformer, rho: float) -> int:
-    """Patches that are kept at share `rho`, prefix tokens not counted."""
-    return model.num_kept_tokens(rho) - model.num_prefix_tokens
-
-
-def _trace(model: VisionTransformer, rho: float | None, *, explicit_attention: bool) -> Any:
+def _trace(module: nn.Module, model: VisionTransformer, *, dynamic: bool, explicit_attention: bool) -> Any:
     size = model.image_size
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     images = torch.zeros(2, 3, *size)
-    module: nn.Module = _Fixed(model, 1.0 if rho is None else rho)
     inputs: tuple[Tensor, ...] = (images,)
     shapes: tuple[Any, ...] = ({0: batch},)
-    if rho is None:
-        module = _Dynamic(model)
+    if dynamic:
         inputs, shapes = (images, torch.tensor(max(1, model.num_patches // 2))), (*shapes, None)
     if not explicit_attention:
-        return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes)
+        return torch.export.export(module, inputs, dynamic_shapes=shapes)
     with _ExplicitAttention():
-        return torch.export.export(module.eval(), inputs, dynamic_shapes=shapes)
+        return torch.export.export(module, inputs, dynamic_shapes=shapes)
 
 
 class _ExplicitAttention(TorchFunctionMode):
@@ -206,17 +175,18 @@ def _write_onnx(program: Any, path: Path, metadata: dict[str, Any], *, dynamic: 
     onnx.save(model, path)
 
 
-def _compare(model: VisionTransformer, path: Path, rho: float | None) -> float:
-    """The largest difference of a logit between a file and the model; `ValueError` if it is too large."""
-    call = _open(path)
+def _compare(method: Method, path: Path, points: Sequence[Point], *, dynamic: bool) -> float:
+    """The largest difference of a logit between a file and the method; `ValueError` if it is too large."""
+    call, model = _open(path), method.model
     generator = torch.Generator().manual_seed(0)
     worst = largest = 0.0
     for batch in (1, 3):
         images = torch.randn(batch, 3, *model.image_size, generator=generator)
-        for level in LEVELS if rho is None else (rho,):
+        for point in points:
             with torch.inference_mode():
-                expected = model(images, rho=level, sort="magnitude").numpy()
-            found = call(images.numpy(), num_patches(model, level) if rho is None else None)
+                expected = method.predict(images, point).numpy()
+            count = max(method.tokens(point)) - model.num_prefix_tokens if dynamic else None
+            found = call(images.numpy(), count)
             worst = max(worst, float(np.abs(found - expected).max()))
             largest = max(largest, float(np.abs(expected).max()))
     if not worst <= _TOLERANCE * max(1.0, largest):

@@ -16,7 +16,8 @@ from typing import Any
 import safetensors.torch
 
 from pipelines.base import DataConfig
-from pss.models.vit import VisionTransformer, create_model
+from pss.models.create import create_model
+from pss.models.vit import VisionTransformer
 
 PREFIX = "hf-hub:"
 

@@ -13,8 +13,9 @@ from pss import methods
 from pss.config import Config, ModelConfig
 from pss.inference import hub
 from pss.methods import Method
+from pss.models.create import create_model
 from pss.models.sampling import Sort
-from pss.models.vit import VisionTransformer, create_model
+from pss.models.vit import VisionTransformer
 from pss.models.weights import num_classes_of, start_from
 from pss.runs import checkpoint
 
@@ -37,7 +38,16 @@ class Run:
         return self.method.model.num_classes
 
     def published(self) -> hub.Published:
-        """What `pss.inference.hub.save` writes of it."""
+        """What `pss.inference.hub.save` writes of it.
+
+        Raises:
+            ValueError: its method has weights of its own, beside the model's.
+        """
+        if own := [name for name, _ in self.method.named_parameters() if not name.startswith("model.")]:
+            raise ValueError(
+                f"{self.name} has weights of method {self.method.name} beside its model ({own[0]}, …), which no "
+                "published folder holds; --export writes a file with all of them"
+            )
         settings = self.config.model.overrides()
         model = self.config.model
         return hub.Published(self.method.model, model.name, settings, self.classes, self.config.data, self.step)
@@ -74,8 +84,8 @@ def open_run(
         model, data = _plain_model(source, sort or "magnitude")
         classes, step = None, 0
         settings = ModelConfig(name=source.removeprefix("timm:").partition("=")[0])
-    config = Config(recipe=source, method="dense", model=replace(settings, sort=model.sort), data=data)
-    method = methods.METHODS["dense"](model, config, 1)
+    config = Config(recipe=source, method=methods.PLAIN.name, model=replace(settings, sort=model.sort), data=data)
+    method = methods.PLAIN(model, config, 1)
     return Run(Path(source).name, config, classes, step, method.to(device).eval())
 
 

@@ -31,7 +31,7 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
         (cost, "cost", f"{'M' if in_mega else 'G'}FLOPs (multiply-accumulates) per image"),
     ):
         for number, run in enumerate(runs):
-            points = sorted((row for row in rows if row["run"] == run), key=lambda row: float(row["rho"]))
+            points = sorted((row for row in rows if row["run"] == run), key=lambda row: float(row["rho"] or 0))
             _draw_run(axes, points, key, run, number)
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(
@@ -59,6 +59,7 @@ def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, run: str, 
     for place, (point, x, y) in enumerate(zip(points, xs, ys, strict=True)):
         crowded = place > 0 and abs(x - xs[place - 1]) < near
         shift = 0 if not crowded else 14 if x >= xs[place - 1] else -14
-        label = f"ρ {point['rho']:g}" if point is points[-1] else f"{point['rho']:g}"
+        rho = "as trained" if point["rho"] is None else f"{point['rho']:g}"
+        label = f"ρ {rho}" if point is points[-1] and point["rho"] is not None else rho
         options: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": align}
         axes.annotate(label, (x, y), xytext=(shift, height), fontsize=8, color=colour, **options)

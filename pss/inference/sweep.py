@@ -21,10 +21,12 @@ from torch import Tensor
 
 from pipelines.augment.device import DeviceTransform
 from pipelines.base import Batch, DataConfig, Loader
-from pss.inference.evaluate import Accuracy, Spread, accuracy, latencies, loader_rates, peak_memory, rates
+from pss.inference.accuracy import Accuracy, accuracy
 from pss.inference.exhibit import Curator, Exhibit
 from pss.inference.opening import Run
 from pss.inference.plots import plot_sweep
+from pss.inference.timing import Spread, latencies, loader_rates, peak_memory, rates
+from pss.methods import Point, mean_tokens
 from pss.runtime.precision import autocast
 from pss.runtime.processes import World
 
@@ -48,36 +50,38 @@ def sweep(
     runs: Sequence[Run],
     *,
     names: Sequence[str],
-    rhos: Sequence[float],
+    points: Sequence[float] | None,
     make_loader: MakeLoader,
     batch_size: int,
     world: World,
 ) -> Sweep:
-    """Measure every run at every rho.
+    """Measure every run at every operating point: at `points`, or at those of its method; a method without a knob as it
+    was trained.
 
-    Accuracy is over the whole split, on all processes together. What is timed is timed with all rhos, and where no
+    Accuracy is over the whole split, on all processes together. What is timed is timed with all points, and where no
     loader is involved all runs, interleaved in one go, by every process for itself:
 
     * `images_per_second`: the model alone, on a batch of random images;
     * `images_per_second_with_loader`: from the files of the split to logits;
     * `latency_ms`: the model alone, on one image, until the result is there.
 
-    `peak_memory_mib` is the weights and what predicting one batch takes besides (`pss.inference.evaluate.peak_memory`).
+    `peak_memory_mib` is the weights and what predicting one batch takes besides (`timing.peak_memory`).
     """
     found: list[tuple[list[Accuracy], list[Spread], Exhibit]] = []
-    for name, one in zip(names, runs, strict=True):
+    points_of = [operating_points(one, points) for one in runs]
+    for name, one, own in zip(names, runs, points_of, strict=True):
         loader = make_loader(one.config.data)
         try:
-            found.append(_evaluate(name, one, rhos, loader, world))
+            found.append(_evaluate(name, one, own, loader, world))
         finally:
             loader.close()
 
     def calls(num_images: int) -> list[Callable[[], Tensor]]:
         made: list[Callable[[], Tensor]] = []
-        for one in runs:
+        for one, own in zip(runs, points_of, strict=True):
             size = one.config.data.img_size
             images = torch.randn(num_images, 3, size, size, device=world.device)
-            made += [partial(predict, one, images, rho) for rho in rhos]
+            made += [partial(predict, one, images, point) for point in own]
         return made
 
     batches = calls(batch_size)
@@ -86,23 +90,22 @@ def sweep(
     memory = [peak_memory(call, world.device) for call in batches]
 
     rows: list[Row] = []
-    for number, (name, one) in enumerate(zip(names, runs, strict=True)):
-        accuracies, with_loader, _ = found[number]
+    for name, one, own, (accuracies, with_loader, _) in zip(names, runs, points_of, found, strict=True):
         weights = sum(weight.nbytes for weight in one.method.state_dict().values())
-        for place, rho in enumerate(rhos):
-            result, timed = accuracies[place], number * len(rhos) + place
+        for place, point in enumerate(own):
+            result, timed = accuracies[place], len(rows)
             extra = memory[timed]
             rows.append(
                 {
                     "run": name,
                     "method": one.config.method,
                     "sort": one.method.model.sort,
-                    "rho": rho,
-                    "tokens": one.method.num_tokens(rho),
+                    "rho": point,
+                    "tokens": mean_tokens(one.method.tokens(point)),
                     "top1": round(result.top1, 4),
                     "top5": round(result.top5, 4),
                     "loss": round(result.loss, 6),
-                    "gflops": one.method.cost(rho) / 1e9,
+                    **_gflops(one, point, result),
                     **_spread("images_per_second", speeds[timed], 1),
                     **_spread("images_per_second_with_loader", with_loader[place], 1),
                     **_spread("latency_ms", waits[timed], 4),
@@ -118,20 +121,35 @@ def sweep(
     return Sweep(rows, [exhibit for *_, exhibit in found])
 
 
-def predict(run: Run, images: Tensor, rho: float) -> Tensor:
+def operating_points(run: Run, wanted: Sequence[float] | None) -> tuple[Point, ...]:
+    """Where a run is to be measured: at the points that are `wanted`, or at those of its method.
+
+    A method without a knob is measured once, as it was trained.
+
+    Raises:
+        ValueError: its model cannot be run at one of them.
+    """
+    own = run.method.points()
+    points = own if wanted is None or own == (None,) else tuple(wanted)
+    for point in points:
+        run.method.check_point(point)
+    return points
+
+
+def predict(run: Run, images: Tensor, point: Point) -> Tensor:
     """Logits (B, classes) in the run's own precision."""
     with autocast(run.config, images.device):
-        return run.method.predict(images, rho)
+        return run.method.predict(images, point)
 
 
 def _evaluate(
-    name: str, one: Run, rhos: Sequence[float], loader: Loader, world: World
+    name: str, one: Run, points: Sequence[Point], loader: Loader, world: World
 ) -> tuple[list[Accuracy], list[Spread], Exhibit]:
-    """Accuracy, speed with the loader, and the exhibit of one run at every rho."""
+    """Accuracy, speed with the loader, and the exhibit of one run at every operating point."""
     prepare = DeviceTransform(one.config.data, seed=0, train=False)
     curator = Curator(
-        one.method.model,
-        rhos=rhos,
+        one.method,
+        points=points,
         num_samples=loader.num_samples,
         world=world,
         autocast=lambda: autocast(one.config, world.device),
@@ -144,17 +162,29 @@ def _evaluate(
             advance(len(images))
 
         accuracies = accuracy(
-            one.method.predict,
+            one.method.predict_with_cost if one.method.costs_vary else one.method.predict,
             loader,
             prepare,
             world,
-            rhos=rhos,
+            points=points,
             autocast=autocast(one.config, world.device),
             observe=observe,
+            with_cost=one.method.costs_vary,
         )
     exhibit = curator.exhibit()
-    calls = [partial(predict, one, rho=rho) for rho in rhos]
+    calls = [partial(predict, one, point=point) for point in points]
     return accuracies, loader_rates(calls, loader, prepare, device=world.device), exhibit
+
+
+def _gflops(one: Run, point: Point, result: Accuracy) -> Row:
+    """Of one image: what all images cost, or the mean of what each did, with the 5th and the 95th percentile."""
+    cost, seen = one.method.cost(point), result.macs
+    return {
+        "gflops": cost.forward / 1e9 if seen is None else seen.mean / 1e9,
+        "gflops_low": None if seen is None else seen.low / 1e9,
+        "gflops_high": None if seen is None else seen.high / 1e9,
+        "gflops_extra": cost.extra / 1e9,
+    }
 
 
 def _spread(name: str, values: Spread, digits: int) -> Row:
@@ -178,12 +208,12 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("ρ", lambda row: f"{row['rho']:.3g}"),
+    ("ρ", lambda row: "as trained" if row["rho"] is None else f"{row['rho']:.3g}"),
     ("tokens", lambda row: str(row["tokens"])),
     ("top-1 %", lambda row: f"{row['top1']:.2f}"),
     ("top-5 %", lambda row: f"{row['top5']:.2f}"),
     ("loss", lambda row: f"{row['loss']:.3f}"),
-    ("GFLOPs", lambda row: f"{row['gflops']:.3g}"),
+    ("GFLOPs", lambda row: f"{row['gflops']:.3g}" if row["gflops_low"] is None else _in_words(row, "gflops", ".3g")),
     ("images/s", lambda row: _in_words(row, "images_per_second", ",.0f")),
     ("with loader", lambda row: _in_words(row, "images_per_second_with_loader", ",.0f")),
     ("ms, batch 1", lambda row: _in_words(row, "latency_ms", ".3g")),

@@ -1,25 +1,81 @@
-"""Training methods by name. Each is one file behind the contract of `pss.methods.contract`."""
+"""Training methods by name. Each is one file behind the contract of `pss.methods.contract`; a file that is put here is
+found.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib import import_module
+from pkgutil import iter_modules
+
 from pss.config import Config
-from pss.methods.contract import Method, Phase, Progress
-from pss.methods.dense import Dense
-from pss.methods.sampled import Sampled
-from pss.models.vit import create_model
+from pss.methods.contract import Cost, Dense, Method, Phase, Point, Progress, Stage, Step, mean_tokens
+from pss.methods.teacher import Teacher
+from pss.models.create import create_model
+from pss.plugins import is_plugin, load
 
-__all__ = ["METHODS", "Method", "Phase", "Progress", "build"]
+__all__ = [
+    "METHODS",
+    "PLAIN",
+    "Cost",
+    "Dense",
+    "Method",
+    "Phase",
+    "Point",
+    "Progress",
+    "Stage",
+    "Step",
+    "Teacher",
+    "build",
+    "find",
+    "mean_tokens",
+]
 
-METHODS: dict[str, type[Method]] = {"sampled": Sampled, "dense": Dense}
+
+def _discover() -> Mapping[str, type[Method]]:
+    found = {}
+    for module in iter_modules(__path__, f"{__name__}."):
+        for one in vars(import_module(module.name)).values():
+            if (
+                isinstance(one, type)
+                and issubclass(one, Method)
+                and one.__module__ == module.name
+                and one is not Method
+            ):
+                found[one.name] = one
+    return found
+
+
+METHODS = _discover()
+"""The methods that pss brings along."""
+
+PLAIN = METHODS["dense"]
+"""What weights are opened as that no run of ours is behind."""
+
+
+def find(name: str) -> type[Method]:
+    """The method of that name, or a class of the user's own, `package.module:Class`.
+
+    Raises:
+        ValueError: there is none, or the class is no method.
+    """
+    if is_plugin(name):
+        found = load(name)
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise ValueError(f"method is {name}, which is no subclass of pss.methods.Method; see docs/methods.md")
+        return found
+    if name not in METHODS:
+        raise ValueError(
+            f"method is {name!r}; use one of {', '.join(METHODS)}, or package.module:Class for one of your own"
+        )
+    return METHODS[name]
 
 
 def build(config: Config, num_classes: int, steps_per_epoch: int) -> Method:
-    """The configured method around a freshly initialised model. Raises `ValueError` for an unknown method."""
-    if config.method not in METHODS:
-        raise ValueError(f"method is {config.method!r}; use one of {', '.join(METHODS)}")
+    """The configured method around a freshly initialised model. Raises `ValueError` for what cannot be built."""
     model = create_model(
         config.model.name, num_classes=num_classes, img_size=config.data.img_size, **config.model.overrides()
     )
     for epoch in range(config.train.epochs):
         model.grid_of(config.data.train_size(epoch))  # raises where the sizes do not suit the patches
-    return METHODS[config.method](model, config, steps_per_epoch)
+    return find(config.method)(model, config, steps_per_epoch)

@@ -1,23 +1,36 @@
-"""The contract between the training loop and a training method.
+"""The contract between a training method and everything else.
 
-The loop (`pss.training`) owns steps, epochs, devices, checkpoints and logs. A method owns what happens inside a step:
-the forward pass, the losses, which parameters train with which settings, and what one image costs. A method is one
-`nn.Module`: DDP wraps all of it, teachers included, and whatever it must remember lives in parameters and buffers (or
-`get_extra_state`), so that a checkpoint of the module is a checkpoint of the method.
+Training (`pss.training`) owns steps, epochs, devices, checkpoints and logs; planning and inference own tables, pictures
+and files. A method owns what happens inside a step, what it costs, and at which operating points its model can be run.
+None of them knows a method by name.
+
+A method is one `nn.Module`: DDP or FSDP wraps all of it, and whatever it must remember lives in parameters and buffers
+(or `get_extra_state`), so that a checkpoint of the module is a checkpoint of the method. Teachers stay outside.
+`docs/methods.md` builds one from nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
-from pss.config import Config, OptimConfig
+from pss.config import Config, MethodSection, OptimConfig
+from pss.methods.teacher import Teacher
 from pss.models.flops import macs
 from pss.models.vit import VisionTransformer
+from pss.runtime.shards import own_part, part_like
+
+if TYPE_CHECKING:
+    from pipelines.base import View
+
+Point = float | None
+"""What a model is run at: the value of the method's knob, such as ρ; None for a method that has no knob."""
 
 
 @dataclass(frozen=True)
@@ -41,67 +54,161 @@ class Phase:
     optim: OptimConfig
 
 
+@dataclass(frozen=True, order=True)
+class Stage:
+    """What training steps have in common that cost the same, such as those with the same share of patches."""
+
+    rho: float = 1.0
+    """The share of an image's tokens that the step sees, as the log shows it."""
+    name: str = ""
+    """Tells stages with the same rho apart: `frozen`, say."""
+
+    def __str__(self) -> str:
+        return f"{self.rho:g} {self.name}".rstrip()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates of one image."""
+
+    backbone: int
+    extra: int = 0
+    """Parts of the method's own, such as predictors."""
+    teacher: int = 0
+    """Forward passes that nothing is learnt through."""
+    backward: int | None = None
+    """Of a training step; None for twice the forward pass of backbone and extra parts."""
+
+    @property
+    def forward(self) -> int:
+        return self.backbone + self.extra + self.teacher
+
+    @property
+    def training(self) -> int:
+        """Of a whole training step."""
+        return self.forward + (2 * (self.backbone + self.extra) if self.backward is None else self.backward)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What a dense loss needs beside the labels; the method says in `wants` what it is to be given."""
+
+    view: View | None = None
+    """Where on the sample's image each input lies."""
+    maps: Tensor | None = None
+    """Label maps of whole samples, (B, ...)."""
+
+    def chunk(self, parts: int) -> list[Dense]:
+        """As `Tensor.chunk`, along the batch."""
+        views = [None] * parts if self.view is None else self.view.chunk(parts)
+        maps = [None] * parts if self.maps is None else self.maps.chunk(parts)
+        return [Dense(view, some) for view, some in zip(views, maps, strict=True)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step that was taken, or skipped because its gradients were not finite."""
+
+    optimizer: torch.optim.Optimizer
+    skipped: Tensor
+    """1.0 if it was skipped, else 0.0; a scalar on the device, the same on every process."""
+
+    @property
+    def taken(self) -> bool:
+        """Whether it changed the weights. Waits for the device: ask in rare steps only."""
+        return not bool(self.skipped)
+
+    @torch.no_grad()
+    def reset_moments(self, parameter: nn.Parameter, where: Tensor) -> None:
+        """Forget the optimizer's averages of a parameter at some positions, unless the step was skipped.
+
+        Args:
+            parameter: One of the optimizer's.
+            where: bool, of the parameter's whole shape, the same on every process.
+        """
+        positions = part_like(where, parameter) & (self.skipped == 0)
+        for average in self.optimizer.state[parameter].values():
+            if isinstance(average, Tensor) and average.shape == parameter.shape:
+                own_part(average).masked_fill_(positions, 0)
+
+
 class Method(nn.Module):
-    """A model and the way it is trained. Subclasses implement `forward`; the other parts have ordinary defaults."""
+    """A model and the way it is trained and run. Subclasses implement `forward`; the other parts have defaults, those
+    of a model that takes any share ρ of its patches."""
+
+    name: ClassVar[str]
+    """What `--set method=NAME` asks for."""
+    sections: ClassVar[tuple[type[MethodSection], ...]] = ()
+    """Settings of its own, each reachable as `--set SECTION.KEY=VALUE`; read with `config.section_of(TYPE)`."""
+    mixes: ClassVar[Literal["pixels", "tokens"]] = "pixels"
+    """Who mixes images: the loop, whose mixup and CutMix mix pixels, or the method, which is then given none mixed."""
+    wants: ClassVar[frozenset[Literal["view", "maps"]]] = frozenset()
+    """What of `Dense` its loss needs."""
+    compiles: ClassVar[bool] = True
+    """Whether its model's trunk is called with few token counts, and may be compiled once for each."""
+    shards: ClassVar[bool] = True
+    """Whether it can be trained with `train.parallel=fsdp`."""
+    costs_vary: ClassVar[bool] = False
+    """Whether what a prediction costs depends on the image; then `predict_with_cost` says what each did cost."""
+    knob: ClassVar[str] = "ρ"
+    """What an operating point is the value of, as tables call it."""
 
     model: VisionTransformer
 
     def __init__(self, model: VisionTransformer, config: Config, steps_per_epoch: int) -> None:
+        """Nothing is read from files here: plans are made of methods on the `meta` device."""
         super().__init__()
         self.model = model
         self.config = config
         self.steps_per_epoch = steps_per_epoch
+        self.teachers: dict[str, Teacher] = {}
+        """By name; loaded before training begins, and checked by their hashes where a run is resumed."""
 
-    def forward(self, images: Tensor, targets: Tensor, at: Progress) -> dict[str, Tensor]:
+    # A training step.
+
+    def forward(self, images: Tensor, targets: Tensor, at: Progress, dense: Dense | None = None) -> dict[str, Tensor]:
         """One training forward.
 
         Args:
             images: float, normalised, (B, 3, S, S); with progressive resizing smaller than the model's own at first.
             targets: class indices, int64 (B,), or class probabilities (B, classes) where images are mixed.
             at: the current position.
+            dense: what `wants` asks for; None if it asks for nothing.
 
         Returns:
             `loss` (scalar, to be minimised), `logits` (B, classes), and any further scalars worth logging.
         """
         raise NotImplementedError
 
-    def predict(self, images: Tensor, rho: float = 1.0) -> Tensor:
-        """Logits (B, classes) as at inference, with the share `rho` of the patches."""
-        logits: Tensor = self.model(images, rho=rho)
-        return logits
+    def begin_phase(self, phase: Phase) -> None:
+        """Called before the phase's optimizer is built, also when a run is resumed inside the phase."""
 
-    def rho(self, at: Progress) -> float:
-        """The share of patches that training sees at this step."""
-        return 1.0
+    def begin_epoch(self, at: Progress) -> None:
+        """Called before the first step of an epoch, or of what is left of it, after `train()`: to hold statistics of a
+        frozen part in evaluation mode, say."""
 
-    def rhos(self, total_steps: int) -> tuple[float, ...]:
-        """All shares of patches that training sees in a run of `total_steps` steps."""
-        return (1.0,)
+    def mask_gradients(self, at: Progress) -> None:
+        """Called when gradients are averaged over processes, before their norm is taken and clipped."""
 
-    def num_tokens(self, rho: float, image_size: int | None = None) -> int:
-        """Tokens per image that the blocks see at `rho`, prefix tokens included.
+    def after_optimizer(self, at: Progress, step: Step) -> None:
+        """Called right after the optimizer step, before the moving average (to re-apply weight masks, say), also where
+        the step was skipped."""
 
-        `image_size` is the side of images with a lower resolution than the model's own.
-        """
-        return self.model.num_kept_tokens(rho, image_size)
+    def end_step(self, at: Progress, step: Step) -> None:
+        """Called last in a step, while the averaged gradients are still there (to move masks, say)."""
 
-    def cost(self, rho: float = 1.0, image_size: int | None = None) -> int:
-        """Multiply-accumulates of the model for one image; `image_size` as in `num_tokens`."""
-        return macs(self.model, rho, image_size)
+    # What is optimized.
 
     def phases(self) -> list[Phase]:
         """The phases of the run, in order; their epochs add up to the run's."""
         return [Phase(name="train", epochs=self.config.train.epochs, optim=self.config.optim)]
 
-    def begin_phase(self, phase: Phase) -> None:
-        """Called before the phase's optimizer is built, also when a run is resumed inside the phase."""
-
     def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
         """Optimizer groups: decay on matrices, none on 1-D parameters, position embedding and class token.
 
-        Learning rates fall towards the input where `layer_decay` says so.
-
-        A group may carry `lr_scale`, a factor on the phase's learning rate.
+        A group may carry `lr_scale`, a factor on the phase's peak learning rate (minimum and warm-up rate are the same
+        for all groups), and `name`, by which `lr_factors` knows it. By default rates fall towards the input where
+        `optim.layer_decay` says so.
         """
         optim = phase.optim
         exempt = set(self.model.no_weight_decay())
@@ -123,16 +230,151 @@ class Method(nn.Module):
             groups.append({"params": others, "weight_decay": optim.weight_decay})
         return [group for group in groups if group["params"]]
 
-    def after_optimizer(self, at: Progress) -> None:
-        """Called right after the optimizer step, before the moving average (to re-apply weight masks, say).
+    def lr_factors(self, at: Progress) -> Mapping[str, float]:
+        """Factors on the learning rates of named groups at this step; 0 freezes a group, whose moments go on."""
+        return {}
 
-        Also where the step was skipped because its gradients were not finite.
+    # What training costs.
+
+    def stage(self, at: Progress) -> Stage:
+        """The stage that a step belongs to."""
+        return Stage()
+
+    def training_tokens(self, stage: Stage, image_size: int | None = None) -> tuple[int, ...]:
+        """Tokens of an image that each block sees in steps of a stage, prefix tokens included.
+
+        `image_size` is the side of images with a lower resolution than the model's own.
         """
+        return (self.model.num_kept_tokens(stage.rho, image_size),) * len(self.model.blocks)
 
-    def end_step(self, at: Progress) -> None:
-        """Called last in a step, while the averaged gradients are still there (to move masks, say)."""
+    def training_cost(self, stage: Stage, image_size: int | None = None) -> Cost:
+        """Of a step of that stage; `image_size` as in `training_tokens`."""
+        return Cost(macs(self.model, stage.rho, image_size), teacher=self._teachers_macs())
+
+    def _teachers_macs(self) -> int:
+        return sum(teacher.macs for teacher in self.teachers.values())
+
+    # What the trained model can do.
+
+    def points(self) -> tuple[Point, ...]:
+        """The operating points that a sweep shows unless told otherwise; the first is the one that validation takes."""
+        return (1.0, 0.8, 0.6, 0.4, 0.2)
+
+    def fine_points(self) -> tuple[float, ...]:
+        """All operating points that differ, ascending, for the choice of one: one ρ for every count of tokens.
+
+        Raises:
+            ValueError: there is nothing to choose.
+        """
+        if self.points() == (None,):
+            raise ValueError(f"method {self.name} has no operating point to choose; evaluate it as trained")
+        model = self.model
+        return tuple(count / model.num_tokens for count in range(model.num_prefix_tokens + 1, model.num_tokens + 1))
+
+    def check_point(self, point: Point) -> None:
+        """Raise `ValueError` for an operating point that the model cannot be run at."""
+        if self.points() == (None,):
+            if point is not None:
+                raise ValueError(f"method {self.name} has no {self.knob} to set, got {point:g}; leave out --rho")
+        elif point is None or not 0 < point <= 1:
+            raise ValueError(f"{self.knob} is {point}; it lies in (0, 1]")
+
+    def predict(self, images: Tensor, point: Point = 1.0) -> Tensor:
+        """Logits (B, classes) as at inference; `point` is one that `check_point` lets pass."""
+        assert point is not None
+        logits: Tensor = self.model(images, rho=point)
+        return logits
+
+    def predict_with_cost(self, images: Tensor, point: Point = 1.0) -> tuple[Tensor, Tensor]:
+        """Logits, and the multiply-accumulates of each image, float (B,)."""
+        logits = self.predict(images, point)
+        return logits, torch.full((len(images),), float(self.cost(point).forward), device=logits.device)
+
+    def tokens(self, point: Point = 1.0) -> tuple[int, ...]:
+        """Tokens of an image that each block sees at an operating point, at most."""
+        assert point is not None
+        return (self.model.num_kept_tokens(point),) * len(self.model.blocks)
+
+    def cost(self, point: Point = 1.0) -> Cost:
+        """Of a prediction at an operating point, at most."""
+        assert point is not None
+        return Cost(macs(self.model, point))
+
+    def depths(self, images: Tensor, point: Point = 1.0) -> Tensor:
+        """How many blocks each patch of the grid goes through, int64 (B, patches): all for one that is kept throughout,
+        0 for one that no block sees."""
+        assert point is not None
+        model = self.model
+        kept = model.sample(model.embed(images), point)[1]
+        shape, depth = (len(images), model.num_patches), len(model.blocks)
+        if kept is None:
+            return torch.full(shape, depth, device=images.device)
+        return torch.zeros(shape, dtype=torch.int64, device=images.device).scatter_(1, kept, depth)
+
+    def attention_maps(self, images: Tensor, point: Point = 1.0, blocks: Sequence[int] | None = None) -> list[Tensor]:
+        """Attention weights (B, H, K, K) of some blocks, of all by default; zero where a query must not see a key."""
+        assert point is not None
+        model = self.model
+        tokens, kept = model.sample(model.embed(images), point)
+        return model.attention_maps(tokens, kept, blocks)
+
+    def export_module(self, point: Point) -> nn.Module:
+        """A module of images (B, 3, S, S) to logits at one operating point, which `torch.export` can trace.
+
+        Raises:
+            ValueError: there can be none.
+        """
+        assert point is not None
+        if self.model.sort != "magnitude" and point != 1.0:
+            raise ValueError("it keeps random patches, and a file must choose the same each time; add --sort magnitude")
+        return _AtRho(self.model, point)
+
+    def export_dynamic(self) -> nn.Module:
+        """A module of images (B, 3, S, S) and `num_patches`, a scalar int64, to logits.
+
+        Raises:
+            ValueError: there can be none.
+        """
+        if type(self).predict is not Method.predict:
+            raise ValueError(f"method {self.name} has no free number of patches; export one operating point")
+        if self.model.sort != "magnitude":
+            raise ValueError("it keeps random patches, and a file must choose the same each time; add --sort magnitude")
+        return _AtNumPatches(self.model)
+
+    # What losses share.
 
     def classification_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy against class indices (smoothed as configured) or given probabilities (used as they are)."""
         smoothing = 0.0 if targets.is_floating_point() else self.config.loss.label_smoothing
         return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+
+
+def mean_tokens(tokens: tuple[int, ...]) -> int | float:
+    """Tokens of an image in an average block: a whole number where all blocks see as many."""
+    return tokens[0] if len(set(tokens)) == 1 else round(sum(tokens) / len(tokens), 1)
+
+
+class _AtRho(nn.Module):
+    """A model at one share of its patches."""
+
+    def __init__(self, model: VisionTransformer, rho: float) -> None:
+        super().__init__()
+        self.model, self.rho = model, rho
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images, rho=self.rho, sort="magnitude")
+        return logits
+
+
+class _AtNumPatches(nn.Module):
+    """A model with any number of its patches; with all of them it takes the same way as with fewer."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, num_patches: Tensor) -> Tensor:
+        count: Any = num_patches.item()
+        torch._check(count >= 1)
+        torch._check(count <= self.model.num_patches)
+        return self.model.readout(self.model.trunk(*self.model.keep(self.model.embed(images), count)))

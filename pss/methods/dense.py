@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pss.methods import contract
 from pss.methods.contract import Method, Progress
 
 
 class Dense(Method):
     """Trains on all patches; `predict` samples like any other method's."""
 
-    def forward(self, images: Tensor, targets: Tensor, at: Progress) -> dict[str, Tensor]:
+    name = "dense"
+
+    def forward(
+        self, images: Tensor, targets: Tensor, at: Progress, dense: contract.Dense | None = None
+    ) -> dict[str, Tensor]:
         logits = self.model(images, low_resolution=True)
         return {"loss": self.classification_loss(logits, targets), "logits": logits}

@@ -6,35 +6,34 @@ from typing import Any
 
 from torch import Tensor
 
-from pss.config import Config
-from pss.methods.contract import Method, Progress
+from pss.config import Config, ScheduleConfig
+from pss.methods.contract import Dense, Method, Progress, Stage
 from pss.models.sampling import step_generator
 from pss.models.vit import VisionTransformer
-from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled, levels
+from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled
 
 
 class Sampled(Method):
     """Each step sees the share of patches that the schedule gives it."""
 
+    name = "sampled"
+    sections = (ScheduleConfig,)
+
     def __init__(self, model: VisionTransformer, config: Config, steps_per_epoch: int) -> None:
         super().__init__(model, config, steps_per_epoch)
-        self.schedule = build_schedule(config, steps_per_epoch)
+        self.schedule = build_schedule(config, config.section_of(ScheduleConfig), steps_per_epoch)
 
-    def rho(self, at: Progress) -> float:
-        return self.schedule(at.step)
+    def stage(self, at: Progress) -> Stage:
+        return Stage(self.schedule(at.step))
 
-    def rhos(self, total_steps: int) -> tuple[float, ...]:
-        return levels(self.schedule, total_steps)
-
-    def forward(self, images: Tensor, targets: Tensor, at: Progress) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, targets: Tensor, at: Progress, dense: Dense | None = None) -> dict[str, Tensor]:
         generator = step_generator(at.seed, at.step, at.rank, images.device)
-        logits = self.model(images, rho=self.rho(at), generator=generator, low_resolution=True)
+        logits = self.model(images, rho=self.schedule(at.step), generator=generator, low_resolution=True)
         return {"loss": self.classification_loss(logits, targets), "logits": logits}
 
 
-def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
-    """The schedule that a configuration describes, as a function of the global step."""
-    settings = config.schedule
+def build_schedule(config: Config, settings: ScheduleConfig, steps_per_epoch: int) -> Schedule:
+    """The schedule that `settings` describe, as a function of the global step of the run that `config` describes."""
     if settings.name == "fixed":
         return Fixed(settings.rho)
     cooldown = (config.train.epochs - settings.cooldown_epochs) * steps_per_epoch if settings.cooldown_epochs else None

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from pss.models.vit import Block, VisionTransformer
+from pss.models.block import Block
+from pss.models.vit import VisionTransformer
 from pss.schedules import Schedule, histogram
 
 
@@ -44,13 +45,11 @@ def macs_of_tokens(model: VisionTransformer, num_tokens: Sequence[int], num_embe
     """
     if len(num_tokens) != len(model.blocks):
         raise ValueError(f"expected {len(model.blocks)} token counts, one per block, got {len(num_tokens)}")
-    total: int = (model.num_patches if num_embedded is None else num_embedded) * model.patch_embed.get_parameter(
-        "proj.weight"
-    ).numel()
+    total = model.stem_macs(model.num_patches if num_embedded is None else num_embedded)
     for block, count in zip(model.blocks, num_tokens, strict=True):
         assert isinstance(block, Block)
         total += block_macs(block, count)
-    return total + sum(linear_macs(head, 1) for head in (model.head, model.head_dist) if head is not None)
+    return total + model.readout_macs(num_tokens[-1])
 
 
 def macs(model: VisionTransformer, rho: float = 1.0, image_size: int | None = None) -> int:

@@ -2,140 +2,29 @@
 
 The parts keep timm's names, so a state dict of timm's plain model loads as it is when there is no relative position
 bias. The public pieces (`see`, which is `embed` and `sample`, `trunk`, which is `positions`, `blocks` and `norm`, and
-`readout`) are what `forward` is made of; a method that selects tokens elsewhere puts them together in its own way.
+`readout`) are what `forward` is made of; a method that selects tokens elsewhere puts them together in its own way. A
+backbone that is not timm's plain ViT is a subclass that replaces some of them, and says what they cost.
 """
 
-import difflib
-import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention as TimmAttention
-from timm.layers import PatchEmbed, RotaryEmbeddingCat, trunc_normal_
-from timm.models import list_models
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block as TimmBlock
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from timm.layers import PatchEmbed, RotaryEmbeddingCat
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pss.attention import relpos
-from pss.attention.attend import Attention, RelPos
+from pss.attention.attend import RelPos
 from pss.attention.relpos import Grid
 from pss.models import sampling
+from pss.models.block import Block
 from pss.models.compiled import CompiledTrunk
 from pss.models.sampling import Sort, TokenCounts
 
 QkvBias = Literal["full", "qv"]
-Init = Literal["timm", "published"]
-
-_POOLING = ("token", "avg", "max", "avgmax")
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    # ViT-B as SimMIM fine-tunes it: positions are known through the bias alone.
-    "simmim_base_patch16": {
-        "name": "vit_base_patch16_224",
-        "rel_pos": "bias",
-        "qkv_bias": "qv",
-        "init": "published",
-        "pos_embed": "none",
-        "global_pool": "avg",
-        "init_values": 0.1,
-    },
-}
-
-# Options of timm's model that would drop patches, or change the grid, behind the back of the sampling.
-_REFUSED_OVERRIDES = ("patch_drop_rate", "dynamic_img_size", "dynamic_img_pad")
-
-
-def create_model(
-    name: str,
-    *,
-    num_classes: int = 1000,
-    img_size: int | tuple[int, int] = 224,
-    rel_pos: RelPos | None = None,
-    sort: Sort = "magnitude",
-    token_counts: TokenCounts = "published",
-    qkv_bias: QkvBias | None = None,
-    init: Init | None = None,
-    **overrides: Any,
-) -> "VisionTransformer":
-    """Build a Vision Transformer by name.
-
-    Args:
-        name: A plain ViT of timm (`deit_small_patch16_224`, `vit_base_patch16_224`, distilled ones too), or a preset:
-            `simmim_base_patch16`, the ViT-B that SimMIM fine-tunes.
-        num_classes: Width of the classifier; 0 for none, so that features come out.
-        img_size: Height and width of the images in pixels, or one number for both; multiples of the patch size.
-        rel_pos: How attention learns of relative positions. `bias`: a bias table in every block, as BEiT and the PSS
-            runs; `separable`: a bias that is the sum of one for rows and one for columns; `rope`: axial rotary
-            embedding; `none`: not at all. None is the preset's choice, or `none`.
-        sort: Which patches `forward` keeps unless told otherwise (see `pss.models.sampling.select`).
-        token_counts: What a share of the tokens is rounded to: whole tokens as `published`, or multiples of 8
-            (`aligned`), which a GPU computes faster (see `pss.models.sampling.num_kept_tokens`).
-        qkv_bias: `full` leaves timm's bias on queries, keys and values; `qv` has none on the keys, as BEiT.
-        init: `timm`, or `published` for the initialisation of the PSS runs: truncated normal 0.02, the
-            outputs of block l divided by sqrt(2l), a classifier near zero.
-        overrides: Passed on to `timm.create_model` (patch_size, embed_dim, depth, num_heads, drop_path_rate, ...).
-
-    Raises:
-        ValueError: unknown name, a model that is not a plain ViT, or settings that do not go together.
-    """
-    preset = _PRESETS.get(name, {})
-    settings = {"rel_pos": "none", "qkv_bias": "full", "init": "timm", "name": name, **preset, **overrides}
-    explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
-    for key in ("rel_pos", "qkv_bias"):
-        if key in preset and explicit[key] not in (None, preset[key]):
-            raise ValueError(f"{name} has {key}={preset[key]!r}, got {explicit[key]!r}; leave {key} out")
-    settings |= {key: value for key, value in explicit.items() if value is not None}
-    for key, choices in (("rel_pos", RelPos), ("qkv_bias", QkvBias), ("init", Init)):
-        if settings[key] not in get_args(choices):
-            raise ValueError(f"{key} must be one of {', '.join(get_args(choices))}, got {settings[key]!r}")
-    timm_name, rel_pos, qkv_bias, init = (settings.pop(key) for key in ("name", "rel_pos", "qkv_bias", "init"))
-    if qkv_bias == "qv":
-        settings["qkv_bias"] = True
-
-    plain = _create_plain(timm_name, num_classes=num_classes, img_size=img_size, **settings)
-    if init == "published":
-        _init_published(plain)
-    return VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
-
-
-class Block(nn.Module):
-    """One pre-norm transformer block, made of the parts of timm's, that hands extra arguments on to its attention."""
-
-    def __init__(self, source: Any) -> None:
-        super().__init__()
-        self.norm1: nn.Module = source.norm1
-        self.attn = Attention(source.attn)
-        self.ls1: nn.Module = source.ls1
-        self.drop_path1: nn.Module = source.drop_path1
-        self.norm2: nn.Module = source.norm2
-        self.mlp: nn.Module = source.mlp
-        self.ls2: nn.Module = source.ls2
-        self.drop_path2: nn.Module = source.drop_path2
-
-    def forward(self, x: Tensor, positions: Tensor | None = None, **attention_options: Any) -> Tensor:
-        """Tokens (B, K, D) to tokens (B, K, D).
-
-        `positions` are those of the model; `attention_options` go to the attention: `attn_mask`, or what a method's own
-        attention module takes.
-        """
-        x = x + self.attention_branch(x, positions, **attention_options)
-        return x + self.mlp_branch(x)
-
-    def attention_branch(self, x: Tensor, positions: Tensor | None = None, **attention_options: Any) -> Tensor:
-        """What attention adds to the tokens (B, K, D)."""
-        branch: Tensor = self.drop_path1(self.ls1(self.attn(self.norm1(x), positions, **attention_options)))
-        return branch
-
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        """What the MLP adds to the tokens (B, K, D)."""
-        branch: Tensor = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return branch
 
 
 class VisionTransformer(nn.Module):
@@ -239,6 +128,15 @@ class VisionTransformer(nn.Module):
         """
         height, width = self.grid_size if image_size is None else self.grid_of(image_size)
         return sampling.num_kept_tokens(rho, height * width, self.num_prefix_tokens, self.token_counts)
+
+    def stem_macs(self, num_embedded: int) -> int:
+        """Multiply-accumulates of one image before the blocks, with so many patches embedded."""
+        return num_embedded * int(self.patch_embed.get_parameter("proj.weight").numel())
+
+    def readout_macs(self, num_tokens: int) -> int:
+        """Multiply-accumulates of one image after the blocks, which returned so many tokens, prefix included."""
+        heads = (self.head, self.head_dist)
+        return int(sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear)))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are not to be decayed although they are not 1-D, as in timm."""
@@ -406,6 +304,31 @@ class VisionTransformer(nn.Module):
         kept = sampling.select(tokens, num_kept, self.num_prefix_tokens, self.sort if sort is None else sort, generator)
         return sampling.gather(tokens, kept, self.num_prefix_tokens), kept
 
+    def keep(self, tokens: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
+        """`sample` by magnitude, with the number of patches to keep, which `torch.export` may leave free; indices are
+        returned even if all are kept."""
+        num_prefix = self.num_prefix_tokens
+        kept = sampling.select(tokens, num_patches + num_prefix, num_prefix, "magnitude")
+        return sampling.gather(tokens, kept, num_prefix), kept
+
+    def attention_maps(self, tokens: Tensor, kept: Tensor | None, blocks: Sequence[int] | None = None) -> list[Tensor]:
+        """What tokens look at in some blocks, of all by default: attention weights (B, H, K, K).
+
+        Args:
+            tokens: What `sample` returns, (B, K, D).
+            kept: See `positions`.
+            blocks: Numbers of blocks, from 0.
+        """
+        positions = self.positions(kept)
+        wanted = range(len(self.blocks)) if blocks is None else blocks
+        maps = {}
+        for number, block in enumerate(self.blocks):
+            if number in wanted:
+                assert isinstance(block, Block)
+                maps[number] = block.attn.weights(block.norm1(tokens), positions)
+            tokens = block(tokens, positions)
+        return [maps[number] for number in wanted]
+
     def positions(self, kept: Tensor | None) -> Tensor | None:
         """What the blocks need to know of the tokens' positions; None if they need nothing.
 
@@ -468,52 +391,3 @@ class VisionTransformer(nn.Module):
         else:
             logits = (self.head(self.head_drop(tokens[:, 0])) + self.head_dist(self.head_drop(tokens[:, 1]))) / 2
         return logits
-
-
-def _create_plain(name: str, **settings: Any) -> Any:
-    """timm's model of that name, once it is known to be a plain ViT whose grid fits the image."""
-    known = [*_PRESETS, *list_models(module="vision_transformer"), *list_models(module="deit")]
-    if name.split(".")[0] not in known:
-        nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]
-        raise ValueError(f"no plain Vision Transformer is called {name!r}; did you mean {', '.join(nearest)}?")
-    if refused := [key for key in _REFUSED_OVERRIDES if key in settings]:
-        raise ValueError(f"{', '.join(refused)} cannot be combined with patch sampling; pass rho to forward instead")
-    try:
-        plain = timm.create_model(name, **settings)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm cannot build {name} with these settings: {error}") from error
-    plain_parts = (
-        type(plain) in (TimmVisionTransformer, VisionTransformerDistilled)
-        and type(plain.patch_embed) is PatchEmbed
-        and all(type(block) is TimmBlock and type(block.attn) is TimmAttention for block in plain.blocks)
-        and plain.global_pool in _POOLING
-    )
-    if not plain_parts:
-        raise ValueError(
-            f"{name} is not a plain Vision Transformer (patch embedding, pre-norm blocks with ordinary attention, "
-            f"{', '.join(_POOLING)} pooling); choose one that is, such as deit_small_patch16_224"
-        )
-    if any(size % patch for size, patch in zip(plain.patch_embed.img_size, plain.patch_embed.patch_size, strict=True)):
-        raise ValueError(
-            f"img_size {plain.patch_embed.img_size} is not a multiple of the patch size {plain.patch_embed.patch_size}"
-        )
-    return plain
-
-
-def _init_published(plain: Any) -> None:
-    """Initialise a timm ViT as the runs of McDanel & Huynh (2022) were."""
-    for module in plain.modules():
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
-        if getattr(plain, name, None) is not None:
-            trunc_normal_(getattr(plain, name), std=0.02)
-    with torch.no_grad():
-        for number, block in enumerate(plain.blocks, start=1):
-            block.attn.proj.weight.div_(math.sqrt(2 * number))
-            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
-        for name in ("head", "head_dist"):
-            if isinstance(head := getattr(plain, name, None), nn.Linear):
-                head.weight.mul_(0.001)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
+from pipelines.base import View
 from pss import methods
 from pss.config import Config
-from pss.methods import Progress
-from pss.planning.plan import Level, Machine, Plan, Simulated, queue_batches, simulate
+from pss.methods import Dense, Progress, Step
+from pss.planning.plan import Level, Plan
+from pss.planning.simulation import Machine, Simulated, queue_batches, simulate
 from pss.runtime.precision import autocast
 from pss.runtime.seeds import seed_generator
 from pss.training.optim import build_optimizer
-from pss.training.trainer import compile_levels
+from pss.training.setup import compile_levels
 
 _CPU_BATCH = 32
 
@@ -58,12 +60,16 @@ def measure_training(config: Config, planned: Plan, num_classes: int, device: to
 
     The median of interleaved rounds. A GPU gets the configured batch, a CPU at most 32 images.
     """
+    if "maps" in methods.find(config.method).wants:
+        raise ValueError(f"method {config.method} learns from label maps, which are not measured here; use --plan")
     batch = config.train.batch_size // config.train.accumulate
     if device.type == "cpu":
         batch = min(batch, _CPU_BATCH)
     seed_generator(config.train.seed)
     method = methods.build(config, num_classes, planned.steps_per_epoch).to(device).train()
     method.model.checkpoint_activations = config.train.checkpoint_activations
+    for teacher in method.teachers.values():
+        teacher.load(device)
     compile_levels(method, config.compile, device, planned.total_steps)
     (phase, *_) = method.phases()
     method.begin_phase(phase)
@@ -73,16 +79,26 @@ def measure_training(config: Config, planned: Plan, num_classes: int, device: to
     targets = torch.arange(batch, device=device) % num_classes
     half = autocast(config, device)
 
+    total = config.train.epochs * planned.steps_per_epoch
+    window = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(batch, -1)
+    whole = View(window, torch.zeros(batch, dtype=torch.bool, device=device))
+    extra = (Dense(view=whole),) if method.wants else ()
+    not_skipped = torch.zeros((), device=device)
+
     def seconds(level: Level) -> float:
         step = planned.level_of_step.index(planned.levels.index(level))
-        at = Progress(step, planned.total_steps, 0, config.train.epochs, config.train.seed, 0)
+        epoch = step // planned.steps_per_epoch
+        at = Progress(step, total, epoch, config.train.epochs, config.train.seed, 0)
+        method.begin_epoch(at)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
         with half:
-            loss = method(images[level.img_size], targets, at)["loss"]
+            loss = method(images[level.img_size], targets, at, *extra)["loss"]
         loss.backward()
+        method.mask_gradients(at)
         optimizer.step()
+        method.after_optimizer(at, Step(optimizer, not_skipped))
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

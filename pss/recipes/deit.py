@@ -25,7 +25,7 @@ def deit_s_224() -> Config:
             drop_path_rate=0.1,
         ),
         # The published runs end with ten epochs at rho = 1, the trainer's default cool-down.
-        schedule=ScheduleConfig(name="cyclic", form="published", cooldown_epochs=10),
+        own=(ScheduleConfig(name="cyclic", form="published", cooldown_epochs=10),),
         data=DataConfig(img_size=224, repeats=3, rand_augment="rand-m9-mstd0.5-inc1-n2", erasing=0.25),
         optim=OptimConfig(lr=5e-4, lr_batch=512, warmup_epochs=5),
         loss=LossConfig(label_smoothing=0.1, mixup=0.8, cutmix=1.0),
@@ -69,7 +69,7 @@ def vit_b_simmim() -> Config:
         model=ModelConfig(
             name="simmim_base_patch16", drop_path_rate=0.1, weights="simmim_pretrain_vit_base.pth", own_head=True
         ),
-        schedule=ScheduleConfig(name="cyclic", form="published"),
+        own=(ScheduleConfig(name="cyclic", form="published"),),
         data=DataConfig(img_size=224, rand_augment="rand-m9-mstd0.5-inc1-n2", erasing=0.25),
         optim=OptimConfig(
             lr=1.25e-3, lr_batch=512, min_lr=2.5e-7, warmup_lr=2.5e-7, warmup_epochs=20, layer_decay=0.65, clip_grad=5.0

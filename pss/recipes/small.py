@@ -19,7 +19,7 @@ def digits() -> Config:
             num_heads=3,
             global_pool="avg",
         ),
-        schedule=ScheduleConfig(name="cyclic", form="published"),
+        own=(ScheduleConfig(name="cyclic", form="published"),),
         data=DataConfig(
             img_size=32,
             crop_scale=(0.7, 1.0),
@@ -49,7 +49,7 @@ def cifar10() -> Config:
             global_pool="avg",
             drop_path_rate=0.05,
         ),
-        schedule=ScheduleConfig(name="cyclic", form="published"),
+        own=(ScheduleConfig(name="cyclic", form="published"),),
         data=DataConfig(
             img_size=32,
             crop_scale=(0.5, 1.0),

@@ -32,7 +32,7 @@ class TrainView:
         epoch: int,
         rho: float,
         img_size: int,
-        tokens: int,
+        tokens: int | float,
         loss: float,
         images_per_second: float,
         data_wait: float,

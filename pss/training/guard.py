@@ -9,7 +9,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from pss.training.sharding import own_part
+from pss.runtime.shards import own_part
 
 
 class Guard:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pss.methods import Stage
 from pss.runtime.processes import World
 
 
@@ -24,23 +25,23 @@ class Meter:
         self._images = 0
         self._macs = 0
         self._wait_seconds = 0.0
-        self._by_rho: dict[float, _Level] = {}
+        self._by_stage: dict[Stage, _Level] = {}
         # Kept on the device: reading it would make the host wait for every step.
         self._measured = torch.zeros(3, device=self._world.device)
         self._began = self._last = time.perf_counter()
 
-    def add(self, images: int, measured: Tensor, wait_seconds: float, rho: float, macs: int) -> None:
+    def add(self, images: int, measured: Tensor, wait_seconds: float, stage: Stage, macs: int) -> None:
         """Count one step of this process.
 
         Args:
             images: how many it saw.
             measured: loss, gradient norm and 1, or zeros where the step was skipped; see `pss.training.guard`.
             wait_seconds: how long it waited for its batch.
-            rho: its share of patches.
-            macs: of one image's forward pass.
+            stage: what it has in common with others.
+            macs: of one image, forward and backward.
         """
         now = time.perf_counter()
-        level = self._by_rho.setdefault(rho, _Level(macs))
+        level = self._by_stage.setdefault(stage, _Level(macs))
         level.steps += 1
         level.seconds += now - self._last
         level.wait_seconds += wait_seconds
@@ -58,7 +59,7 @@ class Meter:
     def summary(self) -> dict[str, float]:
         """Over all processes (each must call this): mean loss and gradient norm, images per second, share of time
         waiting for data. Means are NaN where all steps were skipped. Where the device's peak is known, also `mfu`:
-        the arithmetic done over what the device could do; a backward pass counts as two forward passes.
+        the arithmetic done over what the device could do.
         """
         seconds, size = max(self.seconds, 1e-9), self._world.size
         sums = torch.cat((self._measured, self._measured.new_tensor([self._wait_seconds])))
@@ -71,21 +72,21 @@ class Meter:
         }
         peak = peak_tflops(self._world.device)
         if peak is not None:
-            row["mfu"] = 6 * self._macs / seconds / (1e12 * peak)
+            row["mfu"] = 2 * self._macs / seconds / (1e12 * peak)
         return row
 
-    def by_rho(self) -> dict[str, dict[str, float]]:
-        """Of this process, for each rho: how many steps, milliseconds a step, and the share that was waiting for data.
+    def by_stage(self) -> dict[str, dict[str, float]]:
+        """Of this process, for each stage: steps, milliseconds a step, and the share that was waiting for data.
 
         A step lasts from the end of the one before, so on a GPU, which runs behind the host, only averages mean much.
         """
         return {
-            f"{rho:g}": {
+            str(stage): {
                 "steps": level.steps,
                 "ms_per_step": 1e3 * level.seconds / level.steps,
                 "data_wait": level.wait_seconds / max(level.seconds, 1e-9),
             }
-            for rho, level in sorted(self._by_rho.items())
+            for stage, level in sorted(self._by_stage.items())
         }
 
     def saving(self) -> dict[str, float]:
@@ -94,9 +95,9 @@ class Meter:
         `saved_time` and `saved_macs` are shares of what all steps would have taken at rho = 1, and `saved_share` is
         the first over the second: 1 is all that the arithmetic allows. Empty where rho was 1 always, or never.
         """
-        if 1.0 not in self._by_rho or len(self._by_rho) == 1:
+        if Stage() not in self._by_stage or len(self._by_stage) == 1:
             return {}
-        levels, dense = self._by_rho.values(), self._by_rho[1.0]
+        levels, dense = self._by_stage.values(), self._by_stage[Stage()]
         time_share = sum(level.seconds for level in levels) / (self.steps * dense.seconds / dense.steps)
         macs_share = sum(level.steps * level.macs for level in levels) / (self.steps * dense.macs)
         return {
@@ -108,7 +109,7 @@ class Meter:
 
 @dataclass
 class _Level:
-    """What a `Meter` sums for one rho."""
+    """What a `Meter` sums for one stage."""
 
     macs: int
     steps: int = 0

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
+
+from pss.runtime.shards import shard_like
 
 if TYPE_CHECKING:
     from pss.methods import Method
@@ -33,16 +35,6 @@ def shard(method: Method, world: World) -> None:
     register_fsdp_forward_method(method, "predict")
     for buffer in method.buffers():
         assert buffer.device.type == world.device.type, "buffers are not sharded, and must be on the device"
-
-
-def whole(value: Tensor) -> Tensor:
-    """`value` itself, or, if it is a shard, all of it: every process must ask."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def own_part(value: Tensor) -> Tensor:
-    """`value` itself, or, if it is a shard, this process's share of it, in the same memory."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def gather(state: Any, world: World) -> Any:
@@ -65,14 +57,7 @@ def scatter_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -
     for number, values in state["state"].items():
         like = parameters[number]
         shards[number] = {
-            name: _shard_like(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
+            name: shard_like(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
             for name, value in values.items()
         }
     return state | {"state": shards}
-
-
-def _shard_like(value: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
-        return value
-    # Every process has read the whole of it, so nothing needs to be sent.
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

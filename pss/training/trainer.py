@@ -1,46 +1,35 @@
-"""The training loop: build, resume, step, log, validate, save. It knows no method and no loader by name."""
+"""A run: built, resumed, trained phase by phase, saved. It knows no method and no loader by name."""
 
 from __future__ import annotations
 
-import json
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
-from importlib.util import find_spec
-from itertools import product
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.augment import Mixing, MixingConfig
 from pipelines.augment.device import DeviceTransform
 from pipelines.base import Batch, DataError, Loader
 from pss import methods
-from pss.attention.attend import gets_masks_right
-from pss.config import CompileConfig, Config
-from pss.inference.evaluate import accuracy
-from pss.methods import Method, Phase, Progress
-from pss.models.compiled import CompiledTrunk
+from pss.config import Config
+from pss.inference.accuracy import accuracy
+from pss.methods import Dense, Method, Phase, Progress, Step
 from pss.models.weights import Report, start_from
-from pss.runs import checkpoint
-from pss.runs.log import RunLog, read_rows
 from pss.runtime.precision import autocast
 from pss.runtime.processes import Vote, World
 from pss.runtime.seeds import seed_generator
-from pss.training.console import TrainView
+from pss.runtime.shards import whole
 from pss.training.guard import Guard, skipping, update_average
-from pss.training.meter import Meter
-from pss.training.optim import build_optimizer
-from pss.training.sharding import gather, scatter_optimizer, shard, whole
-from pss.version import __version__
+from pss.training.optim import build_optimizer, set_rates
+from pss.training.reporting import Reporter, score_of
+from pss.training.saving import Saver
+from pss.training.setup import build_mixing, catch_signals, check_masks, compile_levels, wrap
+from pss.training.sharding import scatter_optimizer, shard
 
 
 class Interrupted(Exception):
@@ -60,48 +49,58 @@ class Trainer:
         output: Path,
         world: World,
     ) -> None:
-        self.config, self.world, self.output, self.classes = config, world, output, classes
+        self.config, self.world = config, world
         self.train_loader, self.val_loader = train_loader, val_loader
         self.steps_per_epoch = train_loader.steps_per_epoch
         self.epochs = config.train.epochs
-        self.step = self.epoch = 0
+        self.step = self.epoch = self.phase = 0
         self.sharded = config.train.parallel == "fsdp" and world.size > 1
         self.autocast = autocast(config, world.device, keep_copies=not self.sharded)
         seed = config.train.seed
         self.prepare = DeviceTransform(config.data, seed=seed, train=True)
         self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
         seed_generator(seed)  # the same on every process: they must begin with the same weights
-        if self.sharded and val_loader.num_samples < world.size:
-            raise DataError(
-                f"the validation split has {val_loader.num_samples} images for {world.size} processes with a sharded "
-                "model; use fewer processes, or train.parallel=ddp"
-            )
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch)
-        if not self.sharded:
+        if self.sharded:
+            self._check_shards()
+        else:
             self.method.to(world.device)
         self.method.model.checkpoint_activations = config.train.checkpoint_activations
-        self.moved: str | None = None
-        """Why a resumed run goes on from the end of an epoch, where its newest checkpoint is from the middle of one."""
-        saved = self._find_checkpoint()
+        for teacher in self.method.teachers.values():
+            teacher.load(world.device)
+        self.saver = Saver(config, output, classes=classes, loader=train_loader, world=world, sharded=self.sharded)
+        self._saved = self.saver.find()
         self.started_from: Report | None = None
         """What became of the weights that a new run starts from."""
-        if saved is None and config.model.weights is not None:
+        if self._saved is None and config.model.weights is not None:
             self.started_from = start_from(self.method.model, config.model.weights, ignore_head=config.model.own_head)
         self.compiled = not self.sharded and compile_levels(self.method, config.compile, world.device, self.total_steps)
-        self.mixing = build_mixing(config, len(classes), world.rank)
+        self.mixing = build_mixing(config, len(classes), world.rank) if self.method.mixes == "pixels" else None
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
         self.guard = Guard(world.device, config.train.max_skipped)
-        self._macs: dict[tuple[float, int], int] = {}
-        self._saved = saved
-        if saved is not None:
-            self._restore(saved)
+        if self._saved is not None:
+            self.saver.restore(self._saved, self.method, self.ema, self.guard)
+            self.step, self.epoch = self._saved["step"], self._saved["epoch"]
         if self.sharded:
             shard(self.method, world)
             if self.ema is not None:
                 shard(self.ema.module, world)
-        self._last_save = time.monotonic()
-        self._save_asked = False
+        self.reporter = Reporter(config, output, self.method, world)
+
+    def _check_shards(self) -> None:
+        if not self.method.shards:
+            raise ValueError(f"method {self.method.name} cannot be sharded; set train.parallel=ddp")
+        if self.val_loader.num_samples < self.world.size:
+            raise DataError(
+                f"the validation split has {self.val_loader.num_samples} images for {self.world.size} processes with a "
+                "sharded model; use fewer processes, or train.parallel=ddp"
+            )
+
+    @property
+    def moved(self) -> str | None:
+        """Why a resumed run goes on from the end of an epoch, where its newest checkpoint is from the middle of one."""
+        return self.saver.moved
 
     @property
     def total_steps(self) -> int:
@@ -114,20 +113,10 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train to the end and return the last epoch's row of the log."""
-        main = self.world.is_main
-        self.log = RunLog(self.output, resume_step=self.step) if main else None
-        self.writer = (
-            checkpoint.Writer(
-                self.output / "checkpoints",
-                keep=self.config.train.keep_checkpoints,
-                epoch_steps=self.steps_per_epoch,
-            )
-            if main
-            else None
-        )
-        self.view = TrainView(total_steps=self.last_step, done_steps=self.step, epochs=self.epochs, enabled=main)
+        self.reporter.open(step=self.step, last_step=self.last_step, epochs=self.epochs)
+        self.saver.open()
         self.row: dict[str, Any] = {}
-        check_masks(self.world.device, self.view.say)
+        check_masks(self.world.device, self.reporter.say)
         self.vote = Vote(self.world, num_questions=2)
         try:
             with catch_signals() as stop:
@@ -139,41 +128,9 @@ class Trainer:
                     first_epoch = end_epoch
             self._finish()
         finally:
-            self.view.close()
-            if self.writer is not None:
-                self.writer.close()
-            if self.log is not None:
-                self.log.close()
+            self.reporter.close()
+            self.saver.close()
         return self.row
-
-    def _finish(self) -> None:
-        """Nobody leaves before the last checkpoint is on the disk."""
-        self.vote.close()
-        if self.writer is not None:
-            self.writer.wait()
-            self._summarise()
-        self.world.barrier()
-
-    def _summarise(self) -> None:
-        """Write `summary.json`: the run in a few numbers, over all its epochs, however often it was resumed."""
-        epochs = read_rows(self.output, "epoch")
-        seconds = sum(row["train_seconds"] for row in epochs)
-        best = max(epochs, key=_score, default=None)
-        summary = {
-            "recipe": self.config.recipe,
-            "version": __version__,
-            "finished": self.step == self.total_steps,
-            "step": self.step,
-            "epoch": self.epoch,
-            "processes": self.world.size,
-            "train_seconds": seconds,
-            "skipped": self.guard.check(self.step),
-            "best": None if best is None else {"epoch": best["epoch"], "step": best["step"], "top1": _score(best)},
-            "last": epochs[-1] if epochs else None,
-        }
-        partial = self.output / "summary.partial"
-        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.output / "summary.json")
 
     def _run_phase(self, number: int, phase: Phase, first_epoch: int, stop: list[int]) -> None:
         self.phase = number
@@ -192,88 +149,115 @@ class Trainer:
 
     def _run_epoch(self, engine: nn.Module, phase: Phase, first_step: int, stop: list[int]) -> None:
         """The loop: one epoch, or what is left of it."""
-        train, world = self.config.train, self.world
         engine.train()
+        self.method.begin_epoch(self._position())
         self.train_loader.set_epoch(self.epoch, self.step - self.epoch * self.steps_per_epoch)
-        epoch_meter, meter = Meter(world), Meter(world)
+        self.reporter.begin_epoch()
         batches = iter(self.train_loader)
         while self.step < min((self.epoch + 1) * self.steps_per_epoch, self.last_step):
-            began = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                raise DataError(
-                    f"the {self.train_loader.backend} loader ended at step {self.step}, before its epoch did"
-                )
-            wait = time.perf_counter() - began
-
-            at = Progress(self.step, self.total_steps, self.epoch, self.epochs, train.seed, world.rank)
-            self.lr_schedule.step_update(self.step - first_step)
-            images, targets = self._inputs(batch)
-            out = self._gradients(engine, images, targets, at)
+            batch, waited = self._next(batches)
+            at = self._position()
+            set_rates(self.optimizer, self.lr_schedule, self.step - first_step, self.method.lr_factors(at))
+            images, targets, dense = self._inputs(batch)
+            out = self._gradients(engine, images, targets, at, dense)
+            self.method.mask_gradients(at)
             norm = whole(nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None]))
             skip, measured = self.guard.judge(out["loss"], norm)
             skipping(self.optimizer, skip)
             if phase.optim.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(self.method.parameters(), phase.optim.clip_grad, norm)
             self.optimizer.step()
-            self.method.after_optimizer(at)
+            taken = Step(self.optimizer, skip)
+            self.method.after_optimizer(at, taken)
             if self.ema is not None:
                 update_average(self.ema, self.method, self.step, skip)
-            self.method.end_step(at)
+            self.method.end_step(at, taken)
             self.optimizer.zero_grad(set_to_none=True)
-
             self.step += 1
-            rho = self.method.rho(at)
-            for m in (meter, epoch_meter):
-                m.add(len(images), measured, wait, rho, self._cost(rho, images.shape[-1]))
-            if self.step % train.log_every_steps == 0:
-                self._log_step(meter, at, out)
-            stopping, saving = self.vote.cast(bool(stop), self._is_save_due())
-            if stopping or saving:
-                self._save()
-            if stopping:
-                self._finish()
-                raise Interrupted
-        complete = self.step == (self.epoch + 1) * self.steps_per_epoch
-        if complete:
-            self._check_delivered()
-            self.epoch += 1
-        where = f"epoch {self.epoch}/{self.epochs}" if complete else f"step {self.step}/{self.total_steps}"
-        self._end_epoch(epoch_meter, where)
+            self._report_step(images, measured, waited, at, out)
+            self._stop_or_save(stop)
+        self._end_epoch()
 
-    def _is_save_due(self) -> bool:
-        """Whether to ask for a checkpoint. All processes write it together, so the main one asks, once."""
-        due = time.monotonic() - self._last_save > 60 * self.config.train.checkpoint_every_minutes
-        if not due or self._save_asked or not self.world.is_main:
-            return False
-        self._save_asked = True
-        return True
+    def _position(self) -> Progress:
+        return Progress(self.step, self.total_steps, self.epoch, self.epochs, self.config.train.seed, self.world.rank)
 
-    def _gradients(self, engine: nn.Module, images: Tensor, targets: Tensor, at: Progress) -> dict[str, Tensor]:
+    def _next(self, batches: Iterator[Batch]) -> tuple[Batch, float]:
+        """The next batch, and the seconds it was waited for."""
+        began = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            raise DataError(f"the {self.train_loader.backend} loader ended at step {self.step}, before its epoch did")
+        return batch, time.perf_counter() - began
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Dense | None]:
+        """Augmented images and their targets, mixed where the loop mixes, and what a dense loss needs."""
+        wants, dense = self.method.wants, None
+        if wants:
+            images, view = self.prepare.with_view(batch, self.epoch)
+            dense = Dense(view if "view" in wants else None, batch.maps if "maps" in wants else None)
+        else:
+            images = self.prepare(batch, self.epoch)
+        targets = batch.labels
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets, self.step)
+        return images, targets, dense
+
+    def _gradients(
+        self, engine: nn.Module, images: Tensor, targets: Tensor, at: Progress, dense: Dense | None
+    ) -> dict[str, Tensor]:
         """Forward and backward, in `train.accumulate` parts; returns the means of what the method returns for them.
 
         A part draws the random numbers that the process would draw which had it as its batch, were there as many.
         """
         parts, sums = self.config.train.accumulate, dict[str, Tensor]()
-        for number, (some, their_targets) in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
+        extras = [()] * parts if dense is None else [(some,) for some in dense.chunk(parts)]
+        pieces = zip(images.chunk(parts), targets.chunk(parts), extras, strict=True)
+        for number, (some, their_targets, extra) in enumerate(pieces):
             rank = at.rank * parts + number
             # Dropout is then a function of (seed, step, rank), whatever else drew random numbers before.
             seed_generator(at.seed, at.step, rank)
             last = number + 1 == parts
             with nullcontext() if last or not isinstance(engine, DistributedDataParallel) else engine.no_sync():
                 with self.autocast:
-                    out: dict[str, Tensor] = engine(some, their_targets, replace(at, rank=rank))
+                    out: dict[str, Tensor] = engine(some, their_targets, replace(at, rank=rank), *extra)
                 self.guard.backward(out["loss"] / parts)
             for name, value in out.items():
                 if value.ndim == 0:
                     sums[name] = sums.get(name, 0) + value.detach() / parts
         return sums
 
-    def _cost(self, rho: float, image_size: int) -> int:
-        level = rho, image_size
-        if level not in self._macs:
-            self._macs[level] = self.method.cost(rho, image_size)
-        return self._macs[level]
+    def _report_step(
+        self, images: Tensor, measured: Tensor, waited: float, at: Progress, out: dict[str, Tensor]
+    ) -> None:
+        self.reporter.add(images, measured, waited, at)
+        if self.step % self.config.train.log_every_steps == 0:
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            self.reporter.step(self.step, at, out, lr=lr, skipped=self.guard.check(self.step))
+
+    def _stop_or_save(self, stop: list[int]) -> None:
+        stopping, saving = self.vote.cast(bool(stop), self.saver.is_due())
+        if stopping or saving:
+            self._save()
+        if stopping:
+            self._finish()
+            raise Interrupted
+
+    def _end_epoch(self) -> None:
+        complete = self.step == (self.epoch + 1) * self.steps_per_epoch
+        if complete:
+            self._check_delivered()
+            self.epoch += 1
+        self.reporter.end_training()
+        where = f"epoch {self.epoch}/{self.epochs}" if complete else f"step {self.step}/{self.total_steps}"
+        self.row = self.reporter.epoch(
+            self.step,
+            self.epoch,
+            where,
+            self._validate(),
+            skipped=self.guard.check(self.step),
+            delivered_hash=self.train_loader.delivered_hash,
+        )
+        self._save(score_of(self.row))
 
     def _check_delivered(self) -> None:
         """Every sample of the plan, each as often as planned, also where the epoch was resumed in the middle."""
@@ -284,44 +268,8 @@ class Trainer:
                 f"(hash {delivered:08x}, not {planned:08x}); this is a fault of pss, please report it"
             )
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        images, targets = self.prepare(batch, self.epoch), batch.labels
-        if self.mixing is not None:
-            images, targets = self.mixing(images, targets, self.step)
-        return images, targets
-
-    def _log_step(self, meter: Meter, at: Progress, out: dict[str, Tensor]) -> None:
-        summary = meter.summary()
-        skipped = self.guard.check(self.step)
-        rho, size = self.method.rho(at), self.config.data.train_size(at.epoch)
-        tokens = self.method.num_tokens(rho, size)
-        extra = {name: float(value) for name, value in out.items() if name != "loss"}
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        if self.log is not None:
-            where = {"epoch": at.epoch, "rho": rho, "img_size": size, "tokens": tokens}
-            self.log.write("step", self.step, **where, lr=lr, skipped=skipped, **summary, **extra)
-        self.view.step(self.step, epoch=at.epoch, rho=rho, img_size=size, tokens=tokens, skipped=skipped, **summary)
-        meter.reset()
-
-    def _end_epoch(self, meter: Meter, where: str) -> None:
-        seconds, summary = meter.seconds, meter.summary()
-        skipped = self.guard.check(self.step)
-        row: dict[str, Any] = {"epoch": self.epoch, "train_seconds": seconds, **summary, **meter.saving()}
-        row |= {"skipped": skipped, **self._validate()}
-        self.row = {"step": self.step, **row}
-        if self.log is not None:
-            delivered = f"{self.train_loader.delivered_hash:08x}"
-            self.log.write("epoch", self.step, **row, by_rho=meter.by_rho(), samples_hash=delivered)
-        averaged = f"  (average {row['ema_top1']:.2f} %)" if "ema_top1" in row else ""
-        self.view.say(
-            f"{where}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  "
-            f"top-1 {row['top1']:.2f} %{averaged}  {seconds:.1f} s  data wait {row['data_wait']:.0%}"
-            + (f"  {skipped} steps skipped so far" if skipped else "")
-        )
-        self._save(_score(row))
-
     def _validate(self) -> dict[str, float]:
-        """Accuracy at rho = 1 of the weights and, where there is one, of their moving average."""
+        """Accuracy of the weights and, where there is one, of their moving average, at the first operating point."""
         models = {"": self.method} | ({"ema_": self.ema.module} if self.ema is not None else {})
         row: dict[str, float] = {}
         for prefix, model in models.items():
@@ -331,7 +279,7 @@ class Trainer:
                 self.val_loader,
                 self.prepare_val,
                 self.world,
-                rhos=[1.0],
+                points=self.method.points()[:1],
                 autocast=self.autocast,
                 in_step=self.sharded,
             )
@@ -340,163 +288,22 @@ class Trainer:
         return row
 
     def _save(self, score: float | None = None) -> None:
-        """Write a checkpoint of this step. Every process must call it."""
-        tensors = {}
-        if self.writer is not None or self.sharded:
-            tensors = {
-                "method": self.method.state_dict(),
-                "ema": None if self.ema is None else self.ema.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            }
-        if self.sharded:
-            tensors = gather(tensors, self.world)
-        if self.writer is not None:
-            state = {
-                "version": __version__,
-                "config": asdict(self.config),
-                "classes": self.classes,
-                "step": self.step,
-                "epoch": self.epoch,
-                "phase": self.phase,
-                "world_size": self.world.size,
-                "loader": self.train_loader.state_dict(),
-                "skipped": self.guard.counts,
-                **tensors,
-            }
-            self.writer.save(state, step=self.step, score=score)
-        self._last_save = time.monotonic()
-        self._save_asked = False
-
-    def _find_checkpoint(self) -> dict[str, Any] | None:
-        """The state to go on from; None for a new run.
-
-        It is the newest whole checkpoint, or, where other processes or another loader go on, the newest of the end of
-        an epoch.
-        """
-        folder = self.output / "checkpoints"
-        found = checkpoint.load_latest(folder)
-        if found is None:
-            return None
-        state, _ = found
-        own = {
-            "processes": self.world.size,
-            "parts": self.config.train.accumulate,
-            "parallel": self.config.train.parallel,
-            "loader": self.train_loader.state_dict().get("backend"),
-        }
-        theirs = {
-            "processes": state["world_size"],
-            "parts": state["config"]["train"]["accumulate"],
-            "parallel": state["config"]["train"].get("parallel", "ddp"),
-            "loader": state["loader"].get("backend"),
-        }
-        if own == theirs or state["step"] % self.steps_per_epoch == 0:
-            return state
-        found = checkpoint.load_latest(folder, lambda step: step % self.steps_per_epoch == 0)
-        changed = ", ".join(
-            f"{name} {theirs[name]} before and {own[name]} now" for name in own if own[name] != theirs[name]
+        self.saver.save(
+            step=self.step,
+            epoch=self.epoch,
+            phase=self.phase,
+            method=self.method,
+            ema=self.ema,
+            optimizer=self.optimizer,
+            guard=self.guard,
+            score=score,
         )
-        back = found[0]["step"] if found is not None else 0
-        self.moved = (
-            f"{changed}: the run goes on from the end of an epoch, step {back}, and not from step {state['step']}"
-        )
-        return None if found is None else found[0]
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        if saved["classes"] != self.classes:
-            raise DataError(
-                f"the run in {self.output} was trained on {len(saved['classes'])} classes "
-                f"and the data has {len(self.classes)}, or other ones; resume with the data it began with"
-            )
-        loader = saved["loader"]
-        if "backend" in loader:
-            loader = loader | {"backend": self.train_loader.backend}
-        self.train_loader.load_state_dict(loader)
-        self.method.load_state_dict(saved["method"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved["ema"])
-        self.step, self.epoch = saved["step"], saved["epoch"]
-        self.guard.counts.copy_(saved["skipped"])
-
-
-def _score(row: dict[str, Any]) -> float:
-    """What the best checkpoint is best in: top-1 of the weights or of their average, whichever is higher."""
-    return max(float(row["top1"]), float(row.get("ema_top1", 0.0)))
-
-
-def check_masks(device: torch.device, say: Callable[[str], None]) -> None:
-    """Try, before anything is compiled, whether cuDNN gets attention with a mask right, and say so if it does not.
-
-    `pss.attention.attend` asks for the outcome, which is kept, and gives a mask to other kernels then.
-    """
-    if device.type == "cuda" and not gets_masks_right(SDPBackend.CUDNN_ATTENTION, "cuda"):
-        say("cuDNN fails a self-test of attention with a mask here; where there is a mask, other kernels compute it")
-
-
-def compile_levels(method: Method, settings: CompileConfig, device: torch.device, total_steps: int) -> bool:
-    """Have the method's model compile its blocks for every token count of the run; says whether it will.
-
-    Raises:
-        ValueError: training and validation together have more token counts than `settings` allow.
-    """
-    usual = device.type == "cuda" and find_spec("triton") is not None
-    if settings.mode == "off" or (settings.mode == "auto" and not usual):
-        return False
-    if settings.cuda_graphs and device.type != "cuda":
-        raise ValueError(f"compile.cuda_graphs needs a GPU and this run is on the {device.type}; leave it false")
-    epochs = range(-(-total_steps // method.steps_per_epoch))
-    sizes = {method.config.data.train_size(epoch) for epoch in epochs}
-    graphs = set()
-    for rho, size in product(method.rhos(total_steps), sizes):
-        count, most = method.num_tokens(rho, size), method.num_tokens(1.0, size)
-        # All patches of small images lie at the same places, others at each image's own; see `CompiledTrunk`.
-        graphs.add((count, count == most and size < method.config.data.img_size))
-    counts = sorted(count for count, _ in graphs)
-    if len(counts) + 1 > settings.max_graphs:
-        raise ValueError(
-            f"this run trains at {len(counts)} token counts ({', '.join(map(str, counts))}) and validates at one, and "
-            f"compile.max_graphs is {settings.max_graphs}; raise it to {len(counts) + 1}, or set compile.mode=off"
-        )
-    method.model.compiled_trunk = CompiledTrunk(
-        max_graphs=settings.max_graphs, backend=settings.backend, cuda_graphs=settings.cuda_graphs
-    )
-    return True
-
-
-def wrap(method: Method, world: World) -> nn.Module:
-    """The method as the loop calls it: in DDP where there are several processes."""
-    if world.size == 1:
-        return method
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=devices, gradient_as_bucket_view=True)
-
-
-def build_mixing(config: Config, num_classes: int, rank: int) -> Mixing | None:
-    """Mixup and CutMix as configured, or None where both are off."""
-    loss = config.loss
-    if not loss.mixup and not loss.cutmix:
-        return None
-    mixing = MixingConfig(
-        mixup_alpha=loss.mixup,
-        cutmix_alpha=loss.cutmix,
-        switch_probability=loss.mix_switch_prob,
-        mode=loss.mix_mode,
-    )
-    return Mixing(mixing, num_classes, seed=config.train.seed, rank=rank, label_smoothing=loss.label_smoothing)
-
-
-@contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying; a second SIGINT dies as usual."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def _finish(self) -> None:
+        """Nobody leaves before the last checkpoint is on the disk."""
+        self.vote.close()
+        self.saver.wait()
+        if self.world.is_main:
+            skipped = self.guard.check(self.step)
+            self.reporter.summarise(step=self.step, epoch=self.epoch, total_steps=self.total_steps, skipped=skipped)
+        self.world.barrier()

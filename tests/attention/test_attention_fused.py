@@ -233,7 +233,7 @@ def test_the_operator_keeps_torchs_rules() -> None:
 
 @runs_kernels
 def test_a_block_compiles_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pss.models.vit import create_model
+    from pss.models.create import create_model
 
     monkeypatch.setenv("PSS_ATTENTION", "fused")
     options: Any = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from pss import methods, recipes
 from pss.inference import choose
-from pss.inference.evaluate import Spread
 from pss.inference.opening import Run
+from pss.inference.timing import Spread
 
 
 def made(**changes):
@@ -51,7 +51,7 @@ def test_the_largest_that_is_fast_enough(monkeypatch, demand, rhos):
         (call,) = calls
         rho = call.args[2]
         asked.append(rho)
-        milliseconds = 0.5 * run.method.num_tokens(rho)
+        milliseconds = 0.5 * run.method.tokens(rho)[0]
         value = milliseconds if "budget_ms" in demand else 2 / milliseconds * 1000
         return [Spread(value, value, value)]
 
@@ -59,7 +59,7 @@ def test_the_largest_that_is_fast_enough(monkeypatch, demand, rhos):
     monkeypatch.setattr(choose, "rates", timed)
     found = choose.fast_enough(run, batch=2, device=torch.device("cpu"), rhos=rhos, **demand)
     assert found.tokens == (10 if rhos is None else 5)
-    assert run.method.num_tokens(found.rho) == found.tokens
+    assert run.method.tokens(found.rho)[0] == found.tokens
     assert len(asked) == len(set(asked))
     too_much = {key: value * (0.01 if key == "budget_ms" else 100) for key, value in demand.items()}
     with pytest.raises(ValueError, match="no ρ brings batches of 2"):
@@ -69,10 +69,10 @@ def test_the_largest_that_is_fast_enough(monkeypatch, demand, rhos):
 def test_every_count_of_tokens_has_one_rho():
     run = made()
     levels = choose.levels(run)
-    assert [run.method.num_tokens(rho) for rho in levels] == list(range(2, 18))
+    assert [run.method.tokens(rho)[0] for rho in levels] == list(range(2, 18))
     assert levels[-1] == 1.0
     aligned = made(token_counts="aligned")
-    assert [aligned.method.num_tokens(rho) for rho in choose.levels(aligned)] == [8, 16, 17]
+    assert [aligned.method.tokens(rho)[0] for rho in choose.levels(aligned)] == [8, 16, 17]
 
 
 def test_the_smallest_that_is_accurate_enough():

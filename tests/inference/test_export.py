@@ -67,7 +67,7 @@ def test_any_share_of_patches_in_one_file(tmp_path, suffix, rel_pos):
     if rel_pos == "bias":
         torch.nn.init.zeros_(run.method.model.pos_embed)
     path = tmp_path / f"model.{suffix}"
-    assert export.export(run, path, rho=None) < 1e-4
+    assert export.export(run, path, point=None, dynamic=True) < 1e-4
     call, about = opened(path)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -87,7 +87,7 @@ def test_any_share_of_patches_in_one_file(tmp_path, suffix, rel_pos):
 def test_one_share_of_patches_and_what_the_file_says_of_itself(tmp_path, suffix):
     need(suffix)
     run = made()
-    export.export(run, tmp_path / f"model.{suffix}", rho=0.6)
+    export.export(run, tmp_path / f"model.{suffix}", point=0.6)
     call, about = opened(tmp_path / f"model.{suffix}")
     images = torch.randn(3, 3, 32, 32)
     with torch.inference_mode():
@@ -100,15 +100,15 @@ def test_one_share_of_patches_and_what_the_file_says_of_itself(tmp_path, suffix)
 
 def test_a_file_that_would_be_wrong_is_not_kept(tmp_path, monkeypatch):
     broken = made()
-    monkeypatch.setattr(export, "num_patches", lambda model, rho: 3)
+    monkeypatch.setattr(broken.method, "tokens", lambda point: (4,))
     with pytest.raises(ValueError, match="would differ from the model"):
-        export.export(broken, tmp_path / "model.pt2", rho=None)
+        export.export(broken, tmp_path / "model.pt2", point=None, dynamic=True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="add --sort magnitude"):
-        export.export(made(sort="random"), tmp_path / "model.pt2", rho=0.5)
+        export.export(made(sort="random"), tmp_path / "model.pt2", point=0.5)
     with pytest.raises(ValueError, match=r"\.onnx or \.pt2"):
         export.check_target(tmp_path / "model.pth")
     monkeypatch.setattr(export, "find_spec", lambda name: None)
@@ -119,7 +119,7 @@ def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
 def test_the_examples_run_where_there_is_no_pss(tmp_path):
     need("onnx")
     for suffix in ("onnx", "pt2"):
-        export.export(made(), tmp_path / f"model.{suffix}", rho=None)
+        export.export(made(), tmp_path / f"model.{suffix}", point=None, dynamic=True)
     picture(50, 70, 1).save(tmp_path / "photo.jpg")
     examples = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
     blocked = "import sys\nfor name in ('pss', 'pipelines', 'cli'):\n    sys.modules[name] = None\n"

@@ -42,7 +42,7 @@ def swept(tmp_path_factory):
     found = sweep.sweep(
         runs,
         names=["sampled", "dense"],
-        rhos=RHOS,
+        points=RHOS,
         make_loader=lambda config: MemoryLoader(train=False, batch_size=16),
         batch_size=4,
         world=HERE,

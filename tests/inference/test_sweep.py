@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from pss import methods, recipes
 from pss.inference import hub, sweep
-from pss.inference.evaluate import rates
 from pss.inference.exhibit import Curator
 from pss.inference.opening import Run, checkpoint, load_run, open_run
+from pss.inference.timing import rates
 from pss.runtime.processes import World
 from pss.training.trainer import Trainer
 
@@ -45,7 +45,7 @@ def sweep_of(folder, names=("sampled", "dense"), **options):
     return sweep.sweep(
         [open_run(path, HERE.device, **options) for path in paths],
         names=sweep.distinct_names(paths),
-        rhos=RHOS,
+        points=RHOS,
         make_loader=lambda config: MemoryLoader(train=False, batch_size=16),
         batch_size=4,
         world=HERE,
@@ -114,7 +114,7 @@ def test_the_exhibit_shows_what_the_model_keeps(folder, swept):
 def test_pictures_whose_prediction_changes_come_first(folder):
     run = open_run(str(folder / "sampled"), HERE.device)
     curator = Curator(
-        run.method.model, rhos=[0.5, 1.0], num_samples=40, world=HERE, autocast=contextlib.nullcontext, size=4
+        run.method, points=[0.5, 1.0], num_samples=40, world=HERE, autocast=contextlib.nullcontext, size=4
     )
     (batch,) = MemoryLoader(train=False, batch_size=40)
     images = batch.images.float() / 255

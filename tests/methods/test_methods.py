@@ -51,8 +51,8 @@ def test_predict_obeys_rho_in_evaluation(method):
     for parameter in method.model.head.parameters():
         torch.nn.init.normal_(parameter)
     assert not torch.equal(method.predict(images, 1.0), method.predict(images, 0.4))
-    assert method.num_tokens(0.6) == 10  # of 17
-    assert method.cost(0.4) < method.cost(1.0)
+    assert method.tokens(0.6) == (10, 10)  # of 17
+    assert method.cost(0.4).forward < method.cost(1.0).forward
 
 
 def test_every_parameter_is_in_exactly_one_group(method):
@@ -115,14 +115,14 @@ def test_layers_learn_more_slowly_towards_the_input():
 
 def test_sampled_follows_its_schedule_and_dense_has_none():
     sampled = methods.build(tiny(), num_classes=10, steps_per_epoch=10)
-    assert [sampled.rho(at(step)) for step in range(10)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4]
+    assert [sampled.stage(at(step)).rho for step in range(10)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4]
     dense = methods.build(tiny(method="dense"), num_classes=10, steps_per_epoch=10)
-    assert {dense.rho(at(step)) for step in range(10)} == {1.0}
+    assert {dense.stage(at(step)).rho for step in range(10)} == {1.0}
 
 
 def test_random_sampling_is_a_function_of_seed_step_and_rank():
     config = tiny()
-    config = replace(config, model=replace(config.model, sort="random"), schedule=ScheduleConfig(name="fixed", rho=0.4))
+    config = replace(config, model=replace(config.model, sort="random")).having(ScheduleConfig(name="fixed", rho=0.4))
     torch.manual_seed(0)
     method = methods.build(config, num_classes=10, steps_per_epoch=10)
     torch.nn.init.normal_(method.model.head.weight)
@@ -139,16 +139,16 @@ def test_random_sampling_is_a_function_of_seed_step_and_rank():
 @pytest.mark.parametrize("name", ["linear", "cosine", "cyclic"])
 def test_both_forms_can_be_configured(name):
     config = tiny()
-    published = build_schedule(replace(config, schedule=ScheduleConfig(name=name)), 90)
-    symmetric = build_schedule(replace(config, schedule=ScheduleConfig(name=name, form="symmetric")), 90)
+    published = build_schedule(config, ScheduleConfig(name=name), 90)
+    symmetric = build_schedule(config, ScheduleConfig(name=name, form="symmetric"), 90)
     assert published.form == "published"
     assert symmetric.form == "symmetric"
-    cooled = build_schedule(replace(config, schedule=ScheduleConfig(name=name, cooldown_epochs=1)), 90)
+    cooled = build_schedule(config, ScheduleConfig(name=name, cooldown_epochs=1), 90)
     assert {cooled(step) for step in range(270, 360)} == {1.0}
 
 
 def test_cycle_length_is_a_knob():
-    schedule = build_schedule(replace(tiny(), schedule=ScheduleConfig(period_steps=9)), 90)
+    schedule = build_schedule(tiny(), ScheduleConfig(period_steps=9), 90)
     assert [schedule(step) for step in range(9)] == [schedule(step + 9) for step in range(9)]
     assert {schedule(step) for step in range(9)} == {0.2, 0.4, 0.6, 0.8, 1.0}
 

@@ -7,8 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pss.models.create import create_model
 from pss.models.flops import attention_macs, block_macs, linear_macs, macs, macs_of_tokens, training_saving
-from pss.models.vit import VisionTransformer, create_model
+from pss.models.vit import VisionTransformer
 from pss.schedules import Cyclic, Fixed, Linear
 
 TINY: dict[str, Any] = {"num_classes": 7, "img_size": (16, 24), "patch_size": 4, "embed_dim": 24, "num_heads": 3}

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pss.models.create import create_model
 from pss.models.sampling import gather, num_kept_tokens, step_generator
 from pss.models.sampling import spread as spread_of_patches
-from pss.models.vit import VisionTransformer, create_model
+from pss.models.vit import VisionTransformer
 
 TINY: dict[str, Any] = {
     "num_classes": 7,

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pss.models.vit import VisionTransformer, create_model
+from pss.models.create import create_model
+from pss.models.vit import VisionTransformer
 from pss.models.weights import load_weights, start_from
 
 TINY: dict[str, Any] = {"num_classes": 7, "img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cli.train import train
 from pss import recipes
-from pss.planning.plan import Machine, plan, queue_batches, remedies, run_on, simulate
+from pss.planning.plan import plan
+from pss.planning.simulation import Machine, queue_batches, remedies, run_on, simulate
 
 durations = st.lists(st.integers(1, 50).map(float), min_size=1, max_size=60)
 
@@ -35,7 +36,7 @@ def test_the_published_cycle_saves_what_was_published(settings: tuple[str, ...],
     shares = {level.rho: level.share for level in planned.levels}
     assert shares == pytest.approx({0.2: 1 / 9, 0.4: 2 / 9, 0.6: 2 / 9, 0.8: 2 / 9, 1.0: 2 / 9}, abs=1e-3)
     assert planned.average_demand == pytest.approx(1 / (1 - planned.saving))
-    assert planned.epoch_macs == pytest.approx(3 * planned.dense_macs * (1 - planned.saving) * 1251 * 1024)
+    assert planned.epoch_macs == pytest.approx(planned.dense.training * (1 - planned.saving) * 1251 * 1024)
 
 
 def test_tokens_are_counted_as_the_model_counts_them() -> None:
@@ -152,7 +153,7 @@ def test_growing_images_are_planned_by_size_and_rho() -> None:
     assert tokens == {160: [20, 40, 61, 81, 101], 192: [29, 58, 87, 116, 145], 224: [39, 79, 118, 158, 197]}
     assert sum(level.share for level in planned.levels) == pytest.approx(1)
     alone = plan(recipes.get("deit-s-224"))
-    assert planned.dense_macs == alone.dense_macs
+    assert planned.dense == alone.dense
     assert planned.saving > alone.saving + 0.1
     first, last = planned.levels[planned.level_of_step[0]], planned.levels[planned.level_of_step[-1]]
     assert (first.img_size, first.rho, last.img_size, last.rho) == (160, 0.2, 224, 1.0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pss.models.vit import VisionTransformer, create_model
+from pss.models.create import create_model
+from pss.models.vit import VisionTransformer
 from pss.schedules import histogram
 from tools.benchmarks import attention as bench_attention
 from tools.benchmarks import step as bench_step

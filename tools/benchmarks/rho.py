@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 import pss
-from pss.inference.evaluate import call_seconds
+from pss.inference.timing import call_seconds
 
 # McDanel & Huynh (2022) for DeiT-S at 224 pixels on an A100.
 _PUBLISHED = {0.7: 1.40, 0.5: 1.73}

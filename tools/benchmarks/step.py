@@ -48,8 +48,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from pss.attention import cpu as attention_cpu
 from pss.attention.attend import Attention, RelPos, relpos
+from pss.models.create import create_model
 from pss.models.flops import macs, training_saving
-from pss.models.vit import VisionTransformer, create_model
+from pss.models.vit import VisionTransformer
 from pss.schedules import Cyclic, histogram
 
 MODELS = {

@@ -39,6 +39,7 @@ from pipelines.loaders.prefetch import Prefetcher
 from pipelines.loaders.probe import probe
 from pss import recipes
 from pss.config import Config
+from pss.methods import Stage
 from pss.models.flops import macs, training_saving
 from pss.runtime.processes import World
 from pss.training.trainer import Trainer
@@ -263,7 +264,7 @@ def summarise(trainer: Trainer, timed: Timed, utilisation: Utilisation, cycle: i
     return {
         "levels": {
             f"{rho:g}": {
-                "tokens": method.num_tokens(rho),
+                "tokens": method.training_tokens(Stage(rho))[0],
                 "train_gflops_per_image": 6 * macs(method.model, rho) / 1e9,
                 "seconds": seconds[rho],
                 "waits": waits[rho],

@@ -84,10 +84,11 @@ def _about(rows: Sequence[Row]) -> str:
 def _exhibit(exhibit: Exhibit, run: Run) -> dict[str, Any]:
     classes = run.classes or [f"class {number}" for number in range(run.num_classes)]
     return {
-        "rhos": exhibit.rhos,
+        "rhos": exhibit.points,
         "grid": exhibit.grid,
+        "blocks": exhibit.num_blocks,
         "tokens": exhibit.tokens,
-        "kept": [round(sum(shares)) for shares in exhibit.frequencies],  # the same count for every image
+        "kept": [round(sum(shares)) for shares in exhibit.frequencies],  # on average over the images
         "frequencies": [[round(share, 4) for share in shares] for shares in exhibit.frequencies],
         "pictures": [_picture(picture, classes) for picture in exhibit.pictures],
     }
@@ -98,7 +99,11 @@ def _picture(picture: Picture, classes: Sequence[str]) -> dict[str, Any]:
         "label": classes[picture.label],
         "source": _data_uri(picture.pixels),
         "views": [
-            {"kept": view.kept, "top": [[classes[number], round(chance, 4)] for number, chance in view.top]}
+            {
+                "kept": view.kept,
+                "depths": view.depths,
+                "top": [[classes[number], round(chance, 4)] for number, chance in view.top],
+            }
             for view in picture.views
         ],
     }

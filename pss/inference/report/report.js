@@ -4,6 +4,7 @@ const get = (id) => document.getElementById(id);
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const colour = (number) => { const all = style("--series").split(/\s+/); return all[number % all.length]; };
+const rhoLabel = (rho) => (rho === null ? "as trained" : `ρ ${+rho.toPrecision(3)}`);
 const symbols = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"];
 
 function element(tag, properties, ...children) {
@@ -47,17 +48,19 @@ function drawCosts() {
     const traces = report.runs.map((run, number) => {
       const rows = report.rows.filter((row) => row.run === run.name).sort((a, b) => a.rho - b.rho);
       const at = (name) => rows.map((row) => factor * row[name]);
+      const spread = rows.every((row) => row[`${key}_low`] !== null);
       const trace = {
         name: run.name, mode: "lines+markers", x: at(key), y: rows.map((row) => row.top1),
-        customdata: rows.map((row) => [row.rho, row.tokens, row[`${key}_low`], row[`${key}_high`]]),
+        customdata: rows.map((row) => [rhoLabel(row.rho), row.tokens, factor * row[`${key}_low`], factor * row[`${key}_high`]]),
         line: { color: colour(number), width: 2 }, marker: { symbol: symbols[number % symbols.length], size: 8 },
-        hovertemplate: `<b>ρ %{customdata[0]:.3~g}</b> · %{customdata[1]} tokens<br>top-1 %{y:.2f} %<br>%{x:${form}} ${unit}` +
-          (key === "gflops" ? "" : `<br>(%{customdata[2]:${form}} to %{customdata[3]:${form}})`) + "<extra>%{fullData.name}</extra>",
+        hovertemplate: `<b>%{customdata[0]}</b> · %{customdata[1]} tokens<br>top-1 %{y:.2f} %<br>%{x:${form}} ${unit}` +
+          (spread ? `<br>(%{customdata[2]:${form}} to %{customdata[3]:${form}})` : "") + "<extra>%{fullData.name}</extra>",
       };
-      if (key !== "gflops") {
+      if (spread) {
         trace.error_x = {
           type: "data", symmetric: false, thickness: 1, width: 3,
-          array: rows.map((row) => row[`${key}_high`] - row[key]), arrayminus: rows.map((row) => row[key] - row[`${key}_low`]),
+          array: rows.map((row) => factor * (row[`${key}_high`] - row[key])),
+          arrayminus: rows.map((row) => factor * (row[key] - row[`${key}_low`])),
         };
       }
       return trace;
@@ -75,8 +78,23 @@ function fillTable() {
 }
 
 // The gallery, and the map below it.
-const order = report.runs[0].rhos.map((rho, place) => [rho, place]).sort((a, b) => a[0] - b[0]).map((pair) => pair[1]);
-const chosen = () => ({ run: report.runs[get("run").value], place: order[get("rho").value] });
+const places = (run) => run.rhos.map((rho, place) => [rho, place]).sort((a, b) => a[0] - b[0]).map((pair) => pair[1]);
+const chosen = () => {
+  const run = report.runs[get("run").value];
+  return { run, place: places(run)[get("rho").value], block: +get("block").value };
+};
+
+// A run has its own operating points, and blocks to look into where patches leave on the way.
+function setSliders() {
+  const run = report.runs[get("run").value];
+  const last = run.rhos.length - 1;
+  get("rho").max = last;
+  get("rho").value = last;
+  get("rho-label").hidden = last === 0;
+  get("block").max = run.blocks;
+  get("block").value = run.blocks;
+  get("block-label").hidden = !run.pictures.some((picture) => picture.views.some((view) => view.depths));
+}
 
 function buildGallery() {
   const { run } = chosen();
@@ -94,16 +112,17 @@ function buildGallery() {
 }
 
 function showRho() {
-  const { run, place } = chosen();
+  const { run, place, block } = chosen();
   const [height, width] = run.grid;
   const patches = height * width;
   const rho = run.rhos[place];
   [...get("gallery").children].forEach((card, number) => {
     const view = run.pictures[number].views[place];
     const kept = new Set(view.kept);
+    const seen = (patch) => (view.depths ? view.depths[patch] >= block : kept.has(patch));
     let path = "";
     for (let patch = 0; patch < patches; patch++)
-      if (!kept.has(patch)) path += `M${patch % width} ${Math.floor(patch / width)}h1v1h-1z`;
+      if (!seen(patch)) path += `M${patch % width} ${Math.floor(patch / width)}h1v1h-1z`;
     card.querySelector("path").setAttribute("d", path);
     const [prediction, chance] = view.top[0];
     const right = prediction === run.pictures[number].label;
@@ -114,7 +133,8 @@ function showRho() {
     Object.assign(card.dataset, { kept: view.kept.length, prediction, probability: chance });
   });
   get("state").textContent =
-    `ρ ${+rho.toPrecision(3)}: ${run.kept[place]} of ${patches} patches, ${run.tokens[place]} tokens`;
+    `${rhoLabel(rho)}: ${run.kept[place]} of ${patches} patches, ${run.tokens[place]} tokens` +
+    (get("block-label").hidden || block === run.blocks ? "" : `; shown: what block ${block} of ${run.blocks} sees`);
   drawMap(run, place);
 }
 
@@ -123,7 +143,7 @@ function drawMap(run, place) {
   const shares = run.frequencies[place];
   const z = Array.from({ length: height }, (_, row) => shares.slice(row * width, (row + 1) * width));
   const low = Math.min(...shares), high = Math.max(...shares);
-  get("map-title").textContent = `ρ ${+run.rhos[place].toPrecision(3)}: kept in ` +
+  get("map-title").textContent = `${rhoLabel(run.rhos[place])}: kept in ` +
     `${percent(low)} to ${percent(high)} of all images`;
   draw("map", [{
     type: "heatmap", z, zmin: low === high ? 0 : low, zmax: high, colorscale: "Cividis", xgap: 1, ygap: 1,
@@ -160,11 +180,11 @@ function drawAll() {
 
 get("run").append(...report.runs.map((run, number) => element("option", { value: number, textContent: run.name })));
 get("run-label").hidden = report.runs.length < 2;
-get("rho").max = order.length - 1;
-get("rho").value = order.length - 1;
+setSliders();
 get("training").hidden = !trained;
 get("rho").addEventListener("input", showRho);
-get("run").addEventListener("change", () => { buildGallery(); showRho(); });
+get("block").addEventListener("input", showRho);
+get("run").addEventListener("change", () => { setSliders(); buildGallery(); showRho(); });
 document.querySelectorAll("input[name=axis]").forEach((radio) => radio.addEventListener("change", drawTraining));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 fillTable();

@@ -1,4 +1,4 @@
-"""Accuracy over a whole split, and what a prediction costs: time, with the loader and without, and memory."""
+"""What a prediction costs in time, with the loader and without, and in memory."""
 
 from __future__ import annotations
 
@@ -9,87 +9,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.base import Batch, DataError, Loader
-from pss.runtime.processes import World
+from pipelines.base import Batch, Loader
 
-Predict = Callable[[Tensor, float], Tensor]
 Prepare = Callable[[Batch, int], Tensor]
-Observe = Callable[[Batch, Tensor, list[Tensor]], None]
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1 and top-5 in percent, mean cross entropy, and how many images they are over."""
-
-    top1: float
-    top5: float
-    loss: float
-    num_images: int
-
-
-def accuracy(
-    predict: Predict,
-    loader: Loader,
-    prepare: Prepare,
-    world: World,
-    *,
-    rhos: Sequence[float],
-    autocast: AbstractContextManager[Any],
-    observe: Observe | None = None,
-    in_step: bool = False,
-) -> list[Accuracy]:
-    """Accuracy at each rho, over every image of the loader's split once, on any number of processes.
-
-    Each batch is decoded once and predicted at all of `rhos`; `observe` is shown the batch, the images as the model
-    takes them, and the logits (B, classes) of every rho. With `in_step` all processes predict equally often, which a
-    model that is sharded among them needs; one without an image left repeats another, so there must be one for each.
-
-    Raises:
-        DataError: the processes together did not see exactly the split's images.
-    """
-    totals = torch.zeros(len(rhos), 3, dtype=torch.float64, device=world.device)  # right, right in five, loss
-    seen = torch.zeros(1, dtype=torch.int64, device=world.device)
-    loader.set_epoch(0)
-    most = -(-loader.num_samples // (loader.batch_size * world.size))  # batches of a process
-    # What a sharded model gathers in inference mode it would keep for training, which cannot use it.
-    with torch.no_grad() if in_step else torch.inference_mode():
-        for batch in loader:
-            images, labels = prepare(batch, 0), batch.labels
-            predicted = []
-            for row, rho in zip(totals, rhos, strict=True):
-                with autocast:
-                    logits = predict(images, rho)
-                logits = logits.float()  # (B, classes)
-                ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-                row[0] += ranked[:, 0].sum()
-                row[1] += ranked.sum()
-                row[2] += F.cross_entropy(logits, labels, reduction="none").double().sum()
-                predicted.append(logits)
-            seen += labels.numel()
-            if observe is not None:
-                observe(batch, images, predicted)
-        for _ in range(most - len(loader) if in_step else 0):
-            for rho in rhos:
-                with autocast:
-                    predict(images[:1], rho)
-    world.sum(totals)
-    world.sum(seen)
-    count = int(seen)
-    if count != loader.num_samples:
-        raise DataError(
-            f"evaluation saw {count} images of a split of {loader.num_samples}; the loader lost or repeated some"
-        )
-    rows = (totals / count).tolist()
-    return [Accuracy(100 * right, 100 * five, loss, count) for right, five, loss in rows]
 
 
 @dataclass(frozen=True)

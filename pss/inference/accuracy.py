@@ -1,0 +1,113 @@
+"""Accuracy over a whole split, at every operating point, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.base import Batch, DataError, Loader
+from pss.methods import Point
+from pss.runtime.processes import World
+
+Predict = Callable[[Tensor, Point], Any]
+Prepare = Callable[[Batch, int], Tensor]
+Observe = Callable[[Batch, Tensor, list[Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 and top-5 in percent, mean cross entropy, and how many images they are over."""
+
+    top1: float
+    top5: float
+    loss: float
+    num_images: int
+    macs: MacsOfImages | None = None
+    """Where a prediction costs more for some images than for others."""
+
+
+@dataclass(frozen=True)
+class MacsOfImages:
+    """Multiply-accumulates of the images of a split: their mean, and the 5th and the 95th percentile."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, macs: Tensor) -> MacsOfImages:
+        low, high = macs.quantile(macs.new_tensor([0.05, 0.95])).tolist()
+        return cls(float(macs.mean()), low, high)
+
+
+def accuracy(
+    predict: Predict,
+    loader: Loader,
+    prepare: Prepare,
+    world: World,
+    *,
+    points: Sequence[Point],
+    autocast: AbstractContextManager[Any],
+    observe: Observe | None = None,
+    in_step: bool = False,
+    with_cost: bool = False,
+) -> list[Accuracy]:
+    """Accuracy at each operating point, over every image of the loader's split once, on any number of processes.
+
+    Each batch is decoded once and predicted at all of `points`; `observe` is shown the batch, the images as the model
+    takes them, and the logits (B, classes) of every point. `predict` returns logits; `with_cost` also what each image
+    cost, (B,). With `in_step` all processes predict equally often, which a
+    model that is sharded among them needs; one without an image left repeats another, so there must be one for each.
+
+    Raises:
+        DataError: the processes together did not see exactly the split's images.
+    """
+    totals = torch.zeros(len(points), 3, dtype=torch.float64, device=world.device)  # right, right in five, loss
+    costs = torch.zeros(len(points), loader.num_samples if with_cost else 0, dtype=torch.float64)
+    seen = torch.zeros(1, dtype=torch.int64, device=world.device)
+    loader.set_epoch(0)
+    most = -(-loader.num_samples // (loader.batch_size * world.size))  # batches of a process
+    # What a sharded model gathers in inference mode it would keep for training, which cannot use it.
+    with torch.no_grad() if in_step else torch.inference_mode():
+        for batch in loader:
+            images, labels = prepare(batch, 0), batch.labels
+            predicted = []
+            for number, (row, point) in enumerate(zip(totals, points, strict=True)):
+                with autocast:
+                    answer = predict(images, point)
+                logits, macs = answer if with_cost else (answer, None)
+                if macs is not None:
+                    costs[number, batch.index] = macs.double().cpu()
+                logits = logits.float()  # (B, classes)
+                ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+                row[0] += ranked[:, 0].sum()
+                row[1] += ranked.sum()
+                row[2] += F.cross_entropy(logits, labels, reduction="none").double().sum()
+                predicted.append(logits)
+            seen += labels.numel()
+            if observe is not None:
+                observe(batch, images, predicted)
+        for _ in range(most - len(loader) if in_step else 0):
+            for point in points:
+                with autocast:
+                    predict(images[:1], point)
+    world.sum(totals)
+    world.sum(seen)
+    count = int(seen)
+    if count != loader.num_samples:
+        raise DataError(
+            f"evaluation saw {count} images of a split of {loader.num_samples}; the loader lost or repeated some"
+        )
+    rows = (totals / count).tolist()
+    every = world.sum(costs.to(world.device)).cpu() if with_cost else costs
+    macs_of = [MacsOfImages.of(some) if with_cost else None for some in every]
+    return [
+        Accuracy(100 * right, 100 * five, loss, count, macs)
+        for (right, five, loss), macs in zip(rows, macs_of, strict=True)
+    ]

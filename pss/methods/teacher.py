@@ -1,0 +1,91 @@
+"""A frozen model that training asks, and does not train."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pss.config import Config
+from pss.models.create import create_model
+from pss.models.flops import macs
+from pss.models.vit import VisionTransformer
+from pss.models.weights import start_from
+
+_TIMM = "timm:"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a teacher says of a batch."""
+
+    logits: Tensor  # (B, classes)
+    tokens: Tensor  # (B, N, D), after the last norm, prefix first
+
+
+class Teacher:
+    """Weights that are outside the method's parameters: in no checkpoint, no average, no wrapper of several processes.
+
+    It is always in evaluation mode and records no gradient; copies of a method share it.
+    """
+
+    def __init__(self, source: str, config: Config, num_classes: int) -> None:
+        """Nothing is read yet but the shape of a run's model.
+
+        Args:
+            source: `timm:NAME` with its pretrained weights, the folder of a run, or a weights file of a model with the
+                same settings as the one that is trained.
+            config: Of the run that asks.
+            num_classes: That the logits are to be of.
+
+        Raises:
+            ValueError: a folder that holds no run.
+        """
+        self.source = source
+        settings: dict[str, Any] = {"num_classes": num_classes, "img_size": config.data.img_size}
+        model = config.model
+        if source.startswith(_TIMM):
+            self._settings = settings | {"name": source.removeprefix(_TIMM)}
+        else:
+            if Path(source).is_dir():
+                model = Config.from_json(Path(source) / "config.json").model
+            self._settings = settings | model.overrides() | {"name": model.name, "drop_path_rate": 0.0}
+        self.model: VisionTransformer | None = None
+        self.digest: str | None = None
+        """SHA-256 of its weights, once they are loaded."""
+
+    def __deepcopy__(self, memo: Any) -> Teacher:
+        return self
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of its forward pass, for one image."""
+        with torch.device("meta"):
+            return macs(create_model(**self._settings))
+
+    def load(self, device: torch.device) -> None:
+        """Read its weights.
+
+        Raises:
+            ValueError: they are not there, or do not fit.
+        """
+        with torch.random.fork_rng(devices=[]):  # whether there is a teacher decides nothing about the student
+            model = create_model(**self._settings)
+        start_from(model, self.source)
+        content = hashlib.sha256()
+        for name, value in sorted(model.state_dict().items()):
+            content.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        self.digest = content.hexdigest()
+        self.model = model.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Answer:
+        """Logits and final tokens of the images (B, 3, S, S) that the student sees, of lower resolution too."""
+        assert self.model is not None, "a teacher is loaded before training begins"
+        tokens = self.model.trunk(*self.model.see(images, 1.0, low_resolution=True))
+        return Answer(self.model.readout(tokens), tokens)

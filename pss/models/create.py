@@ -1,0 +1,161 @@
+"""Models by name: timm's plain Vision Transformers, presets, and backbones of one's own."""
+
+import difflib
+import math
+from typing import Any, Literal, get_args
+
+import timm
+import torch
+from timm.layers import Attention as TimmAttention
+from timm.layers import PatchEmbed, trunc_normal_
+from timm.models import list_models
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import nn
+
+from pss.attention.attend import RelPos
+from pss.models.sampling import Sort, TokenCounts
+from pss.models.vit import QkvBias, VisionTransformer
+from pss.plugins import is_plugin, load
+
+Init = Literal["timm", "published"]
+
+_POOLING = ("token", "avg", "max", "avgmax")
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # ViT-B as SimMIM fine-tunes it: positions are known through the bias alone.
+    "simmim_base_patch16": {
+        "name": "vit_base_patch16_224",
+        "rel_pos": "bias",
+        "qkv_bias": "qv",
+        "init": "published",
+        "pos_embed": "none",
+        "global_pool": "avg",
+        "init_values": 0.1,
+    },
+}
+
+# Options of timm's model that would drop patches, or change the grid, behind the back of the sampling.
+_REFUSED_OVERRIDES = ("patch_drop_rate", "dynamic_img_size", "dynamic_img_pad")
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    img_size: int | tuple[int, int] = 224,
+    rel_pos: RelPos | None = None,
+    sort: Sort = "magnitude",
+    token_counts: TokenCounts = "published",
+    qkv_bias: QkvBias | None = None,
+    init: Init | None = None,
+    **overrides: Any,
+) -> VisionTransformer:
+    """Build a Vision Transformer by name.
+
+    Args:
+        name: A plain ViT of timm (`deit_small_patch16_224`, `vit_base_patch16_224`, distilled ones too); a preset,
+            `simmim_base_patch16`, the ViT-B that SimMIM fine-tunes; or a backbone of your own,
+            `package.module:function`, which is called with the other arguments and returns a `VisionTransformer`.
+        num_classes: Width of the classifier; 0 for none, so that features come out.
+        img_size: Height and width of the images in pixels, or one number for both; multiples of the patch size.
+        rel_pos: How attention learns of relative positions. `bias`: a bias table in every block, as BEiT and the PSS
+            runs; `separable`: a bias that is the sum of one for rows and one for columns; `rope`: axial rotary
+            embedding; `none`: not at all. None is the preset's choice, or `none`.
+        sort: Which patches `forward` keeps unless told otherwise (see `pss.models.sampling.select`).
+        token_counts: What a share of the tokens is rounded to: whole tokens as `published`, or multiples of 8
+            (`aligned`), which a GPU computes faster (see `pss.models.sampling.num_kept_tokens`).
+        qkv_bias: `full` leaves timm's bias on queries, keys and values; `qv` has none on the keys, as BEiT.
+        init: `timm`, or `published` for the initialisation of the PSS runs: truncated normal 0.02, the
+            outputs of block l divided by sqrt(2l), a classifier near zero.
+        overrides: Passed on to `timm.create_model` (patch_size, embed_dim, depth, num_heads, drop_path_rate, ...).
+
+    Raises:
+        ValueError: unknown name, a model that is not a plain ViT, or settings that do not go together.
+    """
+    if is_plugin(name):
+        explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
+        given = overrides | {key: value for key, value in explicit.items() if value is not None}
+        return _create_own(name, num_classes, img_size, sort=sort, token_counts=token_counts, **given)
+    preset = _PRESETS.get(name, {})
+    settings = {"rel_pos": "none", "qkv_bias": "full", "init": "timm", "name": name, **preset, **overrides}
+    explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
+    for key in ("rel_pos", "qkv_bias"):
+        if key in preset and explicit[key] not in (None, preset[key]):
+            raise ValueError(f"{name} has {key}={preset[key]!r}, got {explicit[key]!r}; leave {key} out")
+    settings |= {key: value for key, value in explicit.items() if value is not None}
+    for key, choices in (("rel_pos", RelPos), ("qkv_bias", QkvBias), ("init", Init)):
+        if settings[key] not in get_args(choices):
+            raise ValueError(f"{key} must be one of {', '.join(get_args(choices))}, got {settings[key]!r}")
+    timm_name, rel_pos, qkv_bias, init = (settings.pop(key) for key in ("name", "rel_pos", "qkv_bias", "init"))
+    if qkv_bias == "qv":
+        settings["qkv_bias"] = True
+
+    plain = create_plain(timm_name, num_classes=num_classes, img_size=img_size, **settings)
+    if init == "published":
+        _init_published(plain)
+    return VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
+
+
+def _create_own(name: str, num_classes: int, img_size: int | tuple[int, int], **settings: Any) -> VisionTransformer:
+    try:
+        made = load(name)(num_classes=num_classes, img_size=img_size, **settings)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take these settings: {error}") from error
+    if not isinstance(made, VisionTransformer):
+        raise ValueError(f"{name} made a {type(made).__name__}; a backbone is a pss.models.vit.VisionTransformer")
+    return made
+
+
+def create_plain(name: str, **settings: Any) -> Any:
+    """timm's model of that name, once it is known to be a plain ViT whose grid fits the image.
+
+    Raises:
+        ValueError: unknown name, a model that is not a plain ViT, or settings that it cannot be built with.
+    """
+    known = [*_PRESETS, *list_models(module="vision_transformer"), *list_models(module="deit")]
+    if name.split(".")[0] not in known:
+        nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]
+        raise ValueError(f"no plain Vision Transformer is called {name!r}; did you mean {', '.join(nearest)}?")
+    if refused := [key for key in _REFUSED_OVERRIDES if key in settings]:
+        raise ValueError(f"{', '.join(refused)} cannot be combined with patch sampling; pass rho to forward instead")
+    try:
+        plain = timm.create_model(name, **settings)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm cannot build {name} with these settings: {error}") from error
+    plain_parts = (
+        type(plain) in (TimmVisionTransformer, VisionTransformerDistilled)
+        and type(plain.patch_embed) is PatchEmbed
+        and all(type(block) is TimmBlock and type(block.attn) is TimmAttention for block in plain.blocks)
+        and plain.global_pool in _POOLING
+    )
+    if not plain_parts:
+        raise ValueError(
+            f"{name} is not a plain Vision Transformer (patch embedding, pre-norm blocks with ordinary attention, "
+            f"{', '.join(_POOLING)} pooling); choose one that is, such as deit_small_patch16_224"
+        )
+    if any(size % patch for size, patch in zip(plain.patch_embed.img_size, plain.patch_embed.patch_size, strict=True)):
+        raise ValueError(
+            f"img_size {plain.patch_embed.img_size} is not a multiple of the patch size {plain.patch_embed.patch_size}"
+        )
+    return plain
+
+
+def _init_published(plain: Any) -> None:
+    """Initialise a timm ViT as the runs of McDanel & Huynh (2022) were."""
+    for module in plain.modules():
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+        if getattr(plain, name, None) is not None:
+            trunc_normal_(getattr(plain, name), std=0.02)
+    with torch.no_grad():
+        for number, block in enumerate(plain.blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2 * number))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+        for name in ("head", "head_dist"):
+            if isinstance(head := getattr(plain, name, None), nn.Linear):
+                head.weight.mul_(0.001)

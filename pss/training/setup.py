@@ -1,0 +1,120 @@
+"""The parts of a run that its settings and its machine decide, built before the first step."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from types import FrameType
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.augment import Mixing, MixingConfig
+from pss.attention.attend import gets_masks_right
+from pss.config import CompileConfig, Config
+from pss.methods import Method, Progress, Stage
+from pss.models.compiled import CompiledTrunk
+from pss.runtime.processes import World
+
+
+def check_masks(device: torch.device, say: Callable[[str], None]) -> None:
+    """Try, before anything is compiled, whether cuDNN gets attention with a mask right, and say so if it does not.
+
+    `pss.attention.attend` asks for the outcome, which is kept, and gives a mask to other kernels then.
+    """
+    if device.type == "cuda" and not gets_masks_right(SDPBackend.CUDNN_ATTENTION, "cuda"):
+        say("cuDNN fails a self-test of attention with a mask here; where there is a mask, other kernels compute it")
+
+
+def stages_of(method: Method, total_steps: int) -> Counter[tuple[Stage, int]]:
+    """How many steps of a run each stage has, at each size of its images, in the order in which they come up."""
+    return Counter(
+        (method.stage(at), method.config.data.train_size(at.epoch)) for at in positions_of(method, total_steps)
+    )
+
+
+def positions_of(method: Method, total_steps: int) -> Iterator[Progress]:
+    """All positions of a run, as the main process sees them."""
+    train, per_epoch = method.config.train, method.steps_per_epoch
+    total = train.epochs * per_epoch
+    for step in range(total_steps):
+        yield Progress(step, total, step // per_epoch, train.epochs, train.seed, 0)
+
+
+def compile_levels(method: Method, settings: CompileConfig, device: torch.device, total_steps: int) -> bool:
+    """Have the method's model compile its blocks for every token count of the run; says whether it will.
+
+    Raises:
+        ValueError: training and validation together have more token counts than `settings` allow.
+    """
+    usual = device.type == "cuda" and find_spec("triton") is not None
+    if settings.mode == "off" or (settings.mode == "auto" and not usual):
+        return False
+    if not method.compiles:
+        if settings.mode == "on":
+            raise ValueError(
+                f"compile.mode is on, and method {method.name} has no trunk of constant shapes; set compile.mode=auto"
+            )
+        return False
+    if settings.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"compile.cuda_graphs needs a GPU and this run is on the {device.type}; leave it false")
+    model, full_size = method.model, method.config.data.img_size
+    graphs = set()
+    for stage, size in stages_of(method, total_steps):
+        (count,) = set(method.training_tokens(stage, size))
+        # All patches of small images lie at the same places, others at each image's own; see `CompiledTrunk`.
+        graphs.add((count, count == model.num_kept_tokens(1.0, size) and size < full_size))
+    counts = sorted(count for count, _ in graphs)
+    if len(counts) + 1 > settings.max_graphs:
+        raise ValueError(
+            f"this run trains at {len(counts)} token counts ({', '.join(map(str, counts))}) and validates at one, and "
+            f"compile.max_graphs is {settings.max_graphs}; raise it to {len(counts) + 1}, or set compile.mode=off"
+        )
+    model.compiled_trunk = CompiledTrunk(
+        max_graphs=settings.max_graphs, backend=settings.backend, cuda_graphs=settings.cuda_graphs
+    )
+    return True
+
+
+def wrap(method: Method, world: World) -> nn.Module:
+    """The method as the loop calls it: in DDP where there are several processes."""
+    if world.size == 1:
+        return method
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(method, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def build_mixing(config: Config, num_classes: int, rank: int) -> Mixing | None:
+    """Mixup and CutMix as configured, or None where both are off."""
+    loss = config.loss
+    if not loss.mixup and not loss.cutmix:
+        return None
+    mixing = MixingConfig(
+        mixup_alpha=loss.mixup,
+        cutmix_alpha=loss.cutmix,
+        switch_probability=loss.mix_switch_prob,
+        mode=loss.mix_mode,
+    )
+    return Mixing(mixing, num_classes, seed=config.train.seed, rank=rank, label_smoothing=loss.label_smoothing)
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying; a second SIGINT dies as usual."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
