@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.base import Backend, Batch, DataConfig, DataError, Loader
+from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View
 from pipelines.storage.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, read_manifest
 from pipelines.storage.source import class_names, find_split_folder, open_source
 
-__all__ = ["Backend", "Batch", "DataConfig", "DataError", "DataSet", "Loader", "build", "open_dataset"]
+__all__ = ["Backend", "Batch", "DataConfig", "DataError", "DataSet", "Loader", "View", "build", "open_dataset"]
 
 
 def build(

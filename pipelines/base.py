@@ -165,6 +165,27 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class View:
+    """What each row of a batch shows of its stored image: a window, perhaps mirrored.
+
+    The window is in the frame of the stored image, which is not mirrored: pixel (i, j) of the S x S that are shown lies
+    in it at top + height (i + 1/2) / S and left + width (j + 1/2) / S, mirrored at left + width - width (j + 1/2) / S.
+
+    A view is of the images it comes with. A loader's images are yet to be flipped, so in its view nothing is; it lies
+    on the host. The view that `DeviceTransform.with_view` returns is of the images returned with it, on their device.
+    What RandAugment rotates, shears or shifts after the flip is not part of a view.
+    """
+
+    crop: Tensor
+    """float32 (B, 4): top, left, height, width of the window, as shares (0-1) of the height and width of the image as
+    it is stored, EXIF orientation ignored. In float32, top + height and left + width are at most 1. It is the planned
+    window, the same for every back end: FFCV rounds it outwards to whole pixels of its smaller copy. In evaluation,
+    what the centre crop leaves of the resized image."""
+    flipped: Tensor
+    """bool (B,): whether the window is shown mirrored left to right."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step's images on one rank. The tensors belong to the receiver: no loader overwrites them later."""
 
@@ -172,6 +193,7 @@ class Batch:
     labels: Tensor  # int64 (B,)
     index: Tensor  # int64 (B,), the sample's position in the split; on the host, where random numbers are drawn
     copy: Tensor | None = None  # int64 (B,), on the host: which of the sample's copies; None where each comes once
+    view: View | None = None  # of `images`; every loader gives it, a batch made by hand may go without
 
     @property
     def draw_keys(self) -> Tensor:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.base import Batch, DataConfig, DataError
+from pipelines.base import Batch, DataConfig, DataError, View
+from pipelines.loaders.geometry import Int64, as_shares, crop_boxes
 from pipelines.loaders.order import (
     ORDER_VERSION,
     copy_numbers,
@@ -117,13 +118,13 @@ class PlannedLoader(ABC):
         self._iteration += 1
         steps = self._steps(self.epoch)
         self._delivered = self._hash(steps[: self.start_step])
-        return self._supervised(self._iteration, self._batches(self.epoch, steps[self.start_step :]))
+        return self._supervised(self._iteration, self.epoch, self._batches(self.epoch, steps[self.start_step :]))
 
-    def _supervised(self, iteration: int, batches: Generator[Decoded]) -> Iterator[Batch]:
+    def _supervised(self, iteration: int, epoch: int, batches: Generator[Decoded]) -> Iterator[Batch]:
         """A failure is final: what a library delivers after one cannot be trusted."""
         try:
             for images, keys in batches:
-                batch = self._batch(images, keys)
+                batch = self._batch(images, epoch, keys)
                 self._delivered = (self._delivered + keys_hash(keys)) & 0xFFFFFFFF
                 yield batch
                 if iteration != self._iteration:
@@ -169,15 +170,25 @@ class PlannedLoader(ABC):
         """Of the images of `epoch`, in pixels."""
         return self.config.train_size(epoch) if self.train else self.config.img_size
 
-    def _batch(self, images: torch.Tensor, keys: NDArray[np.int64]) -> Batch:
-        """Put labels and sample numbers beside `images`, which go to the loader's device with the labels."""
+    def _crop_boxes(self, epoch: int, keys: Int64) -> tuple[Int64, Int64]:
+        """What is planned to be cut for the rows `keys`; see `geometry.crop_boxes`."""
+        heights, widths = self.table.sizes(sample_numbers(keys))
+        return crop_boxes(heights, widths, keys, seed=self.seed, epoch=epoch, config=self.config, train=self.train)
+
+    def _batch(self, images: torch.Tensor, epoch: int, keys: Int64) -> Batch:
+        """Put beside `images` what the plan knows of them. They go to the loader's device, with the labels.
+
+        Windows are planned anew, 2 us an image, and not handed over by the back ends: so they cannot differ.
+        """
         index = sample_numbers(keys)
+        crop = torch.from_numpy(as_shares(*self._crop_boxes(epoch, keys)))
         copies = self.train and self.config.repeats * self.config.decode_once > 1
         return Batch(
             images.to(self.device, non_blocking=True),
             torch.from_numpy(self.table.labels[index]).to(self.device),
             torch.from_numpy(index),
             torch.from_numpy(copy_numbers(keys)) if copies else None,
+            View(crop, torch.zeros(len(keys), dtype=torch.bool)),
         )
 
     def state_dict(self) -> dict[str, Any]:
