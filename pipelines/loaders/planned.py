@@ -11,6 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from pipelines.loaders.order import (
     train_batches,
     train_steps,
 )
+from pipelines.storage.maps import LabelMaps
 from pipelines.storage.source import Table
 
 _log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class PlannedLoader(ABC):
         world_size: int = 1,
         device: str | torch.device = "cpu",
         num_workers: int | None = None,
+        label_maps: str | Path | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
@@ -71,6 +74,7 @@ class PlannedLoader(ABC):
         self.num_classes = len(table.classes)
         self.num_samples = table.num_samples
         self.batch_size = batch_size
+        self.label_maps = None if label_maps is None else LabelMaps(label_maps, self.num_samples)
         if train and batch_size % config.decode_once:
             raise ValueError(
                 f"data.decode_once is {config.decode_once} and the batch size {batch_size}; "
@@ -176,12 +180,16 @@ class PlannedLoader(ABC):
         return crop_boxes(heights, widths, keys, seed=self.seed, epoch=epoch, config=self.config, train=self.train)
 
     def _batch(self, images: torch.Tensor, epoch: int, keys: Int64) -> Batch:
-        """Put beside `images` what the plan knows of them. They go to the loader's device, with the labels.
+        """Put beside `images` what the plan knows of them. They go to the loader's device, with labels and label maps.
 
         Windows are planned anew, 2 us an image, and not handed over by the back ends: so they cannot differ.
         """
         index = sample_numbers(keys)
         crop = torch.from_numpy(as_shares(*self._crop_boxes(epoch, keys)))
+        maps = None
+        if self.label_maps is not None:
+            maps = self.label_maps.rows(index, pin_memory=self.device.type == "cuda")
+            maps = maps.to(self.device, non_blocking=True)
         copies = self.train and self.config.repeats * self.config.decode_once > 1
         return Batch(
             images.to(self.device, non_blocking=True),
@@ -189,11 +197,13 @@ class PlannedLoader(ABC):
             torch.from_numpy(index),
             torch.from_numpy(copy_numbers(keys)) if copies else None,
             View(crop, torch.zeros(len(keys), dtype=torch.bool)),
+            maps,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which data is delivered. Resuming with another number of ranks is possible while the global
         batch stays the same."""
+        maps = {} if self.label_maps is None else {"label_maps": self.label_maps.fingerprint}
         return {
             "backend": self.backend,
             "libraries": self.library_versions(),
@@ -204,6 +214,7 @@ class PlannedLoader(ABC):
             "global_batch": self.batch_size * self.world_size,
             "seed": self.seed,
             "config": json.dumps(self._deciding_settings(), sort_keys=True),
+            **maps,
         }
 
     def _deciding_settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a batch says of its windows and flips, held against pixels that encode where they come from."""
+"""What a batch says of its windows, flips and label maps, held against pixels that encode where they come from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from test_loaders import BACKENDS, PROGRESSIVE, same
 from torch import Tensor
 
-from pipelines import Batch, DataConfig, Loader, View, build
+from pipelines import Batch, DataConfig, DataError, Loader, View, build
 from pipelines.augment.device import DeviceTransform
 from pipelines.loaders.prefetch import Prefetcher
 
@@ -67,6 +67,14 @@ def make(root: Path) -> Iterator[Make]:
     yield build_one
     for loader in made:
         loader.close()
+
+
+@pytest.fixture
+def maps(tmp_path: Path) -> Path:
+    """Of the training split; each holds its sample's number."""
+    array = np.broadcast_to(np.arange(NUM_TRAIN, dtype=np.int16)[:, None, None], (NUM_TRAIN, 2, 3))
+    np.save(tmp_path / "maps.npy", array)
+    return tmp_path / "maps.npy"
 
 
 def epoch_of(loader: Loader, epoch: int, start_step: int = 0) -> list[Batch]:
@@ -205,18 +213,62 @@ def test_a_view_cannot_be_changed(make: Make) -> None:
         view.crop = torch.zeros(6, 4)  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("options", [{}, {"repeats": 3}, {"decode_once": 3}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_label_maps_follow_their_samples(
+    backend: str, options: dict[str, Any], ahead: bool, maps: Path, make: Make
+) -> None:
+    loader = make(backend, ahead=ahead, config=replace(CONFIG, **options), label_maps=maps)
+    plain = make(backend, config=replace(CONFIG, **options))
+    for batch, without in zip(epoch_of(loader, 2), epoch_of(plain, 2), strict=True):
+        assert batch.maps is not None
+        assert (batch.maps.dtype, batch.maps.shape) == (torch.int16, (6, 2, 3))
+        assert torch.equal(batch.maps, batch.index.to(torch.int16).view(-1, 1, 1).expand(6, 2, 3))
+        assert without.maps is None
+        assert same([batch], [without])
+
+
+def test_label_maps_of_evaluation_are_in_the_order_of_the_split(tmp_path: Path, make: Make) -> None:
+    np.save(tmp_path / "maps.npy", np.arange(NUM_VAL))
+    for rank in range(2):
+        batches = list(make("torch", "val", rank=rank, world_size=2, label_maps=str(tmp_path / "maps.npy")))
+        rows = torch.cat([batch.maps for batch in batches if batch.maps is not None])
+        assert rows.tolist() == list(range(rank, NUM_VAL, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_label_maps_of_another_split_are_refused(backend: str, maps: Path, make: Make) -> None:
+    with pytest.raises(DataError, match=f"holds {NUM_TRAIN} label maps for a split of {NUM_VAL} samples"):
+        make(backend, "val", label_maps=maps)
+
+
+def test_a_resumed_run_has_the_label_maps_it_was_started_with(maps: Path, tmp_path: Path, make: Make) -> None:
+    started = make("torch", label_maps=maps).state_dict()
+    make("torch", label_maps=maps).load_state_dict(started)
+    np.save(tmp_path / "others.npy", np.load(maps)[::-1])
+    for other in (make("torch"), make("torch", label_maps=tmp_path / "others.npy")):
+        with pytest.raises(DataError, match="label_maps was"):
+            other.load_state_dict(started)
+    assert "label_maps" not in make("torch").state_dict()  # as runs have it that know of no maps
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_on_a_gpu_the_complete_view_is_there(backend: str, ahead: bool, make: Make) -> None:
-    reference = epoch_of(make("torch"), 1)
-    loader = make(backend, device="cuda")
+def test_on_a_gpu_maps_and_the_complete_view_are_there(backend: str, ahead: bool, maps: Path, make: Make) -> None:
+    reference = epoch_of(make("torch", label_maps=maps), 1)
+    loader = make(backend, label_maps=maps, device="cuda")
     loader = Prefetcher(loader, 1 << 20, "cuda") if ahead else loader
     transform = DeviceTransform(CONFIG, seed=9, train=True)
     for batch, expected in zip(epoch_of(loader, 1), reference, strict=True):
         assert batch.view is not None
+        assert batch.maps is not None
+        assert expected.maps is not None
+        assert batch.maps.is_cuda
         assert not batch.view.crop.is_cuda
+        assert torch.equal(batch.maps.cpu(), expected.maps)
         values, view = transform.with_view(batch, 1)
         on_host = transform.with_view(expected, 1)[1]
         assert values.device == view.crop.device == view.flipped.device == batch.images.device
