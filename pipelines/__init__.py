@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.base import Backend, Batch, DataConfig, DataError, Loader
+from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View
 from pipelines.storage.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, read_manifest
 from pipelines.storage.source import class_names, find_split_folder, open_source
 
-__all__ = ["Backend", "Batch", "DataConfig", "DataError", "DataSet", "Loader", "build", "open_dataset"]
+__all__ = ["Backend", "Batch", "DataConfig", "DataError", "DataSet", "Loader", "View", "build", "open_dataset"]
 
 
 def build(
@@ -32,6 +32,7 @@ def build(
     device: str = "cpu",
     num_workers: int | None = None,
     check_bytes: bool = True,
+    label_maps: str | Path | None = None,
 ) -> Loader:
     """A loader over one split of the data set at `root`.
 
@@ -40,8 +41,9 @@ def build(
     `loader="auto"` takes DALI if it is installed and the split holds original bytes, else torch; FFCV only for a
     split that exists in no other form. `check_bytes`: in a converted set, compare each image with its checksum when
     this process first reads it (about 1 ns a byte, once). Plain folders have no checksums: there, damage is found where
-    the decoder finds it; a JPEG whose pixel data decodes to other colours passes. Raises `DataError` for data or a back
-    end that cannot be used.
+    the decoder finds it; a JPEG whose pixel data decodes to other colours passes. `label_maps`: a .npy file with a row
+    for each sample of the split, in its order, of which `Batch.maps` gets the batch's. Raises `DataError` for data or a
+    back end that cannot be used.
     """
     root = Path(root)
     settings: dict[str, Any] = {
@@ -53,6 +55,7 @@ def build(
         "world_size": world_size,
         "device": device,
         "num_workers": num_workers,
+        "label_maps": label_maps,
     }
     backend = choose_backend(root, split) if loader == "auto" else loader
     if backend == "ffcv":

@@ -172,6 +172,8 @@ class Batch:
     labels: Tensor  # int64 (B,)
     index: Tensor  # int64 (B,), the sample's position in the split; on the host, where random numbers are drawn
     copy: Tensor | None = None  # int64 (B,), on the host: which of the sample's copies; None where each comes once
+    view: View | None = None  # of `images`; every loader gives it, a batch made by hand may go without
+    maps: Tensor | None = None  # (B, ...), the samples' label maps, beside the labels; None where there are none
 
     @property
     def draw_keys(self) -> Tensor:

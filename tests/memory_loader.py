@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.base import Batch, DataError
+from pipelines.base import Batch, DataError, View
 
 
 class MemoryLoader:
@@ -26,8 +26,10 @@ class MemoryLoader:
         train: bool = True,
         on_batch: Callable[[int], None] | None = None,
         size: Callable[[int], int] | None = None,
+        maps: np.ndarray | None = None,
     ) -> None:
-        """`size`: side of the images of an epoch, a divisor of `img_size`; all of it by default."""
+        """`size`: side of the images of an epoch, a divisor of `img_size`; all of it by default. `maps`: label maps,
+        one a sample. Images are shown whole."""
         generator = np.random.default_rng(0)
         self.num_samples, self.num_classes, self.batch_size, self.train = num_samples, num_classes, batch_size, train
         self.labels = np.arange(num_samples) % num_classes
@@ -37,7 +39,7 @@ class MemoryLoader:
         whole, rest = divmod(num_samples, batch_size)
         self.steps_per_epoch = whole if train or not rest else whole + 1
         self.on_batch, self.size = on_batch, size or (lambda epoch: img_size)
-        self.epoch, self.start = 0, 0
+        self.epoch, self.start, self.maps = 0, 0, maps
 
     def planned_hash(self, epoch: int) -> int:
         return epoch
@@ -62,7 +64,12 @@ class MemoryLoader:
                 self.on_batch(self.epoch * self.steps_per_epoch + step)
             every = self.images.shape[-1] // self.size(self.epoch)
             images = np.ascontiguousarray(self.images[index][:, :, ::every, ::every])
-            yield Batch(*map(torch.from_numpy, (images, self.labels[index], index)))
+            whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(index), 1)
+            yield Batch(
+                *map(torch.from_numpy, (images, self.labels[index], index)),
+                view=View(whole, torch.zeros(len(index), dtype=torch.bool)),
+                maps=None if self.maps is None else torch.from_numpy(self.maps[index]),
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_samples": self.num_samples}

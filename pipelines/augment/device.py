@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import crng
 from pipelines.augment import RandAugment, RandAugmentSpec, RandomErasing, ThreeAugment
 from pipelines.augment.transfer import host_index, to_device
-from pipelines.base import Batch, DataConfig
+from pipelines.base import Batch, DataConfig, View
 
 
 class DeviceTransform:
     """Flip and RandAugment or 3-Augment (training), scale to 0-1 and normalise, random erasing (training).
 
     Called as `transform(batch, epoch)`; returns float32 (B, 3, S, S) on the device of `batch.images`. All of it is a
-    pure function of the pixels and of (seed, epoch, sample number and copy), like the crops.
+    pure function of the pixels and of (seed, epoch, sample number and copy), like the crops. `with_view` also says what
+    part of the stored images the result shows.
     """
 
     def __init__(self, config: DataConfig, *, seed: int, train: bool) -> None:
@@ -34,11 +37,33 @@ class DeviceTransform:
         self._shift = -(torch.tensor(config.mean) / torch.tensor(config.std)).view(3, 1, 1)
 
     def __call__(self, batch: Batch, epoch: int) -> Tensor:
+        return self._prepare(batch, epoch, self._flips(batch, epoch))
+
+    def with_view(self, batch: Batch, epoch: int) -> tuple[Tensor, View]:
+        """What a call returns, and the view of it, on its device; `ValueError` for a batch without a view.
+
+        The window and the flip are known. What RandAugment then rotates, shears or shifts is not in the view.
+        """
+        if batch.view is None:
+            raise ValueError("the batch has no view; take it from a loader, or give it the View of its images")
+        flips, device = self._flips(batch, epoch), batch.images.device
+        flipped = batch.view.flipped.numpy()  # (B,), what the loader has mirrored
+        view = View(
+            to_device(batch.view.crop.numpy(), device), to_device(flipped if flips is None else flipped ^ flips, device)
+        )
+        return self._prepare(batch, epoch, flips), view
+
+    def _flips(self, batch: Batch, epoch: int) -> NDArray[np.bool_] | None:
+        """Which images to flip, (B,), on the host; None where none ever is."""
+        if not self.flip:
+            return None
+        keys = host_index(batch.draw_keys)  # (B,)
+        return crng.u01(crng.key(self.seed, epoch, keys, crng.FLIP), 0) < self.flip
+
+    def _prepare(self, batch: Batch, epoch: int, flips: NDArray[np.bool_] | None) -> Tensor:
         images = batch.images  # uint8 (B, 3, S, S)
-        if self.flip:
-            keys = host_index(batch.draw_keys)  # (B,)
-            draws = crng.u01(crng.key(self.seed, epoch, keys, crng.FLIP), 0)
-            flipped = to_device(draws < self.flip, images.device).view(-1, 1, 1, 1)
+        if flips is not None:
+            flipped = to_device(flips, images.device).view(-1, 1, 1, 1)
             images = torch.where(flipped, images.flip(-1), images)
         if self._augment is not None:
             images = self._augment(images, batch.draw_keys, epoch)

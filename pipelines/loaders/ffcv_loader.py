@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.base import DataError
-from pipelines.loaders.geometry import evaluation_resize, random_crops, scale_boxes
+from pipelines.loaders.geometry import scale_boxes
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
 from pipelines.storage.beton import RAW, damaged_frame, stored_path
@@ -234,15 +234,9 @@ class FfcvLoader(PlannedLoader):
         self._unchecked[new] = False
 
     def _crops(self, epoch: int, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        samples = sample_numbers(keys)
-        heights, widths = self.table.sizes(samples)
-        if self.train:
-            sizes = np.stack([heights, widths], axis=1)
-            boxes = random_crops(heights, widths, keys, seed=self.seed, epoch=epoch, config=self.config)
-        else:
-            sizes, corners = evaluation_resize(heights, widths, self.config)
-            boxes = np.concatenate([corners, np.full_like(corners, self.config.img_size)], axis=1)
-        return scale_boxes(boxes, sizes, self._stored[samples])
+        """Boxes in the stored copies; (len(keys), 4)."""
+        boxes, sizes = self._crop_boxes(epoch, keys)
+        return scale_boxes(boxes, sizes, self._stored[sample_numbers(keys)])
 
     def _copy(self, pixels: NDArray[np.uint8], side: int) -> torch.Tensor:
         """Out of the memory that FFCV will use again; uint8 (B, 3, S, S), channels last in memory.

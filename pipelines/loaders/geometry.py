@@ -62,6 +62,23 @@ def evaluation_resize(heights: Int64, widths: Int64, config: DataConfig) -> tupl
     return resized, corners
 
 
+def crop_boxes(
+    heights: Int64, widths: Int64, keys: Int64, *, seed: int, epoch: int, config: DataConfig, train: bool
+) -> tuple[Int64, Int64]:
+    """The box that a batch shows of each image, (B, 4), and the size (height, width) of what it is cut from, (B, 2):
+    the stored image in training, that image resized in evaluation."""
+    if train:
+        boxes = random_crops(heights, widths, keys, seed=seed, epoch=epoch, config=config)
+        return boxes, np.stack([heights, widths], axis=1)
+    sizes, corners = evaluation_resize(heights, widths, config)
+    return np.concatenate([corners, np.full_like(corners, config.img_size)], axis=1), sizes
+
+
+def as_shares(boxes: Int64, sizes: Int64) -> NDArray[np.float32]:
+    """`boxes` as shares of `sizes`, (B, 2) height, width. Far edges stay within 1: a sum that is 1 is so in float32."""
+    return (boxes / np.tile(sizes, 2)).astype(np.float32)
+
+
 def scale_boxes(boxes: Int64, sizes: Int64, stored: Int64) -> Int64:
     """The same regions in copies of the images with other sizes; `sizes` and `stored` are (B, 2) height, width.
 

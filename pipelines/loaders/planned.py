@@ -11,13 +11,15 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.base import Batch, DataConfig, DataError
+from pipelines.base import Batch, DataConfig, DataError, View
+from pipelines.loaders.geometry import Int64, as_shares, crop_boxes
 from pipelines.loaders.order import (
     ORDER_VERSION,
     copy_numbers,
@@ -27,6 +29,7 @@ from pipelines.loaders.order import (
     train_batches,
     train_steps,
 )
+from pipelines.storage.maps import LabelMaps
 from pipelines.storage.source import Table
 
 _log = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ class PlannedLoader(ABC):
         world_size: int = 1,
         device: str | torch.device = "cpu",
         num_workers: int | None = None,
+        label_maps: str | Path | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
@@ -70,6 +74,7 @@ class PlannedLoader(ABC):
         self.num_classes = len(table.classes)
         self.num_samples = table.num_samples
         self.batch_size = batch_size
+        self.label_maps = None if label_maps is None else LabelMaps(label_maps, self.num_samples)
         if train and batch_size % config.decode_once:
             raise ValueError(
                 f"data.decode_once is {config.decode_once} and the batch size {batch_size}; "
@@ -117,13 +122,13 @@ class PlannedLoader(ABC):
         self._iteration += 1
         steps = self._steps(self.epoch)
         self._delivered = self._hash(steps[: self.start_step])
-        return self._supervised(self._iteration, self._batches(self.epoch, steps[self.start_step :]))
+        return self._supervised(self._iteration, self.epoch, self._batches(self.epoch, steps[self.start_step :]))
 
-    def _supervised(self, iteration: int, batches: Generator[Decoded]) -> Iterator[Batch]:
+    def _supervised(self, iteration: int, epoch: int, batches: Generator[Decoded]) -> Iterator[Batch]:
         """A failure is final: what a library delivers after one cannot be trusted."""
         try:
             for images, keys in batches:
-                batch = self._batch(images, keys)
+                batch = self._batch(images, epoch, keys)
                 self._delivered = (self._delivered + keys_hash(keys)) & 0xFFFFFFFF
                 yield batch
                 if iteration != self._iteration:
@@ -169,20 +174,36 @@ class PlannedLoader(ABC):
         """Of the images of `epoch`, in pixels."""
         return self.config.train_size(epoch) if self.train else self.config.img_size
 
-    def _batch(self, images: torch.Tensor, keys: NDArray[np.int64]) -> Batch:
-        """Put labels and sample numbers beside `images`, which go to the loader's device with the labels."""
+    def _crop_boxes(self, epoch: int, keys: Int64) -> tuple[Int64, Int64]:
+        """What is planned to be cut for the rows `keys`; see `geometry.crop_boxes`."""
+        heights, widths = self.table.sizes(sample_numbers(keys))
+        return crop_boxes(heights, widths, keys, seed=self.seed, epoch=epoch, config=self.config, train=self.train)
+
+    def _batch(self, images: torch.Tensor, epoch: int, keys: Int64) -> Batch:
+        """Put beside `images` what the plan knows of them. They go to the loader's device, with labels and label maps.
+
+        Windows are planned anew, 2 us an image, and not handed over by the back ends: so they cannot differ.
+        """
         index = sample_numbers(keys)
+        crop = torch.from_numpy(as_shares(*self._crop_boxes(epoch, keys)))
+        maps = None
+        if self.label_maps is not None:
+            maps = self.label_maps.rows(index, pin_memory=self.device.type == "cuda")
+            maps = maps.to(self.device, non_blocking=True)
         copies = self.train and self.config.repeats * self.config.decode_once > 1
         return Batch(
             images.to(self.device, non_blocking=True),
             torch.from_numpy(self.table.labels[index]).to(self.device),
             torch.from_numpy(index),
             torch.from_numpy(copy_numbers(keys)) if copies else None,
+            View(crop, torch.zeros(len(keys), dtype=torch.bool)),
+            maps,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which data is delivered. Resuming with another number of ranks is possible while the global
         batch stays the same."""
+        maps = {} if self.label_maps is None else {"label_maps": self.label_maps.fingerprint}
         return {
             "backend": self.backend,
             "libraries": self.library_versions(),
@@ -193,6 +214,7 @@ class PlannedLoader(ABC):
             "global_batch": self.batch_size * self.world_size,
             "seed": self.seed,
             "config": json.dumps(self._deciding_settings(), sort_keys=True),
+            **maps,
         }
 
     def _deciding_settings(self) -> dict[str, Any]:

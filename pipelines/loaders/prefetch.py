@@ -78,7 +78,7 @@ def _fill(queue: _Queue, loader: Loader, stream: torch.cuda.Stream | None) -> No
     """The thread: move batches into the queue until the epoch ends, the reader leaves or something fails."""
     try:
         for batch in loader:
-            num_bytes, copied = batch.images.nbytes, None
+            num_bytes, copied = batch.images.nbytes + (0 if batch.maps is None else batch.maps.nbytes), None
             if stream is not None:
                 batch, copied = _copy(batch, stream)
             if not queue.put(_Entry(batch, loader.delivered_hash, num_bytes, copied)):
@@ -91,11 +91,17 @@ def _fill(queue: _Queue, loader: Loader, stream: torch.cuda.Stream | None) -> No
 def _copy(batch: Batch, stream: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
     """`batch` on the device of `stream`, and the event after which it is there."""
     with torch.cuda.stream(stream):
-        on_device = [
-            (tensor if tensor.is_cuda else tensor.pin_memory()).to(stream.device, non_blocking=True)
-            for tensor in (batch.images, batch.labels)
-        ]
-        return replace(batch, images=on_device[0], labels=on_device[1]), stream.record_event()
+        on_device: dict[str, Any] = {
+            name: (tensor if tensor.is_cuda else tensor.pin_memory()).to(stream.device, non_blocking=True)
+            for name, tensor in _for_device(batch).items()
+        }
+        return replace(batch, **on_device), stream.record_event()
+
+
+def _for_device(batch: Batch) -> dict[str, torch.Tensor]:
+    """What a step needs on the device. All else is small, and read on the host."""
+    fields = {"images": batch.images, "labels": batch.labels, "maps": batch.maps}
+    return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
 
 def _stop(queue: _Queue, thread: threading.Thread) -> None:
@@ -175,7 +181,7 @@ class Prefetcher:
                 if entry.copied is not None:
                     stream = torch.cuda.current_stream(self.device)
                     stream.wait_event(entry.copied)
-                    for tensor in (entry.batch.images, entry.batch.labels):
+                    for tensor in _for_device(entry.batch).values():
                         tensor.record_stream(stream)
                 self._delivered = entry.delivered_hash
                 yield entry.batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from pipelines import Batch, DataConfig, crng
+from pipelines import Batch, DataConfig, View, crng
 from pipelines.augment.device import DeviceTransform
 
 CONFIG = DataConfig(img_size=8)
@@ -55,6 +56,29 @@ def test_flips_follow_the_sample() -> None:
     assert 200 < (flipped[0] != flipped[1]).sum() < 312
     part = Batch(batch.images[100:], batch.labels[100:], batch.index[100:])
     assert torch.equal(transform(part, 0), transform(batch, 0)[100:])
+
+
+@pytest.mark.parametrize(("share", "train"), [(0.5, True), (0.0, True), (1.0, True), (0.5, False)])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_view_is_of_the_prepared_images(share: float, train: bool, mirrored: bool) -> None:
+    """Mirrored are those that come out so, whatever they were when they came; the window stays."""
+    config = DataConfig(img_size=8, flip=share, rand_augment="rand-m9-mstd0.5-inc1-n2", erasing=0.5)
+    batch, crop = _batch(64), torch.rand(64, 4)
+    batch = replace(batch, view=View(crop, torch.full((64,), mirrored)))
+    augmented, view = DeviceTransform(config, seed=3, train=train).with_view(batch, 2)
+    assert torch.equal(augmented, DeviceTransform(config, seed=3, train=train)(batch, 2))
+    assert torch.equal(view.crop, crop)
+    draws = crng.u01(crng.key(3, 2, np.arange(64), crng.FLIP), 0) < (share if train else 0)
+    assert view.flipped.tolist() == (draws ^ mirrored).tolist()
+    assert batch.view is not None
+    assert (batch.view.flipped == mirrored).all()  # the loader's is left alone
+
+
+def test_a_batch_without_a_view_has_none_to_complete() -> None:
+    transform = DeviceTransform(CONFIG, seed=0, train=True)
+    with pytest.raises(ValueError, match="the batch has no view"):
+        transform.with_view(_batch(2), 0)
+    assert len(transform(_batch(2), 0)) == 2
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -58,8 +58,12 @@ def reference(root: Path, split: str, **options: Any) -> list[Batch]:
 
 
 def differences(a: list[Batch], b: list[Batch]) -> np.ndarray[Any, Any]:
-    """Mean absolute pixel difference of each image, of 255, after both were found to hold the same samples."""
+    """Mean absolute pixel difference of each image, of 255, after both were found to hold the same samples and
+    to tell the same windows."""
     for x, y in zip(a, b, strict=True):
+        assert x.view is not None
+        assert y.view is not None
+        assert torch.equal(x.view.crop, y.view.crop)
         assert torch.equal(x.index, y.index)
         assert torch.equal(x.labels, y.labels)
     return np.concatenate(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 
 from pipelines.base import DataConfig
-from pipelines.loaders.geometry import evaluation_resize, random_crops, scale_boxes
+from pipelines.loaders.geometry import as_shares, crop_boxes, evaluation_resize, random_crops, scale_boxes
 
 side = st.integers(1, 3000)
 sizes = st.lists(st.tuples(side, side), min_size=1, max_size=16)
@@ -116,3 +116,45 @@ def test_scaled_boxes_cover_the_same_region(pairs: list[tuple[int, int]], stored
     assert (np.abs(first - boxes[:, :2] * ratio) < 1).all()
     assert (np.abs(last - (boxes[:, :2] + boxes[:, 2:]) * ratio) < 1).all()
     assert np.array_equal(scale_boxes(boxes, before, before), boxes)
+
+
+@settings(deadline=None)
+@given(
+    pairs=sizes,
+    epoch=st.integers(0, 500),
+    train=st.booleans(),
+    img_size=st.integers(1, 512),
+    crop_pct=st.floats(0.1, 1.0),
+    ratio=st.sampled_from([(3 / 4, 4 / 3), (1e-3, 1e3)]),
+)
+def test_windows_lie_inside(
+    pairs: list[tuple[int, int]],
+    epoch: int,
+    train: bool,
+    img_size: int,
+    crop_pct: float,
+    ratio: tuple[float, float],
+) -> None:
+    """In float32, far edges included: whoever adds them up never reads beyond an image."""
+    heights, widths = _columns(pairs)
+    config = DataConfig(img_size=img_size, crop_pct=crop_pct, crop_ratio=ratio)
+    boxes, cut_from = crop_boxes(
+        heights, widths, np.arange(len(pairs)), seed=0, epoch=epoch, config=config, train=train
+    )
+    windows = as_shares(boxes, cut_from)
+    assert windows.dtype == np.float32
+    assert windows.shape == (len(pairs), 4)
+    assert (windows[:, :2] >= 0).all()
+    assert (windows[:, 2:] > 0).all()
+    assert (windows[:, :2] + windows[:, 2:] <= 1).all()
+    assert np.allclose(windows * np.tile(cut_from, 2), boxes, rtol=1e-6, atol=1e-3)
+
+
+@settings(deadline=None)
+@given(parts=st.lists(st.integers(1, 1 << 20), min_size=2, max_size=2))
+def test_an_edge_at_the_end_is_at_one(parts: list[int]) -> None:
+    first, rest = parts
+    box = np.array([[first, 0, rest, first + rest]])
+    top, left, height, width = as_shares(box, np.full((1, 2), first + rest))[0]
+    assert top + height == 1
+    assert left + width == 1

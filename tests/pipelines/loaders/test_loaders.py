@@ -59,11 +59,14 @@ def make(converted_root: Path) -> Iterator[Make]:
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
-    """Bit for bit."""
+    """Bit for bit, windows included."""
     return len(a) == len(b) and all(
-        torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) and torch.equal(x.index, y.index)
-        for x, y in zip(a, b, strict=True)
+        torch.equal(p, q) for x, y in zip(a, b, strict=True) for p, q in zip(_told(x), _told(y), strict=True)
     )
+
+
+def _told(batch: Batch) -> list[torch.Tensor]:
+    return [batch.images, batch.labels, batch.index] + ([] if batch.view is None else [batch.view.crop])
 
 
 def difference(a: list[Batch], b: list[Batch]) -> float:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import missing
@@ -82,6 +83,21 @@ def test_what_waits_is_bounded_in_bytes(capacity: int, batches: int) -> None:
     ahead.close()
     assert ahead.buffered_bytes == 0
     assert no_threads()
+
+
+def test_label_maps_count_as_well() -> None:
+    made: list[int] = []
+    maps = np.arange(80)[:, None].repeat(100, 1)
+    each = BATCH_BYTES + 8 * 100 * maps.itemsize
+    ahead = Prefetcher(Hashed(80, on_batch=made.append, maps=maps), 3 * each - 1)
+    reader = iter(ahead)
+    first = next(reader)
+    wait_until(lambda: len(made) == 1 + 2 + 1)
+    assert (ahead.buffered_batches, ahead.buffered_bytes) == (2, 2 * each)
+    for batch in (first, *reader):
+        assert batch.maps is not None
+        assert torch.equal(batch.maps[:, 0], batch.index)
+    ahead.close()
 
 
 @pytest.mark.parametrize(("capacity", "late"), [(8, 0), (1, 1)])
@@ -186,10 +202,14 @@ def test_a_capacity_of_nothing_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_are_on_the_device_when_they_arrive() -> None:
+    maps = np.arange(80)
     expected = list(Hashed(80))
-    for batch, wanted in zip(Prefetcher(Hashed(80), 3 * BATCH_BYTES, "cuda"), expected, strict=True):
+    for batch, wanted in zip(Prefetcher(Hashed(80, maps=maps), 3 * BATCH_BYTES, "cuda"), expected, strict=True):
         assert batch.images.is_cuda
         assert batch.labels.is_cuda
         assert not batch.index.is_cuda
         assert torch.equal(batch.images.cpu(), wanted.images)
         assert torch.equal(batch.labels.cpu(), wanted.labels)
+        assert batch.maps is not None
+        assert batch.maps.is_cuda
+        assert torch.equal(batch.maps.cpu(), wanted.index)
