@@ -137,7 +137,9 @@ def train(
             loader, reason = _choose_loader(data, output if resume else None, config, world)
             if world.is_main:
                 typer.echo(f"--loader auto: {loader} ({reason})", err=True)
-        train_loader = pipelines.build(data, "train", train=True, loader=loader, **options)
+        train_loader = pipelines.build(
+            data, "train", train=True, loader=loader, label_maps=config.data.label_maps, **options
+        )
         if config.train.prefetch_mb:
             train_loader = Prefetcher(train_loader, round(config.train.prefetch_mb * 2**20), world.device)
         val_loader = None

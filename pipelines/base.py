@@ -110,6 +110,9 @@ class DataConfig(Section, section="data"):
     """Channel means on the 0-1 scale, subtracted on the device."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Channel standard deviations on the 0-1 scale."""
+    label_maps: str | None = None
+    """Training: a .npy file with a label map for each training image, in the order of the split, for methods that learn
+    from them."""
     progressive: Progressive = Progressive()
     """Smaller images in the first epochs (training)."""
     gpu_decoding: GpuDecoding = GpuDecoding()
@@ -162,6 +165,10 @@ class View:
     what the centre crop leaves of the resized image."""
     flipped: Tensor
     """bool (B,): whether the window is shown mirrored left to right."""
+
+    def chunk(self, parts: int) -> list[View]:
+        """As `Tensor.chunk`, along the batch."""
+        return [View(*some) for some in zip(self.crop.chunk(parts), self.flipped.chunk(parts), strict=True)]
 
 
 @dataclass(frozen=True)

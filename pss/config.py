@@ -264,7 +264,12 @@ class Config(Section):
     """The method's sections. One that is left out has its defaults; one that the method does not have is refused."""
 
     def check(self) -> None:
-        self._complete_own()
+        method = method_class(self.method)
+        self._complete_own(method.sections)
+        if "maps" in method.wants and self.data.label_maps is None:
+            raise ValueError(f"method {self.method} learns from label maps; --set data.label_maps=FILE.npy names them")
+        if "maps" not in method.wants and self.data.label_maps is not None:
+            raise ValueError(f"data.label_maps is set, and method {self.method} learns from none; leave it out")
         grow = self.data.progressive
         if grow.start_size is not None and grow.end_epoch >= self.train.epochs:
             raise ValueError(
@@ -285,8 +290,7 @@ class Config(Section):
         for section in self.own:
             section.check_run(self)
 
-    def _complete_own(self) -> None:
-        kinds = method_class(self.method).sections
+    def _complete_own(self, kinds: tuple[type[Section], ...]) -> None:
         given = {type(section): section for section in self.own}
         if foreign := [kind.section for kind in given if kind not in kinds]:
             raise ValueError(f"method {self.method} has no settings called {', '.join(foreign)}; leave them out")
@@ -321,14 +325,16 @@ class Config(Section):
                 that is out of range, or does not go with another.
         """
         pairs = [overrides.split(setting) for setting in settings]
-        config = self
-        for key, text in pairs:
-            if key == "method":
-                config = config.with_method(text)
-        tree = config.to_dict()
-        sections = [*vars(config).values(), *config.own]
-        kinds = {one.section: type(one) for one in sections if isinstance(one, Section)}
-        overrides.apply(tree, kinds, pairs, partial(_whose, config.method))
+        method = dict(pairs).get("method", self.method)
+        # Not with_method: whether its sections suit the run is known when all is set.
+        own = [one for one in self.own if type(one) in method_class(method).sections]
+        given = {type(one) for one in own}
+        own += [kind() for kind in method_class(method).sections if kind not in given]
+        plain = {name: value for name, value in vars(self).items() if name != "own"} | {"method": method}
+        tree = {name: _plain(value) if isinstance(value, Section) else value for name, value in plain.items()}
+        tree |= {one.section: _plain(one) for one in own}
+        kinds = {one.section: type(one) for one in (*plain.values(), *own) if isinstance(one, Section)}
+        overrides.apply(tree, kinds, pairs, partial(_whose, method))
         return Config.from_dict(tree)
 
     def to_dict(self) -> Json:

@@ -19,14 +19,14 @@ import torch
 import pipelines
 from pss import recipes
 from pss.runtime import processes as dist
-from pss.training.sharding import whole
+from pss.runtime.shards import whole
 from pss.training.trainer import Trainer
 
 
 def main() -> None:
     data, output = Path(sys.argv[1]), Path(sys.argv[2])
-    faults = dict(word.split("=") for word in sys.argv[3:] if "." not in word)
-    config = recipes.get("digits").with_settings([word for word in sys.argv[3:] if "." in word])
+    faults = dict(word.split("=") for word in sys.argv[3:] if word.split("=")[0] in ("nan", "kill", "hang"))
+    config = recipes.get("digits").with_settings([word for word in sys.argv[3:] if word.split("=")[0] not in faults])
     torch.set_num_threads(1)
     seen: list[tuple[float, list[int]]] = []
     with dist.start(config.train.timeout_seconds) as world:
@@ -35,7 +35,7 @@ def main() -> None:
             "rank": world.rank, "world_size": world.size, "loader": "torch", "num_workers": 0,
         }  # fmt: skip
         loaders = (
-            pipelines.build(data, "train", train=True, **options),
+            pipelines.build(data, "train", train=True, label_maps=config.data.label_maps, **options),
             pipelines.build(data, "val", train=False, **options),
         )
         output.mkdir(exist_ok=True)
@@ -52,9 +52,9 @@ def main() -> None:
         trainer.prepare = record
         forward = trainer.method.forward
 
-        def faulty(images, targets, at):
+        def faulty(images, targets, at, *dense):
             here = {name for name, where in faults.items() if where == f"{at.rank}:{at.step}"}
-            out = forward(images, targets, at)
+            out = forward(images, targets, at, *dense)
             if "nan" in here:
                 out["loss"] = out["loss"] * float("nan")
             if "kill" in here and not (output / "killed").exists():

@@ -220,7 +220,7 @@ class PlannedLoader(ABC):
     def _deciding_settings(self) -> dict[str, Any]:
         """The configuration, less what changes pixels no more than another version of a library."""
         settings = asdict(self.config)
-        del settings["gpu_decoding"]
+        del settings["gpu_decoding"], settings["label_maps"]  # the state has the maps' fingerprint
         if self.config.progressive.start_size is None:  # as runs have it that know of no other sizes
             del settings["progressive"]
         return settings

@@ -365,12 +365,23 @@ class VisionTransformer(nn.Module):
         Returns:
             (B, K, D).
         """
-        positions = self.positions(kept)
-        again = self.checkpoint_activations and torch.is_grad_enabled()
-        for block in self.blocks:
-            tokens = checkpoint(block, tokens, positions, use_reentrant=False) if again else block(tokens, positions)
-        normed: Tensor = self.norm(tokens)
+        normed: Tensor = self.norm(self.run_blocks(tokens, self.positions(kept)))
         return normed
+
+    def run_blocks(
+        self, tokens: Tensor, positions: Tensor | None, start: int = 0, stop: int | None = None, **options: Any
+    ) -> Tensor:
+        """Tokens (B, K, D) through the blocks from number `start` up to `stop`, to the last one if that is None.
+
+        `positions` are what the method of that name returns, and `options` go to each block's attention; see `Block`.
+        """
+        again = self.checkpoint_activations and torch.is_grad_enabled()
+        for block in self.blocks[start:stop]:
+            if again:
+                tokens = checkpoint(block, tokens, positions, use_reentrant=False, **options)
+            else:
+                tokens = block(tokens, positions, **options)
+        return tokens
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """The trunk's tokens (B, K, D) to one feature vector per image, (B, D)."""
