@@ -6,6 +6,8 @@ import pytest
 
 from pss import recipes
 from pss.config import Config, differing_fields
+from pss.planning.plan import IMAGENET_IMAGES
+from pss.training.optim import peak_lr
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -16,6 +18,17 @@ def test_every_recipe_is_valid_and_survives_its_json(name, tmp_path):
     path.write_text(config.to_json(), encoding="utf-8")
     assert Config.from_json(path) == config
     assert recipes.RECIPES[name].__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "steps_per_epoch", "peak"),
+    [("deit-s-224", 1024, 1251, 1e-3), ("deit-s-384", 512, 2502, 5e-4), ("vit-b-simmim", 512, 2502, 1.25e-3)],
+)
+def test_published_runs_have_their_batch_and_peak_rate(name, batch_size, steps_per_epoch, peak):
+    config = recipes.get(name)
+    assert config.train.batch_size == batch_size
+    assert IMAGENET_IMAGES // batch_size == steps_per_epoch
+    assert peak_lr(config.optim, config.train.batch_size) == pytest.approx(peak)
 
 
 def test_settings_reach_their_fields():

@@ -75,5 +75,6 @@ def vit_b_simmim() -> Config:
             lr=1.25e-3, lr_batch=512, min_lr=2.5e-7, warmup_lr=2.5e-7, warmup_epochs=20, layer_decay=0.65, clip_grad=5.0
         ),
         loss=LossConfig(label_smoothing=0.1, mixup=0.8, cutmix=1.0),
-        train=TrainConfig(epochs=100, batch_size=1024),
+        # 128 on each of four GPUs, so that the peak is `lr` itself.
+        train=TrainConfig(epochs=100, batch_size=512),
     )
