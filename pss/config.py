@@ -70,9 +70,10 @@ class ScheduleConfig:
 
     name: Literal["fixed", "linear", "cosine", "cyclic", "list"] = "cyclic"
     """The shape over time."""
-    form: Literal["published", "symmetric"] = "published"
+    form: Literal["published", "cut", "symmetric"] = "published"
     """`published` overshoots to a drop of -0.1 before clamping, which gives rho = 1 a full share of the steps;
-    `symmetric` stops at a drop of 0."""
+    `symmetric` stops at a drop of 0. The `published` climb of linear and cosine ends where the cooldown begins; `cut`
+    is the same climb over the whole run, whose end the cooldown cuts off."""
     low: float = 0.2
     """Smallest rho of linear, cosine and cyclic."""
     high: float = 1.0
