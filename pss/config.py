@@ -98,11 +98,11 @@ class OptimConfig:
     lr: float = 5e-4
     """Peak learning rate at a global batch of `lr_batch`; it scales linearly with the global batch."""
     lr_batch: int | None = 512
-    """The global batch that `lr`, `min_lr` and `warmup_lr` are given for; None switches scaling off."""
+    """The global batch that `lr` is given for; None switches scaling off."""
     min_lr: float = 1e-5
-    """Learning rate at the end (not scaled)."""
+    """Learning rate at the end, whatever the batch."""
     warmup_lr: float = 1e-6
-    """Learning rate at step 0 (not scaled)."""
+    """Learning rate at step 0, whatever the batch."""
     warmup_epochs: float = 5.0
     """Length of the linear warm-up."""
     weight_decay: float = 0.05
