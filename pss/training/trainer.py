@@ -29,7 +29,7 @@ from pss.config import CompileConfig, Config
 from pss.inference.evaluate import accuracy
 from pss.methods import Method, Phase, Progress
 from pss.models.compiled import CompiledTrunk
-from pss.models.weights import Report, start_from
+from pss.models.weights import Remedies, Report, start_from
 from pss.runs import checkpoint
 from pss.runs.log import RunLog, read_rows
 from pss.runtime.precision import autocast
@@ -41,6 +41,13 @@ from pss.training.meter import Meter
 from pss.training.optim import build_optimizer
 from pss.training.sharding import gather, scatter_optimizer, shard, whole
 from pss.version import __version__
+
+_REMEDIES = Remedies(
+    no_file="--set model.weights=FILE names one, none starts anew",
+    other_head="--set model.own_head=true starts with a new classifier",
+    other_model="--set model.name=NAME, and the other settings of model, describe the one that it belongs to",
+    other_bias="--set model.rel_pos={kind} gives it one",
+)
 
 
 class Interrupted(Exception):
@@ -86,7 +93,9 @@ class Trainer:
         self.started_from: Report | None = None
         """What became of the weights that a new run starts from."""
         if saved is None and config.model.weights is not None:
-            self.started_from = start_from(self.method.model, config.model.weights, ignore_head=config.model.own_head)
+            self.started_from = start_from(
+                self.method.model, config.model.weights, ignore_head=config.model.own_head, remedies=_REMEDIES
+            )
         self.compiled = not self.sharded and compile_levels(self.method, config.compile, world.device, self.total_steps)
         self.mixing = build_mixing(config, len(classes), world.rank)
         decay = config.train.ema_decay

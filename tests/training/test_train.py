@@ -92,6 +92,21 @@ def test_a_run_starts_from_another_runs_weights(tmp_path, uninterrupted):
         trainer(tmp_path / "third", f"model.weights={tmp_path}")
     with pytest.raises(ValueError, match=r"no weights file .*model\.weights=FILE"):
         trainer(tmp_path / "third", "model.weights=gone.pth")
+    for change, remedy in (
+        ({"model.head.weight": torch.zeros(9, 24), "model.head.bias": torch.zeros(9)}, "--set model.own_head=true"),
+        ({"model.head.weight": None, "model.head.bias": None}, "--set model.own_head=true"),
+        ({"model.blocks.1.norm1.weight": None}, "--set model.name="),
+        (
+            {"model.blocks.0.attn.separable_relative_position_bias_table": torch.zeros(17, 3)},
+            "--set model.rel_pos=separable",
+        ),
+    ):
+        path = tmp_path / "file.pth"
+        state = {name: value for name, value in (uninterrupted["method"] | change).items() if value is not None}
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=f"{path} .*; .*{remedy}") as raised:
+            trainer(tmp_path / "third", f"model.weights={path}")
+        assert "ignore_head" not in str(raised.value)
 
     (tmp_path / "run").mkdir()
     trainer(tmp_path / "run", weights, "train.max_steps=3").fit()
