@@ -111,7 +111,7 @@ def _checker_of(kind: Any) -> Any:
     return pydantic.TypeAdapter(pydantic.with_config(pydantic.ConfigDict(allow_inf_nan=False))(shape))
 
 
-def _sentence(kind: type[Section], given: Json, error: ValidationError) -> str:
+def _sentence(kind: Any, given: Json, error: ValidationError) -> str:
     """What is wrong with the first setting that is."""
     problem = error.errors(include_url=False)[0]
     cause = problem.get("ctx", {}).get("error")

@@ -33,6 +33,8 @@ from pss import overrides
 
 S = TypeVar("S", bound=Section)
 
+_HIDDEN = ("own", "spare")  # fields of `Config` that are no sections of its files
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section, section="model"):
@@ -97,9 +99,10 @@ class ScheduleConfig(MethodSection, section="schedule"):
 
     name: Literal["fixed", "linear", "cosine", "cyclic", "list"] = "cyclic"
     """The shape over time."""
-    form: Literal["published", "symmetric"] = "published"
+    form: Literal["published", "cut", "symmetric"] = "published"
     """`published` overshoots to a drop of -0.1 before clamping, which gives rho = 1 a full share of the steps;
-    `symmetric` stops at a drop of 0."""
+    `symmetric` stops at a drop of 0. The `published` climb of linear and cosine ends where the cooldown begins; `cut`
+    is the same climb over the whole run, whose end the cooldown cuts off."""
     low: Share = 0.2
     """Smallest rho of linear, cosine and cyclic."""
     high: Share = 1.0
@@ -149,11 +152,11 @@ class OptimConfig(Section, section="optim"):
     lr: float = 5e-4
     """Peak learning rate at a global batch of `lr_batch`; it scales linearly with the global batch."""
     lr_batch: int | None = 512
-    """The global batch that `lr`, `min_lr` and `warmup_lr` are given for; None switches scaling off."""
+    """The global batch that `lr` is given for; None switches scaling off."""
     min_lr: float = 1e-5
-    """Learning rate at the end (not scaled)."""
+    """Learning rate at the end, whatever the batch."""
     warmup_lr: float = 1e-6
-    """Learning rate at step 0 (not scaled)."""
+    """Learning rate at step 0, whatever the batch."""
     warmup_epochs: float = 5.0
     """Length of the linear warm-up."""
     weight_decay: float = 0.05
@@ -262,6 +265,8 @@ class Config(Section):
     train: TrainConfig = field(default_factory=TrainConfig)
     own: tuple[Any, ...] = ()
     """The method's sections. One that is left out has its defaults; one that the method does not have is refused."""
+    spare: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    """Sections of other methods, as the recipe would have them: taken up where the method is changed, and not saved."""
 
     def check(self) -> None:
         method = method_class(self.method)
@@ -314,8 +319,15 @@ class Config(Section):
         Raises:
             ValueError: there is no such method.
         """
-        kinds = method_class(name).sections
-        return dataclasses.replace(self, method=name, own=tuple(one for one in self.own if type(one) in kinds))
+        own, spare = self._sections_for(name)
+        return dataclasses.replace(self, method=name, own=own, spare=spare)
+
+    def _sections_for(self, method: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The sections that a method has, and those at hand that it does not have."""
+        kinds = method_class(method).sections
+        at_hand = {type(section): section for section in (*self.spare, *self.own)}
+        own = tuple(at_hand.pop(kind, None) or kind() for kind in kinds)
+        return own, tuple(at_hand.values())
 
     def with_settings(self, settings: Sequence[str]) -> Config:
         """A copy with `section.key=value` settings applied, that of the method first.
@@ -327,19 +339,17 @@ class Config(Section):
         pairs = [overrides.split(setting) for setting in settings]
         method = dict(pairs).get("method", self.method)
         # Not with_method: whether its sections suit the run is known when all is set.
-        own = [one for one in self.own if type(one) in method_class(method).sections]
-        given = {type(one) for one in own}
-        own += [kind() for kind in method_class(method).sections if kind not in given]
-        plain = {name: value for name, value in vars(self).items() if name != "own"} | {"method": method}
+        own, spare = self._sections_for(method)
+        plain = {name: value for name, value in vars(self).items() if name not in _HIDDEN} | {"method": method}
         tree = {name: _plain(value) if isinstance(value, Section) else value for name, value in plain.items()}
         tree |= {one.section: _plain(one) for one in own}
         kinds = {one.section: type(one) for one in (*plain.values(), *own) if isinstance(one, Section)}
         overrides.apply(tree, kinds, pairs, partial(_whose, method))
-        return Config.from_dict(tree)
+        return dataclasses.replace(Config.from_dict(tree), spare=spare)
 
     def to_dict(self) -> Json:
         """As in `config.json`: the method's sections stand beside the others, under their names."""
-        tree = {name: value for name, value in _plain(self).items() if name != "own"}
+        tree = {name: value for name, value in _plain(self).items() if name not in _HIDDEN}
         return tree | {section.section: _plain(section) for section in self.own}
 
     def to_json(self) -> str:
@@ -352,7 +362,7 @@ class Config(Section):
             raise ValueError("a configuration is an object of sections")
         method = raw.get("method", "sampled")
         kinds = {kind.section: kind for kind in method_class(method).sections}
-        names = [part.name for part in dataclasses.fields(cls) if part.name != "own"]
+        names = [part.name for part in dataclasses.fields(cls) if part.name not in _HIDDEN]
         for key in raw:
             if key not in names and key not in kinds:
                 raise ValueError(f"there is no section {key!r} with method {method}{nearest(key, [*names, *kinds])}")

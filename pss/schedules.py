@@ -4,11 +4,14 @@ A schedule ramps the *dropped* share, `drop = 1 - rho`, and rounds it to the nea
 multiple, so a whole run sees at most five token counts. Nothing is remembered between calls: a resumed run and
 every rank see the same rho at the same step, and a run can be plotted and costed before it starts.
 
-Two forms of each ramp exist, told apart by name:
+Forms of a ramp are told apart by name:
 
 * `published`: what McDanel & Huynh (2022) trained with. The ramp runs half a level past `high` (drop 0.8 to -0.1)
-  and is clamped, which gives rho = 1 as many steps as the levels between.
-* `symmetric`: the ramp ends at `high` (drop 0.8 to 0), so that both end levels get half the steps of the others.
+  and is clamped, which gives rho = 1 as many steps as the levels between. `Linear` and `Cosine` end it where the
+  cooldown begins.
+* `cut`, of `Linear` and `Cosine`: the same ramp over all training steps, whose end the cooldown cuts off.
+* `symmetric`: the ramp ends at `high` (drop 0.8 to 0), so that both end levels get half the steps of the others. It
+  takes all training steps too, and the cooldown cuts it short.
 
 Rounding uses integers throughout, so a step that lies exactly between two levels is decided by the rule and not
 by floating-point noise.
@@ -108,8 +111,8 @@ class _Ramp:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(_Ramp):
-    """rho climbs from `low` to `high` once, linearly in the step, and stays there."""
+class _Climb(_Ramp):
+    """A ramp from `low` to `high` that is climbed once."""
 
     ramp_steps: int
     """Steps that the climb takes."""
@@ -118,19 +121,26 @@ class Linear(_Ramp):
         super().__post_init__()
         _check_positive(ramp_steps=self.ramp_steps)
 
-    def __call__(self, step: int) -> float:
-        if self._is_cooldown(step):
-            return 1.0
-        return self._rho(min(step, self.ramp_steps), self.ramp_steps)
-
     @classmethod
     def published(
         cls, *, steps_per_epoch: int, epochs: int, cooldown_epochs: int = 0, low: float = 0.2, high: float = 1.0
     ) -> Self:
-        """The climb of the paper, over all training steps.
+        """The climb of the paper's code: over the steps before the cooldown, the whole run if there is none.
 
-        The cooldown cuts the climb short instead of compressing it: up to its first step, rho is what it would be
-        without one. As the last two ninths of this climb are at rho = 1 anyway, a short cooldown changes nothing.
+        A cooldown compresses the climb, so that every level gets its share of what is left.
+        """
+        total, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
+        # Where the cooldown is the whole run, no step of the climb is seen.
+        return cls(form="published", ramp_steps=start or total, low=low, high=high, cooldown_start=start)
+
+    @classmethod
+    def cut(
+        cls, *, steps_per_epoch: int, epochs: int, cooldown_epochs: int = 0, low: float = 0.2, high: float = 1.0
+    ) -> Self:
+        """The climb of the paper over all training steps, whose end the cooldown cuts off.
+
+        Up to the cooldown's first step, rho is what it would be without one. As the last two ninths of the linear climb
+        to rho = 1 are at rho = 1 anyway, a short cooldown changes nothing there.
         """
         total, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
         return cls(form="published", ramp_steps=total, low=low, high=high, cooldown_start=start)
@@ -139,21 +149,24 @@ class Linear(_Ramp):
     def symmetric(
         cls, *, steps_per_epoch: int, epochs: int, cooldown_epochs: int = 0, low: float = 0.2, high: float = 1.0
     ) -> Self:
-        """A climb over all training steps in which both end levels get half the steps of the others."""
+        """A climb over all training steps that ends at `high`; the cooldown cuts it short."""
         total, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
         return cls(form="symmetric", ramp_steps=total, low=low, high=high, cooldown_start=start)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine(_Ramp):
+class Linear(_Climb):
+    """rho climbs from `low` to `high` once, linearly in the step, and stays there."""
+
+    def __call__(self, step: int) -> float:
+        if self._is_cooldown(step):
+            return 1.0
+        return self._rho(min(step, self.ramp_steps), self.ramp_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(_Climb):
     """As `Linear`, along half a cosine: slow at both ends, fast in the middle."""
-
-    ramp_steps: int
-    """Steps that the climb takes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_positive(ramp_steps=self.ramp_steps)
 
     def __call__(self, step: int) -> float:
         if self._is_cooldown(step):
@@ -161,22 +174,6 @@ class Cosine(_Ramp):
         share = (1 - math.cos(math.pi * min(step, self.ramp_steps) / self.ramp_steps)) / 2
         # The resolution is coarser than the noise of cos, so its few rational values are met exactly.
         return self._rho(round(share * _COSINE_RESOLUTION), _COSINE_RESOLUTION)
-
-    @classmethod
-    def published(
-        cls, *, steps_per_epoch: int, epochs: int, cooldown_epochs: int = 0, low: float = 0.2, high: float = 1.0
-    ) -> Self:
-        """The cosine between the paper's two drops, over all training steps; cooldown as in `Linear`."""
-        total, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
-        return cls(form="published", ramp_steps=total, low=low, high=high, cooldown_start=start)
-
-    @classmethod
-    def symmetric(
-        cls, *, steps_per_epoch: int, epochs: int, cooldown_epochs: int = 0, low: float = 0.2, high: float = 1.0
-    ) -> Self:
-        """A half-cosine over all training steps that ends at `high`."""
-        total, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
-        return cls(form="symmetric", ramp_steps=total, low=low, high=high, cooldown_start=start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +207,10 @@ class Cyclic(_Ramp):
         high: float = 1.0,
         period_steps: int | None = None,
     ) -> Self:
-        """The cycle of the paper: one period per epoch, unless `period_steps` says otherwise."""
+        """The cycle of the paper: one period per epoch, unless `period_steps` says otherwise.
+
+        Cycles are as long with a cooldown as without one.
+        """
         _, start = _training_steps(steps_per_epoch, epochs, cooldown_epochs)
         period = steps_per_epoch if period_steps is None else period_steps
         return cls(form="published", period_steps=period, low=low, high=high, cooldown_start=start)

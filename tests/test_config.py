@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import timm
 
-from pss import recipes
+from pss import methods, recipes
 from pss.config import Config, ScheduleConfig, differing_fields
+from pss.planning.plan import IMAGENET_IMAGES
+from pss.training.optim import peak_lr
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -16,6 +19,31 @@ def test_every_recipe_is_valid_and_survives_its_json(name, tmp_path):
     path.write_text(config.to_json(), encoding="utf-8")
     assert Config.from_json(path) == config
     assert recipes.RECIPES[name].__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "steps_per_epoch", "peak"),
+    [("deit-s-224", 1024, 1251, 1e-3), ("deit-s-384", 512, 2502, 5e-4), ("vit-b-simmim", 512, 2502, 1.25e-3)],
+)
+def test_published_runs_have_their_batch_and_peak_rate(name, batch_size, steps_per_epoch, peak):
+    config = recipes.get(name)
+    assert config.train.batch_size == batch_size
+    assert IMAGENET_IMAGES // batch_size == steps_per_epoch
+    assert peak_lr(config.optim, config.train.batch_size) == pytest.approx(peak)
+
+
+def test_plain_deit_is_timms_model_trained_on_all_patches():
+    plain, small = recipes.get("deit-s-224-plain"), recipes.get("deit-s-224")
+    method = methods.build(plain, 1000, steps_per_epoch=1)
+    theirs = timm.create_model("deit_small_patch16_224")
+    assert type(method) is methods.METHODS["dense"]
+    assert {name: part.shape for name, part in method.model.named_parameters()} == {
+        name: part.shape for name, part in theirs.named_parameters()
+    }
+    assert (method.model.global_pool, method.model.num_prefix_tokens) == ("token", 1)
+    assert {field.split(" ")[0] for field in differing_fields(plain, small)} == {
+        "recipe", "method", "model.rel_pos", "model.qkv_bias", "model.init", "model.global_pool"
+    }  # fmt: skip
 
 
 def test_settings_reach_their_fields():

@@ -1,8 +1,10 @@
 """The kept share at every step, against exact fractions and the published distributions."""
 
+import math
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -100,14 +102,53 @@ def test_range_is_respected_and_reached(shape: Any, form: str) -> None:
         assert levels(schedule, 501) == tuple(rho for rho in GRID if low <= rho <= high)
 
 
-@pytest.mark.parametrize("form", ["published", "symmetric"])
-@pytest.mark.parametrize("shape", [Linear, Cosine, Cyclic])
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [(shape, "symmetric") for shape in (Linear, Cosine, Cyclic)]
+    + [(Cyclic, "published"), (Linear, "cut"), (Cosine, "cut")],
+)
 def test_cooldown_replaces_the_last_epochs_only(shape: Any, form: str) -> None:
     build = getattr(shape, form)
     plain = build(steps_per_epoch=50, epochs=6)
     cooled = build(steps_per_epoch=50, epochs=6, cooldown_epochs=4)
     assert [cooled(step) for step in range(100)] == [plain(step) for step in range(100)]
     assert {cooled(step) for step in range(100, 300)} == {1.0}
+
+
+def linear_drop(share: float) -> float:
+    return (1 - share) * 0.8 + share * -0.1
+
+
+def cosine_drop(share: float) -> float:
+    return -0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "drop_at", "undecided", "difference"),
+    # A third of the way down, 5 * drop is exactly 2.5, which the published floating-point numbers miss.
+    [(Linear, linear_drop, [290 * STEPS_PER_EPOCH // 3], 0.0593), (Cosine, cosine_drop, [], 0.0610)],
+)
+def test_published_climbs_end_before_the_cooldown(
+    shape: Any, drop_at: Callable[[float], float], undecided: list[int], difference: float
+) -> None:
+    """Every step of a published run, by the rule and in the arithmetic that were published."""
+    epochs, cooldown_epochs = 300, 10
+    total, ramp = epochs * STEPS_PER_EPOCH, (epochs - cooldown_epochs) * STEPS_PER_EPOCH
+    options: dict[str, Any] = {"steps_per_epoch": STEPS_PER_EPOCH, "epochs": epochs, "cooldown_epochs": cooldown_epochs}
+    course = list(map(shape.published(**options), range(total)))
+    expected = [round(1 - round(5 * min(max(drop_at(step / ramp), 0.0), 1.0)) / 5, 1) for step in range(ramp)]
+    assert [step for step in range(ramp) if course[step] != expected[step]] == undecided
+    assert set(course[ramp:]) == {1.0}
+
+    cut = shape.cut(**options)
+    assert sum(rho != cut(step) for step, rho in enumerate(course)) / total == pytest.approx(difference, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [Linear, Cosine])
+def test_forms_of_a_climb_differ_in_their_cooldown_alone(shape: Any) -> None:
+    options: dict[str, Any] = {"steps_per_epoch": 50, "epochs": 6}
+    assert shape.published(**options) == shape.cut(**options)
+    assert levels(shape.published(**options, cooldown_epochs=6), 300) == (1.0,)
 
 
 @given(step=st.integers(0, 10**9))

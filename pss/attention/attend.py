@@ -265,6 +265,17 @@ class Attention(nn.Module):
             source, "separable_relative_position_bias_table", None
         )
 
+    @property
+    def product_width(self) -> int:
+        """Features of a head in both products of attention, queries times keys and weights times values.
+
+        What a separable bias adds to queries and keys, the values get too, as zeros.
+        """
+        if self.rel_pos != "separable":
+            return self.head_dim
+        assert self.grid is not None
+        return self.head_dim + relpos.num_separable_features(self.grid)
+
     def add_positions(self, rel_pos: RelPos, grid: Grid) -> None:
         """Make attention depend on the tokens' positions on an (h, w) grid; a learned bias is zero at first.
 

@@ -33,6 +33,12 @@ def num_separable_rows(grid: Grid) -> int:
     return (2 * height - 1) + (2 * width - 1) + NUM_PREFIX_ROWS
 
 
+def num_separable_features(grid: Grid) -> int:
+    """Width of `separable_features` for an (h, w) patch grid: h + w + 1, up to a multiple of 8."""
+    height, width = grid
+    return -(-(height + width + 1) // 8) * 8
+
+
 def reach(num_rows: int) -> int:
     """The largest offset between two patches, as a difference of keys, of a table with `num_rows` rows."""
     return (num_rows - NUM_PREFIX_ROWS) // 2
@@ -130,7 +136,7 @@ def separable_features(table: Tensor, positions: Tensor, grid: Grid) -> tuple[Te
     is_prefix = keys < 0
     row = torch.where(is_prefix, height, keys // (2 * width - 1))
     column = torch.where(is_prefix, width, keys % (2 * width - 1))
-    padding = -(height + width + 1) % 8
+    padding = num_separable_features(grid) - (height + width + 1)
     query_features = (
         F.embedding(index, lines.transpose(0, 1).flatten(1)).view(*index.shape, *lines.shape[::2])
         for index, lines in ((row, rows), (column, columns), (is_prefix.long(), prefixes))

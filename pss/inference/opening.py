@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -16,8 +17,16 @@ from pss.methods import Method
 from pss.models.create import create_model
 from pss.models.sampling import Sort
 from pss.models.vit import VisionTransformer
-from pss.models.weights import num_classes_of, start_from
+from pss.models.weights import Remedies, settings_of, start_from
 from pss.runs import checkpoint
+
+# pss-eval has no options for what a model is like: that is seen from the file, or was settled in training.
+_REMEDIES = Remedies(
+    no_file="name one, as in NAME=FILE",
+    other_head="fine-tune it with pss-train before it is evaluated",
+    other_model="name the model that it belongs to, as in NAME=FILE",
+    other_bias="name the model that it belongs to, as in NAME=FILE",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,8 @@ class Run:
     method: Method
     folder: Path | None = None
     """Where the run keeps its log; None for weights that no run of ours is behind."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the model was built with that its configuration has no fields for."""
 
     @property
     def num_classes(self) -> int:
@@ -48,7 +59,7 @@ class Run:
                 f"{self.name} has weights of method {self.method.name} beside its model ({own[0]}, …), which no "
                 "published folder holds; --export writes a file with all of them"
             )
-        settings = self.config.model.overrides()
+        settings = self.config.model.overrides() | self.settings
         model = self.config.model
         return hub.Published(self.method.model, model.name, settings, self.classes, self.config.data, self.step)
 
@@ -61,7 +72,8 @@ def open_run(
     Args:
         source: The `--output` of a `pss-train` run, one checkpoint file inside it, a folder or `hf-hub:owner/name` as
             `pss.inference.hub` writes it, `timm:NAME` for a timm model with its pretrained weights, or `NAME=FILE`
-            for a weights file and the model it belongs to. The last two get the patch sampling block injected.
+            for a weights file and the model it belongs to, of which the file tells the readout, biases and more
+            (`pss.models.weights.settings_of`). The last two get the patch sampling block injected.
         device: Where to.
         ema: Take the moving average of the weights instead of the weights.
         best: Of a run, take the checkpoint of the best validation instead of the newest.
@@ -78,15 +90,19 @@ def open_run(
     if source.startswith(hub.PREFIX) or hub.is_model(path):
         published = hub.load(source)
         model, data, classes, step = published.model, published.data, published.classes, published.step
-        settings = ModelConfig(name=published.name, **published.settings)
+        name, settings = published.name, published.settings
         model.sort = sort or model.sort
     else:
-        model, data = _plain_model(source, sort or "magnitude")
+        model, data, settings = _plain_model(source, sort or "magnitude")
         classes, step = None, 0
-        settings = ModelConfig(name=source.removeprefix("timm:").partition("=")[0])
-    config = Config(recipe=source, method=methods.PLAIN.name, model=replace(settings, sort=model.sort), data=data)
+        name = source.removeprefix("timm:").partition("=")[0]
+    known = {one.name for one in fields(ModelConfig)}
+    settings = settings | {"sort": model.sort}
+    described = ModelConfig(name=name, **{key: value for key, value in settings.items() if key in known})
+    config = Config(recipe=source, method=methods.PLAIN.name, model=described, data=data)
     method = methods.PLAIN(model, config, 1)
-    return Run(Path(source).name, config, classes, step, method.to(device).eval())
+    rest = {key: value for key, value in settings.items() if key not in known}
+    return Run(Path(source).name, config, classes, step, method.to(device).eval(), settings=rest)
 
 
 def load_run(
@@ -133,8 +149,11 @@ def _names_weights(source: str) -> bool:
     return source.startswith("timm:") or "=" in source
 
 
-def _plain_model(source: str, sort: Sort) -> tuple[VisionTransformer, DataConfig]:
-    """A timm model with its published weights, or with those of a file, and the images it takes."""
+def _plain_model(source: str, sort: Sort) -> tuple[VisionTransformer, DataConfig, dict[str, Any]]:
+    """A model of timm's with its published weights, or with those of a file; its images; and what it was built with.
+
+    All its parameters are the file's. Raises `ValueError` where the file does not tell what that takes.
+    """
     name, _, file = source.removeprefix("timm:").partition("=")
     known = timm.get_pretrained_cfg(name, allow_unregistered=True)
     data = DataConfig()
@@ -146,7 +165,19 @@ def _plain_model(source: str, sort: Sort) -> tuple[VisionTransformer, DataConfig
             mean=known.mean,
             std=known.std,
         )
-    num_classes = num_classes_of(file) if file else known.num_classes if known is not None else 1000
-    model = create_model(name, num_classes=num_classes, img_size=data.img_size, sort=sort)
-    start_from(model, file or source)
-    return model, data
+    num_classes = known.num_classes if known is not None else 1000
+    settings: dict[str, Any] = {}
+    if file:
+        settings = settings_of(file, remedies=_REMEDIES)
+        num_classes = settings.pop("num_classes")
+        data = replace(data, img_size=settings.pop("img_size", data.img_size))
+        if not num_classes:
+            raise ValueError(f"{file} has no classifier; {_REMEDIES.other_head}")
+        if settings["pos_embed"] == "none" and "rel_pos" not in settings:
+            raise ValueError(
+                f"{file} does not tell how its model knows where patches lie (it has neither a position embedding nor "
+                "bias tables); name the run of pss-train that it is from"
+            )
+    model = create_model(name, num_classes=num_classes, img_size=data.img_size, sort=sort, **settings)
+    start_from(model, file or source, remedies=_REMEDIES)
+    return model, data, settings

@@ -54,7 +54,9 @@ def build_schedule(config: Config, settings: ScheduleConfig, steps_per_epoch: in
             block = settings.period_steps or steps_per_epoch
         ramps: dict[str, type[Linear | Cosine | Cyclic]] = {"linear": Linear, "cosine": Cosine, "cyclic": Cyclic}
         ramp = ramps[settings.name]
-        schedule = ramp.published(**options) if settings.form == "published" else ramp.symmetric(**options)
+        # Cycles do not depend on the length of the run: a cooldown cuts them off in every form.
+        form = "published" if ramp is Cyclic and settings.form == "cut" else settings.form
+        schedule = getattr(ramp, form)(**options)
     if settings.shuffle:
         schedule = Shuffled(of=schedule, block_steps=block, seed=config.train.seed, stop=cooldown)
     return schedule

@@ -145,7 +145,7 @@ def create_plain(name: str, **settings: Any) -> Any:
 def _init_published(plain: Any) -> None:
     """Initialise a timm ViT as the runs of McDanel & Huynh (2022) were."""
     for module in plain.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.Conv2d):  # the patch embedding too, as in SimMIM's model
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

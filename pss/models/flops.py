@@ -2,7 +2,8 @@
 
 The unit is one multiply-accumulate (MAC); torch's flop counter reports two per MAC. Counted, as by McDanel & Huynh
 (2022), are the patch embedding (of all patches, unless the kept ones are drawn at random), every linear layer, both
-attention products and the classifier; not counted are norms, activations, softmax and biases.
+attention products (with the features that a separable position bias adds to them) and the classifier; not counted are
+norms, activations, softmax and biases.
 
 A method that has other token counts in other blocks, or extra modules, adds up the same pieces.
 """
@@ -28,7 +29,7 @@ def attention_macs(num_queries: int, num_keys: int, width: int) -> int:
 
 def block_macs(block: Block, num_tokens: int) -> int:
     """MACs of one transformer block on `num_tokens` tokens of one image."""
-    width = block.attn.num_heads * block.attn.head_dim
+    width = block.attn.num_heads * block.attn.product_width
     return linear_macs(block, num_tokens) + attention_macs(num_tokens, num_tokens, width)
 
 

@@ -40,8 +40,32 @@ _ANCHOR = "patch_embed.proj.weight"  # every ViT has it, so it tells what preced
 _BACKBONE = {"patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre", "blocks"}
 _HEADS = {"head", "head_dist"}
 
+_NORMS = {"norm", "fc_norm"}
+_PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+
 _TABLE = "relative_position_bias_table"
 _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
+_SEPARABLE_TABLE = f"separable_{_TABLE}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedies:
+    """What whoever reads an error can do about weights that do not fit, in the words of what they have at hand.
+
+    By default that is Python; the commands have options instead, and bring their own.
+    """
+
+    no_file: str = "name a file that exists"
+    """There is no such file."""
+
+    other_head: str = "pass ignore_head=True to keep the model's own classifier"
+    """The file has no classifier or the norm before it is missing, or it has one for other classes."""
+
+    other_model: str = "build the model that it belongs to; pss.models.weights.settings_of says what a file tells of it"
+    """The file's model has other parts, or parts of another shape."""
+
+    other_bias: str = "create it with rel_pos={kind!r}"
+    """The file has position biases, and the model has none of that kind."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +96,14 @@ class Report:
         return "; ".join(parts)
 
 
-def start_from(model: VisionTransformer, where: str, *, ignore_head: bool = False) -> Report:
+def start_from(
+    model: VisionTransformer, where: str, *, ignore_head: bool = False, remedies: Remedies = Remedies()
+) -> Report:
     """Copy the weights that `where` names into `model`: a file, the folder of a pss-train run, or timm:NAME.
 
     Raises:
-        ValueError: as `load_weights`; a folder without a checkpoint; a name that timm has no weights for.
+        ValueError: as `load_weights`, with `remedies` at the end; a folder without a checkpoint; a name that timm has
+            no weights for.
     """
     if where.startswith("timm:"):
         name = where.removeprefix("timm:")
@@ -85,14 +112,14 @@ def start_from(model: VisionTransformer, where: str, *, ignore_head: bool = Fals
         except Exception as error:  # whatever the hub's client or timm raise
             reason = str(error).split("\n")[0]
             raise ValueError(f"timm gives no pretrained weights for {name} ({reason}); name a weights file") from error
-        return _load(model, pretrained.state_dict(), where, ignore_head)
+        return _load(model, pretrained.state_dict(), where, ignore_head, remedies)
     path = Path(where)
     if path.is_dir():
         newest = checkpoint.load_latest(path / "checkpoints")
         if newest is None:
             raise ValueError(f"{path} holds no checkpoint; name a weights file, or the --output of a pss-train run")
-        return _load(model, newest[0], where, ignore_head)
-    return load_weights(model, path, ignore_head=ignore_head)
+        return _load(model, newest[0], where, ignore_head, remedies)
+    return _load(model, _read(path, remedies), path, ignore_head, remedies)
 
 
 def load_weights(model: VisionTransformer, path: str | Path, *, ignore_head: bool = False) -> Report:
@@ -111,18 +138,75 @@ def load_weights(model: VisionTransformer, path: str | Path, *, ignore_head: boo
         ValueError: the file cannot be read as plain weights, or the model would not be what the file describes: parts
             missing, parts left over, shapes that differ by more than the patch grid, another number of classes.
     """
-    return _load(model, _read(Path(path)), path, ignore_head)
+    remedies = Remedies()
+    return _load(model, _read(Path(path), remedies), path, ignore_head, remedies)
 
 
-def num_classes_of(path: str | Path) -> int:
-    """How many classes the weights of a file tell apart. Raises `ValueError` where it has no classifier."""
-    found, _ = _plain_names(_read(Path(path)), path)
-    if "head.weight" not in found:
-        raise ValueError(f"{path} has no classifier; fine-tune it with pss-train before it is evaluated")
-    return int(found["head.weight"].shape[0])
+def settings_of(path: str | Path, *, remedies: Remedies = Remedies()) -> dict[str, Any]:
+    """What a weights file tells of its model: keyword arguments, to be given to `create_model` after the model's name.
+
+    The name says the rest: width, depth and heads above all. Told are:
+
+    * `num_classes`, 0 if there is no classifier;
+    * `patch_size` in pixels, and `img_size` where the patches of a position embedding or a bias table form a square;
+    * `global_pool`: `avg` where there is an `fc_norm` and no `norm`, as in BEiT and timm;
+    * `rel_pos`: `bias` or `separable` where there are tables; rotary embedding leaves no trace in a file;
+    * `qkv_bias`: `qv` where there is a `q_bias`; a joint bias is what most models have anyway;
+    * `pos_embed`, and `init_values` for layer scale, whose values are in the file.
+
+    Raises:
+        ValueError: the file cannot be read as plain weights, or holds no Vision Transformer of the usual shapes.
+    """
+    found, _ = _plain_names(_read(Path(path), remedies), path)
+    for name, num_dimensions in {
+        _ANCHOR: 4,
+        "head.weight": 2,
+        **dict.fromkeys(("pos_embed", *_PREFIX_TOKENS), 3),
+    }.items():
+        if name in found and found[name].ndim != num_dimensions:
+            raise ValueError(f"{path} has {name} of shape {tuple(found[name].shape)}; {remedies.other_model}")
+    told: dict[str, Any] = {
+        "num_classes": found["head.weight"].shape[0] if "head.weight" in found else 0,
+        "pos_embed": "learn" if "pos_embed" in found else "none",
+        "init_values": 1.0 if any(re.search(r"\.(gamma_1|ls1\.gamma)$", name) for name in found) else None,
+    }
+    *_, height, width = found[_ANCHOR].shape
+    side = _grid_side(found)
+    if height == width:
+        told |= {"patch_size": width} | ({"img_size": side * width} if side is not None else {})
+    if any(name.endswith(_SEPARABLE_TABLE) for name in found):
+        told["rel_pos"] = "separable"
+    elif any(name.endswith(_TABLE) for name in found):
+        told["rel_pos"] = "bias"
+    if any(name.endswith("attn.q_bias") for name in found):
+        told["qkv_bias"] = "qv"
+    if _NORMS & {_part(name) for name in found} == {"fc_norm"}:
+        told["global_pool"] = "avg"
+    return told
 
 
-def _load(model: VisionTransformer, content: Mapping[str, Any], path: str | Path, ignore_head: bool) -> Report:
+def _grid_side(found: Mapping[str, Tensor]) -> int | None:
+    """Rows, and columns, of the square patch grid that the ViT's tensors are of; None if they do not tell."""
+    if "pos_embed" in found:
+        num_positions = found["pos_embed"].shape[1]
+        num_prefix = sum(found[name].shape[1] for name in _PREFIX_TOKENS if name in found)
+        for num_patches in (num_positions - num_prefix, num_positions):  # the prefix may have no positions
+            side = math.isqrt(max(0, num_patches))
+            if side and side**2 == num_patches:
+                return side
+    tables = (table for name, table in found.items() if name.split(".")[-1] == _TABLE)
+    return next(map(_table_side, tables), None)
+
+
+def _table_side(table: Tensor) -> int | None:
+    """Rows, and columns, of the square patch grid that a bias table (rows, H) is of; None if there is none."""
+    side = (math.isqrt(max(0, table.shape[0] - relpos.NUM_PREFIX_ROWS)) + 1) // 2
+    return side if relpos.num_table_rows((side, side)) == table.shape[0] else None
+
+
+def _load(
+    model: VisionTransformer, content: Mapping[str, Any], path: str | Path, ignore_head: bool, remedies: Remedies
+) -> Report:
     """`load_weights` with what `path` holds."""
     found, outside = _plain_names(content, path)
     unused_head = sorted(name for name in found if ignore_head and _part(name) in _HEADS)
@@ -134,21 +218,25 @@ def _load(model: VisionTransformer, content: Mapping[str, Any], path: str | Path
     resized = []
     for name, value in found.items():
         if name in own and value.shape != own[name].shape:
-            found[name] = _resize(name, value, own[name], model, path)
+            found[name] = _resize(name, value, own[name], model, path, remedies)
             resized.append(name)
 
     missing = [name for name in own if name not in found]
     unexpected = [name for name in found if name not in own]
-    optional = {"norm", "fc_norm", *_HEADS} if ignore_head else set()
+    optional = _NORMS | _HEADS if ignore_head else set()
     lacking = [name for name in missing if not name.endswith(_TABLE) and _part(name) not in optional]
+    surplus = [name for name in unexpected if _part(name) in (_BACKBONE if ignore_head else _BACKBONE | _NORMS)]
     if lacking:
-        only_readout = not any(_part(name) in _BACKBONE for name in lacking)
-        remedy = "pass ignore_head=True to keep its initial value" if only_readout else "build the model they belong to"
-        raise ValueError(f"{path} lacks {_first(lacking)}; {remedy}")
-    surplus = [name for name in unexpected if _part(name) in _BACKBONE]
+        parts = {_part(name) for name in lacking}
+        # A norm in another place is that of another readout, which its classifier was trained with.
+        other_model = parts & _BACKBONE or (parts <= _NORMS and _NORMS & {_part(name) for name in surplus})
+        raise ValueError(
+            f"{path} lacks {_first(lacking)}; {remedies.other_model if other_model else remedies.other_head}"
+        )
     if surplus:
-        only_tables = all(name.endswith(_TABLE) for name in surplus)
-        remedy = "create it with rel_pos='bias'" if only_tables else "build the model they belong to"
+        remedy = remedies.other_model
+        if all(name.endswith(_TABLE) for name in surplus):
+            remedy = remedies.other_bias.format(kind="separable" if surplus[0].endswith(_SEPARABLE_TABLE) else "bias")
         raise ValueError(f"{path} has {_first(surplus)}, which this model does not; {remedy}")
 
     model.load_state_dict({name: value for name, value in found.items() if name in own}, strict=False)
@@ -160,10 +248,10 @@ def _load(model: VisionTransformer, content: Mapping[str, Any], path: str | Path
     )
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path, remedies: Remedies) -> Mapping[str, Any]:
     """The content of a weights file."""
     if not path.is_file():
-        raise ValueError(f"there is no weights file {path}; --set model.weights=FILE names one, none starts anew")
+        raise ValueError(f"there is no weights file {path}; {remedies.no_file}")
     try:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
@@ -218,7 +306,9 @@ def _our_names(found: dict[str, Tensor], model: VisionTransformer) -> dict[str, 
     return ours
 
 
-def _resize(name: str, value: Tensor, target: Tensor, model: VisionTransformer, path: str | Path) -> Tensor:
+def _resize(
+    name: str, value: Tensor, target: Tensor, model: VisionTransformer, path: str | Path, remedies: Remedies
+) -> Tensor:
     """A tensor that depends on the patch grid, interpolated from a square grid to the model's."""
     if name == "pos_embed" and value.ndim == 3 and value.shape[2] == target.shape[2]:
         num_prefix = target.shape[1] - model.num_patches
@@ -227,17 +317,16 @@ def _resize(name: str, value: Tensor, target: Tensor, model: VisionTransformer, 
             resized: Tensor = resample_abs_pos_embed(value, model.grid_size, (side, side), num_prefix)
             return resized
     elif name.endswith(_TABLE) and value.ndim == 2 and value.shape[1] == target.shape[1]:
-        side = (math.isqrt(max(0, value.shape[0] - relpos.NUM_PREFIX_ROWS)) + 1) // 2
-        if relpos.num_table_rows((side, side)) == value.shape[0]:
-            return relpos.resize_table(value, (side, side), model.grid_size)
+        old_side = _table_side(value)
+        if old_side is not None:
+            return relpos.resize_table(value, (old_side, old_side), model.grid_size)
     elif _part(name) in _HEADS:
         raise ValueError(
-            f"{path} classifies into {value.shape[0]} classes, the model into {target.shape[0]}; "
-            "pass ignore_head=True to keep the model's own classifier"
+            f"{path} classifies into {value.shape[0]} classes, the model into {target.shape[0]}; {remedies.other_head}"
         )
     raise ValueError(
         f"{path} has {name} of shape {tuple(value.shape)}, the model needs {tuple(target.shape)}; "
-        "build the model that the weights belong to"
+        f"{remedies.other_model}"
     )
 
 

@@ -6,7 +6,14 @@ import difflib
 from collections.abc import Callable
 
 from pss.config import Config
-from pss.recipes.deit import deit_s_224, deit_s_224_lowres, deit_s_384, deit_ti_224, vit_b_simmim
+from pss.recipes.deit import (
+    deit_s_224,
+    deit_s_224_lowres,
+    deit_s_224_plain,
+    deit_s_384,
+    deit_ti_224,
+    vit_b_simmim,
+)
 from pss.recipes.small import cifar10, digits
 
 RECIPES: dict[str, Callable[[], Config]] = {
@@ -14,6 +21,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "cifar10": cifar10,
     "deit-ti-224": deit_ti_224,
     "deit-s-224": deit_s_224,
+    "deit-s-224-plain": deit_s_224_plain,
     "deit-s-224-lowres": deit_s_224_lowres,
     "deit-s-384": deit_s_384,
     "vit-b-simmim": vit_b_simmim,

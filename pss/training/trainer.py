@@ -19,7 +19,7 @@ from pss import methods
 from pss.config import Config
 from pss.inference.accuracy import accuracy
 from pss.methods import Dense, Method, Phase, Progress, Step
-from pss.models.weights import Report, start_from
+from pss.models.weights import Remedies, Report, start_from
 from pss.runtime.precision import autocast
 from pss.runtime.processes import Vote, World
 from pss.runtime.seeds import seed_generator
@@ -30,6 +30,13 @@ from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
 from pss.training.setup import build_mixing, catch_signals, check_masks, compile_levels, wrap
 from pss.training.sharding import scatter_optimizer, shard
+
+_REMEDIES = Remedies(
+    no_file="--set model.weights=FILE names one, none starts anew",
+    other_head="--set model.own_head=true starts with a new classifier",
+    other_model="--set model.name=NAME, and the other settings of model, describe the one that it belongs to",
+    other_bias="--set model.rel_pos={kind} gives it one",
+)
 
 
 class Interrupted(Exception):
@@ -73,7 +80,9 @@ class Trainer:
         self.started_from: Report | None = None
         """What became of the weights that a new run starts from."""
         if self._saved is None and config.model.weights is not None:
-            self.started_from = start_from(self.method.model, config.model.weights, ignore_head=config.model.own_head)
+            self.started_from = start_from(
+                self.method.model, config.model.weights, ignore_head=config.model.own_head, remedies=_REMEDIES
+            )
         self.compiled = not self.sharded and compile_levels(self.method, config.compile, world.device, self.total_steps)
         self.mixing = build_mixing(config, len(classes), world.rank) if self.method.mixes == "pixels" else None
         decay = config.train.ema_decay

@@ -137,14 +137,19 @@ def test_random_sampling_is_a_function_of_seed_step_and_rank():
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "cyclic"])
-def test_both_forms_can_be_configured(name):
+def test_every_form_can_be_configured(name):
     config = tiny()
     published = build_schedule(config, ScheduleConfig(name=name), 90)
     symmetric = build_schedule(config, ScheduleConfig(name=name, form="symmetric"), 90)
     assert published.form == "published"
     assert symmetric.form == "symmetric"
-    cooled = build_schedule(config, ScheduleConfig(name=name, cooldown_epochs=1), 90)
-    assert {cooled(step) for step in range(270, 360)} == {1.0}
+    cooled, cut = (
+        build_schedule(config, ScheduleConfig(name=name, form=form, cooldown_epochs=1), 90)
+        for form in ("published", "cut")
+    )
+    assert {cooled(step) for step in range(270, 360)} == {cut(step) for step in range(270, 360)} == {1.0}
+    assert [cut(step) for step in range(270)] == [published(step) for step in range(270)]
+    assert (cooled == cut) == (name == "cyclic")
 
 
 def test_cycle_length_is_a_knob():

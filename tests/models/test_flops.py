@@ -33,6 +33,9 @@ def published() -> dict[str, VisionTransformer]:
         ("vit_tiny_patch16_224", {"depth": 2}),
         ("vit_tiny_patch16_224", {"depth": 3, "reg_tokens": 2, "mlp_ratio": 3.0}),
         ("vit_tiny_patch16_224", {"depth": 2, "rel_pos": "bias", "qkv_bias": "qv", "global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"depth": 2, "rel_pos": "separable"}),
+        ("vit_tiny_patch16_224", {"depth": 1, "rel_pos": "separable", "patch_size": 8, "sort": "random"}),
+        ("vit_tiny_patch16_224", {"depth": 2, "rel_pos": "rope"}),
         ("deit_tiny_distilled_patch16_224", {"depth": 2}),
         ("vit_tiny_patch16_224", {"depth": 1, "num_classes": 0}),
         ("vit_tiny_patch16_224", {"depth": 1, "token_counts": "aligned"}),
@@ -77,6 +80,14 @@ def test_published_savings(published: dict[str, VisionTransformer], name: str, c
     )
     assert 100 * training_saving(model, Fixed(0.6), steps) == pytest.approx(fixed, abs=0.1)
     assert training_saving(model, Fixed(1.0), steps) == 0
+
+
+def test_a_separable_bias_widens_both_products() -> None:
+    with torch.device("meta"):
+        plain, separable = (create_model("deit_small_patch16_224", rel_pos=kind) for kind in ("bias", "separable"))
+    # 14 rows, 14 columns and one for the class token, in 32 features more on heads 64 wide.
+    assert macs(separable) - macs(plain) == 12 * attention_macs(197, 197, 6 * 32)
+    assert macs(separable) / macs(plain) == pytest.approx(1.039, abs=1e-3)
 
 
 def test_pieces_add_up() -> None:

@@ -392,6 +392,9 @@ def test_published_initialisation() -> None:
     assert not model.head.bias.any()  # type: ignore[operator]
     assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)  # type: ignore[union-attr]
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)  # type: ignore[union-attr]
+    assert model.patch_embed.proj.weight.std().item() == pytest.approx(0.02, rel=0.02)  # torch's default: 0.0208
+    assert model.patch_embed.proj.weight.abs().max() > 0.06  # and no uniform one, which ends at 0.036
+    assert not model.patch_embed.proj.bias.any()  # type: ignore[union-attr]
 
 
 def test_a_model_without_classes_returns_features() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pss.models.create import create_model
 from pss.models.vit import VisionTransformer
-from pss.models.weights import load_weights, start_from
+from pss.models.weights import load_weights, settings_of, start_from
 
 TINY: dict[str, Any] = {"num_classes": 7, "img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"
@@ -180,6 +180,48 @@ def test_position_embedding_follows_the_image_size(tmp_path: Path, options: dict
     assert model.pos_embed[0, prefix:].detach() == pytest.approx(torch.full((48, 24), 0.5), abs=1e-5)  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        SIMMIM,
+        {"global_pool": "avg", "img_size": 24},
+        {"rel_pos": "separable", "init_values": 0.1},
+        {"num_classes": 0},
+    ],
+)
+def test_a_model_can_be_built_by_what_its_file_tells(tmp_path: Path, options: dict[str, Any]) -> None:
+    source = tiny(0, **options)
+    torch.save({"model": beit_names(source.state_dict())}, tmp_path / "weights.pt")
+    told = settings_of(tmp_path / "weights.pt")
+    shape = {name: TINY[name] for name in ("embed_dim", "depth", "num_heads")}
+    model = create_model(NAME, **shape, **told).eval()
+    report = load_weights(model, tmp_path / "weights.pt")
+    assert (report.resized, report.missing, report.unexpected) == ((), (), ())
+    assert torch.equal(model(images(*source.image_size[:1]), 0.6), source(images(*source.image_size[:1]), 0.6))
+
+
+def test_a_file_tells_no_more_than_it_holds(tmp_path: Path) -> None:
+    torch.save(tiny(0).state_dict(), tmp_path / "plain.pt")
+    plain = {"num_classes": 7, "img_size": 16, "patch_size": 4, "pos_embed": "learn", "init_values": None}
+    assert settings_of(tmp_path / "plain.pt") == plain
+    torch.save(tiny(0, img_size=(8, 24), **SIMMIM).state_dict(), tmp_path / "wide.pt")
+    assert settings_of(tmp_path / "wide.pt") == {
+        "num_classes": 7,
+        "patch_size": 4,
+        "pos_embed": "none",
+        "init_values": 1.0,
+        "rel_pos": "bias",
+        "qkv_bias": "qv",
+        "global_pool": "avg",
+    }
+    with pytest.raises(ValueError, match=r"there is no weights file .*; name a file that exists"):
+        settings_of(tmp_path / "none.pt")
+    torch.save(tiny(0).state_dict() | {"pos_embed": torch.zeros(17)}, tmp_path / "flat.pt")
+    with pytest.raises(ValueError, match=r"has pos_embed of shape \(17,\); build the model"):
+        settings_of(tmp_path / "flat.pt")
+
+
 def test_position_bias_follows_the_image_size(tmp_path: Path) -> None:
     source, model = tiny(0, **SIMMIM), tiny(1, **SIMMIM, img_size=24)
     torch.save(source.state_dict(), tmp_path / "weights.pt")
@@ -222,6 +264,9 @@ def test_other_classes_need_to_be_asked_for(tmp_path: Path) -> None:
         ({"init_values": 0.1}, {}, r"has blocks.0.ls1.gamma"),
         ({"rel_pos": "bias"}, {}, r"has blocks.0.attn.rel.* create it with rel_pos='bias'"),
         ({}, {"pos_embed": "none"}, r"has pos_embed, which this model does not"),
+        ({}, {"global_pool": "avg"}, r"lacks fc_norm.weight, fc_norm.bias; build the model .*settings_of"),
+        ({"global_pool": "avg"}, {}, r"lacks norm.weight, norm.bias; build the model"),
+        ({"rel_pos": "separable"}, {}, r"has blocks.0.attn.sep.* create it with rel_pos='separable'"),
         ({"name": "deit_tiny_distilled_patch16_224"}, {"num_classes": 0}, r"pos_embed of shape \(1, 18, 24\)"),
         ({"img_size": (8, 32)}, {"img_size": 32, "pos_embed": "learn"}, None),
         ({"img_size": (8, 24)}, {}, r"pos_embed of shape \(1, 13, 24\)"),
@@ -237,6 +282,17 @@ def test_another_model_is_refused(
         return
     with pytest.raises(ValueError, match=message):
         load_weights(tiny(1, **target), tmp_path / "weights.pt")
+
+
+def test_a_norm_without_a_place_is_refused(tmp_path: Path) -> None:
+    """Left out, it would change what the classifier reads; with a new classifier that does not matter."""
+    source, model = tiny(0), tiny(1)
+    extra = {"fc_norm.weight": torch.ones(24), "fc_norm.bias": torch.zeros(24)}
+    torch.save(source.state_dict() | extra, tmp_path / "weights.pt")
+    assert "global_pool" not in settings_of(tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"has fc_norm.weight, fc_norm.bias, which this model does not; build the mod"):
+        load_weights(model, tmp_path / "weights.pt")
+    assert set(extra) < set(load_weights(model, tmp_path / "weights.pt", ignore_head=True).unexpected)
 
 
 class Payload:

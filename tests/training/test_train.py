@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipelines.base import DataError
 from pipelines.loaders.prefetch import Prefetcher
 from pss import recipes
-from pss.attention.attend import attend as attention
+from pss.attention import attend as attention
 from pss.runs import checkpoint
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
@@ -93,6 +93,21 @@ def test_a_run_starts_from_another_runs_weights(tmp_path, uninterrupted):
         trainer(tmp_path / "third", f"model.weights={tmp_path}")
     with pytest.raises(ValueError, match=r"no weights file .*model\.weights=FILE"):
         trainer(tmp_path / "third", "model.weights=gone.pth")
+    for change, remedy in (
+        ({"model.head.weight": torch.zeros(9, 24), "model.head.bias": torch.zeros(9)}, "--set model.own_head=true"),
+        ({"model.head.weight": None, "model.head.bias": None}, "--set model.own_head=true"),
+        ({"model.blocks.1.norm1.weight": None}, "--set model.name="),
+        (
+            {"model.blocks.0.attn.separable_relative_position_bias_table": torch.zeros(17, 3)},
+            "--set model.rel_pos=separable",
+        ),
+    ):
+        path = tmp_path / "file.pth"
+        state = {name: value for name, value in (uninterrupted["method"] | change).items() if value is not None}
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=f"{path} .*; .*{remedy}") as raised:
+            trainer(tmp_path / "third", f"model.weights={path}")
+        assert "ignore_head" not in str(raised.value)
 
     (tmp_path / "run").mkdir()
     trainer(tmp_path / "run", weights, "train.max_steps=3").fit()
