@@ -17,7 +17,6 @@ import argparse
 import io
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -36,7 +35,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tools.benchmarks.step import environment
+from tools.benchmarks.measure import environment
+from tools.gpu_report import report
 
 ROOT = Path(__file__).parent.parent
 TAIL = 2000  # characters kept of what a failed part said last
@@ -53,17 +53,6 @@ TINY = ("deit-s-224", "vit_tiny_patch16_224", 32, 4)
 
 VARIANTS = {"aligned": "model.token_counts=aligned", "cuda-graphs": "compile.cuda_graphs=true"}
 """Settings to compare, on the first model, with what is usual."""
-
-GOALS = {
-    ("rates-deit-s-224", "saving"): 0.345,
-    ("rates-vit-b-224", "saving"): 0.342,
-    ("rates-deit-s-384", "saving"): 0.364,
-    ("rates-deit-s-224", "images/s at rho 1"): 10500,
-    ("rates-vit-b-224", "images/s at rho 1"): 3600,
-    ("rates-deit-s-384", "images/s at rho 1"): 2800,
-    ("train", "data wait"): -0.03,
-}
-"""By part and figure, for one H200; a negative goal is the most there may be."""
 
 
 @dataclass(frozen=True)
@@ -268,56 +257,9 @@ class Suite:
         return found
 
     def report(self) -> str:
-        """All that was measured, goals first, as markdown."""
-        kept = self.kept()
-        title = "# A dry run on a CPU: its figures mean nothing" if self.dry else "# What a GPU reaches"
-        lines = [title, "", ", ".join(f"{key} {value}" for key, value in self.environment.items()), ""]
-        lines += ["| part | figure | goal | reached | met |", "|---|---|---|---|---|"]
-        for (part, figure), goal in GOALS.items():
-            lines.append(f"| {part} | {figure} | {_goal_cells(figure, goal, figures(kept.get(part)).get(figure))} |")
-        lines += ["", "| part | status | seconds | commit |", "|---|---|---|---|"]
-        for name in self.parts():
-            result = kept.get(name, {"status": "not run yet", "reason": None})
-            status = result["status"] + (f": {result['reason']}" if result["reason"] else "")
-            status = status.replace("|", "/")
-            lines.append(f"| {name} | {status} | {result.get('seconds', '–')} | {result.get('commit', '–')} |")
-        for name, result in kept.items():
-            if result["told"].strip():
-                lines += ["", f"## {name}", "", *_fenced(result)]
-        return "\n".join(lines) + "\n"
-
-
-def figures(result: dict[str, Any] | None) -> dict[str, float]:
-    """What a part's result says of the goals, by the name of the figure."""
-    if result is None or result["status"] != "done":
-        return {}
-    found = {}
-    measured = result["measured"].get("rates") or result["measured"].get("train")
-    if measured is not None:
-        if measured["savings"]:
-            found["saving"] = statistics.median(measured["savings"])
-        if "1" in measured["levels"]:
-            seconds = statistics.median(measured["levels"]["1"]["seconds"])
-            found["images/s at rho 1"] = int(measured["settings"]["batch"]) / seconds
-        if measured["data_wait"] is not None:
-            found["data wait"] = measured["data_wait"]
-    return found
-
-
-def _goal_cells(figure: str, goal: float, reached: float | None) -> str:
-    def show(value: float) -> str:
-        return f"{value:,.0f}" if figure.startswith("images") else f"{value:.1%}"
-
-    bound = f"{'at most' if goal < 0 else 'at least'} {show(abs(goal))}"
-    if reached is None:
-        return f"{bound} | – | not measured"
-    return f"{bound} | {show(reached)} | {'yes' if (reached <= -goal if goal < 0 else reached >= goal) else 'no'}"
-
-
-def _fenced(result: dict[str, Any]) -> list[str]:
-    """What a part printed: tables as they are, other text word for word."""
-    text: str = result["told"].strip()
-    return [text] if result["status"] == "done" and "|---|" in text else ["```", text, "```"]
+        """All that was measured, as markdown."""
+        title = "A dry run on a CPU: its figures mean nothing" if self.dry else "What a GPU reaches"
+        return report(title, self.environment, self.parts(), self.kept())
 
 
 def _obstacle_to_tests() -> str | None:

@@ -42,7 +42,7 @@ from pipelines.augment.device import DeviceTransform
 from pipelines.base import GpuDecoding
 from pipelines.storage.source import Source, open_source
 from tools.benchmarks.augment import SPEC, keep_a_bit
-from tools.benchmarks.step import environment, quartiles
+from tools.benchmarks.measure import environment, quartiles
 
 TIMM = "timm"
 RECIPE = "timm, DeiT recipe"
