@@ -88,7 +88,7 @@ class Suite:
         parts["attention"] = Part(self._attention, 90)
         for name in self.models:
             parts[f"step-{name}"] = Part(lambda folder, name=name: [self._step(name, folder)], 90)
-        parts["loaders"] = Part(self._loaders, 150, self._obstacle_to_images)
+        parts["loaders"] = Part(self._loaders, 300, self._obstacle_to_images)
         parts["augment"] = Part(self._augment, 60)
         first = next(iter(self.models))
         for name, setting in VARIANTS.items():
@@ -145,11 +145,11 @@ class Suite:
     def _loaders(self, folder: Path) -> list[list[str]]:
         words = ["tools.benchmarks.loader", "--data", str(self.images), "--json", str(folder / "loaders.json")]
         if self.dry:
-            return [[*words, "--img-size", "32", "--batch", "24", "--batches", "5", "--rounds", "1", "--threads", "1"]]
-        threads = str(len(os.sched_getaffinity(0)))
-        return [
-            [*words, "--device", "cuda", "--batch", "256", "--batches", "12", "--rounds", "3", "--threads", threads]
-        ]
+            return [[*words, "--img-size", "32", "--batch", "12", "--batches", "16", "--rounds", "1", "--threads", "1"]]
+        threads = len(os.sched_getaffinity(0))
+        batches = max(48, 8 * threads)  # four times what timm's workers decode ahead
+        words += ["--device", "cuda", "--batch", "128", "--batches", str(batches), "--rounds", "2"]
+        return [[*words, "--threads", str(threads)]]
 
     def _augment(self, _: Path) -> list[list[str]]:
         words = ["tools.benchmarks.augment", "--device", self.device]
