@@ -23,17 +23,17 @@ GOALS = {
 def report(title: str, environment: dict[str, Any], parts: Iterable[str], kept: dict[str, dict[str, Any]]) -> str:
     """As markdown; `kept` has the results there are, by part."""
     goals = [
-        [part, figure, *_goal_cells(figure, goal, figures(kept.get(part)).get(figure))]
+        f"{part} | {figure} | {_goal_cells(figure, goal, figures(kept.get(part)).get(figure))}"
         for (part, figure), goal in GOALS.items()
     ]
     statuses = []
     for name in parts:
         result = kept.get(name, {"status": "not run yet", "reason": None})
-        status = result["status"] + (f": {result['reason']}" if result["reason"] else "")
-        statuses.append([name, status.replace("|", "/"), result.get("seconds", "–"), result.get("commit", "–")])
+        status = (result["status"] + (f": {result['reason']}" if result["reason"] else "")).replace("|", "/")
+        statuses.append(f"{name} | {status} | {result.get('seconds', '–')} | {result.get('commit', '–')}")
     lines = [f"# {title}", "", ", ".join(f"{key} {value}" for key, value in environment.items()), ""]
-    lines += table(["part", "figure", "goal", "reached", "met"], goals)
-    lines += ["", *table(["part", "status", "seconds", "commit"], statuses)]
+    lines += table("part | figure | goal | reached | met", goals)
+    lines += ["", *table("part | status | seconds | commit", statuses)]
     for name, result in kept.items():
         if result["told"].strip():
             lines += ["", f"## {name}", "", *_fenced(result)]
@@ -57,14 +57,14 @@ def figures(result: dict[str, Any] | None) -> dict[str, float]:
     return found
 
 
-def _goal_cells(figure: str, goal: float, reached: float | None) -> list[str]:
+def _goal_cells(figure: str, goal: float, reached: float | None) -> str:
     def show(value: float) -> str:
         return f"{value:,.0f}" if figure.startswith("images") else f"{value:.1%}"
 
     bound = f"{'at most' if goal < 0 else 'at least'} {show(abs(goal))}"
     if reached is None:
-        return [bound, "–", "not measured"]
-    return [bound, show(reached), "yes" if (reached <= -goal if goal < 0 else reached >= goal) else "no"]
+        return f"{bound} | – | not measured"
+    return f"{bound} | {show(reached)} | {'yes' if (reached <= -goal if goal < 0 else reached >= goal) else 'no'}"
 
 
 def _fenced(result: dict[str, Any]) -> list[str]:

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tools.benchmarks.augment import unpacked
 from tools.benchmarks.measure import environment
 from tools.gpu_report import report
 
@@ -169,7 +170,7 @@ class Suite:
         """The pictures as train|val/<class>/*, each several times, so that an epoch is not over at once."""
         folder = self.scratch / "images"
         copies = 16 if self.dry else 170  # of 750 photographs: 124 batches of 1024
-        for member, content in _drawn() if self.dry else _unpacked(self.arguments.images):
+        for member, content in _drawn() if self.dry else unpacked(self.arguments.images):
             first = folder / "val" / member
             first.parent.mkdir(parents=True, exist_ok=True)
             first.write_bytes(content)
@@ -264,17 +265,6 @@ class Suite:
 
 def _obstacle_to_tests() -> str | None:
     return None if find_spec("pytest") and find_spec("hypothesis") else "pytest or hypothesis is not installed"
-
-
-def _unpacked(archive: Path) -> Iterable[tuple[str, bytes]]:
-    """`<class>/<name>` and content of every JPEG file."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            path = Path(member.name)
-            if member.isfile() and path.suffix.lower() in (".jpg", ".jpeg"):
-                file = tar.extractfile(member)
-                assert file is not None
-                yield f"{path.parent.name}/{path.name}", file.read()
 
 
 def _drawn() -> Iterable[tuple[str, bytes]]:

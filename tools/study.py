@@ -140,9 +140,9 @@ def report(result: dict[str, Any]) -> str:
         time_ratio = "1" if line["arm"] == "dense" else "–"
         if line["ratios"]:
             time_ratio = spread(line["ratios"], ".3f")
-        rows.append([line["arm"], line["sort"], *accuracies, minutes, time_ratio, f"{line['limit']:.3f}"])
-    head = ["training", "patches", *(f"top-1 at ρ = {rho:g}" for rho in rhos), "minutes"]
-    head += ["of dense: time (quartiles over epochs)", "arithmetic"]
+        rows.append(" | ".join([line["arm"], line["sort"], *accuracies, minutes, time_ratio, f"{line['limit']:.3f}"]))
+    top1 = " | ".join(f"top-1 at ρ = {rho:g}" for rho in rhos)
+    head = f"training | patches | {top1} | minutes | of dense: time (quartiles over epochs) | arithmetic"
     title = (
         f"`pss-train {result['recipe']}`, {result['epochs']} epochs of {result['images']:,} images, seeds "
         f"{', '.join(map(str, result['seeds']))}" + (f"; {', '.join(settings)}" if settings else "")

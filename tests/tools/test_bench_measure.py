@@ -6,15 +6,15 @@ import json
 
 import pytest
 
-from tools.benchmarks.measure import conclude, interleaved, over, page, parser, spread
+from tools.benchmarks.measure import conclude, in_turns, over, page, parser, spread
 
 
 def test_cases_take_turns_in_alternating_order_after_a_round_that_warms_up():
     called = []
     cases = {name: lambda name=name: called.append(name) or len(called) for name in "abc"}
-    assert interleaved(cases, 3) == {"a": [4, 9, 10], "b": [5, 8, 11], "c": [6, 7, 12]}
+    assert in_turns(cases, 3) == {"a": [4, 9, 10], "b": [5, 8, 11], "c": [6, 7, 12]}
     assert "".join(called) == "cba" + "abc" + "cba" + "abc"
-    assert interleaved(cases, 1, warm_up=False) == {"a": [13], "b": [14], "c": [15]}
+    assert in_turns(cases, 1, warm_up=False) == {"a": [13], "b": [14], "c": [15]}
 
 
 def test_a_ratio_is_formed_within_a_round_and_told_with_its_spread():
@@ -32,7 +32,7 @@ def test_what_was_measured_is_printed_and_kept(tmp_path, capsys):
     result = conclude(
         command.parse_args(words),
         lambda arguments: {"figures": [1.5] * arguments.rounds, "settings": {"model": "small"}},
-        lambda result: page(result, "Title", ["figure"], [[figure] for figure in result["figures"]]),
+        lambda result: page(result, "Title", "figure | twice", [f"{x} | {2 * x}" for x in result["figures"]]),
         "pytest",
         "no-such-package",
     )
@@ -42,4 +42,4 @@ def test_what_was_measured_is_printed_and_kept(tmp_path, capsys):
     assert json.loads((tmp_path / "a.json").read_text()) == result
     lines = (tmp_path / "a.md").read_text().splitlines()
     assert lines == capsys.readouterr().out.splitlines()
-    assert (lines[0], lines[2:]) == ("Title", ["", "| figure |", "|---|", "| 1.5 |", "| 1.5 |"])
+    assert (lines[0], lines[2:]) == ("Title", ["", "| figure | twice |", "|---|---|", *["| 1.5 | 3.0 |"] * 2])

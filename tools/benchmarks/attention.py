@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pss.attention.attend import attend, attend_packed, relpos
-from tools.benchmarks.measure import Result, conclude, interleaved, over, page, parser, spread, wait_for
+from tools.benchmarks.measure import Result, conclude, in_turns, over, page, parser, spread, wait_for
 
 LENGTHS = {14: (39, 79, 118, 158, 197), 24: (115, 231, 346, 462, 577)}
 """Tokens at each rho, by the side of the patch grid."""
@@ -76,7 +76,7 @@ def measure_length(num_tokens: int, arguments: argparse.Namespace) -> dict[str, 
         return seconds_of(lambda: attention(name, qkv, table, where), direction)
 
     names = [PLAIN, *implementations(device)]
-    seconds = interleaved({name: partial(timed, name) for name in names}, arguments.rounds)
+    seconds = in_turns({name: partial(timed, name) for name in names}, arguments.rounds)
     ways = ("forward", "backward")
     return {name: dict(zip(ways, map(list, zip(*pairs, strict=True)), strict=True)) for name, pairs in seconds.items()}
 
@@ -93,9 +93,10 @@ def report(result: Result) -> str:
     for length, by_name in result["seconds"].items():
         both = {name: [sum(pair) for pair in zip(*ways.values(), strict=True)] for name, ways in by_name.items()}
         for name, ways in by_name.items():
-            milliseconds = [spread([1e3 * value for value in values], ".3f") for values in ways.values()]
-            rows.append([length, name, *milliseconds, spread(over(both[name], both[PLAIN]), ".3f")])
-    head = ["tokens", "implementation", "forward ms", "backward ms", "both / no bias"]
+            milliseconds = " | ".join(spread([1e3 * value for value in values], ".3f") for values in ways.values())
+            ratio = spread(over(both[name], both[PLAIN]), ".3f")
+            rows.append(f"{length} | {name} | {milliseconds} | {ratio}")
+    head = "tokens | implementation | forward ms | backward ms | both / no bias"
     heads = f"{settings['heads']} heads {settings['width']} wide"
     title = f"Batch {settings['batch']}, {heads}, {settings['dtype']}, {settings['rounds']} rounds"
     return page(result, title, head, rows)

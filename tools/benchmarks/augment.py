@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 from pipelines import Batch, DataConfig
 from pipelines.augment import Mixing, MixingConfig, RandAugment, RandAugmentSpec, RandomErasing, ThreeAugment
 from pipelines.augment.device import DeviceTransform
-from tools.benchmarks.measure import Result, cells, conclude, interleaved, page, parser, wait_for
+from tools.benchmarks.measure import Result, cells, conclude, in_turns, page, parser, wait_for
 
 SPEC = "rand-m9-mstd0.5-inc1-n2"
 FILL = (124, 116, 104)
@@ -41,16 +41,20 @@ CLASSES = 1000
 SIDE = 224
 
 
-def photographs(archive: Path, num: int) -> list[Image.Image]:
-    pictures: list[Image.Image] = []
+def unpacked(archive: Path) -> Iterator[tuple[str, bytes]]:
+    """`<class>/<name>` and content of every JPEG file in a tar."""
     with tarfile.open(archive) as tar:
         for member in tar:
-            if member.name.lower().endswith((".jpeg", ".jpg")) and len(pictures) < num:
+            path = Path(member.name)
+            if member.isfile() and path.suffix.lower() in (".jpg", ".jpeg"):
                 file = tar.extractfile(member)
                 assert file is not None
-                picture = Image.open(io.BytesIO(file.read())).convert("RGB")
-                pictures.append(ImageOps.fit(picture, (SIDE, SIDE), Image.Resampling.BICUBIC))
-    return pictures
+                yield f"{path.parent.name}/{path.name}", file.read()
+
+
+def photographs(archive: Path, num: int) -> list[Image.Image]:
+    pictures = (Image.open(io.BytesIO(content)).convert("RGB") for _, content in islice(unpacked(archive), num))
+    return [ImageOps.fit(picture, (SIDE, SIDE), Image.Resampling.BICUBIC) for picture in pictures]
 
 
 def smooth_pictures(num: int) -> list[Image.Image]:
@@ -143,7 +147,7 @@ def measured(arguments: argparse.Namespace) -> Result:
         cases = {
             name: partial(timed, chain, count(), arguments.batches, batch, device) for name, chain in chains.items()
         }
-        return {"rounds": interleaved(cases, arguments.rounds)}
+        return {"rounds": in_turns(cases, arguments.rounds)}
 
 
 def report(result: Result) -> str:
@@ -151,9 +155,9 @@ def report(result: Result) -> str:
     settings, rows = result["settings"], []
     for name, values in result["rounds"].items():
         rates, costs = zip(*values, strict=True)
-        rows.append([name, *cells(rates, ".0f"), *cells(costs, ".3f")])
+        rows.append(f"{name} | {cells(rates, '.0f')} | {cells(costs, '.3f')}")
     title = f"{settings['batch']} images of {SIDE} x {SIDE}; {settings['rounds']} rounds"
-    return page(result, title, ["chain", "images/s", "quartiles", "CPU ms/image", "quartiles"], rows)
+    return page(result, title, "chain | images/s | quartiles | CPU ms/image | quartiles", rows)
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

@@ -23,7 +23,7 @@ from pipelines.conversion.engines import map_tasks
 from pipelines.conversion.scan import ImageFile, check_chunk, checked_images
 from pipelines.conversion.work import Crew, chunks_of
 from pipelines.sources.folder import list_folder
-from tools.benchmarks.measure import Result, cells, conclude, interleaved, over, page, parser, spread
+from tools.benchmarks.measure import Result, cells, conclude, in_turns, over, page, parser, spread
 
 OURS, FFCV = "pss-convert", "FFCV's writer"
 
@@ -61,18 +61,21 @@ def measured(arguments: argparse.Namespace) -> Result:
         OURS: lambda: len(images) / _time_ours(images, arguments.max_size, arguments.jobs),
         FFCV: lambda: len(images) / _time_ffcv(images, arguments.max_size, arguments.jobs),
     }
-    return {"checking": checking, "rates": interleaved(writers, arguments.rounds)}
+    return {"checking": checking, "rates": in_turns(writers, arguments.rounds)}
 
 
 def report(result: Result) -> str:
     """The result as markdown."""
     settings, rates = result["settings"], result["rates"]
-    rows = [[name, *cells(values, ".0f"), spread(over(values, rates[FFCV]), ".2f")] for name, values in rates.items()]
+    rows = [
+        f"{name} | {cells(values, '.0f')} | {spread(over(values, rates[FFCV]), '.2f')}"
+        for name, values in rates.items()
+    ]
     title = (
         f"At most {settings['max_size']} pixels, {settings['jobs']} jobs, {settings['rounds']} rounds; checking the "
         f"source {result['checking']:.0f} images/s"
     )
-    return page(result, title, ["writer", "images/s", "quartiles", "times FFCV's"], rows)
+    return page(result, title, "writer | images/s | quartiles | times FFCV's", rows)
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

@@ -32,6 +32,7 @@ from functools import partial
 from itertools import count, islice
 from os import sysconf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ from pipelines.conversion.convert import PROFILES
 from pipelines.storage.manifest import MANIFEST
 from pipelines.storage.source import Source, open_source
 from tools.benchmarks.augment import SPEC, keep_a_bit
-from tools.benchmarks.measure import Result, cells, conclude, interleaved, over, page, parser, wait_for
+from tools.benchmarks.measure import Result, cells, conclude, in_turns, over, page, parser, wait_for
 
 TIMM = "timm"
 RECIPE = "timm, DeiT recipe"
@@ -284,7 +285,7 @@ def measured(arguments: argparse.Namespace) -> Result:
 
     with tempfile.TemporaryDirectory() as scratch:
         ready = cases(arguments.data, Path(scratch), arguments)
-        rounds = interleaved({name: partial(turn, case) for name, case in ready.items()}, arguments.rounds)
+        rounds = in_turns({name: partial(turn, case) for name, case in ready.items()}, arguments.rounds)
     windows = {name: case.window(arguments.batches) for name, case in ready.items()}
     return {"rounds": rounds, "batches_before_and_timed": windows}
 
@@ -294,15 +295,14 @@ def report(result: Result) -> str:
     settings, rows = result["settings"], []
     rates, cpu = ({name: [pair[i] for pair in pairs] for name, pairs in result["rounds"].items()} for i in range(2))
     for name in rates:
-        share = cells(over(cpu[name], cpu[RECIPE]), ".2f")[0]
-        ratio = cells(over(rates[name], rates[TIMM]), ".2f")
-        rows.append([name, *cells(rates[name], ".0f"), cells(cpu[name], ".2f")[0], *ratio, share])
+        share, ratio = median(over(cpu[name], cpu[RECIPE])), cells(over(rates[name], rates[TIMM]), ".2f")
+        rows.append(f"{name} | {cells(rates[name], '.0f')} | {median(cpu[name]):.2f} | {ratio} | {share:.2f}")
     title = (
         f"{settings['img_size']} pixels, {settings['interpolation']}, {settings['device']}, "
         f"batch {settings['batch']}, {settings['threads']} threads or workers, "
         f"{settings['rounds']} rounds of at least {settings['batches']} batches in steady state"
     )
-    head = ["loader", "images/s", "quartiles", "CPU ms/image", "times timm", "quartiles", "CPU time over the recipe's"]
+    head = "loader | images/s | quartiles | CPU ms/image | times timm | quartiles | CPU time over the recipe's"
     return page(result, title, head, rows)
 
 

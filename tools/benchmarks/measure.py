@@ -22,7 +22,7 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
 """Dense half precision products a second, by a part of the device's name."""
 
 
-def interleaved(
+def in_turns(
     cases: Mapping[str, Callable[[], Outcome]], rounds: int, *, warm_up: bool = True
 ) -> dict[str, list[Outcome]]:
     """What every case returns in every round, after one round that warms up.
@@ -58,16 +58,15 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{median:{form}} ({first:{form}}–{third:{form}})"
 
 
-def cells(values: Sequence[float], form: str) -> list[str]:
+def cells(values: Sequence[float], form: str) -> str:
     """The median and the quartiles, as two cells of a table."""
     first, median, third = quartiles(values)
-    return [f"{median:{form}}", f"{first:{form}} to {third:{form}}"]
+    return f"{median:{form}} | {first:{form}} to {third:{form}}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """The lines of a markdown table."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+def table(head: str, rows: Iterable[str]) -> list[str]:
+    """The lines of a markdown table; cells are divided by " | "."""
+    return [f"| {head} |", "|---" * (head.count(" | ") + 1) + "|", *(f"| {row} |" for row in rows)]
 
 
 def wait_for(device: torch.device) -> None:
@@ -110,7 +109,7 @@ def told(result: Result) -> str:
     return ", ".join(f"{key} {value}" for key, value in result["environment"].items())
 
 
-def page(result: Result, title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def page(result: Result, title: str, head: str, rows: Iterable[str]) -> str:
     """A report in markdown: what was measured, where, and one table."""
     return "\n".join([title, told(result), "", *table(head, rows)])
 

@@ -105,24 +105,11 @@ def report(result: Result) -> str:
     """The result as markdown."""
     settings, busy = result["settings"], result["busy_seconds"].values()
     rows = [
-        [
-            f"{row['loader_over_demand']:g}",
-            f"{row['seconds']:.2f}",
-            f"{row['simulated_seconds']:.2f}",
-            f"{row['seconds'] / row['simulated_seconds']:.3f}",
-            f"{row['data_wait']:.1%}",
-            f"{row['simulated_data_wait']:.1%}",
-        ]
+        f"{row['loader_over_demand']:g} | {row['seconds']:.2f} | {row['simulated_seconds']:.2f} | "
+        f"{row['seconds'] / row['simulated_seconds']:.3f} | {row['data_wait']:.1%} | {row['simulated_data_wait']:.1%}"
         for row in result["rows"]
     ]
-    head = [
-        "loader over the average demand",
-        "epoch, s",
-        "simulated, s",
-        "measured / simulated",
-        "waiting",
-        "simulated",
-    ]
+    head = "loader over the average demand | epoch, s | simulated, s | measured / simulated | waiting | simulated"
     title = (
         f"{settings['steps']} steps of {settings['batch']} images, {1e3 * result['mean_seconds']:.1f} ms on average, "
         f"{1e3 * min(busy):.1f} to {1e3 * max(busy):.1f} ms; {settings['capacity']} batches queued"

@@ -51,8 +51,8 @@ def report(result: Result) -> str:
         rate = f"{settings['batch_size'] / statistics.median(seconds):,.1f}"
         ratio = spread(over(result["levels"][0]["seconds"], seconds), ".3f")
         published = f"{_PUBLISHED[rho]:.2f}" if rho in _PUBLISHED else "–"
-        rows.append([f"{rho:g}", level["tokens"], rate, ratio, published, f"{level['arithmetic']:.3f}"])
-    head = ["ρ", "tokens", "images/s", "× ρ 1: median (quartiles)", "published", "FLOPs allow"]
+        rows.append(f"{rho:g} | {level['tokens']} | {rate} | {ratio} | {published} | {level['arithmetic']:.3f}")
+    head = "ρ | tokens | images/s | × ρ 1: median (quartiles) | published | FLOPs allow"
     title = (
         f"{settings['model']}, {settings['img_size']} px, rel_pos {settings['rel_pos']}, batch "
         f"{settings['batch_size']}, {settings['rounds']} rounds"

@@ -44,19 +44,7 @@ from pss.attention.attend import Attention, RelPos, relpos
 from pss.models.flops import macs, training_saving
 from pss.models.vit import VisionTransformer, create_model
 from pss.schedules import Cyclic, histogram
-from tools.benchmarks.measure import (
-    Result,
-    cells,
-    conclude,
-    interleaved,
-    over,
-    parser,
-    peak_tflops,
-    spread,
-    table,
-    told,
-    wait_for,
-)
+from tools.benchmarks.measure import cells, conclude, in_turns, over, parser, peak_tflops, spread, table, told, wait_for
 
 MODELS = {
     "deit-s-224": ("deit_small_patch16_224", 224),
@@ -173,9 +161,9 @@ def time_rounds(
         return (clock() - began) / repeats[name]
 
     steps = {name: partial(timed, name) for name in cases}
-    first = {name: seconds for name, (seconds,) in interleaved(steps, 1, warm_up=False).items()}
+    first = {name: seconds for name, (seconds,) in in_turns(steps, 1, warm_up=False).items()}
     repeats |= {name: max(1, round(max(first.values()) / seconds)) for name, seconds in first.items()}
-    return interleaved(steps, rounds, warm_up=False)
+    return in_turns(steps, rounds, warm_up=False)
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
@@ -232,7 +220,7 @@ def ratios(seconds: dict[str, list[float]], shares: dict[float, float]) -> dict[
     return found
 
 
-def measure(name: str, arguments: argparse.Namespace) -> Result:
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Time all cases of one model; the result holds every single timing."""
     device = torch.device(arguments.device)
     torch.manual_seed(0)
@@ -279,12 +267,12 @@ def measure(name: str, arguments: argparse.Namespace) -> Result:
     }
 
 
-def measured(arguments: argparse.Namespace) -> Result:
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """All models, one after the other."""
     return {"models": {name: measure(name, arguments) for name in arguments.model}}
 
 
-def report(result: Result) -> str:
+def report(result: dict[str, Any]) -> str:
     """The result as markdown."""
     settings = result["settings"]
     lines = [
@@ -299,7 +287,7 @@ def report(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _report_of_model(found: Result, batch: int, peak: float | None) -> list[str]:
+def _report_of_model(found: dict[str, Any], batch: int, peak: float | None) -> list[str]:
     seconds = dict(found["seconds"])
     for prefix in ("", "none, ", "naive, ", "patch-drop, "):
         if f"{prefix}rho 1.0" in seconds:
@@ -309,23 +297,24 @@ def _report_of_model(found: Result, batch: int, peak: float | None) -> list[str]
         median = statistics.median(values)
         utilisation = "" if peak is None else f"{_mean_flops(name, found) / median / (1e12 * peak):.1%}"
         milliseconds = cells([1e3 * value for value in values], ".1f")
-        rows.append([name, *milliseconds, f"{batch / median:.1f}", utilisation])
+        rows.append(f"{name} | {milliseconds} | {batch / median:.1f} | {utilisation}")
     compared = [
-        [name, *cells(values, ".3f"), GOALS.get(name.split(", ")[0], "")] for name, values in found["ratios"].items()
+        f"{name} | {cells(values, '.3f')} | {GOALS.get(name.split(', ')[0], '')}"
+        for name, values in found["ratios"].items()
     ]
     memory = [
-        [name, f"{memory['peak'] / 1e6:.1f}", f"{memory['attention'] / 1e6:.1f}"]
+        f"{name} | {memory['peak'] / 1e6:.1f} | {memory['attention'] / 1e6:.1f}"
         for name, memory in found["memory"].items()
     ]
     lines = [
-        *table(["step", "median ms", "quartiles ms", "images/s", "MFU"], rows),
+        *table("step | median ms | quartiles ms | images/s | MFU", rows),
         "",
-        *table(["ratio", "median", "quartiles", "goal"], compared),
+        *table("ratio | median | quartiles | goal", compared),
         "",
         f"Arithmetic alone: {found['arithmetic_limit']:.3f} of a dense epoch. Share of that saving reached: "
         f"{spread(found['share_of_limit'], '.3f')}.",
         "",
-        *table([f"memory at rho {MEMORY_RHO}", "peak of a step, MB", "attention's share, MB"], memory),
+        *table(f"memory at rho {MEMORY_RHO} | peak of a step, MB | attention's share, MB", memory),
     ]
     if "naive" in found["memory"]:
         ours, naive = (found["memory"][name]["attention"] for name in ("ours", "naive"))
@@ -333,7 +322,7 @@ def _report_of_model(found: Result, batch: int, peak: float | None) -> list[str]
     return lines
 
 
-def _mean_flops(case: str, found: Result) -> float:
+def _mean_flops(case: str, found: dict[str, Any]) -> float:
     """Operations of a step of the case of that name."""
     flops, shares = found["flops"], found["cycle"]
     if case.endswith("cyclic"):
@@ -341,7 +330,7 @@ def _mean_flops(case: str, found: Result) -> float:
     return float(flops[1.0 if case == PLAIN else float(case.rpartition(" ")[2])])
 
 
-def main(argv: Sequence[str] | None = None) -> Result:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run as the arguments say (the command line's if None), print and write the report, and return the result."""
     command = parser(__doc__, rounds=5, device="auto", threads=0)
     names = ", ".join(MODELS)

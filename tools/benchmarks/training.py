@@ -294,20 +294,14 @@ def report(result: Result) -> str:
         rate = batch / statistics.median(level["seconds"])
         delivered = rate * level["train_gflops_per_image"] / 1e3
         utilisation = level["utilisation_percent"]
+        wait = sum(level["waits"]) / sum(level["seconds"])
+        milliseconds = cells([1e3 * value for value in level["seconds"]], ".2f")
         rows.append(
-            [
-                rho,
-                level["tokens"],
-                len(level["seconds"]),
-                *cells([1e3 * value for value in level["seconds"]], ".2f"),
-                f"{rate:,.0f}",
-                f"{delivered:.3g}",
-                "–" if peak is None else f"{delivered / peak:.1%}",
-                f"{sum(level['waits']) / sum(level['seconds']):.1%}",
-                "–" if utilisation is None else f"{utilisation:.0f} %",
-            ]
+            f"{rho} | {level['tokens']} | {len(level['seconds'])} | {milliseconds} | {rate:,.0f} | {delivered:.3g} | "
+            f"{'–' if peak is None else f'{delivered / peak:.1%}'} | {wait:.1%} | "
+            f"{'–' if utilisation is None else f'{utilisation:.0f} %'}"
         )
-    head = ["rho", "tokens", "steps", "ms", "quartiles", "images/s", "TFLOP/s", "MFU", "data wait", "GPU utilisation"]
+    head = "rho | tokens | steps | ms | quartiles | images/s | TFLOP/s | MFU | data wait | GPU utilisation"
     lines += table(head, rows)
     if result["savings"]:
         lines.append(
