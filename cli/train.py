@@ -238,7 +238,7 @@ def _doctor(config: Config, data: Path | None, loader: Any) -> None:
         raise ValueError("--doctor measures the loader; give --data")
     import pipelines
     from cli.doctor import show
-    from pipelines.loaders.probe import images_per_second
+    from pipelines.probe import images_per_second
     from pss.planning.doctor import diagnose, measure_training
     from pss.planning.plan import plan
     from pss.runtime import processes as dist
@@ -272,7 +272,7 @@ def _doctor(config: Config, data: Path | None, loader: Any) -> None:
 
 def _choose_loader(data: Path, resumed: Path | None, config: Config, world: World) -> tuple[Any, str]:
     """What `--loader auto` stands for, the same on every process, and why."""
-    from pipelines.loaders.probe import probe
+    from pipelines.probe import probe
     from pss.runs.checkpoint import load_latest
 
     choice = None

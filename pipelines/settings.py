@@ -65,6 +65,12 @@ class Section:
         return cls(**{name: nested[name].from_dict(value) if name in nested else value for name, value in raw.items()})
 
 
+def as_dict(section: Any) -> Json:
+    """A section as dictionaries; `dataclasses.asdict` would copy the method's sections, too."""
+    values = {part.name: getattr(section, part.name) for part in dataclasses.fields(section)}
+    return {name: as_dict(value) if isinstance(value, Section) else value for name, value in values.items()}
+
+
 def is_section(hint: Any) -> bool:
     """Whether an annotation is that of settings within settings."""
     return isinstance(hint, type) and issubclass(hint, Section)

@@ -42,8 +42,15 @@ def test_plain_deit_is_timms_model_trained_on_all_patches():
     }
     assert (method.model.global_pool, method.model.num_prefix_tokens) == ("token", 1)
     assert {field.split(" ")[0] for field in differing_fields(plain, small)} == {
-        "recipe", "method", "model.rel_pos", "model.qkv_bias", "model.init", "model.global_pool"
-    }  # fmt: skip
+        "recipe",
+        "method",
+        "model.rel_pos",
+        "model.qkv_bias",
+        "model.init",
+        "model.global_pool",
+    } | {f"schedule.{name}" for name, value in vars(small.section_of(ScheduleConfig)).items() if value is not None}
+    # The schedule is not gone: it comes back with the method that reads it.
+    assert plain.with_settings(["method=sampled"]).section_of(ScheduleConfig) == small.section_of(ScheduleConfig)
 
 
 def test_settings_reach_their_fields():

@@ -1,3 +1,7 @@
+"""Programs around pss that it does not need itself: the demo, studies, runs that are killed, all that a GPU is asked.
+Nothing imports them.
+"""
+
 import os
 import sys
 

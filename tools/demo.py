@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from pss.runs.log import read_rows
 
 
 def main() -> int:
@@ -60,8 +61,7 @@ def command(name: str, *arguments: str) -> None:
 
 def train_seconds(run: Path) -> float:
     """Seconds that the run's steps took, validation and set-up not counted."""
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return float(sum(row["train_seconds"] for row in rows if row["kind"] == "epoch"))
+    return float(sum(row["train_seconds"] for row in read_rows(run, "epoch")))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import io
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -36,7 +35,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tools.benchmarks.step import environment
+from tools.benchmarks.augment import unpacked
+from tools.benchmarks.measure import environment
+from tools.gpu_report import report
 
 ROOT = Path(__file__).parent.parent
 TAIL = 2000  # characters kept of what a failed part said last
@@ -53,17 +54,6 @@ TINY = ("deit-s-224", "vit_tiny_patch16_224", 32, 4)
 
 VARIANTS = {"aligned": "model.token_counts=aligned", "cuda-graphs": "compile.cuda_graphs=true"}
 """Settings to compare, on the first model, with what is usual."""
-
-GOALS = {
-    ("rates-deit-s-224", "saving"): 0.345,
-    ("rates-vit-b-224", "saving"): 0.342,
-    ("rates-deit-s-384", "saving"): 0.364,
-    ("rates-deit-s-224", "images/s at rho 1"): 10500,
-    ("rates-vit-b-224", "images/s at rho 1"): 3600,
-    ("rates-deit-s-384", "images/s at rho 1"): 2800,
-    ("train", "data wait"): -0.03,
-}
-"""By part and figure, for one H200; a negative goal is the most there may be."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,7 @@ class Suite:
         parts["attention"] = Part(self._attention, 90)
         for name in self.models:
             parts[f"step-{name}"] = Part(lambda folder, name=name: [self._step(name, folder)], 90)
-        parts["loaders"] = Part(self._loaders, 150, self._obstacle_to_images)
+        parts["loaders"] = Part(self._loaders, 300, self._obstacle_to_images)
         parts["augment"] = Part(self._augment, 60)
         first = next(iter(self.models))
         for name, setting in VARIANTS.items():
@@ -113,7 +103,7 @@ class Suite:
     # What the parts run.
 
     def _tests(self, _: Path) -> list[list[str]]:
-        files = ["tests/test_crng.py"] if self.dry else []
+        files = ["tests/pipelines/test_crng.py"] if self.dry else []
         return [["pytest", "-m", "gpu", "-q", "-rs", "--no-header", "-p", "no:cacheprovider", *files]]
 
     def _rates(self, name: str, folder: Path | None, *settings: str) -> list[str]:
@@ -156,11 +146,11 @@ class Suite:
     def _loaders(self, folder: Path) -> list[list[str]]:
         words = ["tools.benchmarks.loader", "--data", str(self.images), "--json", str(folder / "loaders.json")]
         if self.dry:
-            return [[*words, "--img-size", "32", "--batch", "24", "--batches", "5", "--rounds", "1", "--threads", "1"]]
-        threads = str(len(os.sched_getaffinity(0)))
-        return [
-            [*words, "--device", "cuda", "--batch", "256", "--batches", "12", "--rounds", "3", "--threads", threads]
-        ]
+            return [[*words, "--img-size", "32", "--batch", "12", "--batches", "16", "--rounds", "1", "--threads", "1"]]
+        threads = len(os.sched_getaffinity(0))
+        batches = max(48, 8 * threads)  # four times what timm's workers decode ahead
+        words += ["--device", "cuda", "--batch", "128", "--batches", str(batches), "--rounds", "2"]
+        return [[*words, "--threads", str(threads)]]
 
     def _augment(self, _: Path) -> list[list[str]]:
         words = ["tools.benchmarks.augment", "--device", self.device]
@@ -180,7 +170,7 @@ class Suite:
         """The pictures as train|val/<class>/*, each several times, so that an epoch is not over at once."""
         folder = self.scratch / "images"
         copies = 16 if self.dry else 170  # of 750 photographs: 124 batches of 1024
-        for member, content in _drawn() if self.dry else _unpacked(self.arguments.images):
+        for member, content in _drawn() if self.dry else unpacked(self.arguments.images):
             first = folder / "val" / member
             first.parent.mkdir(parents=True, exist_ok=True)
             first.write_bytes(content)
@@ -268,71 +258,13 @@ class Suite:
         return found
 
     def report(self) -> str:
-        """All that was measured, goals first, as markdown."""
-        kept = self.kept()
-        title = "# A dry run on a CPU: its figures mean nothing" if self.dry else "# What a GPU reaches"
-        lines = [title, "", ", ".join(f"{key} {value}" for key, value in self.environment.items()), ""]
-        lines += ["| part | figure | goal | reached | met |", "|---|---|---|---|---|"]
-        for (part, figure), goal in GOALS.items():
-            lines.append(f"| {part} | {figure} | {_goal_cells(figure, goal, figures(kept.get(part)).get(figure))} |")
-        lines += ["", "| part | status | seconds | commit |", "|---|---|---|---|"]
-        for name in self.parts():
-            result = kept.get(name, {"status": "not run yet", "reason": None})
-            status = result["status"] + (f": {result['reason']}" if result["reason"] else "")
-            status = status.replace("|", "/")
-            lines.append(f"| {name} | {status} | {result.get('seconds', '–')} | {result.get('commit', '–')} |")
-        for name, result in kept.items():
-            if result["told"].strip():
-                lines += ["", f"## {name}", "", *_fenced(result)]
-        return "\n".join(lines) + "\n"
-
-
-def figures(result: dict[str, Any] | None) -> dict[str, float]:
-    """What a part's result says of the goals, by the name of the figure."""
-    if result is None or result["status"] != "done":
-        return {}
-    found = {}
-    measured = result["measured"].get("rates") or result["measured"].get("train")
-    if measured is not None:
-        if measured["savings"]:
-            found["saving"] = statistics.median(measured["savings"])
-        if "1" in measured["levels"]:
-            seconds = statistics.median(measured["levels"]["1"]["seconds"])
-            found["images/s at rho 1"] = int(measured["settings"]["batch"]) / seconds
-        if measured["data_wait"] is not None:
-            found["data wait"] = measured["data_wait"]
-    return found
-
-
-def _goal_cells(figure: str, goal: float, reached: float | None) -> str:
-    def show(value: float) -> str:
-        return f"{value:,.0f}" if figure.startswith("images") else f"{value:.1%}"
-
-    bound = f"{'at most' if goal < 0 else 'at least'} {show(abs(goal))}"
-    if reached is None:
-        return f"{bound} | – | not measured"
-    return f"{bound} | {show(reached)} | {'yes' if (reached <= -goal if goal < 0 else reached >= goal) else 'no'}"
-
-
-def _fenced(result: dict[str, Any]) -> list[str]:
-    """What a part printed: tables as they are, other text word for word."""
-    text: str = result["told"].strip()
-    return [text] if result["status"] == "done" and "|---|" in text else ["```", text, "```"]
+        """All that was measured, as markdown."""
+        title = "A dry run on a CPU: its figures mean nothing" if self.dry else "What a GPU reaches"
+        return report(title, self.environment, self.parts(), self.kept())
 
 
 def _obstacle_to_tests() -> str | None:
     return None if find_spec("pytest") and find_spec("hypothesis") else "pytest or hypothesis is not installed"
-
-
-def _unpacked(archive: Path) -> Iterable[tuple[str, bytes]]:
-    """`<class>/<name>` and content of every JPEG file."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            path = Path(member.name)
-            if member.isfile() and path.suffix.lower() in (".jpg", ".jpeg"):
-                file = tar.extractfile(member)
-                assert file is not None
-                yield f"{path.parent.name}/{path.name}", file.read()
 
 
 def _drawn() -> Iterable[tuple[str, bytes]]:

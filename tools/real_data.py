@@ -8,11 +8,11 @@ The archives hold `<wnid>/*.JPEG` and `train|test/<class>/*.jpg`. They are unpac
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tarfile
 from pathlib import Path
 
+from pss.runs.log import read_rows
 from tools.demo import command
 
 LOADERS = ("torch", "dali", "ffcv")
@@ -53,8 +53,7 @@ def imagenet(archive: Path, output: Path, steps: int) -> None:
     rhos = ["--rho", "1.0,0.2", "--batch-size", "16"]
     command("eval", *map(str, runs), "--data", str(data), "--output", str(output), *rhos)
     for run in runs:
-        rows = [row for row in log(run) if row["kind"] == "step"]
-        told = ", ".join(f"{row['rho']:g}: {row['loss']:.2f}" for row in rows)
+        told = ", ".join(f"{row['rho']:g}: {row['loss']:.2f}" for row in read_rows(run, "step"))
         print(f"{run.name}: loss at each rho: {told}")
 
 
@@ -66,7 +65,7 @@ def cifar10(archive: Path, output: Path, steps: int) -> None:
     short = ["train.batch_size=64", f"train.max_steps={steps}", "schedule.period_steps=90", "optim.warmup_epochs=0.1"]
     train("cifar10", data, output / "run", "auto", short)
     command("eval", str(output / "run"), "--data", str(data))
-    (last,) = [row for row in log(output / "run") if row["kind"] == "epoch"]
+    (last,) = read_rows(output / "run", "epoch")
     print(f"CIFAR-10 after {steps} steps: top-1 {last['top1']:.1f} % (guessing: 10 %)")
     if last["top1"] < 25:
         sys.exit("the CIFAR-10 run did not learn")
@@ -81,10 +80,6 @@ def unpack(archive: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
-
-
-def log(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pss import recipes
 from pss.config import Config
 from pss.planning.plan import plan
 from pss.runs.log import read_rows
-from tools.benchmarks.step import environment, quartiles
+from tools.benchmarks.measure import environment, page, publish, spread
 from tools.demo import command
 
 ARMS = {
@@ -133,26 +133,21 @@ def compare(
 
 def report(result: dict[str, Any]) -> str:
     """The result as markdown."""
-    settings, rhos = result["settings"], result["rhos"]
-    lines = [
-        f"`pss-train {result['recipe']}`, {result['epochs']} epochs of {result['images']:,} images, seeds "
-        f"{', '.join(map(str, result['seeds']))}" + (f"; {', '.join(settings)}" if settings else ""),
-        ", ".join(f"{key} {value}" for key, value in result["environment"].items()),
-        "",
-        "| training | patches | " + " | ".join(f"top-1 at ρ = {rho:g}" for rho in rhos) + " | minutes | of dense: time "
-        "(quartiles over epochs) | arithmetic |",
-        "|---|---|" + "---|" * len(rhos) + "---|---|---|",
-    ]
+    settings, rhos, rows = result["settings"], result["rhos"], []
     for line in result["lines"]:
         accuracies = [_mean(line["top1"][rho], " %") for rho in rhos]
         minutes = _mean([seconds / 60 for seconds in line["seconds"]], "")
         time_ratio = "1" if line["arm"] == "dense" else "–"
         if line["ratios"]:
-            first, median, third = quartiles(line["ratios"])
-            time_ratio = f"{median:.3f} ({first:.3f}–{third:.3f})"
-        cells = [line["arm"], line["sort"], *accuracies, minutes, time_ratio, f"{line['limit']:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            time_ratio = spread(line["ratios"], ".3f")
+        rows.append(" | ".join([line["arm"], line["sort"], *accuracies, minutes, time_ratio, f"{line['limit']:.3f}"]))
+    top1 = " | ".join(f"top-1 at ρ = {rho:g}" for rho in rhos)
+    head = f"training | patches | {top1} | minutes | of dense: time (quartiles over epochs) | arithmetic"
+    title = (
+        f"`pss-train {result['recipe']}`, {result['epochs']} epochs of {result['images']:,} images, seeds "
+        f"{', '.join(map(str, result['seeds']))}" + (f"; {', '.join(settings)}" if settings else "")
+    )
+    return page(result, title, head, rows)
 
 
 def _mean(values: Sequence[float], unit: str) -> str:
@@ -200,11 +195,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "log": {trial.folder.name: trial.epochs() for trial in made},
         "sweep": rows,
     }
-    print("\n" + report(result))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if arguments.markdown is not None:
-        arguments.markdown.write_text(report(result) + "\n", encoding="utf-8")
+    print()
+    publish(result, report(result), arguments)
     return result
 
 

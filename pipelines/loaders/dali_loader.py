@@ -333,6 +333,11 @@ class DaliLoader(PlannedLoader):
             for _ in range(wanted.pipelines if in_graph else 1)
         ]
 
+    @property
+    def batches_ahead(self) -> int:
+        """See `PlannedLoader`; on the CPU, DALI is at one of them and the resizing at another."""
+        return len(self._lanes) * _PREFETCH
+
     def _decodes_in_graph(self) -> bool:
         return self.device.type == "cuda"
 

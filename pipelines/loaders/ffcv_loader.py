@@ -164,6 +164,7 @@ class FfcvLoader(PlannedLoader):
     """
 
     backend = "ffcv"
+    batches_ahead = _BATCHES_AHEAD + 1  # with the one that waits for room in the queue
 
     def __init__(self, root: Path, split: str, *, check_bytes: bool = True, **settings: Any) -> None:
         table = ConvertedTable(root, split)

@@ -143,6 +143,11 @@ class PlannedLoader(ABC):
     def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
         """Decode `steps`, each the keys of one batch."""
 
+    @property
+    @abstractmethod
+    def batches_ahead(self) -> int:
+        """Batches that may have been begun, or be ready, beyond the one handed out last."""
+
     @abstractmethod
     def library_versions(self) -> dict[str, str]:
         """The libraries that decode and resize, noted in the state."""

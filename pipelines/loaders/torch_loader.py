@@ -26,7 +26,7 @@ from pipelines.storage.source import Bytes, Source
 from pipelines.storage.unreadable import UNREADABLE, unreadable
 
 _JPEG_MAGIC = b"\xff\xd8"
-_BATCHES_AHEAD = 3
+_BATCHES_AT_ONCE = 3
 
 
 def decode(encoded: Bytes, name: str) -> Tensor:
@@ -94,6 +94,7 @@ class TorchLoader(PlannedLoader):
     """torchvision's decoder in `num_workers` threads, or in the caller's own for 0."""
 
     backend = "torch"
+    batches_ahead = _BATCHES_AT_ONCE - 1
 
     def __init__(self, source: Source, **settings: Any) -> None:
         super().__init__(source, **settings)
@@ -116,7 +117,7 @@ class TorchLoader(PlannedLoader):
         to_submit = deque(steps)
         try:
             for _ in steps:
-                while to_submit and len(ahead) < _BATCHES_AHEAD:
+                while to_submit and len(ahead) < _BATCHES_AT_ONCE:
                     ahead.append(self._step(epoch, to_submit.popleft()))
                     self._submit(threads, ahead[-1])
                 step = ahead.popleft()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pss.config import Config, MethodSection, OptimConfig
 from pss.methods.teacher import Teacher
 from pss.models.flops import macs
+from pss.models.maps import attention_maps
 from pss.models.vit import VisionTransformer
 from pss.runtime.shards import own_part, part_like
 
@@ -316,7 +317,7 @@ class Method(nn.Module):
         assert point is not None
         model = self.model
         tokens, kept = model.sample(model.embed(images), point)
-        return model.attention_maps(tokens, kept, blocks)
+        return attention_maps(model, tokens, kept, blocks)
 
     def export_module(self, point: Point) -> nn.Module:
         """A module of images (B, 3, S, S) to logits at one operating point, which `torch.export` can trace.

@@ -6,7 +6,6 @@ bias. The public pieces (`see`, which is `embed` and `sample`, `trunk`, which is
 backbone that is not timm's plain ViT is a subclass that replaces some of them, and says what they cost.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -310,24 +309,6 @@ class VisionTransformer(nn.Module):
         num_prefix = self.num_prefix_tokens
         kept = sampling.select(tokens, num_patches + num_prefix, num_prefix, "magnitude")
         return sampling.gather(tokens, kept, num_prefix), kept
-
-    def attention_maps(self, tokens: Tensor, kept: Tensor | None, blocks: Sequence[int] | None = None) -> list[Tensor]:
-        """What tokens look at in some blocks, of all by default: attention weights (B, H, K, K).
-
-        Args:
-            tokens: What `sample` returns, (B, K, D).
-            kept: See `positions`.
-            blocks: Numbers of blocks, from 0.
-        """
-        positions = self.positions(kept)
-        wanted = range(len(self.blocks)) if blocks is None else blocks
-        maps = {}
-        for number, block in enumerate(self.blocks):
-            if number in wanted:
-                assert isinstance(block, Block)
-                maps[number] = block.attn.weights(block.norm1(tokens), positions)
-            tokens = block(tokens, positions)
-        return [maps[number] for number in wanted]
 
     def positions(self, kept: Tensor | None) -> Tensor | None:
         """What the blocks need to know of the tokens' positions; None if they need nothing.

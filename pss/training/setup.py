@@ -40,10 +40,13 @@ def stages_of(method: Method, total_steps: int) -> Counter[tuple[Stage, int]]:
 
 def positions_of(method: Method, total_steps: int) -> Iterator[Progress]:
     """All positions of a run, as the main process sees them."""
+    return (position_of(method, step) for step in range(total_steps))
+
+
+def position_of(method: Method, step: int) -> Progress:
+    """Where a run is at a step, as the main process sees it."""
     train, per_epoch = method.config.train, method.steps_per_epoch
-    total = train.epochs * per_epoch
-    for step in range(total_steps):
-        yield Progress(step, total, step // per_epoch, train.epochs, train.seed, 0)
+    return Progress(step, train.epochs * per_epoch, step // per_epoch, train.epochs, train.seed, 0)
 
 
 def compile_levels(method: Method, settings: CompileConfig, device: torch.device, total_steps: int) -> bool:

@@ -21,6 +21,7 @@ from pss.config import MethodSection
 from pss.methods import Cost, Dense, Method, Phase, Progress, Stage, Step, Teacher
 from pss.models.create import create_plain
 from pss.models.flops import block_macs, linear_macs, macs_of_tokens
+from pss.models.maps import attention_maps
 from pss.models.sampling import gather
 from pss.models.vit import VisionTransformer
 from pss.runtime.shards import part_like, whole
@@ -197,7 +198,8 @@ class Everything(Method):
             local.mul_(part_like(mask, weight))
 
     def _moves(self, at: Progress) -> bool:
-        return at.step % self.own.move_every == self.own.move_every - 1
+        learns = at.epoch >= self.own.alone_epochs + self.own.frozen_epochs
+        return learns and at.step % self.own.move_every == self.own.move_every - 1
 
     @torch.no_grad()
     def end_step(self, at: Progress, step: Step) -> None:
@@ -294,7 +296,7 @@ class Everything(Method):
 
     def attention_maps(self, images: Tensor, point: float | None = None, blocks: Any = None) -> list[Tensor]:
         """Of the blocks before patches are dropped."""
-        return self.model.attention_maps(self.model.embed(images), None, range(self.place))
+        return attention_maps(self.model, self.model.embed(images), None, range(self.place))
 
     def export_module(self, point: float | None) -> nn.Module:
         return _AtPoint(self, point)

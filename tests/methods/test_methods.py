@@ -1,7 +1,8 @@
-"""One contract for every registered method."""
+"""What the plain and the sampled method do beside the contract, and the learning rates of all."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 
 from pss import methods, recipes
 from pss.config import ScheduleConfig
-from pss.methods import METHODS, Progress
+from pss.methods import Progress
 from pss.methods.sampled import build_schedule
-from pss.training.optim import build_optimizer, peak_lr
+from pss.training.optim import build_optimizer, peak_lr, set_rates
 
 
 def tiny(**changes):
@@ -23,48 +24,15 @@ def at(step, total=40):
     return Progress(step=step, total_steps=total, epoch=step // 10, epochs=4, seed=0, rank=0)
 
 
-@pytest.fixture(params=METHODS)
-def method(request):
-    torch.manual_seed(0)
-    return methods.build(tiny(method=request.param), num_classes=10, steps_per_epoch=10)
-
-
-def test_forward_returns_a_loss_and_logits_and_reaches_every_parameter(method):
-    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
-    out = method(images, labels, at(3))
-    assert out["logits"].shape == (4, 10)
-    out["loss"].backward()
-    assert all(parameter.grad is not None for parameter in method.parameters() if parameter.requires_grad)
-
-
-def test_soft_targets_equal_labels_where_they_say_the_same(method):
-    method.eval()
-    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
-    smooth = method.config.loss.label_smoothing
-    soft = torch.nn.functional.one_hot(labels, 10) * (1 - smooth) + smooth / 10
-    torch.testing.assert_close(method(images, labels, at(3))["loss"], method(images, soft, at(3))["loss"])
-
-
-def test_predict_obeys_rho_in_evaluation(method):
-    method.eval()
+@pytest.mark.parametrize("name", ["dense", "sampled"])
+def test_predict_obeys_rho_in_evaluation(name):
+    method = methods.build(tiny().with_method(name), num_classes=10, steps_per_epoch=10).eval()
     images = torch.randn(2, 3, 32, 32)
     for parameter in method.model.head.parameters():
         torch.nn.init.normal_(parameter)
     assert not torch.equal(method.predict(images, 1.0), method.predict(images, 0.4))
     assert method.tokens(0.6) == (10, 10)  # of 17
     assert method.cost(0.4).forward < method.cost(1.0).forward
-
-
-def test_every_parameter_is_in_exactly_one_group(method):
-    for phase in method.phases():
-        method.begin_phase(phase)
-        grouped = [parameter for group in method.param_groups(phase) for parameter in group["params"]]
-        assert len(grouped) == len(set(map(id, grouped)))
-        assert set(map(id, grouped)) == {id(p) for p in method.parameters() if p.requires_grad}
-
-
-def test_phases_add_up_to_the_run(method):
-    assert sum(phase.epochs for phase in method.phases()) == method.config.train.epochs
 
 
 def test_no_decay_on_vectors_class_token_and_position_embedding():
@@ -106,17 +74,44 @@ def test_layers_learn_more_slowly_towards_the_input():
         "cls_token": (0.125, 0.0),
     }.items():
         assert named[name] == expected, name
+
+
+def test_layers_begin_and_end_at_the_same_rate():
+    """The published runs scale the peak alone: warm-up and minimum are one number for all groups."""
+    config = tiny().with_settings(["optim.layer_decay=0.5", "optim.warmup_epochs=1", "optim.min_lr=1e-4"])
+    method = methods.build(config, num_classes=10, steps_per_epoch=10)
+    (phase,) = method.phases()
     optimizer, schedule = build_optimizer(method, phase, batch_size=256, steps_per_epoch=10)
-    schedule.step_update(33)
-    assert {group["lr_scale"] for group in optimizer.param_groups} == {1.0, 0.5, 0.25, 0.125}
-    rates = {group["lr"] / group["lr_scale"] for group in optimizer.param_groups}
-    assert max(rates) == pytest.approx(min(rates))
+    low, first, peak = config.optim.min_lr, config.optim.warmup_lr, peak_lr(config.optim, 256)
+    scales = [group.get("lr_scale", 1.0) for group in method.param_groups(phase)]
+    assert set(scales) == {1.0, 0.5, 0.25, 0.125}
+    for step in (0, 4, 10, 25, 39):
+        set_rates(optimizer, schedule, step, {})
+        for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            top = scale * peak
+            warm = first + step * (top - first) / 10
+            late = low + (top - low) * (1 + math.cos(math.pi * step / 40)) / 2
+            assert group["lr"] == pytest.approx(warm if step < 10 else late), (step, scale)
+
+
+def test_rates_of_named_groups_are_scaled_and_other_names_refused():
+    method = methods.build(tiny(), num_classes=10, steps_per_epoch=10)
+    (phase,) = method.phases()
+    plain = method.param_groups(phase)
+    method.param_groups = lambda phase: [group | {"name": str(number)} for number, group in enumerate(plain)]
+    optimizer, schedule = build_optimizer(method, phase, batch_size=32, steps_per_epoch=10)
+    set_rates(optimizer, schedule, 35, {})
+    (rate,) = {group["lr"] for group in optimizer.param_groups}
+    set_rates(optimizer, schedule, 35, {"1": 0.0})
+    assert [group["lr"] for group in optimizer.param_groups] == [rate, 0.0]
+    with pytest.raises(ValueError, match="sets rates of stem"):
+        set_rates(optimizer, schedule, 35, {"stem": 1.0})
 
 
 def test_sampled_follows_its_schedule_and_dense_has_none():
     sampled = methods.build(tiny(), num_classes=10, steps_per_epoch=10)
     assert [sampled.stage(at(step)).rho for step in range(10)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4]
-    dense = methods.build(tiny(method="dense"), num_classes=10, steps_per_epoch=10)
+    dense = methods.build(tiny().with_method("dense"), num_classes=10, steps_per_epoch=10)
     assert {dense.stage(at(step)).rho for step in range(10)} == {1.0}
 
 
@@ -175,5 +170,5 @@ def test_learning_rate_warms_up_scales_and_ends():
 
 
 def test_unknown_method_is_named():
-    with pytest.raises(ValueError, match="use one of sampled, dense"):
-        methods.build(tiny(method="sparse"), num_classes=10, steps_per_epoch=10)
+    with pytest.raises(ValueError, match="use one of dense, sampled"):
+        tiny().with_method("sparse")

@@ -12,7 +12,8 @@ import pytest
 
 from pss import recipes
 from tools import gpu_suite
-from tools.gpu_suite import Part, Suite, figures
+from tools.gpu_report import figures
+from tools.gpu_suite import Part, Suite
 
 ROOT = Path(__file__).parents[2]
 

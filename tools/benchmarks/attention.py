@@ -13,20 +13,18 @@ the fused kernels take part if TRITON_INTERPRET=1, in Triton's interpreter.
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from pss.attention.attend import attend, attend_packed, relpos
-from tools.benchmarks.step import environment, quartiles, wait_for
+from tools.benchmarks.measure import Result, conclude, in_turns, over, page, parser, spread, wait_for
 
 LENGTHS = {14: (39, 79, 118, 158, 197), 24: (115, 231, 346, 462, 577)}
 """Tokens at each rho, by the side of the patch grid."""
@@ -72,77 +70,54 @@ def measure_length(num_tokens: int, arguments: argparse.Namespace) -> dict[str, 
     qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
     table = torch.randn(relpos.num_table_rows((side, side)), arguments.heads, device=device, requires_grad=True)
     direction = torch.randn_like(qkv[:, :, 0]).transpose(1, 2)
+
+    def timed(name: str) -> tuple[float, float]:
+        qkv.grad = table.grad = None
+        return seconds_of(lambda: attention(name, qkv, table, where), direction)
+
     names = [PLAIN, *implementations(device)]
-    seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in names}
-    for number in range(arguments.rounds + 1):
-        for name in names[:: 1 if number % 2 else -1]:
-            forward, backward = seconds_of(lambda name=name: attention(name, qkv, table, where), direction)
-            if number:  # the first round warms up
-                seconds[name]["forward"].append(forward)
-                seconds[name]["backward"].append(backward)
-            qkv.grad = table.grad = None
-    return seconds
+    seconds = in_turns({name: partial(timed, name) for name in names}, arguments.rounds)
+    ways = ("forward", "backward")
+    return {name: dict(zip(ways, map(list, zip(*pairs, strict=True)), strict=True)) for name, pairs in seconds.items()}
 
 
-def report(result: dict[str, Any]) -> str:
+def measured(arguments: argparse.Namespace) -> Result:
+    """Seconds by length."""
+    torch.manual_seed(0)
+    return {"seconds": {length: measure_length(length, arguments) for length in arguments.lengths}}
+
+
+def report(result: Result) -> str:
     """The result as markdown."""
-    settings = result["settings"]
-    lines = [
-        f"Batch {settings['batch']}, {settings['heads']} heads {settings['width']} wide, {settings['dtype']}, "
-        f"{settings['rounds']} rounds",
-        ", ".join(f"{key} {value}" for key, value in result["environment"].items()),
-        "",
-        "| tokens | implementation | forward ms | backward ms | both / no bias |",
-        "|---|---|---|---|---|",
-    ]
+    settings, rows = result["settings"], []
     for length, by_name in result["seconds"].items():
-        plain = [sum(pair) for pair in zip(*by_name[PLAIN].values(), strict=True)]
-        for name, seconds in by_name.items():
-            both = [sum(pair) for pair in zip(*seconds.values(), strict=True)]
-            ratio = [ours / theirs for ours, theirs in zip(both, plain, strict=True)]
-            cells = [_cell([1e3 * value for value in seconds[way]]) for way in ("forward", "backward")]
-            lines.append(f"| {length} | {name} | {' | '.join(cells)} | {_cell(ratio)} |")
-    return "\n".join(lines)
+        both = {name: [sum(pair) for pair in zip(*ways.values(), strict=True)] for name, ways in by_name.items()}
+        for name, ways in by_name.items():
+            milliseconds = " | ".join(spread([1e3 * value for value in values], ".3f") for values in ways.values())
+            ratio = spread(over(both[name], both[PLAIN]), ".3f")
+            rows.append(f"{length} | {name} | {milliseconds} | {ratio}")
+    head = "tokens | implementation | forward ms | backward ms | both / no bias"
+    heads = f"{settings['heads']} heads {settings['width']} wide"
+    title = f"Batch {settings['batch']}, {heads}, {settings['dtype']}, {settings['rounds']} rounds"
+    return page(result, title, head, rows)
 
 
-def _cell(values: list[float]) -> str:
-    first, median, third = quartiles(values)
-    return f"{median:.3f} ({first:.3f} to {third:.3f})"
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> Result:
     """Run as the arguments say (the command line's if None), print and write the report, and return the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser(__doc__, rounds=15, device="auto", threads=0)
     every = [length for lengths in LENGTHS.values() for length in lengths]
-    parser.add_argument("--lengths", type=int, nargs="+", choices=every, help="tokens per image; all")
-    parser.add_argument("--batch", type=int, default=8, help="images")
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--width", type=int, default=64, help="of a head")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--rounds", type=int, default=15, help="timed calls of every implementation")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--dry-run", action="store_true", help="one narrow head, one image, one round")
-    parser.add_argument("--json", type=Path, help="where to write every single timing")
-    parser.add_argument("--markdown", type=Path, help="where to write the tables, beside printing them")
-    arguments = parser.parse_args(argv)
+    command.add_argument("--lengths", type=int, nargs="+", choices=every, help="tokens per image; all")
+    command.add_argument("--batch", type=int, default=8, help="images")
+    command.add_argument("--heads", type=int, default=6)
+    command.add_argument("--width", type=int, default=64, help="of a head")
+    command.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    command.add_argument("--dry-run", action="store_true", help="one narrow head, one image, one round")
+    arguments = command.parse_args(argv)
     arguments.lengths = arguments.lengths or (every[:1] if arguments.dry_run else every)
     if arguments.dry_run:
         arguments.batch = arguments.heads = arguments.rounds = 1
         arguments.width = 16
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    result = {
-        "settings": {key: value for key, value in vars(arguments).items() if key not in ("json", "markdown")},
-        "environment": environment(torch.device(arguments.device)),
-        "seconds": {length: measure_length(length, arguments) for length in arguments.lengths},
-    }
-    print(report(result))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.markdown is not None:
-        arguments.markdown.write_text(report(result) + "\n")
-    return result
+    return conclude(arguments, measured, report)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import argparse
 import io
-import platform
-import statistics
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
-import PIL
-import timm
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import auto_augment, mixup, random_erasing
@@ -35,6 +33,7 @@ from torchvision.transforms import v2
 from pipelines import Batch, DataConfig
 from pipelines.augment import Mixing, MixingConfig, RandAugment, RandAugmentSpec, RandomErasing, ThreeAugment
 from pipelines.augment.device import DeviceTransform
+from tools.benchmarks.measure import Result, cells, conclude, in_turns, page, parser, wait_for
 
 SPEC = "rand-m9-mstd0.5-inc1-n2"
 FILL = (124, 116, 104)
@@ -42,45 +41,20 @@ CLASSES = 1000
 SIDE = 224
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=Path, help="tar of JPEGs; smooth random images where it is left out")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batches", type=int, default=4, help="batches per chain and round")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    pictures = photographs(args.images, args.batch) if args.images else smooth_pictures(args.batch)
-    with ThreadPoolExecutor(args.threads) as pool:
-        chains = batch_chains(pictures, args.device) | image_chains(pictures, pool)
-        measured = time_rounds(chains, args.rounds, args.batches, args.batch, args.device)
-    machine = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine()
-    versions = f"torch {torch.__version__}, timm {timm.__version__}, Pillow {PIL.__version__}"
-    print(
-        f"{machine}; {versions}; {args.threads} threads; {args.batch} images of {SIDE} x {SIDE}; {args.rounds} rounds\n"
-    )
-    print("| chain | images/s | quartiles | CPU ms/image | quartiles |\n|---|---|---|---|---|")
-    for name, (rates, costs) in measured.items():
-        print(f"| {name} | {summary(rates, '.0f')} | {summary(costs, '.3f')} |")
-
-
-def summary(values: list[float], form: str) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:{form}} | {low:{form}} to {high:{form}}"
+def unpacked(archive: Path) -> Iterator[tuple[str, bytes]]:
+    """`<class>/<name>` and content of every JPEG file in a tar."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = Path(member.name)
+            if member.isfile() and path.suffix.lower() in (".jpg", ".jpeg"):
+                file = tar.extractfile(member)
+                assert file is not None
+                yield f"{path.parent.name}/{path.name}", file.read()
 
 
 def photographs(archive: Path, num: int) -> list[Image.Image]:
-    pictures: list[Image.Image] = []
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            if member.name.lower().endswith((".jpeg", ".jpg")) and len(pictures) < num:
-                file = tar.extractfile(member)
-                assert file is not None
-                picture = Image.open(io.BytesIO(file.read())).convert("RGB")
-                pictures.append(ImageOps.fit(picture, (SIDE, SIDE), Image.Resampling.BICUBIC))
-    return pictures
+    pictures = (Image.open(io.BytesIO(content)).convert("RGB") for _, content in islice(unpacked(archive), num))
+    return [ImageOps.fit(picture, (SIDE, SIDE), Image.Resampling.BICUBIC) for picture in pictures]
 
 
 def smooth_pictures(num: int) -> list[Image.Image]:
@@ -150,28 +124,49 @@ def keep_a_bit() -> None:
     auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"] = lambda level, hparams: (max(1, to_bits(level, hparams)[0]),)
 
 
-def time_rounds(
-    chains: dict[str, Callable[[int], object]], rounds: int, num_batches: int, batch: int, device: torch.device
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Images per second and CPU ms per image of every chain in every round, after one round to warm up."""
-    measured: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in chains}
-    for number in range(rounds + 1):
-        for name in list(chains)[:: 1 if number % 2 else -1]:
-            wall, cpu = now(device), time.process_time()
-            for step in range(num_batches):
-                chains[name](number * num_batches + step)
-            cpu = time.process_time() - cpu
-            wall = now(device) - wall
-            if number:
-                measured[name][0].append(num_batches * batch / wall)
-                measured[name][1].append(1000 * cpu / (num_batches * batch))
-    return measured
+def timed(
+    chain: Callable[[int], object], steps: Iterator[int], num_batches: int, batch: int, device: torch.device
+) -> tuple[float, float]:
+    """Images per second, and CPU ms per image."""
+    num_images = num_batches * batch
+    wait_for(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for step in islice(steps, num_batches):
+        chain(step)
+    cpu = time.process_time() - cpu
+    wait_for(device)
+    return num_images / (time.perf_counter() - wall), 1e3 * cpu / num_images
 
 
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def measured(arguments: argparse.Namespace) -> Result:
+    """Rates and CPU time by chain and round."""
+    batch, device = arguments.batch, torch.device(arguments.device)
+    pictures = photographs(arguments.images, batch) if arguments.images else smooth_pictures(batch)
+    with ThreadPoolExecutor(arguments.threads) as pool:
+        chains = batch_chains(pictures, device) | image_chains(pictures, pool)
+        cases = {
+            name: partial(timed, chain, count(), arguments.batches, batch, device) for name, chain in chains.items()
+        }
+        return {"rounds": in_turns(cases, arguments.rounds)}
+
+
+def report(result: Result) -> str:
+    """The result as markdown."""
+    settings, rows = result["settings"], []
+    for name, values in result["rounds"].items():
+        rates, costs = zip(*values, strict=True)
+        rows.append(f"{name} | {cells(rates, '.0f')} | {cells(costs, '.3f')}")
+    title = f"{settings['batch']} images of {SIDE} x {SIDE}; {settings['rounds']} rounds"
+    return page(result, title, "chain | images/s | quartiles | CPU ms/image | quartiles", rows)
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    """Run as the arguments say (the command line's if None), print and write the report, and return the result."""
+    command = parser(__doc__, rounds=9, device="cpu", threads=0)
+    command.add_argument("--images", type=Path, help="tar of JPEGs; smooth random images where it is left out")
+    command.add_argument("--batch", type=int, default=64)
+    command.add_argument("--batches", type=int, default=4, help="batches per chain and round")
+    return conclude(command.parse_args(argv), measured, report, "pillow")
 
 
 if __name__ == "__main__":

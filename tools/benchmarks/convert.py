@@ -2,18 +2,18 @@
 
     python -m tools.benchmarks.convert FOLDER [--repeat 5] [--jobs 2] [--max-size 500]
 
-FOLDER holds CLASS/*.jpg. The two writers take turns; given are the median and the range of images per second.
+FOLDER holds CLASS/*.jpg. The two writers take turns, after one that is not counted; ratios are formed within a turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import pickle
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,9 @@ from pipelines.conversion.engines import map_tasks
 from pipelines.conversion.scan import ImageFile, check_chunk, checked_images
 from pipelines.conversion.work import Crew, chunks_of
 from pipelines.sources.folder import list_folder
+from tools.benchmarks.measure import Result, cells, conclude, in_turns, over, page, parser, spread
+
+OURS, FFCV = "pss-convert", "FFCV's writer"
 
 _FFCV = """
 import sys, time, pickle, warnings
@@ -46,27 +49,43 @@ print(time.perf_counter() - began)
 """
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--max-size", type=int, default=500)
-    options = parser.parse_args()
-    (samples,) = list_folder(options.folder).splits.values()
+def measured(arguments: argparse.Namespace) -> Result:
+    """Images per second: once of checking the source, and in every round of each writer."""
+    (samples,) = list_folder(arguments.folder).splits.values()
     chunks = [samples[chunk] for chunk in chunks_of(len(samples), 8, 1024)]
     began = time.perf_counter()
-    checked = map_tasks(check_chunk, chunks, options.jobs, lambda _: None)
-    print(f"check the source      {len(samples) / (time.perf_counter() - began):7.0f} images/s")
+    checked = map_tasks(check_chunk, chunks, arguments.jobs, lambda _: None)
+    checking = len(samples) / (time.perf_counter() - began)
     images = [image for chunk, found in zip(chunks, checked, strict=True) for image in checked_images(chunk, found)[0]]
-    ours, theirs = [], []
-    for _ in range(options.repeat):
-        theirs.append(len(images) / _time_ffcv(images, options.max_size, options.jobs))
-        ours.append(len(images) / _time_ours(images, options.max_size, options.jobs))
-    for name, rates in (("pss-convert writes", ours), ("FFCV's writer writes", theirs)):
-        print(f"{name:21} {statistics.median(rates):7.0f} images/s  ({min(rates):.0f} ... {max(rates):.0f})")
-    print(f"ratio of the medians  {statistics.median(ours) / statistics.median(theirs):7.2f}")
+    writers = {
+        OURS: lambda: len(images) / _time_ours(images, arguments.max_size, arguments.jobs),
+        FFCV: lambda: len(images) / _time_ffcv(images, arguments.max_size, arguments.jobs),
+    }
+    return {"checking": checking, "rates": in_turns(writers, arguments.rounds)}
+
+
+def report(result: Result) -> str:
+    """The result as markdown."""
+    settings, rates = result["settings"], result["rates"]
+    rows = [
+        f"{name} | {cells(values, '.0f')} | {spread(over(values, rates[FFCV]), '.2f')}"
+        for name, values in rates.items()
+    ]
+    title = (
+        f"At most {settings['max_size']} pixels, {settings['jobs']} jobs, {settings['rounds']} rounds; checking the "
+        f"source {result['checking']:.0f} images/s"
+    )
+    return page(result, title, "writer | images/s | quartiles | times FFCV's", rows)
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    """Run as the arguments say (the command line's if None), print and write the report, and return the result."""
+    command = parser(__doc__, rounds=5)
+    command.add_argument("folder", type=Path)
+    command.add_argument("--repeat", dest="rounds", type=int, default=argparse.SUPPRESS, help="the same as --rounds")
+    command.add_argument("--jobs", type=int, default=2)
+    command.add_argument("--max-size", type=int, default=500)
+    return conclude(command.parse_args(argv), measured, report)
 
 
 def _time_ours(images: list[ImageFile], max_size: int, jobs: int) -> float:

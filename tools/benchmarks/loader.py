@@ -1,12 +1,17 @@
-"""What the loaders deliver, beside timm's, on the machine at hand.
+"""What the loaders deliver in steady state, beside timm's, on the machine at hand.
 
     python -m tools.benchmarks.loader --data /data/imagenet --rounds 5 --json loader.json [--device cuda]
 
 `--data` is a folder of images (train/<class>/*.jpg) or a data set converted with original bytes. FFCV files are written
-to a temporary folder from a folder of images, and taken from a converted set where it has them. A round runs some
-batches of every case in one process, so that whatever else the machine does falls on all of them; every other round
-goes backwards. The table gives medians and quartiles over the rounds; ratios to timm are formed within a round first.
-CPU time is that of this process and of its workers.
+to a temporary folder from a folder of images (`--profiles`), and taken from a converted set where it has them. A round
+times some batches of every case in one process, so that whatever else the machine does falls on all of them; every
+other round goes backwards. The table gives medians and quartiles over the rounds; ratios to timm are formed within a
+round first. CPU time is that of this process and of its workers.
+
+What a loader has decoded ahead costs nothing when it is asked for, so that batches are counted only once all of it has
+been taken, and as much is in work at the end as at the beginning: the timed batches lie within one epoch, away from its
+ends, or are whole epochs, restarts included. A set may be of any size. `--batches` must be four times the deepest
+queue. Checksums, which are compared when an image is first read, are left out: steady is what comes after.
 
 "timm, DeiT recipe" adds what that recipe has timm do on the host: RandAugment, and mixup while collating. Ours do it
 on the device, whichever loader is used; the row "device part" is what that costs where the device is this CPU. The last
@@ -15,20 +20,19 @@ of its JPEG engines, several pipelines, and part of the images left to the CPU.
 """
 
 import argparse
-import importlib.metadata
 import io
-import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from os import sysconf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -40,15 +44,46 @@ from pipelines import Batch, DataConfig, DataError, build, open_dataset
 from pipelines.augment import Mixing, MixingConfig
 from pipelines.augment.device import DeviceTransform
 from pipelines.base import GpuDecoding
+from pipelines.conversion.convert import PROFILES
+from pipelines.storage.manifest import MANIFEST
 from pipelines.storage.source import Source, open_source
 from tools.benchmarks.augment import SPEC, keep_a_bit
-from tools.benchmarks.step import environment, quartiles
+from tools.benchmarks.measure import Result, cells, conclude, in_turns, over, page, parser, wait_for
 
 TIMM = "timm"
 RECIPE = "timm, DeiT recipe"
 DEVICE_PART = "device part, DeiT recipe"
 NUM_CLASSES = 1000
-PROFILES = ("jpg500", "raw256")
+MANY = 4
+"""How many times the depth of a loader's queue is to be timed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loader to be timed."""
+
+    epoch: Callable[[], Iterator[Any]]
+    """The batches of another epoch."""
+    steps: int
+    """How many there are."""
+    ahead: int
+    """How many may have been decoded before they are asked for."""
+
+    def batches(self) -> Iterator[Any]:
+        """Epoch after epoch."""
+        while True:
+            yield from self.epoch()
+
+    def window(self, wanted: int) -> tuple[int, int]:
+        """How many batches to take before the clock starts, and how many, at least `wanted`, until it stops.
+
+        By then all that was decoded before anybody asked is gone. Near the end of an epoch nothing is left to work on
+        ahead: the window ends before that, or at the place of an epoch where it began.
+        """
+        before = 2 * self.ahead + 2
+        if before + wanted + self.ahead <= self.steps:
+            return before, wanted
+        return before, -(-wanted // self.steps) * self.steps
 
 
 class Pictures(Dataset[Any]):
@@ -67,17 +102,15 @@ class Pictures(Dataset[Any]):
             return self.transform(image.convert("RGB")), int(self.source.labels[i])
 
 
-def timm_batches(
-    root: Path, config: DataConfig, arguments: argparse.Namespace, *, recipe: bool = False
-) -> Callable[[], Iterator[Any]]:
+def timm_case(root: Path, config: DataConfig, arguments: argparse.Namespace, *, recipe: bool = False) -> Case:
     """timm's loader with the same crops, flips and filter, and uint8 images as ours; or all of its recipe."""
     further: dict[str, Any] = {}
     if recipe:
         keep_a_bit()
         mixing = FastCollateMixup(0.8, 1.0, label_smoothing=0.1, num_classes=NUM_CLASSES)
         further = {"auto_augment": SPEC, "collate_fn": mixing}
-    loader = create_loader(
-        Pictures(open_source(root, "train")),
+    whole = create_loader(
+        Pictures(open_source(root, "train", check_bytes=False)),
         input_size=(3, config.img_size, config.img_size),
         batch_size=arguments.batch,
         is_training=True,
@@ -87,46 +120,66 @@ def timm_batches(
         device=torch.device("cpu"),
         **further,
     )
-    return lambda: iter(loader.loader)  # what its normalisation on the device would be given
+    loader = whole.loader  # what its normalisation on the device would be given
+    return Case(partial(iter, loader), len(loader), loader.num_workers * loader.prefetch_factor)
 
 
-def our_batches(
-    root: Path, config: DataConfig, backend: Any, arguments: argparse.Namespace
-) -> Callable[[], Iterator[Any]]:
-    """One of our loaders; each call begins another epoch."""
-    batch = arguments.batch // config.decode_once * config.decode_once
-    loader = build(
+def our_case(root: Path, config: DataConfig, backend: Any, arguments: argparse.Namespace) -> Case:
+    """One of our loaders."""
+    loader: Any = build(
         root,
         "train",
         config=config,
-        batch_size=batch,
+        batch_size=arguments.batch // config.decode_once * config.decode_once,
         train=True,
         loader=backend,
         num_workers=arguments.threads,
         device=arguments.device,
+        check_bytes=False,
     )
-    epochs = iter(range(1 << 30))
+    epochs = count()
 
-    def batches() -> Iterator[Any]:
+    def epoch() -> Iterator[Batch]:
         loader.set_epoch(next(epochs))
         return iter(loader)
 
-    return batches
+    return Case(epoch, loader.steps_per_epoch, loader.batches_ahead)
 
 
-def device_part(root: Path, config: DataConfig, arguments: argparse.Namespace) -> Callable[[], Iterator[Any]]:
+def ffcv_case(data: Path, root: Path, config: DataConfig, arguments: argparse.Namespace) -> Case:
+    """Our FFCV loader of `root`, which is written first, in the profile it is named after, unless it is there."""
+    if not (root / MANIFEST).exists():
+        command = [
+            sys.executable,
+            "-m",
+            "cli.convert",
+            str(data),
+            str(root),
+            "--format",
+            "ffcv",
+            "--profile",
+            root.name,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise DataError(done.stderr.strip())
+    return our_case(root, config, "ffcv", arguments)
+
+
+def device_case(root: Path, config: DataConfig, arguments: argparse.Namespace) -> Case:
     """What the recipe does to a batch after any of our loaders, over and over to one batch."""
     recipe = replace(config, rand_augment=SPEC, erasing=0.25)
-    batch = next(our_batches(root, config, "torch", arguments)())
+    batch = next(our_case(root, config, "torch", arguments).batches())
     transform = DeviceTransform(recipe, seed=0, train=True)
     mixing = Mixing(MixingConfig(mixup_alpha=0.8, cutmix_alpha=1.0), NUM_CLASSES, seed=0, rank=0, label_smoothing=0.1)
+    steps = count()
 
-    def batches() -> Iterator[Batch]:
-        for step in range(1 << 30):
-            mixing(transform(batch, step), batch.labels, step)
-            yield batch
+    def epoch() -> Iterator[Batch]:
+        step = next(steps)
+        mixing(transform(batch, step), batch.labels, step)
+        yield batch
 
-    return batches
+    return Case(epoch, steps=1, ahead=0)
 
 
 def gpu_decoders() -> list[tuple[str, GpuDecoding]]:
@@ -136,14 +189,14 @@ def gpu_decoders() -> list[tuple[str, GpuDecoding]]:
     return ways + [(f", CPU {share:g}", GpuDecoding(cpu_share=share)) for share in (0.25, 0.5)]
 
 
-def cases(data: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, Callable[[], Iterator[Any]]]:
+def cases(data: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, Case]:
     """Every case that can run here; the others are named on stderr."""
     config = DataConfig(img_size=arguments.img_size, interpolation=arguments.interpolation)
     once = replace(config, decode_once=3)
     made = {
-        TIMM: partial(timm_batches, data, config, arguments),
-        RECIPE: partial(timm_batches, data, config, arguments, recipe=True),
-        DEVICE_PART: partial(device_part, data, config, arguments),
+        TIMM: partial(timm_case, data, config, arguments),
+        RECIPE: partial(timm_case, data, config, arguments, recipe=True),
+        DEVICE_PART: partial(device_case, data, config, arguments),
     }
     decoders = {"torch": ("torch", config)}
     if arguments.device == "cpu":
@@ -151,27 +204,35 @@ def cases(data: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str,
     else:
         decoders |= {f"DALI GPU{name}": ("dali", replace(config, gpu_decoding=how)) for name, how in gpu_decoders()}
     for name, (backend, settings) in decoders.items():
-        made[name] = partial(our_batches, data, settings, backend, arguments)
+        made[name] = partial(our_case, data, settings, backend, arguments)
     for name, backend in (("torch", "torch"), ("DALI", "dali")):
-        made[f"{name}, decode_once 3"] = partial(our_batches, data, once, backend, arguments)
+        made[f"{name}, decode_once 3"] = partial(our_case, data, once, backend, arguments)
     manifest = open_dataset(data).manifest
-    for profile in PROFILES if manifest is None else ("as converted",):
+    for profile in arguments.profiles if manifest is None else ("as converted",):
         root = data if manifest is not None else scratch / profile
-        if manifest is None:
-            command = [sys.executable, "-m", "cli.convert", str(data), str(root), "--format", "ffcv"]
-            done = subprocess.run([*command, "--profile", profile], capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(f"no FFCV {profile}: {done.stderr.strip()}", file=sys.stderr)
-                continue
-        made[f"FFCV {profile}"] = partial(our_batches, root, config, "ffcv", arguments)
-        made[f"FFCV {profile}, decode_once 3"] = partial(our_batches, root, once, "ffcv", arguments)
+        made[f"FFCV {profile}"] = partial(ffcv_case, data, root, config, arguments)
+        made[f"FFCV {profile}, decode_once 3"] = partial(ffcv_case, data, root, once, arguments)
     ready = {}
     for name, make in made.items():
         try:
-            ready[name] = make()
+            case = make()
         except DataError as error:
             print(f"no {name}: {error}", file=sys.stderr)
+        else:
+            refuse(name, case, arguments)
+            ready[name] = case
     return ready
+
+
+def refuse(name: str, case: Case, arguments: argparse.Namespace) -> None:
+    """Leave if what is wanted would not be steady."""
+    if case.steps < 1:
+        raise SystemExit(f"{name} has fewer images than one batch of {arguments.batch}; lower --batch")
+    if arguments.batches < (least := max(1, MANY * case.ahead)):
+        raise SystemExit(
+            f"--batches is {arguments.batches}, but {name} decodes up to {case.ahead} batches ahead; "
+            f"time at least {least}"
+        )
 
 
 def cpu_seconds() -> float:
@@ -186,90 +247,75 @@ def cpu_seconds() -> float:
     return sum(int(ticks) for both in found for ticks in both) / sysconf("SC_CLK_TCK")
 
 
-def run(batches: Callable[[], Iterator[Any]], num_batches: int) -> tuple[float, float]:
-    """Images per second and CPU ms per image over `num_batches`, after two that start the workers."""
-    iterator = batches()
-    for _ in islice(iterator, 2):
+def settle() -> None:
+    """Wait, for two seconds at most, until what an earlier case has begun and left is done."""
+    for _ in range(20):
+        before = cpu_seconds()
+        time.sleep(0.1)
+        if cpu_seconds() - before < 0.03:
+            return
+
+
+def timed(
+    case: Case,
+    num_batches: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+    cpu_clock: Callable[[], float] = cpu_seconds,
+) -> tuple[float, float]:
+    """Images per second and CPU ms per image over at least `num_batches` batches in steady state."""
+    before, num_batches = case.window(num_batches)
+    batches, images = case.batches(), 0
+    for _ in islice(batches, before):
         pass
-    began, cpu, images = time.perf_counter(), cpu_seconds(), 0
-    for batch in islice(iterator, num_batches):
+    wait_for(device)
+    began, cpu = clock(), cpu_clock()
+    for batch in islice(batches, num_batches):
         images += len(batch[0]) if isinstance(batch, list | tuple) else len(batch.labels)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds, spent = time.perf_counter() - began, cpu_seconds() - cpu
-    if images == 0:
-        raise SystemExit("too few images for three batches; lower --batch")
-    return images / seconds, 1e3 * spent / images
+    wait_for(device)
+    return images / (clock() - began), 1e3 * (cpu_clock() - cpu) / images
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run all cases; the result holds every round."""
-    torch.set_num_threads(arguments.threads)
+def measured(arguments: argparse.Namespace) -> Result:
+    """Rate and CPU time of every case and round."""
+
+    def turn(case: Case) -> tuple[float, float]:
+        settle()
+        return timed(case, arguments.batches, torch.device(arguments.device))
+
     with tempfile.TemporaryDirectory() as scratch:
         ready = cases(arguments.data, Path(scratch), arguments)
-        rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
-        for number in range(arguments.rounds + 1):
-            for name in list(ready)[:: 1 if number % 2 else -1]:
-                measured = run(ready[name], arguments.batches)
-                if number:  # the first round warms up
-                    rounds[name].append(measured)
-    versions = {}
-    for package in ("torchvision", "pillow", "nvidia-dali-cuda130", "ffcv"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "none"
-    settings = {key: str(value) for key, value in vars(arguments).items() if key != "json"}
-    return {
-        "settings": settings,
-        "environment": environment(torch.device(arguments.device)) | versions,
-        "rounds": rounds,
-    }
+        rounds = in_turns({name: partial(turn, case) for name, case in ready.items()}, arguments.rounds)
+    windows = {name: case.window(arguments.batches) for name, case in ready.items()}
+    return {"rounds": rounds, "batches_before_and_timed": windows}
 
 
-def report(result: dict[str, Any]) -> str:
+def report(result: Result) -> str:
     """The result as markdown."""
-    settings, rounds = result["settings"], result["rounds"]
-    lines = [
+    settings, rows = result["settings"], []
+    rates, cpu = ({name: [pair[i] for pair in pairs] for name, pairs in result["rounds"].items()} for i in range(2))
+    for name in rates:
+        share, ratio = median(over(cpu[name], cpu[RECIPE])), cells(over(rates[name], rates[TIMM]), ".2f")
+        rows.append(f"{name} | {cells(rates[name], '.0f')} | {median(cpu[name]):.2f} | {ratio} | {share:.2f}")
+    title = (
         f"{settings['img_size']} pixels, {settings['interpolation']}, {settings['device']}, "
         f"batch {settings['batch']}, {settings['threads']} threads or workers, "
-        f"{settings['rounds']} rounds of {settings['batches']} batches",
-        ", ".join(f"{key} {value}" for key, value in result["environment"].items()),
-        "",
-        "| loader | images/s | quartiles | CPU ms/image | times timm | quartiles | CPU time over the recipe's |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, values in rounds.items():
-        first, median, third = quartiles([rate for rate, _ in values])
-        cpu = quartiles([spent for _, spent in values])[1]
-        ratios = [rate / base for (rate, _), (base, _) in zip(values, rounds[TIMM], strict=True)]
-        low, ratio, high = quartiles(ratios)
-        rate = f"{median:.0f} | {first:.0f} to {third:.0f}"
-        share = quartiles(
-            [spent / all_of_it for (_, spent), (_, all_of_it) in zip(values, rounds[RECIPE], strict=True)]
-        )[1]
-        lines.append(f"| {name} | {rate} | {cpu:.2f} | {ratio:.2f} | {low:.2f} to {high:.2f} | {share:.2f} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a folder of images, or a converted data set")
-    parser.add_argument("--img-size", type=int, default=224, help="pixels")
-    parser.add_argument("--interpolation", choices=("bicubic", "bilinear"), default="bicubic")
-    parser.add_argument("--device", default="cpu", help="where batches go, and DALI decodes: cpu or cuda")
-    parser.add_argument("--batch", type=int, default=66, help="images per batch; even")
-    parser.add_argument(
-        "--batches", type=int, default=30, help="timed batches of a case in a round, many beside the few made ahead"
+        f"{settings['rounds']} rounds of at least {settings['batches']} batches in steady state"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
-    parser.add_argument("--threads", type=int, default=2, help="threads, or worker processes of timm")
-    parser.add_argument("--json", type=Path, help="where to write every round")
-    arguments = parser.parse_args()
-    result = measure(arguments)
-    print(report(result))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    head = "loader | images/s | quartiles | CPU ms/image | times timm | quartiles | CPU time over the recipe's"
+    return page(result, title, head, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    """Run as the arguments say (the command line's if None), print and write the report, and return the result."""
+    command = parser(__doc__, rounds=5, device="cpu", threads=2)
+    command.add_argument("--data", type=Path, required=True, help="a folder of images, or a converted data set")
+    command.add_argument("--img-size", type=int, default=224, help="pixels")
+    command.add_argument("--interpolation", choices=("bicubic", "bilinear"), default="bicubic")
+    command.add_argument("--batch", type=int, default=66, help="images per batch; even")
+    command.add_argument("--batches", type=int, default=30, help="the fewest timed batches of a case in a round")
+    command.add_argument("--profiles", nargs="*", choices=tuple(PROFILES), default=["jpg500", "raw256"], help="of FFCV")
+    return conclude(command.parse_args(argv), measured, report, "torchvision", "pillow", "nvidia-dali-cuda130", "ffcv")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ late gives the length of a step at each rho; from these lengths and the rate alo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,42 +27,23 @@ from pss.planning.plan import plan, simulate
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
 from pss.training.trainer import Trainer
-from tools.benchmarks.step import environment
+from tools.benchmarks.measure import Result, conclude, page, parser
+from tools.benchmarks.training import Resident
 
 SIDE, CLASSES = 32, 10
 
 
-class TimedLoader:
-    """The same random batch, over and over, none earlier than `seconds` after the one before it was handed out."""
-
-    backend = "memory"
-    delivered_hash = 0
+class TimedLoader(Resident):
+    """Hands out no batch earlier than `seconds` after the one before it."""
 
     def __init__(self, batch_size: int, steps: int, seconds: float) -> None:
-        self.batch_size, self.steps_per_epoch, self.seconds = batch_size, steps, seconds
-        self.num_classes, self.num_samples = CLASSES, batch_size * steps
-        images = torch.randint(0, 256, (batch_size, 3, SIDE, SIDE), dtype=torch.uint8)
-        self.batch = Batch(images, torch.arange(batch_size) % CLASSES, torch.arange(batch_size))
-
-    def planned_hash(self, epoch: int) -> int:
-        return 0
-
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None: ...
-
-    def __len__(self) -> int:
-        return self.steps_per_epoch
+        super().__init__(batch_size, SIDE, steps, torch.device("cpu"), CLASSES)
+        self.seconds = seconds
 
     def __iter__(self) -> Iterator[Batch]:
-        for _ in range(self.steps_per_epoch):
+        for batch in super().__iter__():
             time.sleep(self.seconds)
-            yield self.batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
+            yield batch
 
 
 def configured(arguments: argparse.Namespace) -> Config:
@@ -84,7 +64,7 @@ def trained(arguments: argparse.Namespace, batch_seconds: float, capacity: int) 
     config = configured(arguments)
     here = World(rank=0, size=1, device=torch.device("cpu"))
     loader = TimedLoader(arguments.batch, arguments.steps, batch_seconds)
-    queue = Prefetcher(loader, capacity * loader.batch.images.nbytes)
+    queue = Prefetcher(loader, capacity * loader.images.nbytes)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
         try:
@@ -98,27 +78,13 @@ def trained(arguments: argparse.Namespace, batch_seconds: float, capacity: int) 
         return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--steps", type=int, default=63, help="steps of a cycle")
-    parser.add_argument("--capacity", type=int, default=12, help="batches in the queue")
-    parser.add_argument("--json", type=Path, help="where to write the rows")
-    arguments = parser.parse_args()
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-
+def measured(arguments: argparse.Namespace) -> Result:
+    """Seconds of a step at each rho, and an epoch with every loader beside its simulation."""
     free = trained(arguments, 0.0, arguments.capacity)
     busy = {float(rho): level["ms_per_step"] * (1 - level["data_wait"]) / 1e3 for rho, level in free["by_rho"].items()}
     planned = plan(configured(arguments), num_images=arguments.batch * arguments.steps, num_classes=CLASSES)
     steps = [busy[rho] for rho in planned.rhos[: arguments.steps]]
     mean = sum(steps) / len(steps)
-    print(", ".join(f"{key} {value}" for key, value in environment(torch.device("cpu")).items()))
-    print(
-        f"\n{arguments.steps} steps of {arguments.batch} images, {1e3 * mean:.1f} ms on average, "
-        f"{1e3 * min(busy.values()):.1f} to {1e3 * max(busy.values()):.1f} ms; {arguments.capacity} batches queued\n"
-    )
-    print("| loader over the average demand | epoch, s | simulated, s | measured / simulated | waiting | simulated |")
-    print("|---|---|---|---|---|---|")
     rows = []
     for factor in (0.7, 1.0, 1.2, 1.5, 2.5):
         row = trained(arguments, mean / factor, arguments.capacity)
@@ -132,12 +98,32 @@ def main() -> None:
                 "simulated_data_wait": predicted.data_wait,
             }
         )
-        seconds = (
-            f"{row['train_seconds']:.2f} | {predicted.seconds:.2f} | {row['train_seconds'] / predicted.seconds:.3f}"
-        )
-        print(f"| {factor:g} | {seconds} | {row['data_wait']:.1%} | {predicted.data_wait:.1%} |", flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"busy_seconds": busy, "rows": rows}, indent=1) + "\n")
+    return {"busy_seconds": busy, "mean_seconds": mean, "rows": rows}
+
+
+def report(result: Result) -> str:
+    """The result as markdown."""
+    settings, busy = result["settings"], result["busy_seconds"].values()
+    rows = [
+        f"{row['loader_over_demand']:g} | {row['seconds']:.2f} | {row['simulated_seconds']:.2f} | "
+        f"{row['seconds'] / row['simulated_seconds']:.3f} | {row['data_wait']:.1%} | {row['simulated_data_wait']:.1%}"
+        for row in result["rows"]
+    ]
+    head = "loader over the average demand | epoch, s | simulated, s | measured / simulated | waiting | simulated"
+    title = (
+        f"{settings['steps']} steps of {settings['batch']} images, {1e3 * result['mean_seconds']:.1f} ms on average, "
+        f"{1e3 * min(busy):.1f} to {1e3 * max(busy):.1f} ms; {settings['capacity']} batches queued"
+    )
+    return page(result, title, head, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    """Run as the arguments say (the command line's if None), print and write the report, and return the result."""
+    command = parser(__doc__, threads=max(1, (os.cpu_count() or 2) - 1))
+    command.add_argument("--batch", type=int, default=8, help="images a step")
+    command.add_argument("--steps", type=int, default=63, help="steps of a cycle")
+    command.add_argument("--capacity", type=int, default=12, help="batches in the queue")
+    return conclude(command.parse_args(argv), measured, report)
 
 
 if __name__ == "__main__":

@@ -26,18 +26,11 @@ and less than the naive way; attention takes at most half of the naive way's mem
 
 import argparse
 import copy
-import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, get_args
 
 import timm
@@ -52,6 +45,7 @@ from pss.models.create import create_model
 from pss.models.flops import macs, training_saving
 from pss.models.vit import VisionTransformer
 from pss.schedules import Cyclic, histogram
+from tools.benchmarks.measure import cells, conclude, in_turns, over, parser, peak_tflops, spread, table, told, wait_for
 
 MODELS = {
     "deit-s-224": ("deit_small_patch16_224", 224),
@@ -59,9 +53,6 @@ MODELS = {
     "deit-s-384": ("deit_small_patch16_224", 384),
 }
 """timm's name and pixels, by the names of the recipes."""
-
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
-"""Dense half precision products a second, by a part of the device's name."""
 
 STEPS = 1251  # of an epoch of ImageNet in batches of 1024
 CYCLE = Cyclic.published(steps_per_epoch=STEPS, epochs=1)
@@ -155,26 +146,25 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor, autocast: bo
 def time_rounds(
     cases: dict[str, Callable[[], None]], rounds: int, device: torch.device, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds a step of every case in every round, after one round to warm up; every other round goes backwards.
+    """Seconds a step of every case in every round, after one round to warm up.
 
     Short steps are repeated, and their mean taken, until they have taken about as long as the longest one: what the
     machine does besides then falls on all alike.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
     repeats = dict.fromkeys(cases, 1)
-    for number in range(rounds + 1):
-        order = list(cases)[:: 1 if number % 2 else -1]
-        for name in order:
-            wait_for(device)
-            begin = clock()
-            for _ in range(repeats[name]):
-                cases[name]()
-            wait_for(device)
-            seconds[name].append((clock() - begin) / repeats[name])
-        if not number:
-            longest = max(times[0] for times in seconds.values())
-            repeats = {name: max(1, round(longest / times.pop())) for name, times in seconds.items()}
-    return seconds
+
+    def timed(name: str) -> float:
+        wait_for(device)
+        began = clock()
+        for _ in range(repeats[name]):
+            cases[name]()
+        wait_for(device)
+        return (clock() - began) / repeats[name]
+
+    steps = {name: partial(timed, name) for name in cases}
+    first = {name: seconds for name, (seconds,) in in_turns(steps, 1, warm_up=False).items()}
+    repeats |= {name: max(1, round(max(first.values()) / seconds)) for name, seconds in first.items()}
+    return in_turns(steps, rounds, warm_up=False)
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
@@ -206,62 +196,29 @@ def attention_memory(
     return {name: {"peak": peak, "attention": peak - nothing} for name, peak in peaks.items()}
 
 
+def cyclic_epoch(seconds: dict[str, list[float]], shares: dict[float, float], prefix: str = "") -> list[float]:
+    """Seconds of a mean step of the cycle, in every round."""
+    levels = [[share * value for value in seconds[f"{prefix}rho {rho}"]] for rho, share in shares.items()]
+    return [sum(parts) for parts in zip(*levels, strict=True)]
+
+
 def ratios(seconds: dict[str, list[float]], shares: dict[float, float]) -> dict[str, list[float]]:
     """Ratios of times, once per round."""
-    rounds = range(len(seconds[PLAIN]))
-
-    def epoch(prefix: str, i: int) -> float:
-        return sum(share * seconds[f"{prefix}rho {rho}"][i] for rho, share in shares.items())
-
+    epoch = partial(cyclic_epoch, seconds, shares)
     dense = seconds["rho 1.0"]
-    found = {
-        CYCLIC: [epoch("", i) / dense[i] for i in rounds],
-        "ours at rho 1 / timm": [dense[i] / seconds[PLAIN][i] for i in rounds],
-    }
+    found = {CYCLIC: over(epoch(), dense), "ours at rho 1 / timm": over(dense, seconds[PLAIN])}
     if "none, rho 1.0" in seconds:
-        found["none at rho 1 / timm"] = [seconds["none, rho 1.0"][i] / seconds[PLAIN][i] for i in rounds]
+        found["none at rho 1 / timm"] = over(seconds["none, rho 1.0"], seconds[PLAIN])
         for rho in shares:
-            with_bias, without = seconds[f"rho {rho}"], seconds[f"none, rho {rho}"]
-            found[f"with / without bias, rho {rho}"] = [with_bias[i] / without[i] for i in rounds]
+            found[f"with / without bias, rho {rho}"] = over(seconds[f"rho {rho}"], seconds[f"none, rho {rho}"])
     for name in ("naive", "patch-drop"):
         if f"{name}, rho 1.0" in seconds:
-            found[f"{name}: {CYCLIC}"] = [epoch(f"{name}, ", i) / seconds[f"{name}, rho 1.0"][i] for i in rounds]
+            found[f"{name}: {CYCLIC}"] = over(epoch(f"{name}, "), seconds[f"{name}, rho 1.0"])
     if "naive, rho 1.0" in seconds:
         for rho in shares:
-            ours, naive = seconds[f"rho {rho}"], seconds[f"naive, rho {rho}"]
-            found[f"ours / naive, rho {rho}"] = [ours[i] / naive[i] for i in rounds]
-        found["ours / naive, cyclic epoch"] = [epoch("", i) / epoch("naive, ", i) for i in rounds]
+            found[f"ours / naive, rho {rho}"] = over(seconds[f"rho {rho}"], seconds[f"naive, rho {rho}"])
+        found["ours / naive, cyclic epoch"] = over(epoch(), epoch("naive, "))
     return found
-
-
-def wait_for(device: torch.device) -> None:
-    """Until everything that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where and with what the figures were taken."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    cpu = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
-    return {
-        "commit": commit.stdout.strip() or None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton") if find_spec("triton") else None,
-        "timm": timm.__version__,
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "threads": f"{torch.get_num_threads()} (OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY')})",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, median, third
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -311,61 +268,64 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All models, one after the other."""
+    return {"models": {name: measure(name, arguments) for name in arguments.model}}
+
+
 def report(result: dict[str, Any]) -> str:
     """The result as markdown."""
     settings = result["settings"]
     lines = [
         f"Batch {settings['batch']}, rel_pos {settings['rel_pos']}, sort {settings['sort']}, "
         f"{'bf16 autocast' if settings['bf16'] else 'float32'}, {settings['rounds']} rounds, {settings['clock']} time",
-        ", ".join(f"{key} {value}" for key, value in result["environment"].items()),
+        told(result),
     ]
-    for name, measured in result["models"].items():
-        lines += ["", f"## {name}: {measured['model']}, {measured['img_size']} pixels", ""]
-        lines += _report_of_model(measured, settings, result["environment"]["device"])
+    peak = peak_tflops(result["environment"]["device"]) if settings["bf16"] else None
+    for name, found in result["models"].items():
+        lines += ["", f"## {name}: {found['model']}, {found['img_size']} pixels", ""]
+        lines += _report_of_model(found, settings["batch"], peak)
     return "\n".join(lines)
 
 
-def _report_of_model(measured: dict[str, Any], settings: dict[str, Any], device: str) -> list[str]:
-    peaks = [peak for part, peak in PEAK_TFLOPS.items() if part in device and settings["bf16"]]
-    lines = ["| step | median ms | quartiles ms | images/s | MFU |", "|---|---|---|---|---|"]
-    seconds, shares = measured["seconds"], measured["cycle"]
+def _report_of_model(found: dict[str, Any], batch: int, peak: float | None) -> list[str]:
+    seconds = dict(found["seconds"])
     for prefix in ("", "none, ", "naive, ", "patch-drop, "):
         if f"{prefix}rho 1.0" in seconds:
-            levels = [[share * value for value in seconds[f"{prefix}rho {rho}"]] for rho, share in shares.items()]
-            seconds = seconds | {f"{prefix}cyclic": [sum(parts) for parts in zip(*levels, strict=True)]}
+            seconds[f"{prefix}cyclic"] = cyclic_epoch(seconds, found["cycle"], prefix)
+    rows = []
     for name, values in seconds.items():
-        first, median, third = quartiles(values)
-        flops = _mean_flops(name, measured) / median
-        utilisation = f"{flops / (1e12 * peaks[0]):.1%}" if peaks else ""
-        rate = settings["batch"] / median
-        lines.append(
-            f"| {name} | {1e3 * median:.1f} | {1e3 * first:.1f} to {1e3 * third:.1f} | {rate:.1f} | {utilisation} |"
-        )
-    lines += ["", "| ratio | median | quartiles | goal |", "|---|---|---|---|"]
-    for name, values in measured["ratios"].items():
-        first, median, third = quartiles(values)
-        goal = GOALS.get(name.split(", ")[0], "")
-        lines.append(f"| {name} | {median:.3f} | {first:.3f} to {third:.3f} | {goal} |")
-    first, median, third = quartiles(measured["share_of_limit"])
-    lines += [
-        "",
-        f"Arithmetic alone: {measured['arithmetic_limit']:.3f} of a dense epoch. Share of that saving reached: "
-        f"{median:.3f} ({first:.3f} to {third:.3f}).",
-        "",
-        f"| memory at rho {MEMORY_RHO} | peak of a step, MB | attention's share, MB |",
-        "|---|---|---|",
+        median = statistics.median(values)
+        utilisation = "" if peak is None else f"{_mean_flops(name, found) / median / (1e12 * peak):.1%}"
+        milliseconds = cells([1e3 * value for value in values], ".1f")
+        rows.append(f"{name} | {milliseconds} | {batch / median:.1f} | {utilisation}")
+    compared = [
+        f"{name} | {cells(values, '.3f')} | {GOALS.get(name.split(', ')[0], '')}"
+        for name, values in found["ratios"].items()
     ]
-    for name, memory in measured["memory"].items():
-        lines.append(f"| {name} | {memory['peak'] / 1e6:.1f} | {memory['attention'] / 1e6:.1f} |")
-    if "naive" in measured["memory"]:
-        ours, naive = (measured["memory"][name]["attention"] for name in ("ours", "naive"))
+    memory = [
+        f"{name} | {memory['peak'] / 1e6:.1f} | {memory['attention'] / 1e6:.1f}"
+        for name, memory in found["memory"].items()
+    ]
+    lines = [
+        *table("step | median ms | quartiles ms | images/s | MFU", rows),
+        "",
+        *table("ratio | median | quartiles | goal", compared),
+        "",
+        f"Arithmetic alone: {found['arithmetic_limit']:.3f} of a dense epoch. Share of that saving reached: "
+        f"{spread(found['share_of_limit'], '.3f')}.",
+        "",
+        *table(f"memory at rho {MEMORY_RHO} | peak of a step, MB | attention's share, MB", memory),
+    ]
+    if "naive" in found["memory"]:
+        ours, naive = (found["memory"][name]["attention"] for name in ("ours", "naive"))
         lines += ["", f"Attention's share, naive / ours: {naive / ours:.2f} (goal: at least 2)."]
     return lines
 
 
-def _mean_flops(case: str, measured: dict[str, Any]) -> float:
+def _mean_flops(case: str, found: dict[str, Any]) -> float:
     """Operations of a step of the case of that name."""
-    flops, shares = measured["flops"], measured["cycle"]
+    flops, shares = found["flops"], found["cycle"]
     if case.endswith("cyclic"):
         return sum(share * flops[rho] for rho, share in shares.items())
     return float(flops[1.0 if case == PLAIN else float(case.rpartition(" ")[2])])
@@ -373,44 +333,23 @@ def _mean_flops(case: str, measured: dict[str, Any]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run as the arguments say (the command line's if None), print and write the report, and return the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser(__doc__, rounds=5, device="auto", threads=0)
     names = ", ".join(MODELS)
-    parser.add_argument("--model", nargs="+", default=["deit-s-224"], help=f"{names}, or plain ViTs of timm")
-    parser.add_argument("--img-size", type=int, help="pixels; as the name says, or 224")
-    parser.add_argument("--batch", type=int, default=8, help="images per step")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of every case")
-    parser.add_argument("--rel-pos", choices=get_args(RelPos), default="bias", help="our model's positions")
-    parser.add_argument("--beside", nargs="*", choices=("none", "naive", "patch-drop"), default=[], help="what else")
-    parser.add_argument("--sort", choices=("magnitude", "random"), default="magnitude", help="which patches are kept")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: of this process, all threads")
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--dry-run", action="store_true", help="two small blocks in place of each model")
-    parser.add_argument("--json", type=Path, help="where to write every single timing")
-    parser.add_argument("--markdown", type=Path, help="where to write the tables, beside printing them")
-    arguments = parser.parse_args(argv)
+    command.add_argument("--model", nargs="+", default=["deit-s-224"], help=f"{names}, or plain ViTs of timm")
+    command.add_argument("--img-size", type=int, help="pixels; as the name says, or 224")
+    command.add_argument("--batch", type=int, default=8, help="images per step")
+    command.add_argument("--rel-pos", choices=get_args(RelPos), default="bias", help="our model's positions")
+    command.add_argument("--beside", nargs="*", choices=("none", "naive", "patch-drop"), default=[], help="what else")
+    command.add_argument("--sort", choices=("magnitude", "random"), default="magnitude", help="which patches are kept")
+    command.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: of this process, all threads")
+    command.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    command.add_argument("--dry-run", action="store_true", help="two small blocks in place of each model")
+    arguments = command.parse_args(argv)
     if "naive" in arguments.beside and arguments.rel_pos != "bias":
-        parser.error("--beside naive needs --rel-pos bias")
+        command.error("--beside naive needs --rel-pos bias")
     if arguments.clock == "cpu" and arguments.device != "cpu":
-        parser.error("--clock cpu needs --device cpu")
-    torch.set_num_threads(arguments.threads)
-    result = {
-        "settings": {key: value for key, value in vars(arguments).items() if key not in ("json", "markdown")},
-        "environment": environment(torch.device(arguments.device)),
-        "models": {name: measure(name, arguments) for name in arguments.model},
-    }
-    print(report(result))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.markdown is not None:
-        arguments.markdown.write_text(report(result) + "\n")
-    return result
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+        command.error("--clock cpu needs --device cpu")
+    return conclude(arguments, measured, report)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
-import json
 import os
 import shutil
 import statistics
@@ -36,18 +35,16 @@ import torch
 import pipelines
 from pipelines import Batch
 from pipelines.loaders.prefetch import Prefetcher
-from pipelines.loaders.probe import probe
+from pipelines.probe import probe
 from pss import recipes
 from pss.config import Config
-from pss.methods import Stage
-from pss.models.flops import macs, training_saving
+from pss.methods import Stage, mean_tokens
 from pss.runtime.processes import World
+from pss.training.setup import position_of
 from pss.training.trainer import Trainer
-from tools.benchmarks.step import environment, quartiles
+from tools.benchmarks.measure import Result, cells, conclude, parser, peak_tflops, spread, table, told
 
 NUM_CLASSES = 1000
-PEAK_TFLOPS = {"H100": 989, "H200": 989}
-"""Dense bfloat16 products a second, by a part of the device's name."""
 
 
 class Enough(Exception):
@@ -60,12 +57,15 @@ class Resident:
     backend = "resident"
     delivered_hash = 0
 
-    def __init__(self, batch_size: int, img_size: int, steps_per_epoch: int, device: torch.device) -> None:
+    def __init__(
+        self, batch_size: int, img_size: int, steps_per_epoch: int, device: torch.device, num_classes: int = NUM_CLASSES
+    ) -> None:
         self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
-        self.num_classes, self.num_samples = NUM_CLASSES, batch_size * steps_per_epoch
+        self.num_classes, self.num_samples = num_classes, batch_size * steps_per_epoch
         shape = (batch_size, 3, img_size, img_size)
         self.images = torch.randint(256, shape, dtype=torch.uint8, device=device)
-        self.labels = torch.randint(NUM_CLASSES, (batch_size,), device=device)
+        self.labels = torch.randint(num_classes, (batch_size,), device=device)
+        self.first = 0
 
     def planned_hash(self, epoch: int) -> int:
         return 0
@@ -200,9 +200,8 @@ def build_loaders(
     return [ahead, val], list(pipelines.open_dataset(arguments.data).classes), None
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measured(arguments: argparse.Namespace) -> Result:
     """Train, and tell what was noted; the result holds every single step."""
-    torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     usual = [
         f"train.batch_size={arguments.batch}",
@@ -226,95 +225,92 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     finally:
         for loader in loaders:
             loader.close()
-    settings = {key: str(value) for key, value in vars(arguments).items() if key != "json"} | {
+    settings = {
         "model": config.model.name,
         "rel_pos": trainer.method.model.rel_pos,
         "img_size": config.data.img_size,
         "loader": loaders[0].backend,
         "compiled": trainer.compiled,
     }
-    found = summarise(trainer, timed, utilisation, arguments.cycle_steps)
-    return {"settings": settings, "environment": environment(device), **found}
+    return {"settings": settings, **summarise(trainer, timed, utilisation, arguments.cycle_steps)}
 
 
-def summarise(trainer: Trainer, timed: Timed, utilisation: Utilisation, cycle: int) -> dict[str, Any]:
-    """Times by rho and by cycle, from the second cycle on."""
+def summarise(trainer: Trainer, timed: Timed, utilisation: Utilisation, cycle: int) -> Result:
+    """Times by stage and by cycle, from the second cycle on."""
     method = trainer.method
-    schedule = method.schedule  # type: ignore[attr-defined]
-    seconds: dict[float, list[float]] = defaultdict(list)
-    waits: dict[float, list[float]] = defaultdict(list)
-    by_cycle: dict[int, list[tuple[float, float]]] = defaultdict(list)  # rho and seconds of every step
+
+    def stage_of(step: int) -> Stage:
+        return method.stage(position_of(method, step))
+
+    seconds: dict[Stage, list[float]] = defaultdict(list)
+    waits: dict[Stage, list[float]] = defaultdict(list)
+    by_cycle: dict[int, list[tuple[Stage, float]]] = defaultdict(list)  # stage and seconds of every step
     for handout, duration in step_seconds(timed.handouts, cycle):
-        rho = schedule(handout.step)
-        seconds[rho].append(duration)
-        waits[rho].append(handout.given - handout.asked)
-        by_cycle[handout.step // cycle].append((rho, duration))
+        stage = stage_of(handout.step)
+        seconds[stage].append(duration)
+        waits[stage].append(handout.given - handout.asked)
+        by_cycle[handout.step // cycle].append((stage, duration))
     savings = []
     for steps in by_cycle.values():
-        dense = [duration for rho, duration in steps if rho == 1]
+        dense = [duration for stage, duration in steps if stage == Stage()]
         if dense and len(steps) >= cycle - 1:  # the last step of an epoch is not counted
             savings.append(1 - statistics.mean(duration for _, duration in steps) / statistics.mean(dense))
-    used: dict[float, list[float]] = defaultdict(list)
+    used: dict[Stage, list[float]] = defaultdict(list)
     moments = [handout.given for handout in timed.handouts]
     for when, percent in utilisation.samples:
         step = bisect.bisect(moments, when) - 1
         if cycle <= step < len(moments) - 1:
-            used[schedule(step)].append(percent)
+            used[stage_of(step)].append(percent)
     total = sum(map(sum, seconds.values()))
+    costs = [method.training_cost(stage_of(step)).training for step in range(cycle)]
     return {
         "levels": {
-            f"{rho:g}": {
-                "tokens": method.training_tokens(Stage(rho))[0],
-                "train_gflops_per_image": 6 * macs(method.model, rho) / 1e9,
-                "seconds": seconds[rho],
-                "waits": waits[rho],
-                "utilisation_percent": statistics.mean(used[rho]) if used[rho] else None,
+            str(stage): {
+                "tokens": mean_tokens(method.training_tokens(stage)),
+                "train_gflops_per_image": 2 * method.training_cost(stage).training / 1e9,
+                "seconds": seconds[stage],
+                "waits": waits[stage],
+                "utilisation_percent": statistics.mean(used[stage]) if used[stage] else None,
             }
-            for rho in sorted(seconds)
+            for stage in sorted(seconds)
         },
         "savings": savings,
-        "arithmetic_saving": training_saving(method.model, schedule, cycle),
+        "arithmetic_saving": 1 - statistics.mean(costs) / method.training_cost(Stage()).training,
         "images_per_second": timed.batch_size * sum(map(len, seconds.values())) / total if total else None,
         "data_wait": sum(map(sum, waits.values())) / total if total else None,
         "utilisation_missing": utilisation.missing,
     }
 
 
-def report(result: dict[str, Any]) -> str:
+def report(result: Result) -> str:
     """The result as markdown."""
     settings, levels = result["settings"], result["levels"]
-    batch = int(settings["batch"])
-    name = result["environment"]["device"]
-    peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
+    batch, peak = settings["batch"], peak_tflops(result["environment"]["device"])
     lines = [
         f"{settings['model']}, {settings['img_size']} pixels, rel_pos {settings['rel_pos']}, batch {batch}, "
         f"{settings['loader']} images, {'compiled' if settings['compiled'] else 'not compiled'}",
-        ", ".join(f"{key} {value}" for key, value in result["environment"].items()),
+        told(result),
         "",
-        "| rho | tokens | steps | ms | quartiles | images/s | TFLOP/s | MFU | data wait | GPU utilisation |",
-        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    if not levels:
+        return "\n".join([*lines, "Compiled only."])
+    rows = []
     for rho, level in levels.items():
-        first, median, third = quartiles(level["seconds"])
-        rate = batch / median
+        rate = batch / statistics.median(level["seconds"])
         delivered = rate * level["train_gflops_per_image"] / 1e3
         utilisation = level["utilisation_percent"]
-        cells = [
-            f"{1e3 * median:.2f}",
-            f"{1e3 * first:.2f} to {1e3 * third:.2f}",
-            f"{rate:,.0f}",
-            f"{delivered:.3g}",
-            "–" if peak is None else f"{delivered / peak:.1%}",
-            f"{sum(level['waits']) / sum(level['seconds']):.1%}",
-            "–" if utilisation is None else f"{utilisation:.0f} %",
-        ]
-        lines.append(f"| {rho} | {level['tokens']} | {len(level['seconds'])} | {' | '.join(cells)} |")
-    if not levels:
-        return "\n".join([*lines, "", "Compiled only."])
+        wait = sum(level["waits"]) / sum(level["seconds"])
+        milliseconds = cells([1e3 * value for value in level["seconds"]], ".2f")
+        rows.append(
+            f"{rho} | {level['tokens']} | {len(level['seconds'])} | {milliseconds} | {rate:,.0f} | {delivered:.3g} | "
+            f"{'–' if peak is None else f'{delivered / peak:.1%}'} | {wait:.1%} | "
+            f"{'–' if utilisation is None else f'{utilisation:.0f} %'}"
+        )
+    head = "rho | tokens | steps | ms | quartiles | images/s | TFLOP/s | MFU | data wait | GPU utilisation"
+    lines += table(head, rows)
     if result["savings"]:
-        first, median, third = quartiles(result["savings"])
         lines.append(
-            f"\nA cycle saves {median:.1%} ({first:.1%} to {third:.1%}) of a dense one; arithmetic alone allows "
+            f"\nA cycle saves {spread(result['savings'], '.1%')} of a dense one; arithmetic alone allows "
             f"{result['arithmetic_saving']:.1%}."
         )
     lines.append(f"\nAll steps: {result['images_per_second']:,.0f} images/s, data wait {result['data_wait']:.1%}.")
@@ -323,24 +319,18 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="deit-s-224", help="what to train")
-    parser.add_argument("--batch", type=int, default=1024, help="images per step")
-    parser.add_argument("--cycle-steps", type=int, default=45, help="steps of a cycle of the schedule")
-    parser.add_argument("--cycles", type=int, default=3, help="cycles to count, without --data; 0 only compiles")
-    parser.add_argument("--data", type=Path, help="a folder of images, or a converted data set, to train on")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long to count, with --data")
-    parser.add_argument("--prefetch-mb", type=float, default=8192.0, help="decoded batches kept ready, with --data")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the recipe")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--json", type=Path, help="where to write every single step")
-    arguments = parser.parse_args()
-    result = measure(arguments)
-    print(report(result))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+def main(argv: Sequence[str] | None = None) -> Result:
+    """Run as the arguments say (the command line's if None), print and write the report, and return the result."""
+    command = parser(__doc__, device="auto", threads=0)
+    command.add_argument("--recipe", default="deit-s-224", help="what to train")
+    command.add_argument("--batch", type=int, default=1024, help="images per step")
+    command.add_argument("--cycle-steps", type=int, default=45, help="steps of a cycle of the schedule")
+    command.add_argument("--cycles", type=int, default=3, help="cycles to count, without --data; 0 only compiles")
+    command.add_argument("--data", type=Path, help="a folder of images, or a converted data set, to train on")
+    command.add_argument("--seconds", type=float, default=60.0, help="how long to count, with --data")
+    command.add_argument("--prefetch-mb", type=float, default=8192.0, help="decoded batches kept ready, with --data")
+    command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the recipe")
+    return conclude(command.parse_args(argv), measured, report)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import pytest
 from conftest import missing
 
 from pipelines import DataConfig
-from pipelines.loaders import probe as module
-from pipelines.loaders.probe import images_per_second, probe
+from pipelines import probe as module
+from pipelines.probe import images_per_second, probe
 
 CONFIG = DataConfig(img_size=32)
 
