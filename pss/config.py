@@ -10,21 +10,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pipelines.base import DataConfig
 from pipelines.settings import Json, Section, as_dict, nearest
-from pss import overrides
+from pss import methods, overrides
 from pss.sections import (
     CompileConfig,
     LossConfig,
     MethodSection,
     ModelConfig,
     OptimConfig,
+    RunSettings,
     ScheduleConfig,
     TrainConfig,
 )
@@ -40,77 +40,34 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "differing_fields",
-    "method_class",
 ]
-
-S = TypeVar("S", bound=Section)
 
 _HIDDEN = ("own", "spare")  # fields of `Config` that are no sections of its files
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Section):
-    """One run, complete."""
-
-    recipe: str
-    """The recipe this began as."""
-    method: str = "sampled"
-    """How the model is trained: the name of one of `pss.methods`, or `package.module:Class` for one of your own."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    compile: CompileConfig = field(default_factory=CompileConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    own: tuple[Any, ...] = ()
-    """The method's sections. One that is left out has its defaults; one that the method does not have is refused."""
-    spare: tuple[Any, ...] = field(default=(), compare=False, repr=False)
-    """Sections of other methods, as the recipe would have them: taken up where the method is changed, and not saved."""
+class Config(RunSettings):
+    """One run, complete: its settings, held against its method."""
 
     def check(self) -> None:
-        method = method_class(self.method)
+        method = methods.find(self.method)
         self._complete_own(method.sections)
         if "maps" in method.wants and self.data.label_maps is None:
             raise ValueError(f"method {self.method} learns from label maps; --set data.label_maps=FILE.npy names them")
         if "maps" not in method.wants and self.data.label_maps is not None:
             raise ValueError(f"data.label_maps is set, and method {self.method} learns from none; leave it out")
-        grow = self.data.progressive
-        if grow.start_size is not None and grow.end_epoch >= self.train.epochs:
-            raise ValueError(
-                f"data.progressive.end_epoch is {grow.end_epoch} and train.epochs {self.train.epochs}; the run would "
-                f"never see images of full size: --set data.progressive.end_epoch={self.train.epochs * 4 // 5} "
-                f"--set data.progressive.begin_epoch={self.train.epochs // 5}"
-            )
-        if self.train.parallel == "fsdp" and self.compile.mode == "on":
-            raise ValueError(
-                "train.parallel is fsdp, whose sharded blocks are not compiled; set compile.mode=auto, or "
-                "train.parallel=ddp"
-            )
-        if self.optim.warmup_epochs > self.train.epochs:
-            raise ValueError(
-                f"optim.warmup_epochs ({self.optim.warmup_epochs}) is longer than the run "
-                f"(train.epochs={self.train.epochs}); lower it, for example --set optim.warmup_epochs=0"
-            )
-        for section in self.own:
-            section.check_run(self)
+        super().check()
+
+    @classmethod
+    def of(cls, settings: RunSettings) -> Config:
+        """The configuration that settings amount to. Raises `ValueError` where they do not suit their method."""
+        return cls(**vars(settings))
 
     def _complete_own(self, kinds: tuple[type[Section], ...]) -> None:
         given = {type(section): section for section in self.own}
         if foreign := [kind.section for kind in given if kind not in kinds]:
             raise ValueError(f"method {self.method} has no settings called {', '.join(foreign)}; leave them out")
         object.__setattr__(self, "own", tuple(given[kind] if kind in given else kind() for kind in kinds))
-
-    def section_of(self, kind: type[S]) -> S:
-        """The section of that type, one of the method's own. Raises `KeyError` where the method has none."""
-        for section in self.own:
-            if isinstance(section, kind):
-                return section
-        raise KeyError(f"method {self.method} has no settings called {kind.section}")
-
-    def having(self, *sections: Section) -> Config:
-        """A copy with these sections of the method's own in the place of those of the same type."""
-        kinds = tuple(map(type, sections))
-        return dataclasses.replace(self, own=(*(one for one in self.own if not isinstance(one, kinds)), *sections))
 
     def with_method(self, name: str) -> Config:
         """A copy for another method, with those sections that it has as well, and defaults for its others.
@@ -123,7 +80,7 @@ class Config(Section):
 
     def _sections_for(self, method: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The sections that a method has, and those at hand that it does not have."""
-        kinds = method_class(method).sections
+        kinds = methods.find(method).sections
         at_hand = {type(section): section for section in (*self.spare, *self.own)}
         own = tuple(at_hand.pop(kind, None) or kind() for kind in kinds)
         return own, tuple(at_hand.values())
@@ -160,7 +117,7 @@ class Config(Section):
         if not isinstance(raw, dict):
             raise ValueError("a configuration is an object of sections")
         method = raw.get("method", "sampled")
-        kinds = {kind.section: kind for kind in method_class(method).sections}
+        kinds = {kind.section: kind for kind in methods.find(method).sections}
         names = [part.name for part in dataclasses.fields(cls) if part.name not in _HIDDEN]
         for key in raw:
             if key not in names and key not in kinds:
@@ -180,19 +137,11 @@ class Config(Section):
             raise ValueError(f"{path} is no run configuration of this version of pss ({error})") from None
 
 
-def method_class(name: str) -> Any:
-    """The class of a method, found by name when it is asked for: methods are plug-ins, this module knows none.
-
-    Raises:
-        ValueError: there is no such method.
-    """
-    return import_module("pss.methods").find(name)
-
-
 def _whose(method: str, key: str) -> str | None:
     """What to say of a setting that `method` does not have and another one has; None if none has it."""
-    methods = import_module("pss.methods").METHODS
-    owners = [name for name, one in methods.items() if key.split(".")[0] in {kind.section for kind in one.sections}]
+    owners = [
+        name for name, one in methods.METHODS.items() if key.split(".")[0] in {kind.section for kind in one.sections}
+    ]
     if not owners:
         return None
     return f" with method {method}; {', '.join(owners)} has it: --set method={owners[0]}"

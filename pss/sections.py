@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
 
+from pipelines.base import DataConfig
 from pipelines.settings import AboveZero, Below1, Json, Natural, NotNegative, Positive, Section, Share, as_dict
+
+S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,3 +227,67 @@ class TrainConfig(Section, section="train"):
     """How many of the newest checkpoints are kept; the best one, and the newest of an epoch's end, are kept as well."""
     max_steps: int | None = None
     """Stop after so many steps, with a checkpoint; learning rate and rho keep the course `epochs` gives them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Section):
+    """All settings of one run, as a method is given them; `pss.config.Config` holds them against the method."""
+
+    recipe: str
+    """The recipe this began as."""
+    method: str = "sampled"
+    """How the model is trained: the name of one of `pss.methods`, or `package.module:Class` for one of your own."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    own: tuple[Any, ...] = ()
+    """The method's sections. One that is left out has its defaults; one that the method does not have is refused."""
+    spare: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    """Sections of other methods, as the recipe would have them: taken up where the method is changed, and not saved."""
+
+    def check(self) -> None:
+        grow = self.data.progressive
+        if grow.start_size is not None and grow.end_epoch >= self.train.epochs:
+            raise ValueError(
+                f"data.progressive.end_epoch is {grow.end_epoch} and train.epochs {self.train.epochs}; the run would "
+                f"never see images of full size: --set data.progressive.end_epoch={self.train.epochs * 4 // 5} "
+                f"--set data.progressive.begin_epoch={self.train.epochs // 5}"
+            )
+        if self.train.parallel == "fsdp" and self.compile.mode == "on":
+            raise ValueError(
+                "train.parallel is fsdp, whose sharded blocks are not compiled; set compile.mode=auto, or "
+                "train.parallel=ddp"
+            )
+        if self.optim.warmup_epochs > self.train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs ({self.optim.warmup_epochs}) is longer than the run "
+                f"(train.epochs={self.train.epochs}); lower it, for example --set optim.warmup_epochs=0"
+            )
+        for section in self.own:
+            section.check_run(self)
+
+    def section_of(self, kind: type[S]) -> S:
+        """The section of that type, one of the method's own. Raises `KeyError` where the method has none."""
+        for section in self.own:
+            if isinstance(section, kind):
+                return section
+        raise KeyError(f"method {self.method} has no settings called {kind.section}")
+
+    def having(self, *sections: Section) -> Self:
+        """A copy with these sections of the method's own in the place of those of the same type."""
+        kinds = tuple(map(type, sections))
+        return dataclasses.replace(self, own=(*(one for one in self.own if not isinstance(one, kinds)), *sections))
+
+
+def model_of(run: Path) -> ModelConfig:
+    """What the run in a folder is a model of. Raises `ValueError` where the folder holds no run."""
+    path = run / "config.json"
+    try:
+        return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["model"])
+    except FileNotFoundError:
+        raise ValueError(f"{path} not found; name the --output folder of a pss-train run") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no run configuration of this version of pss ({error})") from None

@@ -42,14 +42,14 @@ def main() -> None:
         trainer = Trainer(
             config, *loaders, classes=list(pipelines.open_dataset(data).classes), output=output, world=world
         )
-        prepare = trainer.prepare
+        inputs = trainer._inputs
 
-        def record(batch, epoch):
-            at = methods_progress(trainer)
+        def record(batch):
+            at = trainer._position()
             seen.append((trainer.method.stage(at).rho, batch.index.tolist()))
-            return prepare(batch, epoch)
+            return inputs(batch)
 
-        trainer.prepare = record
+        trainer._inputs = record
         forward = trainer.method.forward
 
         def faulty(images, targets, at, *dense):
@@ -70,12 +70,6 @@ def main() -> None:
         report = {"seen": seen, "row": row, "digest": digest, "num_val": loaders[1].num_samples,
                   "skipped": trainer.guard.check(0), "moved": trainer.moved}  # fmt: skip
         (output / f"rank{world.rank}.json").write_text(json.dumps(report))
-
-
-def methods_progress(trainer):
-    from pss.methods import Progress
-
-    return Progress(trainer.step, trainer.total_steps, trainer.epoch, trainer.epochs, 0, trainer.world.rank)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 
-from pss.config import Config
 from pss.methods.contract import Cost, Dense, Method, Phase, Point, Progress, Stage, Step, mean_tokens
 from pss.methods.teacher import Teacher
 from pss.models.create import create_model
 from pss.plugins import is_plugin, load
+from pss.sections import RunSettings
 
 __all__ = [
     "METHODS",
@@ -71,7 +71,7 @@ def find(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def build(config: Config, num_classes: int, steps_per_epoch: int) -> Method:
+def build(config: RunSettings, num_classes: int, steps_per_epoch: int) -> Method:
     """The configured method around a freshly initialised model. Raises `ValueError` for what cannot be built."""
     model = create_model(
         config.model.name, num_classes=num_classes, img_size=config.data.img_size, **config.model.overrides()

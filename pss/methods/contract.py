@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
-from pss.config import Config, MethodSection, OptimConfig
 from pss.methods.teacher import Teacher
 from pss.models.flops import macs
 from pss.models.maps import attention_maps
 from pss.models.vit import VisionTransformer
 from pss.runtime.shards import own_part, part_like
+from pss.sections import MethodSection, OptimConfig, RunSettings
 
 if TYPE_CHECKING:
     from pipelines.base import View
@@ -156,7 +156,7 @@ class Method(nn.Module):
 
     model: VisionTransformer
 
-    def __init__(self, model: VisionTransformer, config: Config, steps_per_epoch: int) -> None:
+    def __init__(self, model: VisionTransformer, config: RunSettings, steps_per_epoch: int) -> None:
         """Nothing is read from files here: plans are made of methods on the `meta` device."""
         super().__init__()
         self.model = model

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pss.config import Config, ScheduleConfig
 from pss.methods.contract import Dense, Method, Progress, Stage
 from pss.models.sampling import step_generator
 from pss.models.vit import VisionTransformer
 from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled
+from pss.sections import RunSettings, ScheduleConfig
 
 
 class Sampled(Method):
@@ -19,7 +19,7 @@ class Sampled(Method):
     name = "sampled"
     sections = (ScheduleConfig,)
 
-    def __init__(self, model: VisionTransformer, config: Config, steps_per_epoch: int) -> None:
+    def __init__(self, model: VisionTransformer, config: RunSettings, steps_per_epoch: int) -> None:
         super().__init__(model, config, steps_per_epoch)
         self.schedule = build_schedule(config, config.section_of(ScheduleConfig), steps_per_epoch)
 
@@ -32,7 +32,7 @@ class Sampled(Method):
         return {"loss": self.classification_loss(logits, targets), "logits": logits}
 
 
-def build_schedule(config: Config, settings: ScheduleConfig, steps_per_epoch: int) -> Schedule:
+def build_schedule(config: RunSettings, settings: ScheduleConfig, steps_per_epoch: int) -> Schedule:
     """The schedule that `settings` describe, as a function of the global step of the run that `config` describes."""
     if settings.name == "fixed":
         return Fixed(settings.rho)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pss.config import Config
 from pss.models.create import create_model
 from pss.models.flops import macs
 from pss.models.vit import VisionTransformer
 from pss.models.weights import start_from
+from pss.sections import RunSettings, model_of
 
 _TIMM = "timm:"
 
@@ -34,7 +34,7 @@ class Teacher:
     It is always in evaluation mode and records no gradient; copies of a method share it.
     """
 
-    def __init__(self, source: str, config: Config, num_classes: int) -> None:
+    def __init__(self, source: str, config: RunSettings, num_classes: int) -> None:
         """Nothing is read yet but the shape of a run's model.
 
         Args:
@@ -53,7 +53,7 @@ class Teacher:
             self._settings = settings | {"name": source.removeprefix(_TIMM)}
         else:
             if Path(source).is_dir():
-                model = Config.from_json(Path(source) / "config.json").model
+                model = model_of(Path(source))
             self._settings = settings | model.overrides() | {"name": model.name, "drop_path_rate": 0.0}
         self.model: VisionTransformer | None = None
         self.digest: str | None = None

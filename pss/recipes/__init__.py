@@ -1,11 +1,11 @@
-"""Recipes: functions that return a complete `Config`. `--list` shows the first line of each docstring."""
+"""Recipes: functions that return the settings of a run. `--list` shows the first line of each docstring."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from pss.config import Config
 from pss.recipes.deit import (
     deit_s_224,
     deit_s_224_lowres,
@@ -15,8 +15,12 @@ from pss.recipes.deit import (
     vit_b_simmim,
 )
 from pss.recipes.small import cifar10, digits
+from pss.sections import RunSettings
 
-RECIPES: dict[str, Callable[[], Config]] = {
+if TYPE_CHECKING:
+    from pss.config import Config
+
+RECIPES: dict[str, Callable[[], RunSettings]] = {
     "digits": digits,
     "cifar10": cifar10,
     "deit-ti-224": deit_ti_224,
@@ -31,7 +35,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
 def get(name: str) -> Config:
     """The configuration of recipe `name`. Raises `ValueError` that suggests the nearest name."""
     if name in RECIPES:
-        return RECIPES[name]()
+        from pss.config import Config  # with torch and timm behind it, which a list of recipes can do without
+
+        return Config.of(RECIPES[name]())
     near = difflib.get_close_matches(name.replace("_", "-"), RECIPES, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ValueError(f"there is no recipe {name!r}; {hint}recipes are {', '.join(RECIPES)}")

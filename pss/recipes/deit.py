@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipelines.base import DataConfig, Progressive
-from pss.config import CompileConfig, Config, LossConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from pss.sections import CompileConfig, LossConfig, ModelConfig, OptimConfig, RunSettings, ScheduleConfig, TrainConfig
 
 
-def deit_s_224() -> Config:
+def deit_s_224() -> RunSettings:
     """DeiT-S at 224 px from scratch, 300 epochs, relative position bias, Cyclic(0.2-1.0).
 
     Published: 80.4 % top-1. With `--set method=dense` it is the paper's ablation with position bias (81.1 %), and not
     plain DeiT-S (80.1 %), which also has another readout, biases and initialisation: `deit_s_224_plain`.
     """
-    return Config(
+    return RunSettings(
         recipe="deit-s-224",
         model=ModelConfig(
             name="deit_small_patch16_224",
@@ -37,23 +37,23 @@ def deit_s_224() -> Config:
     )
 
 
-def deit_s_224_plain() -> Config:
+def deit_s_224_plain() -> RunSettings:
     """Plain DeiT-S at 224 px, as timm builds it, on all patches: class token, no position bias.
 
     The paper's baseline of 80.1 % top-1; with `--set method=sampled`, its ablation without position bias (78.2 %).
     """
     small = deit_s_224()
     model = replace(small.model, rel_pos="none", qkv_bias="full", init="timm", global_pool="token")
-    return replace(small.with_method("dense"), recipe="deit-s-224-plain", model=model)
+    return replace(small, recipe="deit-s-224-plain", method="dense", model=model, own=(), spare=small.own)
 
 
-def deit_ti_224() -> Config:
+def deit_ti_224() -> RunSettings:
     """DeiT-Ti at 224 px from scratch: the recipe of deit-s-224 with the smaller model."""
     small = deit_s_224()
     return replace(small, recipe="deit-ti-224", model=replace(small.model, name="deit_tiny_patch16_224"))
 
 
-def deit_s_384() -> Config:
+def deit_s_384() -> RunSettings:
     """DeiT-S at 384 px from scratch, 300 epochs, relative position bias, Cyclic(0.2-1.0)."""
     small = deit_s_224()
     return replace(
@@ -64,7 +64,7 @@ def deit_s_384() -> Config:
     )
 
 
-def deit_s_224_lowres() -> Config:
+def deit_s_224_lowres() -> RunSettings:
     """DeiT-S from scratch on images that grow from 160 to 224 px, under Cyclic(0.2-1.0) at every size."""
     small = deit_s_224()
     return replace(
@@ -76,9 +76,9 @@ def deit_s_224_lowres() -> Config:
     )
 
 
-def vit_b_simmim() -> Config:
+def vit_b_simmim() -> RunSettings:
     """ViT-B at 224 px, 100 epochs of fine-tuning from SimMIM (--set model.weights=FILE), Cyclic(0.2-1.0)."""
-    return Config(
+    return RunSettings(
         recipe="vit-b-simmim",
         model=ModelConfig(
             name="simmim_base_patch16", drop_path_rate=0.1, weights="simmim_pretrain_vit_base.pth", own_head=True

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pipelines.base import DataConfig
-from pss.config import Config, LossConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from pss.sections import LossConfig, ModelConfig, OptimConfig, RunSettings, ScheduleConfig, TrainConfig
 
 
-def digits() -> Config:
+def digits() -> RunSettings:
     """Handwritten digits (1,797 scans, 32 px): a small ViT in about a minute on two cores."""
-    return Config(
+    return RunSettings(
         recipe="digits",
         model=ModelConfig(
             name="vit_tiny_patch16_224",
@@ -35,9 +35,9 @@ def digits() -> Config:
     )
 
 
-def cifar10() -> Config:
+def cifar10() -> RunSettings:
     """CIFAR-10 (32 px, 64 patches of 4x4): a ViT of width 192 and 6 blocks."""
-    return Config(
+    return RunSettings(
         recipe="cifar10",
         model=ModelConfig(
             name="vit_tiny_patch16_224",

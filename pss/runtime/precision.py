@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from pss.config import Config
+from pss.sections import RunSettings
 
 
-def autocast(config: Config, device: torch.device, *, keep_copies: bool = True) -> AbstractContextManager[Any]:
+def autocast(config: RunSettings, device: torch.device, *, keep_copies: bool = True) -> AbstractContextManager[Any]:
     """The arithmetic that `train.precision` asks for on this device; `keep_copies` of the weights until its end."""
     precision = config.train.precision
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
