@@ -156,6 +156,14 @@ class Method(nn.Module):
 
     model: VisionTransformer
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        missing = [name for name in _GO_WITH_PREDICT if getattr(cls, name) is getattr(Method, name)]
+        if cls.predict is not Method.predict and missing:
+            raise TypeError(
+                f"{cls.__name__} has a predict of its own; it must say what that costs and keeps: {', '.join(missing)}"
+            )
+
     def __init__(self, model: VisionTransformer, config: RunSettings, steps_per_epoch: int) -> None:
         """Nothing is read from files here: plans are made of methods on the `meta` device."""
         super().__init__()
@@ -325,6 +333,8 @@ class Method(nn.Module):
         Raises:
             ValueError: there can be none.
         """
+        if type(self).predict is not Method.predict:
+            return _AtPoint(self, point)
         assert point is not None
         if self.model.sort != "magnitude" and point != 1.0:
             raise ValueError("it keeps random patches, and a file must choose the same each time; add --sort magnitude")
@@ -353,6 +363,21 @@ class Method(nn.Module):
 def mean_tokens(tokens: tuple[int, ...]) -> int | float:
     """Tokens of an image in an average block: a whole number where all blocks see as many."""
     return tokens[0] if len(set(tokens)) == 1 else round(sum(tokens) / len(tokens), 1)
+
+
+_GO_WITH_PREDICT = ("tokens", "cost", "depths", "attention_maps", "points")
+"""What describes the prediction that it stands beside, and is wrong where only that is replaced."""
+
+
+class _AtPoint(nn.Module):
+    """A method's own prediction at one operating point."""
+
+    def __init__(self, method: Method, point: Point) -> None:
+        super().__init__()
+        self.method, self.point = method, point
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.method.predict(images, self.point)
 
 
 class _AtRho(nn.Module):

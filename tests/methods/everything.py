@@ -297,15 +297,3 @@ class Everything(Method):
     def attention_maps(self, images: Tensor, point: float | None = None, blocks: Any = None) -> list[Tensor]:
         """Of the blocks before patches are dropped."""
         return attention_maps(self.model, self.model.embed(images), None, range(self.place))
-
-    def export_module(self, point: float | None) -> nn.Module:
-        return _AtPoint(self, point)
-
-
-class _AtPoint(nn.Module):
-    def __init__(self, method: Everything, point: float | None) -> None:
-        super().__init__()
-        self.method, self.point = method, point
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.method.predict(images, self.point)
