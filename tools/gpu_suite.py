@@ -113,7 +113,7 @@ class Suite:
     # What the parts run.
 
     def _tests(self, _: Path) -> list[list[str]]:
-        files = ["tests/test_crng.py"] if self.dry else []
+        files = ["tests/pipelines/test_crng.py"] if self.dry else []
         return [["pytest", "-m", "gpu", "-q", "-rs", "--no-header", "-p", "no:cacheprovider", *files]]
 
     def _rates(self, name: str, folder: Path | None, *settings: str) -> list[str]:
