@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipelines.base import DataError
 from pipelines.loaders.prefetch import Prefetcher
 from pss import recipes
-from pss.attention.attend import attend as attention
+from pss.attention import attend as attention
 from pss.runs import checkpoint
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
