@@ -30,6 +30,10 @@ NotNegative = Annotated[float, Ge(0)]
 Json = dict[str, Any]
 
 
+class SettingError(ValueError):
+    """A setting has a value that it cannot have, whatever the others are."""
+
+
 class Section:
     """Base of settings; subclasses are dataclasses, `@dataclass(frozen=True, kw_only=True)`."""
 
@@ -101,7 +105,7 @@ def _validated(kind: Any, given: Json) -> Json:
         checked: Json = _checker_of(kind).validate_python(given)
         return checked
     except ValidationError as error:
-        raise ValueError(_sentence(kind, given, error)) from None
+        raise SettingError(_sentence(kind, given, error)) from None
 
 
 @cache

@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pipelines.settings import Json, Section, hints_of, nearest
+from pipelines.settings import Json, Section, SettingError, hints_of, nearest
 
 
 def split(setting: str) -> tuple[str, str]:
@@ -50,9 +50,10 @@ def apply(
         branch[name] = _value(text, hints_of(kind)[name])
         try:
             kind.from_dict(branch)
-        except ValueError as error:
-            if str(error).startswith(f"{key} is"):  # else what it clashes with may be set to something else yet
-                raise ValueError(f"--set {key}={text}: {error}") from None
+        except SettingError as error:
+            raise ValueError(f"--set {key}={text}: {error}") from None
+        except ValueError:
+            pass  # what it clashes with may be set to something else yet
 
 
 def flatten(tree: Json, prefix: str = "") -> Json:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import warm
+from conftest import free_port
 
 from pss.runs import checkpoint
 
@@ -20,13 +21,11 @@ HERE = Path(__file__).parent
 def launch(processes: int, data: Path, output: Path, *words: str, path: str = "") -> list[dict[str, Any]]:
     """What each rank tells of its run. `path` is put before PYTHONPATH."""
     command = [sys.executable, str(HERE / "distributed_run.py"), str(data), str(output), *words]
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-    meet = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    meet = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meet["OMP_NUM_THREADS"] = "1"
     found = os.pathsep.join(filter(None, (path, str(HERE.parent))))
     ranks = [os.environ | meet | {"RANK": str(rank), "PYTHONPATH": found} for rank in range(processes)]
-    started = [subprocess.Popen(command, env=own, stderr=subprocess.PIPE, text=True) for own in ranks]
+    started = [warm.Popen(command, env=own, stderr=subprocess.PIPE, text=True) for own in ranks]
     try:
         told = [process.communicate(timeout=200)[1] for process in started]
     finally:
@@ -34,6 +33,11 @@ def launch(processes: int, data: Path, output: Path, *words: str, path: str = ""
             process.kill()
             process.communicate()
     assert [process.returncode for process in started] == [0] * processes, "\n".join(told)[-5000:]
+    return reports(output, processes)
+
+
+def reports(output: Path, processes: int) -> list[dict[str, Any]]:
+    """What each rank of a run that has ended told."""
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 

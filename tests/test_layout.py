@@ -103,6 +103,17 @@ def test_folders_and_files_stay_small():
         assert lines <= MOST_LINES or path.relative_to(ROOT).as_posix() in LONG, f"{module} has {lines} lines"
 
 
+def test_the_map_shows_every_file():
+    shown, folder = set(), ""
+    for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"([\w/]+)/(?:  |$)", line):
+            folder = found[1]
+        elif found := re.match(r"    (\w+\.py) ", line):
+            shown.add(f"{folder}/{found[1]}")
+    files = {path.relative_to(ROOT).as_posix() for path in KNOWN.values()}
+    assert shown == {name for name in files if not name.endswith(("/__init__.py", "/version.py"))}
+
+
 def test_every_package_says_what_lives_there():
     for folder in RULES:
         doc = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8")))

@@ -36,9 +36,11 @@ def map_processes(
 ) -> list[Result]:
     """`[function(task) for task in tasks]`, `jobs` at a time; `on_result` hears of each as it is done.
 
-    The processes come from a fork server: forked from here, they could inherit a lock that some thread holds.
+    The processes come from a fork server: forked from here, they could inherit a lock that some thread holds. It has
+    imported what they use, once for all of them.
     """
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "pipelines.conversion.convert"])
     pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_prepare_worker)
     try:
         futures = [pool.submit(function, task) for task in tasks]

@@ -1,4 +1,4 @@
-"""What pss-convert can read. Each module lists one kind of source as samples: byte ranges with a name and a label."""
+"""Which reader a source is for: the first one that recognises it lists its samples."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 
-from pss.methods.contract import Cost, Dense, Method, Phase, Point, Progress, Stage, Step, mean_tokens
+from pss.methods.contract import Method
 from pss.methods.teacher import Teacher
+from pss.methods.vocabulary import Cost, Dense, Phase, Point, Progress, Stage, Step, mean_tokens
 from pss.models.create import create_model
 from pss.plugins import is_plugin, load
 from pss.sections import RunSettings

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pss.methods.contract import Dense, Method, Progress, Stage
+from pss.methods.contract import Method
+from pss.methods.vocabulary import Dense, Progress, Stage
 from pss.models.sampling import step_generator
 from pss.models.vit import VisionTransformer
 from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled

@@ -6,11 +6,11 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from pss.methods import Method
 
@@ -42,8 +42,8 @@ def test_the_page_shows_a_method_that_works(tmp_path):
 
 
 def run(folder, module, *words):
-    done = subprocess.run(
-        [sys.executable, "-m", module, *words], cwd=folder, capture_output=True, text=True, timeout=250, check=False,
+    done = warm.run(
+        [sys.executable, "-m", module, *words], cwd=folder, capture_output=True, timeout=250,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

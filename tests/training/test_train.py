@@ -19,7 +19,7 @@ from pss.attention import attend as attention
 from pss.runs import checkpoint
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
-from pss.training import trainer as train
+from pss.training import setup
 from pss.training.setup import check_masks
 from pss.training.trainer import Interrupted, Trainer
 
@@ -291,7 +291,7 @@ def test_the_summary_says_how_it_ended(tmp_path):
     assert summary["train_seconds"] == pytest.approx(sum(row["train_seconds"] for row in rows))
     assert summary["best"]["top1"] == max(max(row["top1"], row["ema_top1"]) for row in rows)
     assert summary["last"]["top1"] == row["top1"]
-    low, middle, dense = map(run.method.cost, (0.2, 0.6, 1.0))
+    low, middle, dense = (run.method.cost(rho).forward for rho in (0.2, 0.6, 1.0))
     assert row["saved_macs"] == pytest.approx(1 - (low + 2 * middle + 2 * dense) / (5 * dense))
     assert row["saved_share"] == pytest.approx(row["saved_time"] / row["saved_macs"])
 
@@ -425,7 +425,7 @@ def test_masks_go_around_cudnn_where_it_fails_its_self_test(monkeypatch, right):
         return right
 
     monkeypatch.setattr(attention, "gets_masks_right", self_test)
-    monkeypatch.setattr(train, "gets_masks_right", self_test)
+    monkeypatch.setattr(setup, "gets_masks_right", self_test)
     check_masks(torch.device("cpu"), said.append)
     assert tried == []
     check_masks(torch.device("cuda"), said.append)
