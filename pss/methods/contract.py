@@ -12,7 +12,7 @@ A method is one `nn.Module`: DDP or FSDP wraps all of it, and whatever it must r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,6 @@ from pss.models.flops import macs
 from pss.models.maps import attention_maps
 from pss.models.vit import VisionTransformer
 from pss.sections import MethodSection, RunSettings
-
-if TYPE_CHECKING:
-    pass
 
 
 class Method(nn.Module):

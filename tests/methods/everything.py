@@ -297,3 +297,39 @@ class Everything(Method):
     def attention_maps(self, images: Tensor, point: float | None = None, blocks: Any = None) -> list[Tensor]:
         """Of the blocks before patches are dropped."""
         return attention_maps(self.model, self.model.embed(images), None, range(self.place))
+
+
+class Whole(Method):
+    """A method without a knob, which mixes for itself: its model is run as it was trained."""
+
+    name = "whole"
+    mixes = "tokens"
+    compiles = False
+    shards = False
+
+    def begin_epoch(self, at: Progress) -> None:
+        self.began = [*getattr(self, "began", []), at.step]
+
+    def forward(self, images: Tensor, targets: Tensor, at: Progress, dense: Dense | None = None) -> dict[str, Tensor]:
+        assert dense is None
+        self.targets = targets
+        logits = self.model(images)
+        return {"loss": self.classification_loss(logits, targets), "logits": logits}
+
+    def points(self) -> tuple[None]:
+        return (None,)
+
+    def predict(self, images: Tensor, point: None = None) -> Tensor:
+        return self.model(images)
+
+    def tokens(self, point: None = None) -> tuple[int, ...]:
+        return (self.model.num_tokens,) * len(self.model.blocks)
+
+    def cost(self, point: None = None) -> Cost:
+        return Cost(macs_of_tokens(self.model, self.tokens()))
+
+    def depths(self, images: Tensor, point: None = None) -> Tensor:
+        return torch.full((len(images), self.model.num_patches), len(self.model.blocks))
+
+    def attention_maps(self, images: Tensor, point: None = None, blocks: Any = None) -> list[Tensor]:
+        return attention_maps(self.model, self.model.embed(images), None, blocks)

@@ -18,7 +18,7 @@ from ranks import assert_same_to_rounding, launch
 
 from pss import methods, recipes
 from pss.config import Config
-from pss.inference import export, sweep
+from pss.inference import choose, export, report, sweep
 from pss.inference.opening import load_run
 from pss.methods import METHODS, Dense, Progress
 from pss.models.create import create_model
@@ -506,3 +506,59 @@ def test_it_is_a_file_that_the_command_finds(ingredients, converted_root, tmp_pa
     assert math.isfinite(read_rows(tmp_path / "run", "epoch")[0]["loss"])
     with contextlib.chdir(Path(__file__).parent):
         assert load_run(tmp_path / "run", HERE.device).method.name == "everything"
+
+
+# A method that is run as it was trained.
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole")
+    config = recipes.get("digits").with_settings([*TINY, "method=everything:Whole", "loss.mixup=0.8"])
+    run = trainer(config, output)
+    run.fit()
+    return output, run
+
+
+def test_who_mixes_is_given_nothing_mixed_and_every_epoch_is_told(whole):
+    _, run = whole
+    assert run.mixing is None
+    assert run.method.targets.dtype == torch.int64
+    assert run.method.began == [0, 5, 10, 15]
+
+
+def test_a_method_without_a_knob_has_one_row(whole, tmp_path, capsys):
+    run = load_run(whole[0], HERE.device)
+    assert sweep.operating_points(run, [0.5, 0.2]) == (None,)  # beside methods that have a knob
+    found = sweep.sweep(
+        [run], names=["run"], points=None, batch_size=4, world=HERE,
+        make_loader=lambda data: MemoryLoader(40, train=False),
+    )  # fmt: skip
+    (row,) = found.rows
+    assert row["rho"] is None
+    sweep.write(found.rows, tmp_path)
+    report.write(found, [run], ["run"], tmp_path / "report.html")
+    sweep.show(found.rows)
+    assert "as trained" in capsys.readouterr().out
+    assert json.loads((tmp_path / "rho.json").read_text())[0]["rho"] is None
+    assert export.export(run, tmp_path / "model.pt2", point=None) < 1e-4
+    with pytest.raises(ValueError, match="has no operating point to choose"):
+        choose.levels(run)
+    with pytest.raises(ValueError, match=r"has no ρ to set, got 0.5; leave out --rho"):
+        run.method.check_point(0.5)
+    with pytest.raises(ValueError, match="has no free number of patches"):
+        export.export(run, tmp_path / "free.pt2", point=None, dynamic=True)
+
+
+def test_what_a_method_cannot_do_is_said(whole, ingredients, tmp_path):
+    config = whole[1].config
+    with pytest.raises(ValueError, match=r"compile.mode is on, and method whole has no trunk of constant shapes"):
+        trainer(config.with_settings(["compile.mode=on"]), tmp_path / "compiled")
+    loaders = MemoryLoader(40), MemoryLoader(40, train=False)
+    options = {"classes": CLASSES, "output": tmp_path, "world": World(rank=0, size=2, device=torch.device("cpu"))}
+    with pytest.raises(ValueError, match=r"method whole cannot be sharded; set train.parallel=ddp"):
+        Trainer(config.with_settings(["train.parallel=fsdp"]), *loaders, **options)
+    with pytest.raises(ValueError, match=r"data.label_maps is set, and method everything:Whole learns from none"):
+        config.with_settings([f"data.label_maps={ingredients}/memory.npy"])
+    with pytest.raises(ValueError, match=r"method everything:Everything learns from label maps; --set data.label_maps"):
+        config.with_settings(["method=everything:Everything"])
