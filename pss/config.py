@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.base import DataConfig
-from pipelines.settings import Json, Section, as_dict, nearest
+from pipelines.settings import Json, Section, as_dict, hints_of, is_section, nearest
 from pss import methods, overrides
 from pss.sections import (
     CompileConfig,
@@ -122,9 +122,12 @@ class Config(RunSettings):
         for key in raw:
             if key not in names and key not in kinds:
                 raise ValueError(f"there is no section {key!r} with method {method}{nearest(key, [*names, *kinds])}")
-        own = tuple(kind.from_dict(raw[name]) for name, kind in kinds.items() if name in raw)
-        plain = super().from_dict({key: value for key, value in raw.items() if key not in kinds})
-        return dataclasses.replace(plain, own=own)
+        this: Any = cls
+        parts = {name: hint for name, hint in hints_of(this).items() if is_section(hint)} | kinds
+        values = {name: parts[name].from_dict(value) if name in parts else value for name, value in raw.items()}
+        # All at once: sections are compared with each other, and defaults in the place of some might not suit the rest.
+        own = tuple(values.pop(name) for name in kinds if name in raw)
+        return cls(**values, own=own)
 
     @classmethod
     def from_json(cls, path: Path) -> Config:

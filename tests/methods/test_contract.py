@@ -326,6 +326,13 @@ def test_its_settings_are_in_the_file_and_those_of_others_are_not(config, tmp_pa
     }  # fmt: skip
 
 
+def test_sections_are_compared_with_what_is_set_and_not_with_defaults(ingredients):
+    """A run of two epochs has no room for the default stretches, and none are asked for."""
+    short = ["train.epochs=2", "everything.alone_epochs=0", "everything.frozen_epochs=0"]
+    config = recipes.get("digits").with_settings([*settings_of(EVERYTHING, ingredients), *short])
+    assert Config.from_dict(json.loads(config.to_json())) == config
+
+
 def test_a_setting_of_another_method_is_refused_with_its_name(ingredients):
     with pytest.raises(ValueError, match=r"no key 'schedule.rho' with method dense; sampled has it"):
         recipes.get("digits").with_settings(["method=dense", "schedule.rho=0.5"])
