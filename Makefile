@@ -1,8 +1,9 @@
-.PHONY: demo test setup check clean
+.PHONY: demo test test-all setup check clean
 .DEFAULT_GOAL := help
+PYTEST := .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
 setup:  ## make .venv with everything pss uses
 	@tools/setup.sh
@@ -10,8 +11,11 @@ setup:  ## make .venv with everything pss uses
 demo: setup  ## convert, train and sweep rho on real handwritten digits, PSS against dense
 	@.venv/bin/python -m tools.demo
 
-test: setup  ## run the tests
-	@.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+test: setup  ## run the tests, without those marked as exhaustive
+	@$(PYTEST) -m "not exhaustive"
+
+test-all: setup  ## run all tests
+	@$(PYTEST)
 
 check: setup  ## lint, format check, types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

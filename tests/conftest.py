@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import inspect
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,12 +21,41 @@ from PIL import Image, ImageFilter
 
 from pipelines.conversion.convert import Options, convert
 from pipelines.storage.manifest import Manifest
+from pss.inference import evaluate
 
 # The tensors of the tests are too small to share: threads would only wait for each other.
 torch.set_num_threads(1)
 
 MAX_SIZE = 128
 """Longest side of the images in the converted data set's FFCV files; some originals are larger, some smaller."""
+
+
+LONG = {
+    "test_a_dry_run_runs_every_part[forked]": 40, "test_the_demo_ends_with_rows_and_a_picture[forked]": 25,
+    "test_in_tritons_interpreter[3]": 30, "test_a_dead_rank_ends_the_job_and_torchrun_begins_it_again": 20,
+    "test_two_nodes_are_two_processes": 15, "test_the_demo_ends_with_rows_and_a_picture[anew]": 50,
+    "test_a_ray_cluster_of_two_nodes_makes_the_same_set": 10, "test_the_script_trains": 8,
+    "test_in_tritons_interpreter[8]": 60, "test_a_dry_run_runs_every_part[anew]": 60,
+}  # fmt: skip
+"""Seconds of the longest tests, by name or by file: they come first, so that no process ends long after the others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, in equal shares of xdist's processes, each of which begins with an equal run of the tests."""
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+    def seconds(item: pytest.Item) -> float:
+        return LONG.get(item.name, LONG.get(item.path.stem, 0.0))
+
+    long = sorted((item for item in items if seconds(item)), key=seconds, reverse=True)
+    short = [item for item in items if not seconds(item)]
+    ordered, begun = [], 0
+    for share in range(count):
+        first = long[share::count]
+        fill = len(items) * (share + 1) // count - len(ordered) - len(first)
+        ordered += first + short[begun : begun + fill]
+        begun += fill
+    items[:] = ordered
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
@@ -38,13 +75,47 @@ def write_folder(folder: Path, counts: dict[str, int], seed: int = 0) -> None:
             picture(height, width, int(rng.integers(1 << 31))).save(folder / name / f"{i:03d}.jpg", quality=90)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def brief_measurements() -> None:
+    """Speeds are measured in moments: the tests ask that they are measured, and not how precisely."""
+    for function in (evaluate.call_seconds, evaluate.loader_rates):
+        defaults = inspect.unwrap(function).__kwdefaults__
+        assert "round_seconds" in defaults
+        defaults["round_seconds"] = 1e-3
+
+
+@contextmanager
+def shared(temporary: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A folder that `make` has filled, once for all processes of a test run; no test may change what is in it."""
+    base = temporary.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, whole = base / name, base / f"{name}.whole"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            whole.write_text(json.dumps(_state(folder)))
+    yield folder
+    assert _state(folder) == json.loads(whole.read_text()), f"a test has changed {folder}, which others use too"
+
+
+def _state(folder: Path) -> dict[str, list[int]]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
 @pytest.fixture(scope="session")
-def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A plain folder with 53 training and 23 validation images of three classes."""
-    root = tmp_path_factory.mktemp("images")
-    write_folder(root / "train", {"cat": 17, "dog": 19, "emu": 17}, seed=1)
-    write_folder(root / "val", {"cat": 8, "dog": 9, "emu": 6}, seed=2)
-    return root
+
+    def make(root: Path) -> None:
+        write_folder(root / "train", {"cat": 17, "dog": 19, "emu": 17}, seed=1)
+        write_folder(root / "val", {"cat": 8, "dog": 9, "emu": 6}, seed=2)
+
+    with shared(tmp_path_factory, "images", make) as root:
+        yield root
 
 
 def missing(backend: str) -> str | None:
@@ -57,17 +128,26 @@ def missing(backend: str) -> str | None:
 
 
 @pytest.fixture(scope="session")
-def converted_root(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_root(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`image_root` in every format that can be written here."""
-    dest = tmp_path_factory.mktemp("converted") / "set"
-    convert_folder(image_root, dest, "dali" if missing("ffcv") else "ffcv,dali", max_size=MAX_SIZE)
-    return dest
+
+    def make(folder: Path) -> None:
+        convert_folder(image_root, folder / "set", "dali" if missing("ffcv") else "ffcv,dali", max_size=MAX_SIZE)
+
+    with shared(tmp_path_factory, "converted", make) as folder:
+        yield folder / "set"
 
 
 def convert_folder(source: Path, dest: Path, formats: str, **options: Any) -> Manifest:
     """`pss-convert` as a function, silently."""
     settings = Options(formats=tuple(formats.split(",")), shard_size=20, jobs=2, **options)
     return convert(str(source), dest, settings, Silent())
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 class Silent:

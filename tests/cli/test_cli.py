@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from conftest import missing
+import warm
+from conftest import free_port, missing, shared
 from safetensors.torch import load_file, save_file
 
 import cli.eval
@@ -25,7 +28,7 @@ import pss.runs.lock
 from cli.errors import run
 from pss.runs import checkpoint
 from pss.runs.log import read_rows
-from tools.crash_runs import crash
+from tools import crash_runs
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model.embed_dim=24", "model.depth=2", "train.batch_size=16", "train.num_workers=1", "optim.warmup_epochs=0"]
@@ -57,9 +60,11 @@ def mistake(capsys, app, *arguments):
 
 @pytest.fixture(scope="module")
 def trained(image_root, tmp_path_factory):
-    output = tmp_path_factory.mktemp("trained") / "run"
-    assert train(image_root, output, "train.epochs=2", "train.ema_decay=0.9") in (0, None)
-    return output
+    def make(folder):
+        assert train(image_root, folder / "run", "train.epochs=2", "train.ema_decay=0.9") in (0, None)
+
+    with shared(tmp_path_factory, "trained", make) as folder:
+        yield folder / "run"
 
 
 def test_a_run_leaves_what_it_promises(trained):
@@ -108,8 +113,9 @@ def test_accuracy_does_not_depend_on_batch_size_or_loader(trained, image_root, t
 def test_auto_says_what_it_took_and_a_resumed_run_keeps_it(trained, image_root, tmp_path, capsys):
     assert train(image_root, tmp_path / "run", "train.epochs=1", options=("--loader", "auto")) in (0, None)
     assert "--loader auto: " in capsys.readouterr().err
+    shutil.copytree(trained, tmp_path / "begun")
     again = ["train.epochs=2", "train.ema_decay=0.9"]
-    assert train(image_root, trained, *again, options=("--resume",)) in (0, None)
+    assert train(image_root, tmp_path / "begun", *again, options=("--resume",)) in (0, None)
     assert "--loader auto: torch (the run began with it)" in capsys.readouterr().err
 
 
@@ -200,16 +206,23 @@ def test_eval_refuses_data_of_another_class_count(capsys, trained, bad_data):
     assert "has 2" in sentence
 
 
-def test_eval_counts_every_image_once_on_two_processes(trained, image_root, tmp_path):
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_eval_counts_every_image_once_on_two_processes(trained, image_root, tmp_path, torchrun):
+    """Started by torchrun, or by ourselves with what torchrun would tell them."""
     rows = {}
     for processes in (1, 2):
         output = tmp_path / str(processes)
         arguments = [trained, "--data", image_root, "--output", output, "--loader", "torch", "--rho", "1,0.5",
                      "--batch-size", "8"]  # fmt: skip
         if processes == 1:
-            call(cli.eval.app, *arguments)
-        else:
+            launch("eval", *arguments, popen=subprocess.Popen)
+        elif torchrun:
             launch("eval", *arguments, processes=processes)
+        else:
+            meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            ranks = [start("eval", *arguments, more=meet | {"RANK": str(rank)}) for rank in range(2)]
+            ends = [finish(process) for process in ranks]
+            assert [code for code, _ in ends] == [0, 0], ends
         rows[processes] = json.loads((output / "rho.json").read_text())
     for one, two in zip(rows[1], rows[2], strict=True):
         assert one["num_images"] == two["num_images"] == 23
@@ -324,7 +337,8 @@ def test_every_kind_of_position_trains_and_resumes_bit_identical(image_root, tmp
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_stopped_after_an_epoch_and_resumed_is_bit_identical(image_root, tmp_path, loader):
-    """Each stretch in a process of its own, so that nothing but the checkpoint connects them."""
+    """Each stretch in a process of its own, so that nothing but the checkpoint connects them. With torch's loader, the
+    straight one has a hash seed of its own, too."""
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
     options = [
@@ -335,7 +349,10 @@ def test_stopped_after_an_epoch_and_resumed_is_bit_identical(image_root, tmp_pat
     for output, stretches in (("straight", [None]), ("resumed", [3, None])):
         for stop in stretches:
             extra = ["--set", f"train.max_steps={stop}"] if stop else []
-            launch("train", "digits", "--data", image_root, "--output", tmp_path / output, "--resume", *options, *extra)
+            arguments = ["digits", "--data", image_root, "--output", tmp_path / output, "--resume", *options, *extra]
+            launch(
+                "train", *arguments, popen=subprocess.Popen if (output, loader) == ("straight", "torch") else warm.Popen
+            )
     straight, resumed = (checkpoint.load_latest(tmp_path / name / "checkpoints")[0] for name in ("straight", "resumed"))
     assert straight["step"] == resumed["step"] == 9
     for part in ("method", "ema"):
@@ -359,9 +376,10 @@ def test_sigterm_and_resume_auto_end_bit_identical(image_root, tmp_path):
     assert [row["epoch"] for row in read_rows(tmp_path / "stopped", "epoch")] == list(range(1, 31))
 
 
-def test_a_run_killed_at_random_moments_ends_bit_identical(image_root, tmp_path):
+def test_a_run_killed_at_random_moments_ends_bit_identical(image_root, tmp_path, monkeypatch):
     """`tools.crash_runs` does it 20 times, with each loader."""
-    done = crash(image_root, tmp_path, loader="torch", kills=3, epochs=60, seconds=0.5)
+    monkeypatch.setattr(crash_runs, "subprocess", SimpleNamespace(Popen=warm.Popen, PIPE=subprocess.PIPE))
+    done = crash_runs.crash(image_root, tmp_path, loader="torch", kills=3, epochs=45, seconds=0.4)
     assert done.differing == ()
     assert len(done.at_steps) == 3
 
@@ -420,15 +438,14 @@ def wait_for_new_checkpoint(process, folder):
         time.sleep(0.02)
 
 
-def start(name, *arguments, processes=1):
+def start(name, *arguments, processes=1, popen=warm.Popen, more=None):
     command = [sys.executable, "-m"]
     if processes > 1:
+        popen = subprocess.Popen  # torchrun, which starts them anew
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command += [f"cli.{name}", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (more or {})
+    return popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def finish(process):
@@ -442,8 +459,8 @@ def finish(process):
     return process.returncode, told
 
 
-def launch(name, *arguments, processes=1):
-    code, told = finish(start(name, *arguments, processes=processes))
+def launch(name, *arguments, **options):
+    code, told = finish(start(name, *arguments, **options))
     assert code == 0, told
 
 
@@ -452,7 +469,7 @@ def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(capsys, image_ro
     output = tmp_path / "run"
     command = [sys.executable, "-m", "cli.train", "digits", "--data", str(image_root), "--output", str(output)]
     command += ["--loader", "torch", "--resume", *settings("train.epochs=4000", "train.max_steps=9000")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = warm.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while not list((output / "checkpoints").glob("step-*")) and time.monotonic() < deadline:

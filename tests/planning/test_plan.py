@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from typing import Any
 
 import pytest
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,7 +120,7 @@ def test_remedies_are_tried_and_not_guessed() -> None:
 
 def test_the_command_shows_a_plan() -> None:
     arguments = ["deit-s-224", "--plan", "--gpus", "8", "--loader-rate", "150000", "--gpu-rate", "10500"]
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", "cli.train", *arguments], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from pss.runs import checkpoint
 
@@ -196,7 +197,7 @@ def test_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     )
     last = 0
     for delay in (0.005, 0.02, 0.033):
-        with subprocess.Popen(
+        with warm.Popen(
             [sys.executable, "-c", code, str(tmp_path), str(last)], stdout=subprocess.PIPE, text=True
         ) as process:
             told = int(process.stdout.readline())

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
+from conftest import free_port, shared
 
 from pss.runs import checkpoint
 
@@ -36,11 +37,11 @@ environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "
 
 
 def launch(processes, data, output, *settings):
-    """As torchrun would, without its own process, which takes as long to start as one of ours."""
+    """As torchrun would, without its own process, and forked from one that has imported torch."""
     command = [sys.executable, *script(data, output, *settings)]
     meet = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [environment | meet | {"RANK": str(rank)} for rank in range(processes)]
-    started = [subprocess.Popen(command, env=own, stderr=subprocess.PIPE, text=True) for own in ranks]
+    started = [warm.Popen(command, env=own, stderr=subprocess.PIPE, text=True) for own in ranks]
     try:
         told = [process.communicate(timeout=200)[1] for process in started]
     finally:
@@ -48,15 +49,21 @@ def launch(processes, data, output, *settings):
             process.kill()
             process.communicate()
     assert [process.returncode for process in started] == [0] * processes, "\n".join(told)[-5000:]
+    return reports(output, processes)
+
+
+def reports(output, processes):
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
 def runs(image_root, tmp_path_factory):
-    output = tmp_path_factory.mktemp("distributed")
-    one = launch(1, image_root, output / "one")
-    two = launch(2, image_root, output / "two")
-    return output, one, two
+    def make(output):
+        launch(1, image_root, output / "one")
+        launch(2, image_root, output / "two")
+
+    with shared(tmp_path_factory, "distributed", make) as output:
+        yield output, reports(output / "one", 1), reports(output / "two", 2)
 
 
 def test_rho_is_the_same_on_both_ranks_and_as_in_one_process(runs):
@@ -151,7 +158,7 @@ def test_a_rank_that_hangs_ends_the_job_within_the_timeout(image_root, tmp_path)
     for rank in range(2):
         own = environment | meet | {"RANK": str(rank)}
         command = [sys.executable, *script(image_root, tmp_path, "train.timeout_seconds=4", "hang=1:4")]
-        processes.append(subprocess.Popen(command, env=own, stderr=subprocess.PIPE, text=True))
+        processes.append(warm.Popen(command, env=own, stderr=subprocess.PIPE, text=True))
     try:
         _, told = processes[0].communicate(timeout=120)
         assert processes[0].returncode not in (0, None)
@@ -160,12 +167,6 @@ def test_a_rank_that_hangs_ends_the_job_within_the_timeout(image_root, tmp_path)
         processes[1].kill()
         processes[1].communicate()
     assert checkpoint.load_latest(tmp_path / "checkpoints")[0]["step"] == 3
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 def test_two_nodes_are_two_processes(image_root, runs, tmp_path):
@@ -194,8 +195,11 @@ def test_two_nodes_are_two_processes(image_root, runs, tmp_path):
 
 @pytest.fixture(scope="module")
 def sharded(image_root, tmp_path_factory):
-    output = tmp_path_factory.mktemp("sharded")
-    return output, launch(2, image_root, output, "train.parallel=fsdp", *SHARDED)
+    def make(output):
+        launch(2, image_root, output, "train.parallel=fsdp", *SHARDED)
+
+    with shared(tmp_path_factory, "sharded", make) as output:
+        yield output, reports(output, 2)
 
 
 SHARDED = ["train.ema_decay=0.9", "optim.clip_grad=0.5", "train.checkpoint_every_minutes=0.0001"]
@@ -216,9 +220,11 @@ def test_sharded_processes_learn_what_whole_ones_do(image_root, sharded, tmp_pat
 
 @pytest.fixture(scope="module")
 def stopped(image_root, tmp_path_factory):
-    output = tmp_path_factory.mktemp("stopped")
-    launch(2, image_root, output, "train.parallel=fsdp", "train.max_steps=4", *SHARDED)
-    return output
+    def make(output):
+        launch(2, image_root, output, "train.parallel=fsdp", "train.max_steps=4", *SHARDED)
+
+    with shared(tmp_path_factory, "stopped", make) as output:
+        yield output
 
 
 def test_sharded_processes_resume_bit_identically(image_root, sharded, stopped, tmp_path):
@@ -262,7 +268,7 @@ def test_a_process_that_loses_another_says_so_in_a_sentence(image_root, tmp_path
         str(tmp_path / "run"),
     ]
     processes = [
-        subprocess.Popen(
+        warm.Popen(
             [*command, "--loader", "torch", *words],
             env=environment | meet | {"RANK": str(rank)},
             stderr=subprocess.PIPE,

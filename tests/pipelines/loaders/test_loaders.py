@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import convert_folder, missing, picture
 from numpy.typing import NDArray
 from PIL import Image
@@ -334,10 +335,10 @@ def test_a_killed_trainer_leaves_nothing_behind(backend: str, converted_root: Pa
     """It has no child that could outlive it, and nobody holds its streams open."""
     command = [sys.executable, "-c", _ENDLESS, str(converted_root), backend]
     root = Path(__file__).parents[3]
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with warm.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         for _ in range(3):
-            assert process.stdout.readline() == b"delivered\n"
+            assert process.stdout.readline() == "delivered\n"
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
         process.communicate(timeout=20)
