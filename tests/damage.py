@@ -1,8 +1,9 @@
 """Damaged and unusual files, and what conversion, verification and each loader make of them.
 
-    python damage.py FOLDER COLUMN...
+    python damage.py FOLDER EVERY COLUMN...
 
-prints what each COLUMN makes of its rows, as JSON. Every case has a process of its own, which is killed if it hangs.
+prints what each COLUMN makes of its rows, or of one in EVERY, as JSON. Every case has a process of its own, which is
+killed if it hangs.
 FOLDER comes from `write_sets`.
 """
 
@@ -313,14 +314,14 @@ CHANGES: dict[str, Change] = {
 }  # fmt: skip
 
 
-def expected(column: str) -> dict[str, str]:
-    """What `column` must make of every row it has."""
+def expected(column: str, every: int = 1) -> dict[str, str]:
+    """What `column` must make of every row it has, or of one in `every`."""
     outcomes = {}
     if column in (order := ("convert", "torch", "dali")):
         outcomes |= {row: wanted[order.index(column)] for row, (_, *wanted) in FILES.items()}
     if column in CHANGED:
         outcomes |= {row: NAMED if column in change.noticed else RIGHT for row, change in CHANGES.items()}
-    return {row: outcome for row, outcome in outcomes.items() if _possible(row)}
+    return dict([(row, outcome) for row, outcome in outcomes.items() if _possible(row)][::every])
 
 
 def _possible(row: str) -> bool:
@@ -400,17 +401,17 @@ def _run(pipe: Connection, case: Callable[[Path, str], str], folder: Path, row: 
         pipe.send(f"raised {type(error).__name__}: {error}")
 
 
-def run(column: str, sets: Path) -> dict[str, str]:
-    """What `column` makes of every row it has."""
+def run(column: str, sets: Path, every: int) -> dict[str, str]:
+    """What `column` makes of every row it has, or of one in `every`."""
     of_file = convert_file if column == "convert" else partial(load_file, column)
     of_change = partial(verify_change, sets, "--full" in column)
     if column in ("torch", "dali", "ffcv"):
-        importlib.import_module(f"pipelines.{column}_loader")
+        importlib.import_module(f"pipelines.loaders.{column}_loader")
         # FFCV's decoder is to be compiled before the processes part; DALI does not survive that once it is running.
         intact = delivered(sets / "set", column) if column == "ffcv" else in_a_process(delivered, sets / "set", column)
         of_change = partial(load_change, sets, column, intact)
     seen = {}
-    for i, row in enumerate(expected(column)):
+    for i, row in enumerate(expected(column, every)):
         folder = sets / f"{column} {i}"
         folder.mkdir()
         seen[row] = in_a_process(of_file if row in FILES else of_change, folder, row)
@@ -427,4 +428,5 @@ def _one_by_one(function: Any, tasks: Any, jobs: int, on_result: Any) -> list[An
 
 if __name__ == "__main__":
     engines.map_processes = _one_by_one  # the case is a process already
-    print(json.dumps({column: run(column, Path(sys.argv[1])) for column in sys.argv[2:]}))
+    folder, every, *columns = sys.argv[1:]
+    print(json.dumps({column: run(column, Path(folder), int(every)) for column in columns}))

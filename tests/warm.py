@@ -227,6 +227,8 @@ def _serve(line: socket.socket) -> dict[str, Any]:
                 if (pid := os.fork()) == 0:
                     for number, stream in enumerate(streams):
                         os.dup2(stream, number)
+                    watched.close()  # both at once: later, their numbers will be those of other files
+                    line.close()
                     os.closerange(3, max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 1)
                     return dict(json.loads(message))
                 for stream in streams:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,6 +29,8 @@ ON_GPU = torch.cuda.is_available()
 INTERPRETED = not ON_GPU and os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
 HAS_TRITON = find_spec("triton") is not None
+EXAMPLES = int(os.environ.get("PSS_KERNEL_EXAMPLES", "8"))
+"""How many examples are drawn of what a test is for."""
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -107,7 +110,7 @@ def check(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype) 
     packed=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=EXAMPLES)
 def test_fused_attention_and_all_its_gradients(
     dtype: torch.dtype,
     grid: tuple[int, int],
@@ -157,7 +160,7 @@ def test_several_blocks_and_programs(
 
 @runs_kernels
 @given(num_kept=st.integers(1, 20), num_prefix=st.integers(0, 2), seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=min(5, EXAMPLES))
 def test_permuting_tokens_permutes_the_results(num_kept: int, num_prefix: int, seed: int) -> None:
     qkv, table, where, direction = case((4, 5), num_prefix, num_kept, torch.float32, 16, seed)
     order = torch.randperm(where.shape[2], generator=torch.Generator().manual_seed(seed))
@@ -279,7 +282,9 @@ for name, (queries, keys) in sizes.items():
 """
 
 
-@pytest.mark.parametrize("case", [("*bf16", 64, "ieee"), ("*fp32", 96, "ieee")])
+@pytest.mark.parametrize(
+    "case", [("*bf16", 64, "ieee"), pytest.param(("*fp32", 96, "ieee"), marks=pytest.mark.exhaustive)]
+)
 def test_kernels_compile_for_hopper(case: tuple[str, int, str], tmp_path: Path) -> None:
     """As far as machine code, which needs no GPU."""
     from pss.attention.fused import _block_sizes
@@ -303,11 +308,13 @@ def test_kernels_compile_for_hopper(case: tuple[str, int, str], tmp_path: Path) 
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run in this process")
-def test_in_tritons_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-k", "not hopper", __file__],
+@pytest.mark.parametrize("examples", ["3", pytest.param("8", marks=pytest.mark.exhaustive)])
+def test_in_tritons_interpreter(examples: str) -> None:
+    imported = "ignore::pytest.PytestAssertRewriteWarning"  # plugins are, before pytest could rewrite them
+    done = warm.run(
+        [sys.executable, "-m", "pytest", "-vv", "-W", imported, "-p", "no:cacheprovider", "-k", "not hopper", __file__],
         cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PSS_KERNEL_EXAMPLES": examples},
         capture_output=True,
         text=True,
         timeout=280,

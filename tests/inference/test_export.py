@@ -59,7 +59,12 @@ def need(suffix):
 
 @pytest.mark.parametrize(
     ("suffix", "rel_pos"),
-    [("pt2", "bias"), ("onnx", "bias"), ("onnx", "separable"), ("onnx", "rope")],
+    [
+        ("pt2", "bias"),
+        ("onnx", "bias"),
+        pytest.param("onnx", "separable", marks=pytest.mark.exhaustive),
+        ("onnx", "rope"),
+    ],
 )
 def test_any_share_of_patches_in_one_file(tmp_path, suffix, rel_pos):
     need(suffix)

@@ -15,6 +15,8 @@ import torch
 from pss.runtime import threads as cpu_threads
 from pss.runtime.threads import num_shares, run_shares
 
+EXHAUSTIVE = pytest.mark.exhaustive
+
 
 @pytest.fixture
 def four_threads() -> Iterator[None]:
@@ -106,7 +108,15 @@ def test_shares_are_for_few_threads_that_sleep_between_operations(
         assert num_shares() == shares
 
 
-@pytest.mark.parametrize(("policy", "shares"), [("PASSIVE", 2), ("passive", 2), ("ACTIVE", 1), (None, 1)])
+@pytest.mark.parametrize(
+    ("policy", "shares"),
+    [
+        ("PASSIVE", 2),
+        pytest.param("passive", 2, marks=EXHAUSTIVE),
+        pytest.param("ACTIVE", 1, marks=EXHAUSTIVE),
+        (None, 1),
+    ],
+)
 def test_the_environment_says_whether_threads_sleep(policy: str | None, shares: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     code = "import torch; torch.set_num_threads(2); from pss.runtime import threads; print(threads.num_shares())"

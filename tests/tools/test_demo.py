@@ -6,17 +6,30 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import warm
+
+from tools import demo
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_demo_ends_with_rows_and_a_picture(tmp_path):
+@pytest.mark.parametrize("start", ["forked", pytest.param("anew", marks=pytest.mark.exhaustive)])
+def test_the_demo_ends_with_rows_and_a_picture(tmp_path, monkeypatch, start):
     output = tmp_path / "demo"
     short = ["train.epochs=3", "model.depth=1", "optim.warmup_epochs=0", "optim.lr=3e-3"]
     settings = [word for setting in short for word in ("--set", setting)]
-    command = [sys.executable, "-m", "tools.demo", "--output", str(output), *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+    words = ["--output", str(output), *settings]
+    if start == "anew":
+        command = [sys.executable, "-m", "tools.demo", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+    else:
+        monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=warm.run))
+        monkeypatch.setattr(sys, "argv", ["demo", *words])
+        assert demo.main() == 0
     rows = json.loads((output / "rho.json").read_text())
     assert [(row["run"], row["rho"]) for row in rows] == [
         (run, rho) for run in ("pss", "dense") for rho in (1.0, 0.8, 0.6, 0.4, 0.2)

@@ -59,9 +59,13 @@ def test_a_dry_run_runs_every_part(tmp_path, monkeypatch, capsys, start):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
         code, said = done.returncode, done.stderr
     else:
-        monkeypatch.setattr(
-            gpu_suite, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": warm.Popen, "run": warm.run})
-        )
+
+        def popen(command, **options):
+            fresh = "pytest" in command  # which wants to see what it imports
+            return (subprocess.Popen if fresh else warm.Popen)(command, **options)
+
+        forking = vars(subprocess) | {"Popen": popen, "run": warm.run}
+        monkeypatch.setattr(gpu_suite, "subprocess", SimpleNamespace(**forking))
         monkeypatch.setattr(sys, "argv", ["gpu_suite", *words])
         code, said = gpu_suite.main(), capsys.readouterr().out
     found = kept(tmp_path)
