@@ -468,7 +468,7 @@ def test_blocks_hand_extra_arguments_to_their_attention() -> None:
     "options", [{}, {"rel_pos": "bias", "global_pool": "avg"}, {"rel_pos": "separable"}, {"rel_pos": "rope"}]
 )
 def test_compiles_and_exports_in_one_piece(options: dict[str, Any]) -> None:
-    model = tiny(spread=0.1, **options)
+    model = tiny(spread=0.1, depth=1, **options)
     x = images()
     for rho in (0.4, 1.0):
         expected = model(x, rho)

@@ -169,6 +169,7 @@ def test_a_rank_that_hangs_ends_the_job_within_the_timeout(image_root, tmp_path)
     assert checkpoint.load_latest(tmp_path / "checkpoints")[0]["step"] == 3
 
 
+@pytest.mark.exhaustive
 def test_two_nodes_are_two_processes(image_root, runs, tmp_path):
     """The line of docs/cluster.md, with both nodes on this machine."""
     output, _, _ = runs
