@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ Point = float | None
 """What a model is run at: the value of the method's knob, such as ρ; None for a method that has no knob."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where the run is. Everything that varies over a run is a function of this, so a resumed run repeats it."""
+class Progress(NamedTuple):
+    """Where the run is. Everything that varies over a run is a function of this, so a resumed run repeats it.
+
+    A tuple, as a plan makes one for every step of a run.
+    """
 
     step: int  # optimizer steps taken before this one, over all phases
     total_steps: int  # of all phases
@@ -36,8 +39,7 @@ class Phase:
     optim: OptimConfig
 
 
-@dataclass(frozen=True, order=True)
-class Stage:
+class Stage(NamedTuple):
     """What training steps have in common that cost the same, such as those with the same share of patches."""
 
     rho: float = 1.0

@@ -117,9 +117,15 @@ def plan(config: Config, *, num_images: int = IMAGENET_IMAGES, num_classes: int 
     with torch.device("meta"):  # shapes are all that costs are counted from
         method = methods.build(config, num_classes, steps_per_epoch)
     sizes = [config.data.train_size(epoch) for epoch in range(config.train.epochs)]
-    seen = [(sizes[at.epoch], method.stage(at)) for at in positions_of(method, total_steps)]
+    first_seen: dict[tuple[int, Stage], int] = {}
+    # Numbers, as the garbage collector would go through a tuple for each of a run's steps again and again.
+    seen = [
+        first_seen.setdefault((sizes[at.epoch], method.stage(at)), len(first_seen))
+        for at in positions_of(method, total_steps)
+    ]
     counts = Counter(seen)
-    number_of = {level: number for number, level in enumerate(sorted(counts))}
+    levels = sorted(first_seen)
+    number_of = {first_seen[level]: number for number, level in enumerate(levels)}
     return Plan(
         num_images=num_images,
         steps_per_epoch=steps_per_epoch,
@@ -130,11 +136,11 @@ def plan(config: Config, *, num_images: int = IMAGENET_IMAGES, num_classes: int 
             Level(
                 stage,
                 size,
-                counts[size, stage] / total_steps,
+                counts[first_seen[size, stage]] / total_steps,
                 mean_tokens(method.training_tokens(stage, size)),
                 method.training_cost(stage, size),
             )
-            for size, stage in number_of
+            for size, stage in levels
         ),
         level_of_step=tuple(number_of[level] for level in seen),
     )

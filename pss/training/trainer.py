@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +227,7 @@ class Trainer:
             last = number + 1 == parts
             with nullcontext() if last or not isinstance(engine, DistributedDataParallel) else engine.no_sync():
                 with self.autocast:
-                    out: dict[str, Tensor] = engine(some, their_targets, replace(at, rank=rank), *extra)
+                    out: dict[str, Tensor] = engine(some, their_targets, at._replace(rank=rank), *extra)
                 self.guard.backward(out["loss"] / parts)
             for name, value in out.items():
                 if value.ndim == 0:

@@ -124,7 +124,7 @@ def test_random_sampling_is_a_function_of_seed_step_and_rank():
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
 
     def logits(step, rank=0):
-        return method(images, labels, replace(at(step), rank=rank))["logits"]
+        return method(images, labels, at(step)._replace(rank=rank))["logits"]
 
     assert torch.equal(logits(3), logits(3))
     assert not torch.equal(logits(3), logits(4))
