@@ -52,10 +52,15 @@ class Config(RunSettings):
     def check(self) -> None:
         method = methods.find(self.method)
         self._complete_own(method.sections)
-        if "maps" in method.wants and self.data.label_maps is None:
+        if "maps" in method.wants(self) and self.data.label_maps is None:
             raise ValueError(f"method {self.method} learns from label maps; --set data.label_maps=FILE.npy names them")
-        if "maps" not in method.wants and self.data.label_maps is not None:
+        if "maps" not in method.wants(self) and self.data.label_maps is not None:
             raise ValueError(f"data.label_maps is set, and method {self.method} learns from none; leave it out")
+        if method.mixes(self) == "tokens" and (self.loss.mixup or self.loss.cutmix):
+            raise ValueError(
+                f"method {self.method} mixes tokens, and reads nothing of how to mix pixels; set loss.mixup=0 and "
+                "loss.cutmix=0"
+            )
         super().check()
 
     @classmethod

@@ -137,8 +137,10 @@ class OptimConfig(Section, section="optim"):
     """Learning rate at the end, whatever the batch."""
     warmup_lr: float = 1e-6
     """Learning rate at step 0, whatever the batch."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: NotNegative = 5.0
     """Length of the linear warm-up."""
+    cooldown_epochs: NotNegative = 0.0
+    """The last epochs, at `min_lr`: the cosine ends where they begin."""
     weight_decay: float = 0.05
     """Decoupled weight decay; none on 1-D parameters, position embedding and class token."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -261,10 +263,11 @@ class RunSettings(Section):
                 "train.parallel is fsdp, whose sharded blocks are not compiled; set compile.mode=auto, or "
                 "train.parallel=ddp"
             )
-        if self.optim.warmup_epochs > self.train.epochs:
+        if self.optim.warmup_epochs + self.optim.cooldown_epochs > self.train.epochs:
             raise ValueError(
-                f"optim.warmup_epochs ({self.optim.warmup_epochs}) is longer than the run "
-                f"(train.epochs={self.train.epochs}); lower it, for example --set optim.warmup_epochs=0"
+                f"optim.warmup_epochs ({self.optim.warmup_epochs}) and optim.cooldown_epochs "
+                f"({self.optim.cooldown_epochs}) are longer than the run (train.epochs={self.train.epochs}); lower "
+                "them, for example --set optim.warmup_epochs=0"
             )
         for section in self.own:
             section.check_run(self)

@@ -328,14 +328,20 @@ class Attention(nn.Module):
 
         Written out in plain operations: for pictures, and for methods that learn from attention.
         """
-        q, k, v = self.project_in(x, positions)
-        table = self.relative_position_bias_table
-        logits = q @ k.transpose(-2, -1) * v.shape[-1] ** -0.5
-        if table is not None:
-            assert positions is not None
-            logits = logits + logit_bias(table, positions, None, logits.dtype)
-        weights: Tensor = logits.softmax(dim=-1)
+        q, k, _ = self.project_in(x, positions)
+        weights: Tensor = self.logits(q, k, positions).softmax(dim=-1)
         return weights
+
+    def logits(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What `forward` takes the softmax of, (B, H, K, K), for queries and keys as `project_in` returns them."""
+        table = self.relative_position_bias_table
+        logits: Tensor = (
+            q @ k.transpose(-2, -1) * self.head_dim**-0.5
+        )  # separable features widen both, and count in full
+        if table is None:
+            return logits
+        assert positions is not None
+        return logits + logit_bias(table, positions, None, logits.dtype)
 
     def project_in(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the tokens (B, K, D), each (B, H, K, head width).

@@ -35,9 +35,12 @@ def levels(run: Run, rhos: Sequence[float] | None = None) -> list[float]:
     Raises:
         ValueError: the method has no rho to choose.
     """
-    wanted = run.method.fine_points() if rhos is None else sorted(rhos)
-    by_tokens = {run.method.tokens(rho): rho for rho in wanted}
-    return [by_tokens[tokens] for tokens in sorted(by_tokens)]
+    method = run.method
+    wanted = method.fine_points() if rhos is None else sorted(rhos)
+    for rho in wanted:
+        method.check_point(rho)
+    by_cost = {(method.tokens(rho), method.cost(rho).forward): rho for rho in wanted}
+    return [by_cost[cost] for cost in sorted(by_cost)]
 
 
 def fast_enough(

@@ -54,6 +54,11 @@ class Run:
         Raises:
             ValueError: its method has weights of its own, beside the model's.
         """
+        if type(self.method).predict is not Method.predict:
+            raise ValueError(
+                f"{self.name} predicts in the way of method {self.method.name}, which no published folder tells; "
+                "--export writes a file that does"
+            )
         if own := [name for name, _ in self.method.named_parameters() if not name.startswith("model.")]:
             raise ValueError(
                 f"{self.name} has weights of method {self.method.name} beside its model ({own[0]}, …), which no "
@@ -142,6 +147,7 @@ def load_run(
         config = replace(config, model=replace(config.model, sort=sort))
     method = methods.build(config, len(state["classes"]), steps_per_epoch=1)
     method.load_state_dict(weights)
+    method = method.deployed()
     return Run(folder.name, config, state["classes"], state["step"], method.to(device).eval(), folder)
 
 

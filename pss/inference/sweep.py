@@ -91,7 +91,7 @@ def sweep(
 
     rows: list[Row] = []
     for name, one, own, (accuracies, with_loader, _) in zip(names, runs, points_of, found, strict=True):
-        weights = sum(weight.nbytes for weight in one.method.state_dict().values())
+        weights = sum(weight.nbytes for weight in one.method.state_dict().values() if isinstance(weight, Tensor))
         for place, point in enumerate(own):
             result, timed = accuracies[place], len(rows)
             extra = memory[timed]
@@ -101,6 +101,7 @@ def sweep(
                     "method": one.config.method,
                     "sort": one.method.model.sort,
                     "rho": point,
+                    "knob": one.method.knob,
                     "tokens": mean_tokens(one.method.tokens(point)),
                     "top1": round(result.top1, 4),
                     "top5": round(result.top5, 4),
@@ -116,6 +117,7 @@ def sweep(
                     "processes": world.size,
                     "device": _device_name(world.device),
                     "torch": torch.__version__,
+                    **one.method.facts(),
                 }
             )
     return Sweep(rows, [exhibit for *_, exhibit in found])
@@ -200,7 +202,8 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "rho.json", json.dumps(rows, indent=2) + "\n")
     text = io.StringIO()
-    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    fields = dict.fromkeys(name for row in rows for name in row)
+    table = csv.DictWriter(text, fieldnames=list(fields), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     write_text(folder / "rho.csv", text.getvalue())
@@ -208,7 +211,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("ρ", lambda row: "as trained" if row["rho"] is None else f"{row['rho']:.3g}"),
+    ("ρ", lambda row: _point(row)),
     ("tokens", lambda row: str(row["tokens"])),
     ("top-1 %", lambda row: f"{row['top1']:.2f}"),
     ("top-5 %", lambda row: f"{row['top5']:.2f}"),
@@ -220,6 +223,12 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("MiB", lambda row: "–" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:,.0f}"),
 )
 """Heading and content of each column of the table, for people."""
+
+
+def _point(row: Row) -> str:
+    if row["rho"] is None:
+        return "as trained"
+    return f"{row['rho']:.3g}" if row["knob"] == "ρ" else f"{row['knob']} {row['rho']:.3g}"
 
 
 def _in_words(row: Row, name: str, form: str) -> str:

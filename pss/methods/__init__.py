@@ -10,7 +10,7 @@ from pkgutil import iter_modules
 
 from pss.methods.contract import Method
 from pss.methods.teacher import Teacher
-from pss.methods.vocabulary import Cost, Dense, Phase, Point, Progress, Stage, Step, mean_tokens
+from pss.methods.vocabulary import Cost, DenseTargets, Phase, Point, Progress, Stage, Step, mean_tokens
 from pss.models.create import create_model
 from pss.plugins import is_plugin, load
 from pss.sections import RunSettings
@@ -19,7 +19,7 @@ __all__ = [
     "METHODS",
     "PLAIN",
     "Cost",
-    "Dense",
+    "DenseTargets",
     "Method",
     "Phase",
     "Point",
@@ -34,15 +34,12 @@ __all__ = [
 
 
 def _discover() -> Mapping[str, type[Method]]:
-    found = {}
+    found: dict[str, type[Method]] = {}
     for module in iter_modules(__path__, f"{__name__}."):
         for one in vars(import_module(module.name)).values():
-            if (
-                isinstance(one, type)
-                and issubclass(one, Method)
-                and one.__module__ == module.name
-                and one is not Method
-            ):
+            own = isinstance(one, type) and issubclass(one, Method) and one.__module__ == module.name
+            if own and "name" in vars(one):  # others are what methods are built on
+                assert one.name not in found, f"{one} and {found[one.name]} are both called {one.name}"
                 found[one.name] = one
     return found
 

@@ -4,8 +4,10 @@ Training (`pss.training`) owns steps, epochs, devices, checkpoints and logs; pla
 and files. A method owns what happens inside a step, what it costs, and at which operating points its model can be run.
 None of them knows a method by name.
 
-A method is one `nn.Module`: DDP or FSDP wraps all of it, and whatever it must remember lives in parameters and buffers
-(or `get_extra_state`), so that a checkpoint of the module is a checkpoint of the method. Teachers stay outside.
+A method is one `nn.Module`: DDP or FSDP wraps all of it, and whatever it must remember lives in parameters and buffers,
+so that a checkpoint of the module is a checkpoint of the method. Teachers stay outside. Modules of its own belong to
+the method, not into its model, whose names and costs are those of the backbone; blocks are called whole, as shards
+need it.
 `docs/methods.md` builds one from nothing.
 """
 
@@ -20,7 +22,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from pss.methods.teacher import Teacher
-from pss.methods.vocabulary import Cost, Dense, Phase, Point, Progress, Stage, Step
+from pss.methods.vocabulary import Cost, DenseTargets, Phase, Point, Progress, Stage, Step
 from pss.models.flops import macs
 from pss.models.maps import attention_maps
 from pss.models.vit import VisionTransformer
@@ -35,12 +37,8 @@ class Method(nn.Module):
     """What `--set method=NAME` asks for."""
     sections: ClassVar[tuple[type[MethodSection], ...]] = ()
     """Settings of its own, each reachable as `--set SECTION.KEY=VALUE`; read with `config.section_of(TYPE)`."""
-    mixes: ClassVar[Literal["pixels", "tokens"]] = "pixels"
-    """Who mixes images: the loop, whose mixup and CutMix mix pixels, or the method, which is then given none mixed."""
-    wants: ClassVar[frozenset[Literal["view", "maps"]]] = frozenset()
-    """What of `Dense` its loss needs."""
     compiles: ClassVar[bool] = True
-    """Whether its model's trunk is called with few token counts, and may be compiled once for each."""
+    """Whether its model is called as a whole, with few token counts that all blocks share: then it may be compiled."""
     shards: ClassVar[bool] = True
     """Whether it can be trained with `train.parallel=fsdp`."""
     costs_vary: ClassVar[bool] = False
@@ -67,9 +65,21 @@ class Method(nn.Module):
         self.teachers: dict[str, Teacher] = {}
         """By name; loaded before training begins, and checked by their hashes where a run is resumed."""
 
+    @classmethod
+    def mixes(cls, settings: RunSettings) -> Literal["pixels", "tokens"]:
+        """Who mixes images: the loop, whose mixup and CutMix mix pixels, or the method, which is given none mixed."""
+        return "pixels"
+
+    @classmethod
+    def wants(cls, settings: RunSettings) -> frozenset[Literal["view", "maps"]]:
+        """What of `DenseTargets` its loss needs."""
+        return frozenset()
+
     # A training step.
 
-    def forward(self, images: Tensor, targets: Tensor, at: Progress, dense: Dense | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, targets: Tensor, at: Progress, dense: DenseTargets | None = None
+    ) -> dict[str, Tensor]:
         """One training forward.
 
         Args:
@@ -90,12 +100,18 @@ class Method(nn.Module):
         """Called before the first step of an epoch, or of what is left of it, after `train()`: to hold statistics of a
         frozen part in evaluation mode, say."""
 
+    def begin_step(self, at: Progress) -> None:
+        """Called before the forward pass of a step, whose parts may be several: to probe weights, say."""
+
     def mask_gradients(self, at: Progress) -> None:
         """Called when gradients are averaged over processes, before their norm is taken and clipped."""
 
     def after_optimizer(self, at: Progress, step: Step) -> None:
         """Called right after the optimizer step, before the moving average (to re-apply weight masks, say), also where
         the step was skipped."""
+
+    def after_average(self, at: Progress) -> None:
+        """Called on the moving average of the method, whenever it has moved (to mask its weights, say)."""
 
     def end_step(self, at: Progress, step: Step) -> None:
         """Called last in a step, while the averaged gradients are still there (to move masks, say)."""
@@ -134,7 +150,10 @@ class Method(nn.Module):
         return [group for group in groups if group["params"]]
 
     def lr_factors(self, at: Progress) -> Mapping[str, float]:
-        """Factors on the learning rates of named groups at this step; 0 freezes a group, whose moments go on."""
+        """Factors on the learning rates of named groups at this step; 0 freezes a group, whose moments go on.
+
+        They scale the whole course, warm-up and minimum too, where `lr_scale` of a group scales its peak alone.
+        """
         return {}
 
     # What training costs.
@@ -157,7 +176,17 @@ class Method(nn.Module):
     def _teachers_macs(self) -> int:
         return sum(teacher.macs for teacher in self.teachers.values())
 
+    def facts(self) -> dict[str, float]:
+        """Figures of the method's own that belong beside accuracy and cost, by name: for each epoch's row of the log,
+        and the sweep's."""
+        return {}
+
     # What the trained model can do.
+
+    def deployed(self) -> Method:
+        """What is evaluated and timed once training is over: another method around a smaller model, where weights that
+        are masked can be taken out."""
+        return self
 
     def points(self) -> tuple[Point, ...]:
         """The operating points that a sweep shows unless told otherwise; the first is the one that validation takes."""

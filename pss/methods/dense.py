@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pss.methods import vocabulary
 from pss.methods.contract import Method
-from pss.methods.vocabulary import Progress
+from pss.methods.vocabulary import DenseTargets, Progress
 
 
 class Dense(Method):
@@ -15,7 +14,7 @@ class Dense(Method):
     name = "dense"
 
     def forward(
-        self, images: Tensor, targets: Tensor, at: Progress, dense: vocabulary.Dense | None = None
+        self, images: Tensor, targets: Tensor, at: Progress, dense: DenseTargets | None = None
     ) -> dict[str, Tensor]:
         logits = self.model(images, low_resolution=True)
         return {"loss": self.classification_loss(logits, targets), "logits": logits}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pss.methods.contract import Method
-from pss.methods.vocabulary import Dense, Progress, Stage
+from pss.methods.vocabulary import DenseTargets, Progress, Stage
 from pss.models.sampling import step_generator
 from pss.models.vit import VisionTransformer
 from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled
@@ -27,7 +27,9 @@ class Sampled(Method):
     def stage(self, at: Progress) -> Stage:
         return Stage(self.schedule(at.step))
 
-    def forward(self, images: Tensor, targets: Tensor, at: Progress, dense: Dense | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, targets: Tensor, at: Progress, dense: DenseTargets | None = None
+    ) -> dict[str, Tensor]:
         generator = step_generator(at.seed, at.step, at.rank, images.device)
         logits = self.model(images, rho=self.schedule(at.step), generator=generator, low_resolution=True)
         return {"loss": self.classification_loss(logits, targets), "logits": logits}

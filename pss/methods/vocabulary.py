@@ -28,6 +28,7 @@ class Progress(NamedTuple):
     epochs: int  # of all phases
     seed: int
     rank: int
+    phase: int = 0  # which of `Method.phases` it belongs to
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseTargets:
     """What a dense loss needs beside the labels; the method says in `wants` what it is to be given."""
 
     view: View | None = None
@@ -82,11 +83,11 @@ class Dense:
     maps: Tensor | None = None
     """Label maps of whole samples, (B, ...)."""
 
-    def chunk(self, parts: int) -> list[Dense]:
+    def chunk(self, parts: int) -> list[DenseTargets]:
         """As `Tensor.chunk`, along the batch."""
         views = [None] * parts if self.view is None else self.view.chunk(parts)
         maps = [None] * parts if self.maps is None else self.maps.chunk(parts)
-        return [Dense(view, some) for view, some in zip(views, maps, strict=True)]
+        return [DenseTargets(view, some) for view, some in zip(views, maps, strict=True)]
 
 
 @dataclass(frozen=True)

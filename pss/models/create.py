@@ -1,6 +1,7 @@
 """Models by name: timm's plain Vision Transformers, presets, and backbones of one's own."""
 
 import difflib
+import inspect
 import math
 from typing import Any, Literal, get_args
 
@@ -99,10 +100,12 @@ def create_model(
 
 
 def _create_own(name: str, num_classes: int, img_size: int | tuple[int, int], **settings: Any) -> VisionTransformer:
+    builder, settings = load(name), {"num_classes": num_classes, "img_size": img_size, **settings}
     try:
-        made = load(name)(num_classes=num_classes, img_size=img_size, **settings)
+        inspect.signature(builder).bind(**settings)
     except TypeError as error:
         raise ValueError(f"{name} does not take these settings: {error}") from error
+    made = builder(**settings)
     if not isinstance(made, VisionTransformer):
         raise ValueError(f"{name} made a {type(made).__name__}; a backbone is a pss.models.vit.VisionTransformer")
     return made

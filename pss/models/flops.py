@@ -61,7 +61,9 @@ def macs(model: VisionTransformer, rho: float = 1.0, image_size: int | None = No
     DeiT-S at 224 pixels: 4.60 G, 3.16 G and 2.23 G at rho = 1, 0.7 and 0.5.
     """
     num_tokens = model.num_kept_tokens(rho, image_size)
-    num_embedded = num_tokens if model.sort == "random" else model.num_kept_tokens(1.0, image_size)
+    num_embedded = (
+        num_tokens if model.sort == "random" and model.embeds_apart else model.num_kept_tokens(1.0, image_size)
+    )
     num_embedded -= model.num_prefix_tokens
     return macs_of_tokens(model, [num_tokens] * len(model.blocks), num_embedded)
 

@@ -26,5 +26,5 @@ def attention_maps(
         assert isinstance(block, Block)
         if number in wanted:
             maps[number] = block.attn.weights(block.norm1(tokens), positions)
-        tokens = block(tokens, positions)
+        tokens = model.run_blocks(tokens, positions, number, number + 1)
     return [maps[number] for number in wanted]

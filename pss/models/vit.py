@@ -9,7 +9,6 @@ backbone that is not timm's plain ViT is a subclass that replaces some of them, 
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed, RotaryEmbeddingCat
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from pss.models import sampling
 from pss.models.block import Block
 from pss.models.compiled import CompiledTrunk
 from pss.models.sampling import Sort, TokenCounts
+from pss.models.stem import embed_some
 
 QkvBias = Literal["full", "qv"]
 
@@ -32,6 +32,11 @@ class VisionTransformer(nn.Module):
     At rho = 1 nothing is sampled and the numbers are those of timm's model. Training and evaluation mode obey rho
     alike.
     """
+
+    embeds_apart = True
+    """Whether a patch is embedded from its own pixels alone; then those that are dropped at random are not embedded."""
+    own_heads: tuple[str, ...] = ()
+    """Names of a backbone's further classifiers, which weights for other classes leave out with the usual ones."""
 
     def __init__(
         self,
@@ -202,7 +207,7 @@ class VisionTransformer(nn.Module):
         whole = num_kept == num_patches + self.num_prefix_tokens
         random = (self.sort if sort is None else sort) == "random"
         dropout = self.training and self.pos_drop.p > 0
-        if whole or not random or dropout:
+        if whole or not random or dropout or not self.embeds_apart:
             tokens, kept = self._sample(self.embed(images, places=places), num_kept, sort, generator)
         else:
             kept = sampling.select_at_random(
@@ -237,13 +242,23 @@ class VisionTransformer(nn.Module):
                 f"this model takes images of {self.image_size[0]} x {self.image_size[1]} pixels, "
                 f"got {images.shape[-2]} x {images.shape[-1]}; build it with that img_size"
             )
+        return self.place(self.embed_patches(images, kept, places), kept, places)
+
+    def embed_patches(self, images: Tensor, kept: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """The stem: images to patches (B, patches, D), with nothing of where they are; arguments as of `embed`."""
         x: Tensor
         if kept is not None:
-            x = self._embed_patches(images, kept)
+            grid = self.grid_of((images.shape[-2], images.shape[-1]))
+            x = embed_some(self.patch_embed, images, kept, grid)
         elif places is not None:  # timm's module would refuse the size
             x = self.patch_embed.norm(self.patch_embed.proj(images).flatten(2).transpose(1, 2))
         else:
             x = self.patch_embed(images)
+        return x
+
+    def place(self, x: Tensor, kept: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """Patches (B, patches, D) to tokens: the prefix before them, position embedding, input norm; arguments as of
+        `embed`."""
         prefix = [
             token.expand(x.shape[0], -1, -1)
             for token in (self.cls_token, self.dist_token, self.reg_token)
@@ -264,19 +279,6 @@ class VisionTransformer(nn.Module):
                 x = self.pos_drop(torch.cat((*prefix, x + positions), dim=1))
         tokens: Tensor = self.norm_pre(x)
         return tokens
-
-    def _embed_patches(self, images: Tensor, kept: Tensor) -> Tensor:
-        """The patch embedding of some patches, as a matrix product: (B, K - prefix, D)."""
-        height, width = self.grid_of((images.shape[-2], images.shape[-1]))
-        projection = self.patch_embed.proj
-        pixels = images.view(
-            *images.shape[:2], height, images.shape[2] // height, width, -1
-        )  # (B, 3, h, side, w, side)
-        image = torch.arange(len(images), device=images.device).unsqueeze(1)
-        pixels = pixels.permute(0, 2, 4, 1, 3, 5)[image, kept // width, kept % width]  # (B, K - prefix, 3, side, side)
-        x = F.linear(pixels.flatten(2), projection.weight.flatten(1), projection.bias)
-        embedded: Tensor = self.patch_embed.norm(x)
-        return embedded
 
     def sample(
         self, tokens: Tensor, rho: float, sort: Sort | None = None, generator: torch.Generator | None = None
@@ -350,18 +352,29 @@ class VisionTransformer(nn.Module):
         return normed
 
     def run_blocks(
-        self, tokens: Tensor, positions: Tensor | None, start: int = 0, stop: int | None = None, **options: Any
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        extras: list[Any] | None = None,
+        **options: Any,
     ) -> Tensor:
         """Tokens (B, K, D) through the blocks from number `start` up to `stop`, to the last one if that is None.
 
         `positions` are what the method of that name returns, and `options` go to each block's attention; see `Block`.
+        What attention modules of a method's own return besides is appended to `extras`, one entry a block.
         """
         again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks[start:stop]:
             if again:
-                tokens = checkpoint(block, tokens, positions, use_reentrant=False, **options)
+                result = checkpoint(block, tokens, positions, use_reentrant=False, **options)
             else:
-                tokens = block(tokens, positions, **options)
+                result = block(tokens, positions, **options)
+            tokens, extra = result if isinstance(result, tuple) else (result, None)
+            if extras is not None:
+                extras.append(extra)
         return tokens
 
     def pooled(self, tokens: Tensor) -> Tensor:

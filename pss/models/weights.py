@@ -209,7 +209,8 @@ def _load(
 ) -> Report:
     """`load_weights` with what `path` holds."""
     found, outside = _plain_names(content, path)
-    unused_head = sorted(name for name in found if ignore_head and _part(name) in _HEADS)
+    heads = _HEADS | set(model.own_heads)
+    unused_head = sorted(name for name in found if ignore_head and _part(name) in heads)
     for name in unused_head:
         del found[name]
     found = _our_names(found, model)
@@ -223,7 +224,7 @@ def _load(
 
     missing = [name for name in own if name not in found]
     unexpected = [name for name in found if name not in own]
-    optional = _NORMS | _HEADS if ignore_head else set()
+    optional = _NORMS | heads if ignore_head else set()
     lacking = [name for name in missing if not name.endswith(_TABLE) and _part(name) not in optional]
     surplus = [name for name in unexpected if _part(name) in (_BACKBONE if ignore_head else _BACKBONE | _NORMS)]
     if lacking:
@@ -320,7 +321,7 @@ def _resize(
         old_side = _table_side(value)
         if old_side is not None:
             return relpos.resize_table(value, (old_side, old_side), model.grid_size)
-    elif _part(name) in _HEADS:
+    elif _part(name) in _HEADS | set(model.own_heads):
         raise ValueError(
             f"{path} classifies into {value.shape[0]} classes, the model into {target.shape[0]}; {remedies.other_head}"
         )

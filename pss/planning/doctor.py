@@ -11,13 +11,13 @@ import torch
 from pipelines.base import View
 from pss import methods
 from pss.config import Config
-from pss.methods import Dense, Progress, Step
+from pss.methods import DenseTargets, Step
 from pss.planning.plan import Level, Plan
 from pss.planning.simulation import Machine, Simulated, queue_batches, simulate
 from pss.runtime.precision import autocast
 from pss.runtime.seeds import seed_generator
 from pss.training.optim import build_optimizer
-from pss.training.setup import compile_levels
+from pss.training.setup import compile_levels, position_of
 
 _CPU_BATCH = 32
 
@@ -60,7 +60,7 @@ def measure_training(config: Config, planned: Plan, num_classes: int, device: to
 
     The median of interleaved rounds. A GPU gets the configured batch, a CPU at most 32 images.
     """
-    if "maps" in methods.find(config.method).wants:
+    if "maps" in methods.find(config.method).wants(config):
         raise ValueError(f"method {config.method} learns from label maps, which are not measured here; use --plan")
     batch = config.train.batch_size // config.train.accumulate
     if device.type == "cpu":
@@ -71,35 +71,40 @@ def measure_training(config: Config, planned: Plan, num_classes: int, device: to
     for teacher in method.teachers.values():
         teacher.load(device)
     compile_levels(method, config.compile, device, planned.total_steps)
-    (phase, *_) = method.phases()
-    method.begin_phase(phase)
-    optimizer, _ = build_optimizer(method, phase, batch_size=batch, steps_per_epoch=planned.steps_per_epoch)
+    phases, optimizers = method.phases(), dict[int, torch.optim.Optimizer]()
     sizes = {level.img_size for level in planned.levels}
     images = {size: torch.randn(batch, 3, size, size, device=device) for size in sizes}
     targets = torch.arange(batch, device=device) % num_classes
     half = autocast(config, device)
 
-    total = config.train.epochs * planned.steps_per_epoch
     window = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(batch, -1)
     whole = View(window, torch.zeros(batch, dtype=torch.bool, device=device))
-    extra = (Dense(view=whole),) if method.wants else ()
+    extra = (DenseTargets(view=whole),) if method.wants(config) else ()
     not_skipped = torch.zeros((), device=device)
 
     def seconds(level: Level) -> float:
         step = planned.level_of_step.index(planned.levels.index(level))
-        epoch = step // planned.steps_per_epoch
-        at = Progress(step, total, epoch, config.train.epochs, config.train.seed, 0)
+        at = position_of(method, step)
+        method.begin_phase(phases[at.phase])
+        if at.phase not in optimizers:
+            made = build_optimizer(method, phases[at.phase], batch_size=batch, steps_per_epoch=planned.steps_per_epoch)
+            optimizers[at.phase] = made[0]
+        optimizer = optimizers[at.phase]
+        method.train()
         method.begin_epoch(at)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
+        method.begin_step(at)
         with half:
             loss = method(images[level.img_size], targets, at, *extra)["loss"]
         loss.backward()
         method.mask_gradients(at)
         optimizer.step()
-        method.after_optimizer(at, Step(optimizer, not_skipped))
-        optimizer.zero_grad(set_to_none=True)
+        taken = Step(optimizer, not_skipped)
+        method.after_optimizer(at, taken)
+        method.end_step(at, taken)
+        method.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - began

@@ -47,6 +47,14 @@ class World:
             dist.barrier()
 
 
+def mean(values: Tensor) -> Tensor:
+    """Over all processes, in place; every process must call it. A world of one has it already."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
 class Vote:
     """Whether any process wants each of several things, asked at every step and answered one step later.
 

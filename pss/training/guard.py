@@ -63,6 +63,21 @@ class Guard:
         return int(total)
 
 
+class Statistics:
+    """Floating-point buffers, such as running statistics, which a forward pass may change: a skipped step must not."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module) -> None:
+        """Remember those of `model` before a step."""
+        self._before = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.is_floating_point()]
+
+    @torch.no_grad()
+    def settle(self, skip: Tensor) -> None:
+        """Put them back where `skip` is 1.0."""
+        for buffer, before in self._before:
+            buffer.copy_(torch.where(skip.bool(), before, buffer))
+
+
 def skipping(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
     """Have the next step of a fused optimizer change nothing where `skip` is 1.0: what `torch.amp` uses as well."""
     optimizer.found_inf = skip  # type: ignore[attr-defined]
@@ -74,7 +89,7 @@ def update_average(ema: ModelEmaV3, model: nn.Module, step: int, skipped: Tensor
     share = (1 - ema.get_decay(step)) * (1 - skipped)
     averages, differences = [], []
     pairs = zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True)
-    for average, value in ((own_part(a), own_part(b)) for a, b in pairs):
+    for average, value in ((own_part(a), own_part(b)) for a, b in pairs if isinstance(a, Tensor)):
         if average.is_floating_point():
             averages.append(average)
             differences.append(value)

@@ -21,7 +21,8 @@ def build_optimizer(
 ) -> tuple[torch.optim.AdamW, CosineLRScheduler]:
     """AdamW over the method's groups, and a scheduler whose `step_update(step)` sets the rates of a step.
 
-    The scheduler counts the phase's own steps from 0: linear warm-up, then a cosine to `min_lr` at the phase's end. A
+    The scheduler counts the phase's own steps from 0: linear warm-up, then a cosine to `min_lr`, which it reaches
+    where the cool-down begins, at the latest at the phase's end. A
     group's `lr_scale` is a factor on its peak alone; all groups begin and end at the same rate.
     """
     optim = phase.optim
@@ -32,7 +33,7 @@ def build_optimizer(
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=True)
     schedule = CosineLRScheduler(
         optimizer,
-        t_initial=phase.epochs * steps_per_epoch,
+        t_initial=max(1, phase.epochs * steps_per_epoch - round(optim.cooldown_epochs * steps_per_epoch)),
         lr_min=optim.min_lr,
         warmup_t=round(optim.warmup_epochs * steps_per_epoch),
         warmup_lr_init=optim.warmup_lr,

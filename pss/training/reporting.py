@@ -63,7 +63,13 @@ class Reporter:
         if self._log is not None:
             where = {"epoch": at.epoch, "rho": stage.rho, "img_size": size, "tokens": tokens}
             named = {"stage": stage.name} if stage.name else {}
-            self._log.write("step", step, **where, **named, lr=lr, skipped=skipped, **summary, **extra)
+            own = {**where, **named, "lr": lr, "skipped": skipped, **summary}
+            if taken := extra.keys() & own.keys():
+                raise ValueError(
+                    f"method {self.method.name} returns {', '.join(sorted(taken))}, which means something else in the "
+                    "log; call it otherwise"
+                )
+            self._log.write("step", step, **own, **extra)
         self._view.step(step, epoch=at.epoch, rho=stage.rho, img_size=size, tokens=tokens, skipped=skipped, **summary)
         self._meter.reset()
 

@@ -46,7 +46,35 @@ def positions_of(method: Method, total_steps: int) -> Iterator[Progress]:
 def position_of(method: Method, step: int) -> Progress:
     """Where a run is at a step, as the main process sees it."""
     train, per_epoch = method.config.train, method.steps_per_epoch
-    return Progress(step, train.epochs * per_epoch, step // per_epoch, train.epochs, train.seed, 0)
+    epoch = step // per_epoch
+    return Progress(step, train.epochs * per_epoch, epoch, train.epochs, train.seed, 0, phase_of(method, epoch))
+
+
+def phase_of(method: Method, epoch: int) -> int:
+    """The number of the phase that an epoch belongs to; that of the last one for what lies behind it."""
+    phases = method.phases()
+    for number, phase in enumerate(phases):
+        epoch -= phase.epochs
+        if epoch < 0:
+            return number
+    return len(phases) - 1
+
+
+def check_phases(method: Method) -> None:
+    """Raise `ValueError` where a method's phases are not the run, or have no room for their warm-up."""
+    epochs = sum(phase.epochs for phase in method.phases())
+    if epochs != method.config.train.epochs:
+        raise ValueError(
+            f"the phases of method {method.name} have {epochs} epochs, and train.epochs is "
+            f"{method.config.train.epochs}; they must be as many"
+        )
+    for phase in method.phases():
+        if phase.optim.warmup_epochs + phase.optim.cooldown_epochs > phase.epochs:
+            raise ValueError(
+                f"phase {phase.name} of method {method.name} has {phase.epochs} epochs, too few for a warm-up of "
+                f"{phase.optim.warmup_epochs:g} and a cool-down of {phase.optim.cooldown_epochs:g}; lower "
+                "optim.warmup_epochs"
+            )
 
 
 def compile_levels(method: Method, settings: CompileConfig, device: torch.device, total_steps: int) -> bool:
@@ -69,7 +97,9 @@ def compile_levels(method: Method, settings: CompileConfig, device: torch.device
     model, full_size = method.model, method.config.data.img_size
     graphs = set()
     for stage, size in stages_of(method, total_steps):
-        (count,) = set(method.training_tokens(stage, size))
+        counted = set(method.training_tokens(stage, size))
+        assert len(counted) == 1, f"{method.name} is compiled and its blocks see {sorted(counted)} tokens"
+        (count,) = counted
         # All patches of small images lie at the same places, others at each image's own; see `CompiledTrunk`.
         graphs.add((count, count == model.num_kept_tokens(1.0, size) and size < full_size))
     counts = sorted(count for count, _ in graphs)

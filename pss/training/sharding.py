@@ -32,7 +32,8 @@ def shard(method: Method, world: World) -> None:
     for block in method.model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(method, mesh=mesh)
-    register_fsdp_forward_method(method, "predict")
+    # What validation calls; the one may call the other, which must not gather anew.
+    register_fsdp_forward_method(method, "predict_with_cost" if method.costs_vary else "predict")
     for buffer in method.buffers():
         assert buffer.device.type == world.device.type, "buffers are not sharded, and must be on the device"
 

@@ -17,17 +17,17 @@ from pipelines.base import Batch, DataError, Loader
 from pss import methods
 from pss.config import Config
 from pss.inference.accuracy import accuracy
-from pss.methods import Dense, Method, Phase, Progress, Step
+from pss.methods import DenseTargets, Method, Phase, Progress, Step
 from pss.models.weights import Remedies, Report, start_from
 from pss.runtime.precision import autocast
 from pss.runtime.processes import Vote, World
 from pss.runtime.seeds import seed_generator
 from pss.runtime.shards import whole
-from pss.training.guard import Guard, skipping, update_average
+from pss.training.guard import Guard, Statistics, skipping, update_average
 from pss.training.optim import build_optimizer, set_rates
 from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
-from pss.training.setup import build_mixing, catch_signals, check_masks, compile_levels, wrap
+from pss.training.setup import build_mixing, catch_signals, check_masks, check_phases, compile_levels, wrap
 from pss.training.sharding import scatter_optimizer, shard
 
 _REMEDIES = Remedies(
@@ -67,6 +67,7 @@ class Trainer:
         self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
         seed_generator(seed)  # the same on every process: they must begin with the same weights
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch)
+        check_phases(self.method)
         if self.sharded:
             self._check_shards()
         else:
@@ -83,7 +84,8 @@ class Trainer:
                 self.method.model, config.model.weights, ignore_head=config.model.own_head, remedies=_REMEDIES
             )
         self.compiled = not self.sharded and compile_levels(self.method, config.compile, world.device, self.total_steps)
-        self.mixing = build_mixing(config, len(classes), world.rank) if self.method.mixes == "pixels" else None
+        pixels = self.method.mixes(config) == "pixels"
+        self.mixing = build_mixing(config, len(classes), world.rank) if pixels else None
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
         self.guard = Guard(world.device, config.train.max_skipped)
@@ -167,11 +169,14 @@ class Trainer:
             at = self._position()
             set_rates(self.optimizer, self.lr_schedule, self.step - first_step, self.method.lr_factors(at))
             images, targets, dense = self._inputs(batch)
+            statistics = Statistics(self.method)
+            self.method.begin_step(at)
             out = self._gradients(engine, images, targets, at, dense)
             self.method.mask_gradients(at)
             norm = whole(nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None]))
             skip, measured = self.guard.judge(out["loss"], norm)
             skipping(self.optimizer, skip)
+            statistics.settle(skip)
             if phase.optim.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(self.method.parameters(), phase.optim.clip_grad, norm)
             self.optimizer.step()
@@ -179,15 +184,17 @@ class Trainer:
             self.method.after_optimizer(at, taken)
             if self.ema is not None:
                 update_average(self.ema, self.method, self.step, skip)
+                self.ema.module.after_average(at)
             self.method.end_step(at, taken)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.method.zero_grad(set_to_none=True)  # also of what no optimizer has
             self.step += 1
             self._report_step(images, measured, waited, at, out)
             self._stop_or_save(stop)
         self._end_epoch()
 
     def _position(self) -> Progress:
-        return Progress(self.step, self.total_steps, self.epoch, self.epochs, self.config.train.seed, self.world.rank)
+        seed, rank = self.config.train.seed, self.world.rank
+        return Progress(self.step, self.total_steps, self.epoch, self.epochs, seed, rank, self.phase)
 
     def _next(self, batches: Iterator[Batch]) -> tuple[Batch, float]:
         """The next batch, and the seconds it was waited for."""
@@ -197,12 +204,12 @@ class Trainer:
             raise DataError(f"the {self.train_loader.backend} loader ended at step {self.step}, before its epoch did")
         return batch, time.perf_counter() - began
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Dense | None]:
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, DenseTargets | None]:
         """Augmented images and their targets, mixed where the loop mixes, and what a dense loss needs."""
-        wants, dense = self.method.wants, None
+        wants, dense = self.method.wants(self.config), None
         if wants:
             images, view = self.prepare.with_view(batch, self.epoch)
-            dense = Dense(view if "view" in wants else None, batch.maps if "maps" in wants else None)
+            dense = DenseTargets(view if "view" in wants else None, batch.maps if "maps" in wants else None)
         else:
             images = self.prepare(batch, self.epoch)
         targets = batch.labels
@@ -211,7 +218,7 @@ class Trainer:
         return images, targets, dense
 
     def _gradients(
-        self, engine: nn.Module, images: Tensor, targets: Tensor, at: Progress, dense: Dense | None
+        self, engine: nn.Module, images: Tensor, targets: Tensor, at: Progress, dense: DenseTargets | None
     ) -> dict[str, Tensor]:
         """Forward and backward, in `train.accumulate` parts; returns the means of what the method returns for them.
 
@@ -282,18 +289,22 @@ class Trainer:
         row: dict[str, float] = {}
         for prefix, model in models.items():
             model.eval()
+            varying = self.method.costs_vary
             (result,) = accuracy(
-                model.predict,
+                model.predict_with_cost if varying else model.predict,
                 self.val_loader,
                 self.prepare_val,
                 self.world,
                 points=self.method.points()[:1],
                 autocast=self.autocast,
                 in_step=self.sharded,
+                with_cost=varying,
             )
+            if result.macs is not None:
+                row[f"{prefix}gflops"] = result.macs.mean / 1e9
             row |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5}
             row[f"{prefix}val_loss"] = result.loss
-        return row
+        return row | self.method.facts()
 
     def _save(self, score: float | None = None) -> None:
         self.saver.save(

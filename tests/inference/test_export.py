@@ -121,6 +121,7 @@ def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
         export.check_target(tmp_path / "model.onnx")
 
 
+@pytest.mark.exhaustive
 def test_the_examples_run_where_there_is_no_pss(tmp_path):
     need("onnx")
     for suffix in ("onnx", "pt2"):

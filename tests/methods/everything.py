@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipelines.settings import Natural, NotNegative, Positive, Share
 from pss.config import MethodSection
-from pss.methods import Cost, Dense, Method, Phase, Progress, Stage, Step, Teacher
+from pss.methods import Cost, DenseTargets, Method, Phase, Progress, Stage, Step, Teacher
 from pss.models.create import create_plain
 from pss.models.flops import block_macs, linear_macs, macs_of_tokens
 from pss.models.maps import attention_maps
@@ -94,8 +94,6 @@ def backbone(*, num_classes: int, img_size: int, rel_pos: str = "none", sort: An
 class Everything(Method):
     name = "everything"
     sections = (EverythingSettings,)
-    mixes = "pixels"
-    wants = frozenset({"view", "maps"})
     compiles = False
     costs_vary = True
     knob = "keep rate"
@@ -116,6 +114,10 @@ class Everything(Method):
         if self.own.teacher is not None:
             self.teachers["teacher"] = Teacher(self.own.teacher, config, model.num_classes)
 
+    @classmethod
+    def wants(cls, settings: Any) -> frozenset[str]:
+        return frozenset({"view", "maps"})
+
     def _masked(self) -> list[nn.Parameter]:
         return [block.mlp.fc1.weight for block in self.model.blocks]
 
@@ -124,7 +126,9 @@ class Everything(Method):
 
     # A training step.
 
-    def forward(self, images: Tensor, targets: Tensor, at: Progress, dense: Dense | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, targets: Tensor, at: Progress, dense: DenseTargets | None = None
+    ) -> dict[str, Tensor]:
         assert dense is not None
         assert dense.view is not None
         assert dense.maps is not None
@@ -168,7 +172,7 @@ class Everything(Method):
     def _count(self, keep: float) -> int:
         return max(1, round(keep * self.model.num_patches))
 
-    def _patch_targets(self, dense: Dense) -> Tensor:
+    def _patch_targets(self, dense: DenseTargets) -> Tensor:
         """The class of the label map's cell at each patch's centre, (B, N)."""
         height, width = self.model.grid_size
         crop, maps = dense.view.crop, dense.maps
@@ -196,6 +200,9 @@ class Everything(Method):
         for weight, mask in zip(self._masked(), self._masks(), strict=True):
             local = weight.to_local() if hasattr(weight, "to_local") else weight
             local.mul_(part_like(mask, weight))
+
+    def after_average(self, at: Progress) -> None:
+        self._apply_masks()
 
     def _moves(self, at: Progress) -> bool:
         learns = at.epoch >= self.own.alone_epochs + self.own.frozen_epochs
@@ -303,24 +310,43 @@ class Whole(Method):
     """A method without a knob, which mixes for itself: its model is run as it was trained."""
 
     name = "whole"
-    mixes = "tokens"
     compiles = False
     shards = False
+
+    def __init__(self, model: Any, config: Any, steps_per_epoch: int) -> None:
+        super().__init__(model, config, steps_per_epoch)
+        self.whiten = nn.BatchNorm2d(3)
+
+    def param_groups(self, phase: Phase) -> list[dict[str, Any]]:
+        """The class token stays as it began: it is in no group."""
+        groups = super().param_groups(phase)
+        for group in groups:
+            group["params"] = [part for part in group["params"] if part is not self.model.cls_token]
+        return groups
+
+    def facts(self) -> dict[str, float]:
+        return {"sparsity": 0.25}
+
+    @classmethod
+    def mixes(cls, settings: Any) -> str:
+        return "tokens"
 
     def begin_epoch(self, at: Progress) -> None:
         self.began = [*getattr(self, "began", []), at.step]
 
-    def forward(self, images: Tensor, targets: Tensor, at: Progress, dense: Dense | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, targets: Tensor, at: Progress, dense: DenseTargets | None = None
+    ) -> dict[str, Tensor]:
         assert dense is None
         self.targets = targets
-        logits = self.model(images)
+        logits = self.model(self.whiten(images))
         return {"loss": self.classification_loss(logits, targets), "logits": logits}
 
     def points(self) -> tuple[None]:
         return (None,)
 
     def predict(self, images: Tensor, point: None = None) -> Tensor:
-        return self.model(images)
+        return self.model(self.whiten(images))
 
     def tokens(self, point: None = None) -> tuple[int, ...]:
         return (self.model.num_tokens,) * len(self.model.blocks)

@@ -20,7 +20,7 @@ from pss import methods, recipes
 from pss.config import Config
 from pss.inference import choose, export, report, sweep
 from pss.inference.opening import load_run
-from pss.methods import METHODS, Dense, Progress
+from pss.methods import METHODS, DenseTargets, Phase, Progress
 from pss.models.create import create_model
 from pss.planning.plan import plan
 from pss.runs import checkpoint
@@ -103,7 +103,7 @@ def a_batch(method, count=6):
     loader = MemoryLoader(40, batch_size=count, maps=np.zeros((40, 4, 4), dtype=np.int64))
     batch = next(iter(loader))
     images = (batch.images / 255 - 0.3) / 0.35
-    dense = [Dense(batch.view, batch.maps)] if method.wants else []
+    dense = [DenseTargets(batch.view, batch.maps)] if method.wants(method.config) else []
     return images, batch.labels, dense
 
 
@@ -304,7 +304,7 @@ def test_it_is_evaluated(config, tmp_path):
     json.dumps(found.rows, allow_nan=False)
 
 
-@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+@pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=pytest.mark.exhaustive)])
 def test_it_is_exported(config, tmp_path, suffix):
     trainer(config.with_settings(["train.max_steps=5"]), tmp_path).fit()
     run = load_run(tmp_path, HERE.device)
@@ -404,7 +404,9 @@ def test_masks_move_at_constant_size_and_what_they_hide_is_gone(everything):
         mask, name = last[f"mask{number}"], f"model.blocks.{number}.mlp.fc1.weight"
         assert not torch.equal(mask, first[f"mask{number}"])
         assert int(mask.sum()) == int(first[f"mask{number}"].sum())
+        average = states[20]["ema"][name]
         assert (last[name][~mask] == 0).all()
+        assert (average[~states[20]["ema"][f"mask{number}"]] == 0).all()
         assert (last[name][mask] != 0).any()
 
 
@@ -521,7 +523,7 @@ def test_it_is_a_file_that_the_command_finds(ingredients, converted_root, tmp_pa
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     output = tmp_path_factory.mktemp("whole")
-    config = recipes.get("digits").with_settings([*TINY, "method=everything:Whole", "loss.mixup=0.8"])
+    config = recipes.get("digits").with_settings([*TINY, "method=everything:Whole"])
     run = trainer(config, output)
     run.fit()
     return output, run
@@ -543,6 +545,7 @@ def test_a_method_without_a_knob_has_one_row(whole, tmp_path, capsys):
     )  # fmt: skip
     (row,) = found.rows
     assert row["rho"] is None
+    assert row["sparsity"] == read_rows(whole[0], "epoch")[-1]["sparsity"] == 0.25
     sweep.write(found.rows, tmp_path)
     report.write(found, [run], ["run"], tmp_path / "report.html")
     sweep.show(found.rows)
@@ -551,10 +554,48 @@ def test_a_method_without_a_knob_has_one_row(whole, tmp_path, capsys):
     assert export.export(run, tmp_path / "model.pt2", point=None) < 1e-4
     with pytest.raises(ValueError, match="has no operating point to choose"):
         choose.levels(run)
+    with pytest.raises(ValueError, match="has no ρ to set"):
+        choose.levels(run, [0.5])
+    with pytest.raises(ValueError, match="predicts in the way of method whole, which no published folder tells"):
+        run.published()
     with pytest.raises(ValueError, match=r"has no ρ to set, got 0.5; leave out --rho"):
         run.method.check_point(0.5)
     with pytest.raises(ValueError, match="has no free number of patches"):
         export.export(run, tmp_path / "free.pt2", point=None, dynamic=True)
+
+
+def test_a_skipped_step_leaves_no_trace(whole, tmp_path):
+    """Neither in running statistics nor in the gradients of what no optimizer has, nor in the average."""
+    run = trainer(whole[1].config.with_settings(["train.max_steps=8", "train.ema_decay=0.9"]), tmp_path)
+    forward = run.method.forward
+
+    def spoiled(images, targets, position, *dense):
+        return forward(images * float("inf") if position.step == 2 else images, targets, position, *dense)
+
+    run.method.forward = spoiled
+    row = run.fit()
+    assert run.guard.check(8) == 1
+    assert math.isfinite(row["val_loss"])
+    assert math.isfinite(row["ema_val_loss"])
+    assert run.method.whiten.running_mean.isfinite().all()
+    assert run.method.model.cls_token.grad is None
+
+
+def test_what_a_method_returns_wrong_is_said(whole, tmp_path, monkeypatch):
+    config = whole[1].config.with_settings(["train.max_steps=2", "train.log_every_steps=1"])
+    run = trainer(config, tmp_path / "names")
+    forward = run.method.forward
+    run.method.forward = lambda *given: forward(*given) | {"tokens": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match="method whole returns tokens, which means something else in the log"):
+        run.fit()
+    kind = type(run.method)
+    monkeypatch.setattr(kind, "phases", lambda method: [Phase("half", 2, method.config.optim)])
+    with pytest.raises(ValueError, match=r"phases of method whole have 2 epochs, and train.epochs is 4"):
+        trainer(config, tmp_path / "short")
+    slow = config.with_settings(["optim.warmup_epochs=1.5"])
+    monkeypatch.setattr(kind, "phases", lambda method: [Phase("a", 1, slow.optim), Phase("b", 3, slow.optim)])
+    with pytest.raises(ValueError, match=r"phase a of method whole has 1 epochs, too few for a warm-up of 1.5"):
+        trainer(slow, tmp_path / "warm")
 
 
 def test_what_a_method_cannot_do_is_said(whole, ingredients, tmp_path):
@@ -565,6 +606,8 @@ def test_what_a_method_cannot_do_is_said(whole, ingredients, tmp_path):
     options = {"classes": CLASSES, "output": tmp_path, "world": World(rank=0, size=2, device=torch.device("cpu"))}
     with pytest.raises(ValueError, match=r"method whole cannot be sharded; set train.parallel=ddp"):
         Trainer(config.with_settings(["train.parallel=fsdp"]), *loaders, **options)
+    with pytest.raises(ValueError, match=r"mixes tokens, and reads nothing of how to mix pixels; set loss.mixup=0"):
+        config.with_settings(["loss.cutmix=1"])
     with pytest.raises(ValueError, match=r"data.label_maps is set, and method everything:Whole learns from none"):
         config.with_settings([f"data.label_maps={ingredients}/memory.npy"])
     with pytest.raises(ValueError, match=r"method everything:Everything learns from label maps; --set data.label_maps"):

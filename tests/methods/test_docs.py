@@ -36,7 +36,6 @@ def test_the_page_shows_a_method_that_works(tmp_path):
     assert [row["rho"] for row in rows] == [0.6, 1.0, 0.75, 0.25]
     assert [row["tokens"] for row in rows][1] == 17
     assert rows[3]["gflops"] < rows[0]["gflops"] < rows[1]["gflops"]
-    run(tmp_path, "cli.eval", "runs/halved", "--export", "halved.pt2", "--rho", "0.6")
     told = run(tmp_path, "cli.train", "digits", "--plan", *small[:-2], "--set", "method=halved:Halved")
     assert "of dense" in told
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -92,6 +93,19 @@ def test_layers_begin_and_end_at_the_same_rate():
             warm = first + step * (top - first) / 10
             late = low + (top - low) * (1 + math.cos(math.pi * step / 40)) / 2
             assert group["lr"] == pytest.approx(warm if step < 10 else late), (step, scale)
+
+
+def test_rates_stay_at_their_minimum_in_the_cooldown():
+    config = tiny().with_settings(["optim.cooldown_epochs=1", "optim.warmup_epochs=0"])
+    method = methods.build(config, num_classes=10, steps_per_epoch=10)
+    (phase,) = method.phases()
+    optimizer, schedule = build_optimizer(method, phase, batch_size=32, steps_per_epoch=10)
+    rates = []
+    for step in range(40):
+        set_rates(optimizer, schedule, step, {})
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[30:] == [config.optim.min_lr] * 10
+    assert all(before > after for before, after in itertools.pairwise(rates[:31]))
 
 
 def test_rates_of_named_groups_are_scaled_and_other_names_refused():

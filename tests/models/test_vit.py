@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pss.attention.attend import Attention
 from pss.models.create import create_model
+from pss.models.maps import attention_maps
 from pss.models.sampling import gather, num_kept_tokens, step_generator
 from pss.models.sampling import spread as spread_of_patches
 from pss.models.vit import VisionTransformer
@@ -525,3 +527,42 @@ def test_the_size_of_images_is_checked() -> None:
         with pytest.raises(ValueError, match=f"images of {size[0]} x {size[1]} pixels do not suit this model"):
             model(torch.zeros(1, 3, *size), low_resolution=True)
     assert model.num_kept_tokens(0.6, (8, 12)) == num_kept_tokens(0.6, 6, 1) == 4
+
+
+class Telling(Attention):
+    """Attention that returns what it looked at, too."""
+
+    def forward(self, x, positions=None):
+        return super().forward(x, positions), self.weights(x, positions)
+
+
+@pytest.mark.parametrize("rel_pos", ["none", "bias", "separable", "rope"])
+@pytest.mark.parametrize("again", [False, True])
+def test_attention_of_ones_own_may_tell_more(rel_pos, again):
+    model = tiny(rel_pos=rel_pos).eval()
+    model.checkpoint_activations = again
+    seen = images()
+    tokens, kept = model.see(seen, 0.5)
+    plain = model.run_blocks(tokens, model.positions(kept))
+    for block in model.blocks:
+        block.attn = Telling(block.attn)
+    extras = []
+    told = model.run_blocks(tokens, model.positions(kept), extras=extras)
+    torch.testing.assert_close(told, plain)
+    assert len(extras) == len(model.blocks)
+    for weights, alone in zip(extras, attention_maps(model, tokens, kept), strict=True):
+        torch.testing.assert_close(weights, alone)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+@pytest.mark.parametrize("rel_pos", ["none", "bias", "separable", "rope"])
+def test_weights_are_those_that_attention_uses(rel_pos):
+    model = tiny(rel_pos=rel_pos).eval()
+    for name, table in model.named_parameters():
+        if name.endswith("position_bias_table"):
+            torch.nn.init.normal_(table)
+    tokens, kept = model.see(images(), 0.5)
+    positions, attention = model.positions(kept), model.blocks[0].attn
+    _, _, v = attention.project_in(tokens, positions)
+    by_weights = attention.project_out(attention.weights(tokens, positions) @ v)
+    torch.testing.assert_close(by_weights, attention(tokens, positions), atol=1e-5, rtol=1e-4)

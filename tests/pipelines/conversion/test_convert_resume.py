@@ -229,6 +229,7 @@ def test_tasks_come_back_in_order() -> None:
     assert sorted(heard) == [math.factorial(n) for n in range(10)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(missing("ffcv") is not None, reason="FFCV is not installed")
 def test_ffcvs_own_loader_reads_our_files(source: Path, tmp_path: Path) -> None:
     """In a process of its own: FFCV warns when it is imported. `mix` has both ways to store an image."""
@@ -274,6 +275,7 @@ def test_the_file_is_laid_out_as_ffcv_lays_it_out() -> None:
         assert [entry[1] for entry in ours.fields.values()] == [entry[1] for entry in theirs.fields.values()]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_a_ray_cluster_of_two_nodes_makes_the_same_set(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
     script = """

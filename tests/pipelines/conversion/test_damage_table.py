@@ -32,7 +32,7 @@ def run(columns: list[str], sets: Path, every: int) -> dict[str, dict[str, str]]
     return found
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_damage_is_named_and_what_is_only_unusual_comes_out_right(tmp_path: Path, every: int) -> None:
     """One test, because all columns need the same sets. It prints caught of damaged, and right of harmless."""
     damage.write_sets(tmp_path)

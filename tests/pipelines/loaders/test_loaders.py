@@ -333,7 +333,9 @@ while True:
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [*BACKENDS[:2], pytest.param("ffcv", marks=[*BACKENDS[2].marks, pytest.mark.exhaustive])]
+)
 def test_a_killed_trainer_leaves_nothing_behind(backend: str, converted_root: Path) -> None:
     """It has no child that could outlive it, and nobody holds its streams open."""
     command = [sys.executable, "-c", _ENDLESS, str(converted_root), backend]
