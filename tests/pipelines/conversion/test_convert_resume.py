@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import math
@@ -203,10 +204,11 @@ def test_a_killed_worker_is_noticed_and_its_work_done_later(
         def advance(self, images: int) -> None:
             if not self.killed:
                 for pid in descendants(os.getpid()):
-                    command = Path(f"/proc/{pid}/cmdline")
-                    if alive(pid) and descendants(pid) == [] and b"forkserver" in command.read_bytes():
-                        self.killed += 1
-                        os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                        command = Path(f"/proc/{pid}/cmdline")
+                        if alive(pid) and descendants(pid) == [] and b"forkserver" in command.read_bytes():
+                            os.kill(pid, signal.SIGKILL)
+                            self.killed += 1
 
     options = Options(
         formats=tuple(FORMATS.split(",")),  # type: ignore[arg-type]
