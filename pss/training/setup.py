@@ -40,24 +40,23 @@ def stages_of(method: Method, total_steps: int) -> Counter[tuple[Stage, int]]:
 
 def positions_of(method: Method, total_steps: int) -> Iterator[Progress]:
     """All positions of a run, as the main process sees them."""
-    return (position_of(method, step) for step in range(total_steps))
+    train, per_epoch = method.config.train, method.steps_per_epoch
+    total, phases = train.epochs * per_epoch, phase_of_epochs(method)
+    for step in range(total_steps):
+        epoch = step // per_epoch
+        yield Progress(step, total, epoch, train.epochs, train.seed, 0, phases[epoch])
 
 
 def position_of(method: Method, step: int) -> Progress:
     """Where a run is at a step, as the main process sees it."""
-    train, per_epoch = method.config.train, method.steps_per_epoch
-    epoch = step // per_epoch
-    return Progress(step, train.epochs * per_epoch, epoch, train.epochs, train.seed, 0, phase_of(method, epoch))
+    train, epoch = method.config.train, step // method.steps_per_epoch
+    total = train.epochs * method.steps_per_epoch
+    return Progress(step, total, epoch, train.epochs, train.seed, 0, phase_of_epochs(method)[epoch])
 
 
-def phase_of(method: Method, epoch: int) -> int:
-    """The number of the phase that an epoch belongs to; that of the last one for what lies behind it."""
-    phases = method.phases()
-    for number, phase in enumerate(phases):
-        epoch -= phase.epochs
-        if epoch < 0:
-            return number
-    return len(phases) - 1
+def phase_of_epochs(method: Method) -> list[int]:
+    """For every epoch of the run, the number of its phase."""
+    return [number for number, phase in enumerate(method.phases()) for _ in range(phase.epochs)]
 
 
 def check_phases(method: Method) -> None:

@@ -19,9 +19,11 @@ from ranks import assert_same_to_rounding, launch
 from pss import methods, recipes
 from pss.config import Config
 from pss.inference import choose, export, report, sweep
+from pss.inference.accuracy import MacsOfImages
 from pss.inference.opening import load_run
-from pss.methods import METHODS, DenseTargets, Phase, Progress
+from pss.methods import METHODS, DenseTargets, Phase, Progress, Stage
 from pss.models.create import create_model
+from pss.planning.doctor import measure_training
 from pss.planning.plan import plan
 from pss.runs import checkpoint
 from pss.runs.log import read_rows
@@ -301,6 +303,12 @@ def test_it_is_evaluated(config, tmp_path):
     (exhibit,) = found.exhibits
     assert exhibit.points == list(run.method.points())
     assert len(exhibit.pictures[0].views) == len(exhibit.points)
+    for point, shares, view in zip(exhibit.points, exhibit.frequencies, exhibit.pictures[0].views, strict=True):
+        tokens = run.method.tokens(point)
+        kept = tokens[-1] - run.method.model.num_prefix_tokens
+        assert sum(shares) == pytest.approx(kept)
+        assert len(view.kept) == kept
+        assert (view.depths is None) == (len(set(tokens)) == 1)
     json.dumps(found.rows, allow_nan=False)
 
 
@@ -311,6 +319,11 @@ def test_it_is_exported(config, tmp_path, suffix):
     path = tmp_path / f"model.{suffix}"
     assert export.export(run, path, point=run.method.points()[0]) < 1e-4
     assert path.stat().st_size > 1000
+
+
+def test_what_images_cost_is_told_by_mean_and_percentiles():
+    told = MacsOfImages.of(torch.arange(101, dtype=torch.float64))
+    assert (told.mean, told.low, told.high) == pytest.approx((50, 5, 95))
 
 
 # Settings.
@@ -596,6 +609,29 @@ def test_what_a_method_returns_wrong_is_said(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "phases", lambda method: [Phase("a", 1, slow.optim), Phase("b", 3, slow.optim)])
     with pytest.raises(ValueError, match=r"phase a of method whole has 1 epochs, too few for a warm-up of 1.5"):
         trainer(slow, tmp_path / "warm")
+
+
+def test_the_doctor_measures_each_phase_as_it_is_trained(whole, ingredients, monkeypatch):
+    """Also one in which nothing but the head learns: its optimizer has no other parameters."""
+    config, kind = whole[1].config, type(whole[1].method)
+    trained = []
+
+    def begin(method, phase):
+        method.requires_grad_(phase.name == "all")
+        method.model.head.requires_grad_(True)
+
+    monkeypatch.setattr(kind, "phases", lambda method: [Phase("head", 1, config.optim), Phase("all", 3, config.optim)])
+    monkeypatch.setattr(kind, "begin_phase", begin)
+    monkeypatch.setattr(kind, "stage", lambda method, at: Stage(name="head" if at.phase == 0 else ""))
+    monkeypatch.setattr(kind, "end_step", lambda method, at, step: trained.append(at.phase))
+    planned = plan(config, num_images=40, num_classes=4)
+    assert [(level.stage.name, level.share) for level in planned.levels] == [("", 0.75), ("head", 0.25)]
+    rates = measure_training(config, planned, 4, HERE.device)
+    assert set(rates) == set(planned.levels)
+    assert set(trained) == {0, 1}
+    everything = recipes.get("digits").with_settings(settings_of(EVERYTHING, ingredients))
+    with pytest.raises(ValueError, match="learns from label maps, which are not measured here"):
+        measure_training(everything, planned, 4, HERE.device)
 
 
 def test_what_a_method_cannot_do_is_said(whole, ingredients, tmp_path):
