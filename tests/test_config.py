@@ -87,7 +87,7 @@ def test_settings_are_checked_together_not_one_by_one():
         ("train.epoch=3", "did you mean train.epochs"),
         ("trian.epochs=3", "did you mean train.epochs"),
         ("epochs=3", "did you mean train.epochs"),
-        ("train.epochs=three", "train.epochs is 'three'; it must be a whole number"),
+        ("train.epochs=three", "--set train.epochs=three: train.epochs is 'three'; it must be a whole number"),
         ("optim.lr=fast", "must be a number"),
         ("data.mean=1,2", "must be 3 numbers with commas"),
         ("schedule.name=cyc", "one of fixed, linear, cosine, cyclic"),

@@ -566,3 +566,15 @@ def test_weights_are_those_that_attention_uses(rel_pos):
     _, _, v = attention.project_in(tokens, positions)
     by_weights = attention.project_out(attention.weights(tokens, positions) @ v)
     torch.testing.assert_close(by_weights, attention(tokens, positions), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("divisor", "added"), [(1.0, 2.0), (2.0, 1.0), (3.0, 2 / 3)])
+def test_residual_branches_are_divided(divisor, added):
+    """LV-ViT's scaling: with branches that are one everywhere, a block adds 2 / divisor."""
+    block = tiny().blocks[0]
+    block.residual_divisor = divisor
+    for layer in (block.attn.proj, block.mlp.fc2):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.ones_(layer.bias)
+    tokens = torch.randn(2, 5, block.norm1.weight.numel())
+    torch.testing.assert_close(block(tokens) - tokens, torch.full_like(tokens, added))
