@@ -17,23 +17,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-# A resumed run may change these; everything else would make it another run.
-_MAY_DIFFER = (
-    "compile.",
-    "data.gpu_decoding.",
-    "train.max_steps",
-    "train.num_workers",
-    "train.prefetch_mb",
-    "train.log_every_steps",
-    "train.checkpoint_every_minutes",
-    "train.keep_checkpoints",
-    "train.max_skipped",
-    "train.timeout_seconds",
-    "train.accumulate",
-    "train.parallel",
-    "train.checkpoint_activations",
-)
-_CONFIG = "config.json"
 _DOCTOR_SECONDS = 5.0
 _STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "run again"
 
@@ -108,7 +91,8 @@ def train(
         raise ValueError(f"give {' and '.join(missing)}; only --plan needs neither")
     import pipelines
     from pipelines.loaders.prefetch import Prefetcher
-    from pss.runs.lock import claim
+    from pss.runs import records
+    from pss.runs.lock import CONFIG, claim
     from pss.runtime import processes as dist
     from pss.training.trainer import Interrupted, Trainer
 
@@ -117,7 +101,7 @@ def train(
     dataset = pipelines.open_dataset(data)
     with (
         dist.start(config.train.timeout_seconds) as world,
-        claim(output, world, lambda: _admit(output, config, resume)),
+        claim(output, world, lambda: _admit(output, config, resume), lambda line: typer.echo(line, err=True)),
     ):
         if config.train.batch_size % (world.size * config.train.accumulate):
             raise ValueError(
@@ -151,10 +135,7 @@ def train(
                 config, train_loader, val_loader, classes=list(dataset.classes), output=output, world=world
             )
             if world.is_main:
-                saved_config = output / _CONFIG
-                partial = saved_config.with_suffix(".partial")
-                partial.write_text(config.to_json(), encoding="utf-8")
-                partial.replace(saved_config)
+                records.write(output / CONFIG, config.to_dict())
                 begin = f"continuing at step {trainer.step}" if trainer.step else "starting"
                 typer.echo(
                     f"{recipe}: {begin}, {config.method} on {world.device.type}, {train_loader.num_samples:,} images, "
@@ -188,17 +169,16 @@ def train(
 
 def _admit(output: Path, config: Config, resume: bool) -> None:
     """Raise `ValueError` where the run in `output`, if there is one, is not to be continued, or is another one."""
-    from pss.config import Config, differing_fields
+    from pss.config import Config, changes_of_run
+    from pss.runs.checkpoint import list_checkpoints
+    from pss.runs.lock import CHECKPOINTS, CONFIG
 
-    saved = output / _CONFIG
-    if not saved.exists():
-        return
-    if not resume:
+    saved = output / CONFIG
+    if not resume and (saved.exists() or list_checkpoints(output / CHECKPOINTS)):
         raise ValueError(f"{output} already holds a run; add --resume to continue it, or choose another --output")
-    changed = [
-        field for field in differing_fields(Config.from_json(saved), config) if not field.startswith(_MAY_DIFFER)
-    ]
-    if changed:
+    if not saved.exists():
+        return  # checkpoints that were copied alone have settings of their own, which are compared
+    if changed := changes_of_run(Config.from_json(saved), config):
         raise ValueError(
             f"--resume: the run in {output} has other settings (saved, now): {'; '.join(changed)}; "
             "repeat its --set options, or choose another --output"
@@ -274,10 +254,11 @@ def _choose_loader(data: Path, resumed: Path | None, config: Config, world: Worl
     """What `--loader auto` stands for, the same on every process, and why."""
     from pipelines.probe import probe
     from pss.runs.checkpoint import load_latest
+    from pss.runs.lock import CHECKPOINTS
 
     choice = None
     if world.is_main:
-        saved = load_latest(resumed / "checkpoints") if resumed is not None else None
+        saved = load_latest(resumed / CHECKPOINTS) if resumed is not None else None
         if saved is not None:
             choice = f"{saved[0]['loader']['backend']} the run began with it"
         else:

@@ -18,6 +18,7 @@ from typing import Any
 from pipelines.base import DataConfig
 from pipelines.settings import Json, Section, as_dict, hints_of, is_section, nearest
 from pss import methods, overrides
+from pss.runs import records
 from pss.sections import (
     CompileConfig,
     LossConfig,
@@ -39,8 +40,27 @@ __all__ = [
     "OptimConfig",
     "ScheduleConfig",
     "TrainConfig",
+    "changes_of_run",
+    "check_same_run",
     "differing_fields",
 ]
+
+_MAY_DIFFER = (
+    "compile.",
+    "data.gpu_decoding.",
+    "train.max_steps",
+    "train.num_workers",
+    "train.prefetch_mb",
+    "train.log_every_steps",
+    "train.checkpoint_every_minutes",
+    "train.keep_checkpoints",
+    "train.max_skipped",
+    "train.timeout_seconds",
+    "train.accumulate",
+    "train.parallel",
+    "train.checkpoint_activations",
+)
+"""What a resumed run may change; everything else would make it another run."""
 
 _HIDDEN = ("own", "spare")  # fields of `Config` that are no sections of its files
 
@@ -114,6 +134,7 @@ class Config(RunSettings):
         return tree | {section.section: as_dict(section) for section in self.own}
 
     def to_json(self) -> str:
+        """The text of a file that `from_json` reads; that of a run also says which format it has."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -138,11 +159,17 @@ class Config(RunSettings):
     def from_json(cls, path: Path) -> Config:
         """Read a run's `config.json`. Raises `ValueError` naming the file where it cannot be read."""
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            raw = records.read(path, records.Versioned, remedy="restore it, or begin a new run")
+            return cls.from_dict({name: value for name, value in raw.items() if name not in records.STAMP})
         except FileNotFoundError:
             raise ValueError(f"{path} not found; name the --output folder of a pss-train run") from None
-        except (json.JSONDecodeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no run configuration of this version of pss ({error})") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); name the --output folder of a run") from None
+        except ValueError as error:
+            if "later version" in str(error):
+                raise
+            reason = str(error).removeprefix(f"{path} ")
+            raise ValueError(f"{path} is no run configuration of this version of pss ({reason})") from None
 
 
 def _whose(method: str, key: str) -> str | None:
@@ -163,3 +190,21 @@ def differing_fields(a: Config, b: Config) -> list[str]:
         for key in {**flat_a, **flat_b}
         if flat_a.get(key) != flat_b.get(key)
     ]
+
+
+def changes_of_run(a: Config, b: Config) -> list[str]:
+    """Those of `differing_fields` that make two runs of what might be one, continued."""
+    return [field for field in differing_fields(a, b) if not field.startswith(_MAY_DIFFER)]
+
+
+def check_same_run(saved: Any, config: Config, path: Path) -> None:
+    """Raise `ValueError` where `saved`, the settings in a checkpoint, are those of another run than `config`."""
+    try:
+        theirs = Config.from_dict(saved)
+    except ValueError as error:
+        raise ValueError(f"{path} has settings that this version of pss does not know ({error})") from None
+    if changed := changes_of_run(theirs, config):
+        raise ValueError(
+            f"{path} is of a run with other settings (there, here): {'; '.join(changed)}; put the checkpoints of this "
+            "run back, repeat the settings of that one, or choose another --output"
+        )

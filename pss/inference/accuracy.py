@@ -57,13 +57,15 @@ def accuracy(
     observe: Observe | None = None,
     in_step: bool = False,
     with_cost: bool = False,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Accuracy]:
     """Accuracy at each operating point, over every image of the loader's split once, on any number of processes.
 
     Each batch is decoded once and predicted at all of `points`; `observe` is shown the batch, the images as the model
     takes them, and the logits (B, classes) of every point. `predict` returns logits; `with_cost` also what each image
-    cost, (B,). With `in_step` all processes predict equally often, which a
-    model that is sharded among them needs; one without an image left repeats another, so there must be one for each.
+    cost, (B,). `between` is called after each batch, equally often on every process. With `in_step` all processes
+    predict equally often, too, which a model that is sharded among them needs; one without an image left repeats
+    another, so there must be one for each.
 
     Raises:
         DataError: the processes together did not see exactly the split's images.
@@ -93,10 +95,12 @@ def accuracy(
             seen += labels.numel()
             if observe is not None:
                 observe(batch, images, predicted)
-        for _ in range(most - len(loader) if in_step else 0):
-            for point in points:
+            between()
+        for _ in range(most - len(loader)):
+            for point in points if in_step else ():
                 with autocast:
                     predict(images[:1], point)
+            between()
     world.sum(totals)
     world.sum(seen)
     count = int(seen)

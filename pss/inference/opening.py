@@ -11,14 +11,15 @@ import torch
 
 from pipelines.base import DataConfig
 from pss import methods
-from pss.config import Config, ModelConfig
+from pss.config import Config, ModelConfig, check_same_run
 from pss.inference import hub
 from pss.methods import Method
 from pss.models.create import create_model
 from pss.models.sampling import Sort
 from pss.models.vit import VisionTransformer
 from pss.models.weights import Remedies, settings_of, start_from
-from pss.runs import checkpoint
+from pss.runs import checkpoint, records
+from pss.runs.lock import CHECKPOINTS, CONFIG
 
 # pss-eval has no options for what a model is like: that is seen from the file, or was settled in training.
 _REMEDIES = Remedies(
@@ -41,6 +42,8 @@ class Run:
     method: Method
     folder: Path | None = None
     """Where the run keeps its log; None for weights that no run of ours is behind."""
+    averaged: bool = False
+    """Whether its weights are the moving average of those that were trained."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the model was built with that its configuration has no fields for."""
 
@@ -125,30 +128,42 @@ def load_run(
     Raises `ValueError` where the folder holds no run, or no moving average was kept, or no epoch was validated yet.
     """
     folder = source if source.suffix != ".pt" or source.is_dir() else source.parent.parent
-    config = Config.from_json(folder / "config.json")
+    config = Config.from_json(folder / CONFIG)
+    checkpoints = folder / CHECKPOINTS
     if best and folder != source:
         raise ValueError(f"{source} is one checkpoint; name the run's folder, or leave out --best")
     if best:
-        path = checkpoint.best(folder / "checkpoints")
-        if path is None:
+        noted = checkpoint.read_best(checkpoints)
+        if noted is None:
             raise ValueError(f"{folder} holds no validated checkpoint yet; let pss-train finish an epoch")
+        path = checkpoints / noted["file"]
+        # What was best is evaluated: of an epoch, the weights or their average.
+        ema = ema or noted.get("weights") == "ema"
         state = checkpoint.load(path)
     elif folder == source:
-        found = checkpoint.load_latest(folder / "checkpoints")
+        found = checkpoint.load_latest(checkpoints)
         if found is None:
             raise ValueError(f"{folder} holds no checkpoint yet; let pss-train finish at least one epoch")
-        state = found[0]
+        state, path = found
     else:
-        state = checkpoint.load(source)
+        state, path = checkpoint.load(source), source
+    state = records.check(state, records.Checkpoint, path, remedy="name another checkpoint")
+    check_same_run(state["config"], config, path)
     weights = state["ema" if ema else "method"]
     if weights is None:
         raise ValueError(f"{folder} kept no moving average; train with --set train.ema_decay=0.999, or leave out --ema")
     if sort is not None:
         config = replace(config, model=replace(config.model, sort=sort))
     method = methods.build(config, len(state["classes"]), steps_per_epoch=1)
-    method.load_state_dict(weights)
+    try:
+        method.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not hold the model that its settings describe "
+            f"({str(error).strip().splitlines()[-1].strip()}); it was edited: name another checkpoint"
+        ) from error
     method = method.deployed()
-    return Run(folder.name, config, state["classes"], state["step"], method.to(device).eval(), folder)
+    return Run(folder.name, config, state["classes"], state["step"], method.to(device).eval(), folder, averaged=ema)
 
 
 def _names_weights(source: str) -> bool:

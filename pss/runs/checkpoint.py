@@ -3,17 +3,21 @@
 A checkpoint is one file, `step-<step>-<hash>.pt`, where `<hash>` begins the SHA-256 of its content: a file that was
 cut short or damaged is recognised by its name alone, and the newest one that is whole is used. `best.json` names the
 one of the best validation.
+
+A run that other processes or another loader go on with may have to go back to the end of an epoch. It is then another
+continuation, whose number is in the names from then on (`step-<step>-c<number>-<hash>.pt`): the newest checkpoint of
+the newest continuation counts. What is behind it in the old one is moved to `abandoned/` once the new one has saved.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import pickle
 import re
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,41 +26,96 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-_NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
+from pss.runs import records
+
+_NAME = re.compile(r"step-(?P<step>\d{9})(?:-c(?P<continuation>\d+))?-(?P<hash>[0-9a-f]{16})\.pt")
 _BEST = "best.json"
+ABANDONED = "abandoned"
+_LOOK_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
 class Writer:
     """Saves checkpoints of one run in a thread, one at a time and in order, while training goes on."""
 
-    def __init__(self, folder: Path, *, keep: int, epoch_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        epoch_steps: int | None = None,
+        continuation: int = 0,
+        resume_step: int | None = None,
+    ) -> None:
         """Only one writer may work in `folder`: what another left half-written is removed.
 
         Args:
-            folder: where the checkpoints are.
+            folder: where the checkpoints are, or will be; the run's folder is the one above.
             keep: how many of the newest stay.
             epoch_steps: the newest one of the end of an epoch of so many steps stays too.
+            continuation: which one of the run this is.
+            resume_step: where it begins; checkpoints behind it, of earlier continuations, are abandoned.
         """
         self.folder, self.keep, self.epoch_steps = folder, keep, epoch_steps
+        self.continuation, self._resume_step = continuation, resume_step
+        self._identity, self._looked = _identity(folder.parent), time.monotonic()
         for partial in folder.glob(".partial-*"):
             partial.unlink(missing_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pss-checkpoint")
-        self._written: Future[Path] | None = None
+        self._written: Future[Any] | None = None
 
-    def save(self, state: dict[str, Any], *, step: int, score: float | None = None) -> None:
+    def save(self, state: dict[str, Any], *, step: int) -> None:
         """Copy `state` to the host's memory and leave the rest to the thread; see the function `save`.
 
         Waits for the checkpoint before it, and raises what that one failed with.
         """
         self.wait()
-        copied = snapshot(state)
-        self._written = self._thread.submit(
-            save, self.folder, copied, step=step, keep=self.keep, epoch_steps=self.epoch_steps, score=score
+        self._written = self._thread.submit(self._save, snapshot(state), step)
+
+    def _save(self, state: dict[str, Any], step: int) -> None:
+        self.check_place()
+        save(
+            self.folder,
+            state,
+            step=step,
+            keep=self.keep,
+            epoch_steps=self.epoch_steps,
+            continuation=self.continuation,
+            resume_step=self._resume_step,
         )
+        self._resume_step = None
+
+    def note_best(self, *, step: int, score: float, weights: str) -> None:
+        """Once it is written, hold the checkpoint of `step` against the best one so far; see `note_best`."""
+        before = self._written
+
+        def note() -> None:
+            if before is not None:
+                before.result()
+            note_best(self.folder, step=step, continuation=self.continuation, score=score, weights=weights)
+
+        self._written = self._thread.submit(note)
+
+    def failed(self) -> bool:
+        """Whether nothing can be saved any more; to be asked at every step."""
+        if self._written is not None and self._written.done() and self._written.exception() is not None:
+            return True
+        if time.monotonic() - self._looked < _LOOK_SECONDS:  # a network's file system takes its time
+            return False
+        self._looked = time.monotonic()
+        return _identity(self.folder.parent) != self._identity
+
+    def check_place(self) -> None:
+        """Raise `ValueError` where the folder is not the one it was."""
+        run = self.folder.parent
+        if _identity(run) != self._identity:
+            raise ValueError(
+                f"{run} was removed, renamed or replaced while the run was writing to it, so nothing more can be "
+                "saved; put it back and go on with --resume"
+            )
 
     def wait(self) -> None:
-        """Until all is on the disk. Raises `OSError` where it could not be written."""
+        """Until all is on the disk. Raises `OSError` or `ValueError` where it could not be written."""
         written, self._written = self._written, None
         if written is not None:
             written.result()
@@ -65,10 +124,18 @@ class Writer:
         """Let the thread finish and end; what it fails with is only logged, since something else ended the run."""
         try:
             self.wait()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             _log.warning("%s", error)
         finally:
             self._thread.shutdown()
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def snapshot(state: dict[str, Any]) -> dict[str, Any]:
@@ -88,12 +155,14 @@ def save(
     step: int,
     keep: int,
     epoch_steps: int | None = None,
-    score: float | None = None,
+    continuation: int = 0,
+    resume_step: int | None = None,
 ) -> Path:
-    """Write `state` durably, then remove the checkpoints that need not be kept.
+    """Write `state` durably, then abandon what is behind `resume_step` in earlier continuations, if that is given, and
+    remove the checkpoints that need not be kept.
 
-    Kept are the `keep` newest, the one of the best `score`, and the newest one whose step is a multiple of
-    `epoch_steps`. `state` may hold tensors, numbers, strings, None, and lists, tuples and dicts of these.
+    Kept are the `keep` newest, the best one, and the newest one whose step is a multiple of `epoch_steps`. `state` may
+    hold tensors, numbers, strings, None, and lists, tuples and dicts of these.
 
     Raises:
         OSError: it cannot be written; the message names the disk, and all earlier checkpoints are as they were.
@@ -106,14 +175,15 @@ def save(
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        path = folder / f"step-{step:09d}-{_digest(partial)}.pt"
+        number = f"c{continuation}-" if continuation else ""
+        path = folder / f"step-{step:09d}-{number}{_digest(partial)}.pt"
         partial.replace(path)
         _sync_folder(folder)
-        if score is not None:
-            _note_best(path, step, score)
     except (OSError, RuntimeError) as error:  # torch.save wraps what the file raises
         partial.unlink(missing_ok=True)
         raise OSError(_cannot_write(folder, step, error)) from error
+    if resume_step is not None:
+        _abandon(folder, path, resume_step, keep=keep)
     _remove_old(folder, path, keep, epoch_steps)
     return path
 
@@ -132,32 +202,84 @@ def _cannot_write(folder: Path, step: int, error: Exception) -> str:
     )
 
 
-def _note_best(path: Path, step: int, score: float) -> None:
-    noted = _read_best(path.parent)
+def note_best(folder: Path, *, step: int, continuation: int, score: float, weights: str) -> None:
+    """Note in `best.json` that a checkpoint was validated, unless one with as high a score is noted already.
+
+    Args:
+        folder: where the checkpoints are.
+        step: of the checkpoint.
+        continuation: the newest one that it may belong to.
+        score: higher is better.
+        weights: what scored so: `method`, the weights, or `ema`, their average.
+
+    Raises:
+        OSError: it cannot be written; the message names the disk.
+    """
+    noted = read_best(folder)
     if noted is not None and noted["score"] >= score:
         return
-    partial = path.parent / f".partial-best-{os.getpid()}"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"file": path.name, "step": step, "score": score}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path.parent / _BEST)
-    _sync_folder(path.parent)
-
-
-def _read_best(folder: Path) -> dict[str, Any] | None:
-    """What `best.json` says, if the file it names is there."""
+    of_step = [path for path in list_checkpoints(folder) if step_of(path) == step]
+    path = next((path for path in of_step if continuation_of(path) <= continuation), None)
+    if path is None:
+        return
     try:
-        noted: dict[str, Any] = json.loads((folder / _BEST).read_text(encoding="utf-8"))
-        return noted if (folder / noted["file"]).is_file() and noted["score"] is not None else None
-    except (OSError, ValueError, KeyError, TypeError):
+        records.write(folder / _BEST, {"file": path.name, "step": step, "score": score, "weights": weights})
+        _sync_folder(folder)
+    except OSError as error:
+        raise OSError(
+            f"{folder / _BEST} cannot be written ({error.strerror}), which names the best checkpoint; make room and go "
+            "on with --resume"
+        ) from error
+
+
+def read_best(folder: Path) -> records.Best | None:
+    """What `best.json` says, if it is whole and the file it names is there. A damaged one is logged.
+
+    Raises:
+        ValueError: a later version wrote it.
+    """
+    path = folder / _BEST
+    try:
+        noted: records.Best = records.read(path, records.Best, remedy="the next validation writes it anew")
+    except FileNotFoundError:
         return None
+    except ValueError as error:
+        if "later version" in str(error):
+            raise
+        _log.warning("%s", error)
+        return None
+    name = noted["file"]
+    return noted if _NAME.fullmatch(name) and (folder / name).is_file() else None
 
 
 def best(folder: Path) -> Path | None:
     """The checkpoint of the best validation in `folder`; None where none has been noted."""
-    noted = _read_best(folder)
+    noted = read_best(folder)
     return None if noted is None else folder / noted["file"]
+
+
+def _abandon(folder: Path, first: Path, resume_step: int, *, keep: int) -> None:
+    """Move what earlier continuations than that of `first` saved after `resume_step` out of its way; the `keep` newest
+    of all that was ever moved stay."""
+    behind = [
+        path
+        for path in list_checkpoints(folder)
+        if step_of(path) > resume_step and continuation_of(path) < continuation_of(first)
+    ]
+    noted = read_best(folder)
+    if noted is not None and folder / noted["file"] in behind:
+        (folder / _BEST).unlink()
+    aside = folder / ABANDONED
+    moved = []
+    for path in behind:
+        aside.mkdir(exist_ok=True)
+        moved.append(path.replace(aside / path.name))
+    for old in list_checkpoints(aside)[keep:]:
+        old.unlink()
+    if moved:
+        _log.warning(
+            "moved to %s, as the run went on from before them: %s", aside, ", ".join(path.name for path in moved)
+        )
 
 
 def _remove_old(folder: Path, newest: Path, keep: int, epoch_steps: int | None) -> None:
@@ -185,11 +307,11 @@ def assert_plain(value: Any, where: str = "state") -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest step first, damaged ones included."""
+    """The checkpoints in `folder`, newest first, damaged ones included; those of a newer continuation are newer."""
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(named, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
+    return sorted(named, key=lambda path: (continuation_of(path), step_of(path), _time_of(path)), reverse=True)
 
 
 def step_of(path: Path) -> int:
@@ -197,10 +319,23 @@ def step_of(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
+def continuation_of(path: Path) -> int:
+    """The number of the continuation in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match["continuation"] or 0) if match is not None else 0
+
+
+def _time_of(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # it is being removed
+        return 0
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read one checkpoint on the CPU. Raises `ValueError` where it is damaged or no checkpoint."""
     match = _NAME.fullmatch(path.name)
-    if match is not None and _digest(path) != match[2]:
+    if match is not None and _digest(path) != match["hash"]:
         raise ValueError(f"{path} is damaged: its content does not match the hash in its name")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -212,6 +347,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as a checkpoint ({error})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} is no checkpoint of a pss run")
+    records.refuse_later(state, path)
     return state
 
 

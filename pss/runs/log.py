@@ -1,60 +1,149 @@
-"""What a run writes down: `log.jsonl` (one JSON object a line) and TensorBoard events."""
+"""What a run writes down: `log.jsonl` (one JSON object a line) and TensorBoard events made of the same rows.
+
+The log is the source and the events are a picture of it: a run that is resumed makes them anew from the rows that
+count, so each step and epoch is shown once however often the run was killed.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+import logging
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from pss.runs import records
+from pss.runs.board import Board
+
+LOG = "log.jsonl"
+ABANDONED = "log.abandoned.jsonl"
+BOARD = "tensorboard"
+
+_EVENTS = "TensorBoard events"
+_log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Appends rows to `log.jsonl` and TensorBoard. A resumed run first drops what came after its checkpoint."""
+    """Appends rows to `log.jsonl` and TensorBoard. A resumed run first takes out what came after its checkpoint, which
+    goes to `log.abandoned.jsonl`: steps were trained, and perhaps a loss diverged in them.
+
+    Rows that cannot be written are kept and tried again with the next one; none is written in part.
+    """
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
-        self._path = folder / "log.jsonl"
+        """Raises `OSError` where the log of a resumed run cannot be rewritten."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / LOG
+        kept: list[dict[str, Any]] = []
         if self._path.exists():
-            _drop_rows_after(self._path, resume_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
+            rows = read_rows(folder)
+            kept = [row for row in rows if row["step"] <= resume_step]
+            _keep_aside(folder / ABANDONED, [row for row in rows if row["step"] > resume_step])
+            _rewrite(self._path, kept)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size = os.fstat(self._file).st_size
+        self._waiting: list[bytes] = []
+        self._told: set[str] = set()
+        self._board: Board | None = None
+        self._attempt(_EVENTS, lambda: self._begin_board(folder / BOARD, kept))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        """Add a row. What keeps it from being written is told once, and ends nothing."""
         # JSON has no NaN: a mean over steps that were all skipped is null.
-        known = {
-            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()
-        }
-        row = {"kind": kind, "step": step, **known}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        row = {"kind": kind, "step": step, "time": round(time.time(), 3), **records.without_nan(values)}
+        self._waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._attempt(LOG, self._flush)
+        if (board := self._board) is not None:
+            self._attempt(_EVENTS, lambda: board.add(row))
+
+    @property
+    def unwritten(self) -> int:
+        """Rows that the file does not have yet."""
+        return len(self._waiting)
+
+    def _flush(self) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            try:
+                written = os.write(self._file, line)
+                if written < len(line):
+                    raise OSError("no room for a whole row")
+            except OSError:
+                os.ftruncate(self._file, self._size)  # a full disk takes a part of a row
+                raise
+            self._size += len(line)
+            self._waiting.pop(0)
+
+    def _begin_board(self, folder: Path, rows: list[dict[str, Any]]) -> None:
+        self._board = Board(folder, rows)
+
+    def _attempt(self, what: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:  # whatever reports, the run goes on
+            if what not in self._told:
+                self._told.add(what)
+                reason = getattr(error, "strerror", None) or str(error)
+                _log.warning("%s cannot be written to %s (%s); the run goes on", what, self._path.parent, reason)
+            if what == _EVENTS:
+                self._board = None  # a resume makes them anew
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._waiting:
+            self._attempt(LOG, self._flush)
+        os.close(self._file)
+        if self._board is not None:
+            self._attempt(_EVENTS, self._board.close)
 
 
 def read_rows(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a run's `log.jsonl`, all or of one kind."""
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [row for row in rows if kind in (None, row["kind"])]
+    """The rows of a run's `log.jsonl`, all or of one kind; none if there is no log. Logs which lines are no rows."""
+    try:
+        content = (folder / LOG).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    rows, odd = [], []
+    for number, row in _rows(content):
+        if row is None:
+            odd.append(number)
+        elif kind in (None, row["kind"]):
+            rows.append(row)
+    if odd:
+        lines = f"line {odd[0]}" + (f" and {len(odd) - 1} more" if len(odd) > 1 else "")
+        _log.warning("%s: %s left out, cut short or damaged", folder / LOG, lines)
+    return rows
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _rows(content: bytes) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Number and row of each line that is not empty; None for one that is no row."""
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        stripped = line.strip(b"\0 \t\r")  # a power cut leaves NULs where blocks were not written
+        if not stripped:
+            continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that was being written when the run was killed
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
-    os.sync()
+            row: dict[str, Any] = json.loads(stripped)
+            records.check(row, records.Row, LOG, remedy="leave it out")
+        except (ValueError, RecursionError):
+            yield number, None
+        else:
+            yield number, row
+
+
+def _keep_aside(path: Path, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

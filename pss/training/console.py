@@ -20,7 +20,7 @@ class TrainView:
         self._began = self._last_line = time.monotonic()
         self._live: Progress | None = None
         if enabled and self.console.is_terminal:
-            columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
+            columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
             self._live = Progress(*columns, console=self.console, refresh_per_second=4, transient=True)
             self._task = self._live.add_task("starting", total=total_steps, completed=done_steps)
             self._live.start()
@@ -53,11 +53,11 @@ class TrainView:
             self._live.update(self._task, completed=step, description=line)
         elif time.monotonic() - self._last_line >= _PLAIN_SECONDS:
             self._last_line = time.monotonic()
-            self.console.print(line, soft_wrap=True)
+            self.console.print(line, soft_wrap=True, markup=False)
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
-        (self._live.console if self._live is not None else self.console).print(line, soft_wrap=True)
+        (self._live.console if self._live is not None else self.console).print(line, soft_wrap=True, markup=False)
 
     def close(self) -> None:
         if self._live is not None:

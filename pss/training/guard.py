@@ -1,15 +1,18 @@
-"""A step whose loss or gradients are not finite changes nothing, on any process, and is counted.
+"""A step whose loss or gradients are not finite, or too large for the optimizer, changes nothing, on any process, and
+is counted. One that breaks the weights all the same ends the run before they are saved.
 
 Nothing here reads a value from the device: whether a step counts is decided there, and told when the log asks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from pss.runtime.shards import own_part
+from pss.runtime.shards import own_part, whole
 
 
 class Guard:
@@ -20,6 +23,8 @@ class Guard:
         self.limit = limit
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         """Steps skipped: in all, in a row up to now, and the longest row since `check`."""
+        self._broken = torch.full((), -1, dtype=torch.int64, device=device)
+        """The step after which the weights were not finite; -1 while they are."""
         self._ones = torch.ones(3, device=device)
 
     def backward(self, loss: Tensor) -> None:
@@ -27,17 +32,22 @@ class Guard:
         over processes, even where they alone would have been finite."""
         torch.autograd.backward(loss * (1 + 0 * loss.detach()))
 
-    def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, loss: Tensor, norm: Tensor, clip: float | None = None) -> tuple[Tensor, Tensor]:
         """Whether a step is skipped, and what of it goes into averages.
+
+        It is where the gradients are not finite, or the optimizer could not square them: its second moments would be
+        infinite from then on, and those weights would never move again.
 
         Args:
             loss: of this process, scalar.
             norm: of the gradients, averaged over processes, before clipping; scalar.
+            clip: what the norm will be clipped to, if it is.
 
         Returns:
             1.0 if the optimizer must skip this step, else 0.0 (its `found_inf`); and loss, norm and 1, or three zeros.
         """
-        bad = ~torch.isfinite(norm)
+        used = norm if clip is None else norm.clamp(max=clip)  # NaN stays NaN, and infinity is none that clips
+        bad = ~torch.isfinite(norm) | ~torch.isfinite(used.float().square())
         total, row, longest = self.counts.unbind()
         total += bad
         row += 1
@@ -46,13 +56,25 @@ class Guard:
         measured = torch.where(bad, 0.0, torch.stack((loss.detach().float(), norm.float(), self._ones[0])))
         return bad.float(), measured
 
+    @torch.no_grad()
+    def look(self, weights: Iterable[Tensor], step: int) -> None:
+        """Remember the first `step` after which `weights` are not finite, or too large to be squared."""
+        norm = whole(nn.utils.get_total_norm([part.detach() for part in weights]))
+        self._broken.copy_(torch.where((self._broken < 0) & ~torch.isfinite(norm), step, self._broken))
+
     def check(self, step: int) -> int:
         """Steps skipped so far. Reads from the device.
 
         Raises:
-            ValueError: more in a row than allowed, at some time since the last check.
+            ValueError: more in a row than allowed, at some time since the last check; or a step has broken the weights.
         """
-        total, row, longest = self.counts.tolist()
+        total, row, longest, broken = (*self.counts.tolist(), int(self._broken))
+        if broken >= 0:
+            raise ValueError(
+                f"step {broken} left weights that are not finite, or about to be; they are in no checkpoint: start "
+                "anew from the newest one (--set model.weights=RUN) with a lower optim.lr or optim.weight_decay, or "
+                "with optim.clip_grad"
+            )
         if longest >= self.limit:
             raise ValueError(
                 f"the loss or its gradients were not finite in {longest} steps in a row, up to step {step}; none of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,40 @@ class Meter:
         self._by_stage: dict[Stage, _Level] = {}
         # Kept on the device: reading it would make the host wait for every step.
         self._measured = torch.zeros(3, device=self._world.device)
+        self._carried_seconds = 0.0
+        self._began = self._last = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """All sums, for a checkpoint, of all processes (each must call this). Reads from the device."""
+        per_rank = self._measured.new_zeros(self._world.size, 4, dtype=torch.float64)
+        per_rank[self._world.rank, :3] = self._measured
+        per_rank[self._world.rank, 3] = self._wait_seconds
+        return {
+            "steps": self.steps,
+            "images": self._images,
+            "macs": self._macs,
+            "seconds": self.seconds,
+            "per_rank": self._world.sum(per_rank).tolist(),
+            "levels": [
+                [stage.rho, stage.name, level.macs, level.steps, level.seconds, level.wait_seconds]
+                for stage, level in self._by_stage.items()
+            ],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on with the sums of a checkpoint that as many processes wrote; the clock goes on from now."""
+        self.reset()
+        self.steps, self._images, self._macs = state["steps"], state["images"], state["macs"]
+        self._carried_seconds = state["seconds"]
+        *measured, self._wait_seconds = state["per_rank"][self._world.rank]
+        self._measured.copy_(torch.tensor(measured, dtype=torch.float64))
+        self._by_stage = {
+            Stage(rho, name): _Level(macs, steps, seconds, wait)
+            for rho, name, macs, steps, seconds, wait in state["levels"]
+        }
+
+    def start(self) -> None:
+        """Start the clock now, after those seconds that `load_state` brought."""
         self._began = self._last = time.perf_counter()
 
     def add(self, images: int, measured: Tensor, wait_seconds: float, stage: Stage, macs: int) -> None:
@@ -54,7 +89,8 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self._began
+        """Since the last `reset`, with those before a checkpoint."""
+        return self._carried_seconds + time.perf_counter() - self._began
 
     def summary(self) -> dict[str, float]:
         """Over all processes (each must call this): mean loss and gradient norm, images per second, share of time
@@ -93,13 +129,16 @@ class Meter:
         """What the schedule saved of this process's time and of its arithmetic, against its steps at rho = 1.
 
         `saved_time` and `saved_macs` are shares of what all steps would have taken at rho = 1, and `saved_share` is
-        the first over the second: 1 is all that the arithmetic allows. Empty where rho was 1 always, or never.
+        the first over the second: 1 is all that the arithmetic allows. Empty where no step was at rho = 1, or they
+        cost no less in all.
         """
         if Stage() not in self._by_stage or len(self._by_stage) == 1:
             return {}
         levels, dense = self._by_stage.values(), self._by_stage[Stage()]
-        time_share = sum(level.seconds for level in levels) / (self.steps * dense.seconds / dense.steps)
         macs_share = sum(level.steps * level.macs for level in levels) / (self.steps * dense.macs)
+        if macs_share == 1:  # as many tokens at each rho
+            return {}
+        time_share = sum(level.seconds for level in levels) / (self.steps * dense.seconds / dense.steps)
         return {
             "saved_time": 1 - time_share,
             "saved_macs": 1 - macs_share,

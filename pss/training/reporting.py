@@ -1,8 +1,13 @@
-"""What a run tells while it trains: rows of the log, lines on the screen, and the summary at its end."""
+"""What a run tells while it trains: rows of the log, lines on the screen, and the summary at its end.
+
+Nothing here ends a run: what cannot be written or shown is a warning, and the rows are tried again later. Sums travel
+in the checkpoints, so that what is told of an epoch is of all of it, however often it was resumed.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +15,16 @@ from torch import Tensor
 
 from pss.config import Config
 from pss.methods import Method, Progress, Stage, mean_tokens
-from pss.runs.log import RunLog, read_rows
+from pss.runs import checkpoint, records
+from pss.runs.lock import CHECKPOINTS, SUMMARY
+from pss.runs.log import LOG, RunLog, read_rows
 from pss.runtime.processes import World
 from pss.training.console import TrainView
 from pss.training.meter import Meter
-from pss.version import __version__
 
 Row = dict[str, Any]
+
+_log = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -25,25 +33,61 @@ class Reporter:
     def __init__(self, config: Config, output: Path, method: Method, world: World) -> None:
         self.config, self.output, self.method, self.world = config, output, method, world
         self._costs: dict[tuple[Stage, int], int] = {}
+        self._log: RunLog | None = None
+        self._view: TrainView | None = None
+        self._told: set[str] = set()
+        self._epoch_meter, self._meter = Meter(world), Meter(world)
+        self._before_seconds = 0.0
+        """What the epochs before this one took."""
+        self._stopped_seconds: float | None = None
+        """What was trained of this epoch took, once its clock was stopped."""
+        self.pending: Row | None = None
+        """What is to be told of an epoch whose validation is not over."""
 
-    def open(self, *, step: int, last_step: int, epochs: int) -> None:
-        """Begin to report, `step` steps into the run."""
+    def open(self, *, step: int, last_step: int, epochs: int, **about: Any) -> None:
+        """Begin to report, `step` steps into the run; `about` says in the log what goes on with it.
+
+        Raises:
+            OSError: the log of a run that is resumed cannot be rewritten.
+        """
         main = self.world.is_main
-        self._log = RunLog(self.output, resume_step=step) if main else None
+        if main:
+            self._log = RunLog(self.output, resume_step=step)
+            self._write("start", step, **records.STAMP, processes=self.world.size, **about)
         self._view = TrainView(total_steps=last_step, done_steps=step, epochs=epochs, enabled=main)
-        self.begin_epoch()
 
     def close(self) -> None:
-        self._view.close()
-        if self._log is not None:
-            self._log.close()
+        """Stop reporting."""
+        for part in (self._view, self._log):
+            if part is not None:
+                self._attempt("the end of the report", part.close)
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
-        self._view.say(line)
+        if (view := self._view) is not None:
+            self._attempt("the console", lambda: view.say(line))
 
-    def begin_epoch(self) -> None:
-        self._epoch_meter, self._meter = Meter(self.world), Meter(self.world)
+    def state(self) -> Row:
+        """All sums, for a checkpoint. Every process must call it."""
+        return {
+            "before_seconds": self._before_seconds,
+            "epoch": self._epoch_meter.state(),
+            "interval": self._meter.state(),
+            "pending": self.pending,
+        }
+
+    def load_state(self, state: Row) -> None:
+        """Go on with the sums of a checkpoint."""
+        self._before_seconds, self.pending = state["before_seconds"], state["pending"]
+        if len(state["epoch"]["per_rank"]) == self.world.size:  # else it is from the end of an epoch
+            self._epoch_meter.load_state(state["epoch"])
+            self._meter.load_state(state["interval"])
+
+    def begin_epoch(self, *, resumed: bool) -> None:
+        """Start the clocks: anew, or, inside an epoch, from where they were."""
+        self._stopped_seconds = None
+        for meter in (self._epoch_meter, self._meter):
+            meter.start() if resumed else meter.reset()
 
     def add(self, images: Tensor, measured: Tensor, wait_seconds: float, at: Progress) -> None:
         """Count a step; see `Meter.add`."""
@@ -60,61 +104,119 @@ class Reporter:
         stage, size = self.method.stage(at), self.config.data.train_size(at.epoch)
         tokens = mean_tokens(self.method.training_tokens(stage, size))
         extra = {name: float(value) for name, value in out.items() if name != "loss"}
-        if self._log is not None:
-            where = {"epoch": at.epoch, "rho": stage.rho, "img_size": size, "tokens": tokens}
-            named = {"stage": stage.name} if stage.name else {}
-            own = {**where, **named, "lr": lr, "skipped": skipped, **summary}
-            if taken := extra.keys() & own.keys():
-                raise ValueError(
-                    f"method {self.method.name} returns {', '.join(sorted(taken))}, which means something else in the "
-                    "log; call it otherwise"
-                )
-            self._log.write("step", step, **own, **extra)
-        self._view.step(step, epoch=at.epoch, rho=stage.rho, img_size=size, tokens=tokens, skipped=skipped, **summary)
+        where = {"epoch": at.epoch, "rho": stage.rho, "img_size": size, "tokens": tokens}
+        named = {"stage": stage.name} if stage.name else {}
+        own = {**where, **named, "lr": lr, "skipped": skipped, **summary}
+        if taken := extra.keys() & {"kind", "step", "time", *own}:
+            raise ValueError(
+                f"method {self.method.name} returns {', '.join(sorted(taken))}, which means something else in the "
+                "log; call it otherwise"
+            )
+        self._write("step", step, **own, **extra)
+        if (view := self._view) is not None:
+            self._attempt(
+                "the console",
+                lambda: view.step(
+                    step, epoch=at.epoch, rho=stage.rho, img_size=size, tokens=tokens, skipped=skipped, **summary
+                ),
+            )
         self._meter.reset()
 
-    def epoch(
-        self, step: int, epoch: int, where: str, validation: dict[str, float], *, skipped: int, delivered_hash: int
-    ) -> Row:
-        """Report on an epoch, or on what was trained of it, and return its row of the log."""
+    def end_training(self, *, step: int, epoch: int, complete: bool, skipped: int, delivered_hash: int) -> None:
+        """Stop the epoch's clock: what was trained of it is to be saved, then validated. Every process must call it.
+
+        Args:
+            step: of the run.
+            epoch: how many are complete.
+            complete: whether the last one is.
+            skipped: steps of the run.
+            delivered_hash: of the samples of the epoch.
+        """
         meter = self._epoch_meter
-        row: Row = {"epoch": epoch, "train_seconds": self._epoch_seconds, **self._epoch_summary, **meter.saving()}
-        row |= {"skipped": skipped, **validation}
-        if self._log is not None:
-            self._log.write("epoch", step, **row, by_rho=meter.by_stage(), samples_hash=f"{delivered_hash:08x}")
+        row: Row = {"step": step, "epoch": epoch, "complete": complete, "train_seconds": meter.seconds}
+        row |= meter.summary() | {"skipped": skipped, "by_rho": meter.by_stage()}
+        self._attempt("what the schedule saved", lambda: row.update(meter.saving()))
+        self.pending = row | {"samples_hash": f"{delivered_hash:08x}"}
+        self._stopped_seconds = 0.0 if complete else row["train_seconds"]
+        if complete:
+            self._before_seconds += row["train_seconds"]
+            meter.reset()
+            self._meter.reset()
+
+    def has_told(self) -> Row | None:
+        """The row of the epoch that is pending, if it is in the log already. On the main process."""
+        pending = self.pending
+        assert pending is not None
+        return next((row for row in read_rows(self.output, "epoch") if row["step"] == pending["step"]), None)
+
+    def epoch(self, validation: dict[str, float], where: str) -> Row:
+        """Report on the epoch that is pending, or on what was trained of it, and return its row of the log."""
+        assert self.pending is not None
+        row, self.pending = self.pending | validation, None
+        self._write("epoch", **row)
         averaged = f"  (average {row['ema_top1']:.2f} %)" if "ema_top1" in row else ""
         self.say(
             f"{where}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  "
             f"top-1 {row['top1']:.2f} %{averaged}  {row['train_seconds']:.1f} s  data wait {row['data_wait']:.0%}"
-            + (f"  {skipped} steps skipped so far" if skipped else "")
+            + (f"  {row['skipped']} steps skipped so far" if row["skipped"] else "")
         )
-        return {"step": step, **row}
-
-    def end_training(self) -> None:
-        """Stop the epoch's clock: validation comes next. Every process must call it."""
-        self._epoch_seconds, self._epoch_summary = self._epoch_meter.seconds, self._epoch_meter.summary()
+        return row
 
     def summarise(self, *, step: int, epoch: int, total_steps: int, skipped: int) -> None:
-        """Write `summary.json`: the run in a few numbers, over all its epochs, however often it was resumed."""
-        epochs = read_rows(self.output, "epoch")
-        best = max(epochs, key=score_of, default=None)
+        """Write `summary.json`: the run in a few numbers, over all its epochs, however often it was resumed.
+
+        Raises:
+            OSError: it, or a row of the log, cannot be written.
+        """
+        rows = read_rows(self.output, "epoch")
+        best = checkpoint.read_best(self.output / CHECKPOINTS)
         summary = {
             "recipe": self.config.recipe,
-            "version": __version__,
             "finished": step == total_steps,
             "step": step,
             "epoch": epoch,
             "processes": self.world.size,
-            "train_seconds": sum(row["train_seconds"] for row in epochs),
+            "train_seconds": self._before_seconds + self._running_seconds(),
             "skipped": skipped,
-            "best": None if best is None else {"epoch": best["epoch"], "step": best["step"], "top1": score_of(best)},
-            "last": epochs[-1] if epochs else None,
+            "best": None if best is None else _best_of(best, rows),
+            "last": rows[-1] if rows else None,
         }
-        partial = self.output / "summary.partial"
-        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.output / "summary.json")
+        try:
+            records.write(self.output / SUMMARY, summary)
+        except OSError as error:
+            raise OSError(
+                f"{self.output / SUMMARY} cannot be written ({error.strerror or error}); make room"
+            ) from error
+        if self._log is not None and self._log.unwritten:
+            raise OSError(
+                f"{self._log.unwritten} rows could not be written to {self.output / LOG}; the checkpoints are whole: "
+                "make room there"
+            )
+
+    def _running_seconds(self) -> float:
+        if self._stopped_seconds is not None:
+            return self._stopped_seconds
+        return self._epoch_meter.seconds if self._epoch_meter.steps else 0.0
+
+    def _write(self, kind: str, step: int, **values: Any) -> None:
+        if (log := self._log) is not None:
+            self._attempt(LOG, lambda: log.write(kind, step, **values))
+
+    def _attempt(self, what: str, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except Exception as error:  # whatever reports, the run goes on
+            if what not in self._told:
+                self._told.add(what)
+                _log.warning("%s failed (%s: %s); the run goes on", what, type(error).__name__, error)
 
 
-def score_of(row: Row) -> float:
-    """What the best checkpoint is best in: top-1 of the weights or of their average, whichever is higher."""
-    return max(float(row["top1"]), float(row.get("ema_top1", 0.0)))
+def score_of(row: Row) -> tuple[float, str]:
+    """What the best checkpoint is best in, top-1, and whether of the weights (`method`) or their average (`ema`)."""
+    plain, average = float(row["top1"]), float(row.get("ema_top1", -1.0))
+    return (average, "ema") if average > plain else (plain, "method")
+
+
+def _best_of(best: records.Best, rows: list[Row]) -> Row:
+    epoch = next((row["epoch"] for row in rows if row["step"] == best["step"]), None)
+    return {"epoch": epoch, "step": best["step"], "top1": best["score"], "weights": best.get("weights", "method")}

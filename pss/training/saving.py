@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 from timm.utils import ModelEmaV3
 
 from pipelines.base import DataError, Loader
-from pss.config import Config
+from pss.config import Config, check_same_run
 from pss.methods import Method
-from pss.runs import checkpoint
+from pss.runs import checkpoint, records
+from pss.runs.lock import CHECKPOINTS
 from pss.runtime.processes import World
 from pss.training.guard import Guard
 from pss.training.sharding import gather
-from pss.version import __version__
 
 
 class Saver:
@@ -37,20 +38,38 @@ class Saver:
         self.loader, self.world, self.sharded = loader, world, sharded
         self.moved: str | None = None
         """Why a resumed run goes on from the end of an epoch, where its newest checkpoint is from the middle of one."""
+        self.continuation = 0
+        """How often the run has gone back to the end of an epoch."""
+        self._resume_step: int | None = None
         self._writer: checkpoint.Writer | None = None
         self._last = time.monotonic()
         self._asked = False
 
     @property
     def _folder(self) -> Path:
-        return self.output / "checkpoints"
+        return self.output / CHECKPOINTS
 
     def open(self) -> None:
         """Begin to write, on the main process."""
         if self.world.is_main:
             self._writer = checkpoint.Writer(
-                self._folder, keep=self.config.train.keep_checkpoints, epoch_steps=self.loader.steps_per_epoch
+                self._folder,
+                keep=self.config.train.keep_checkpoints,
+                epoch_steps=self.loader.steps_per_epoch,
+                continuation=self.continuation,
+                resume_step=self._resume_step,
             )
+
+    def failed(self) -> bool:
+        """Whether nothing can be saved any more; the main process knows."""
+        return self._writer is not None and self._writer.failed()
+
+    def raise_failure(self) -> None:
+        """Raise what `failed` says that there is."""
+        if self._writer is not None:
+            self._writer.wait()
+            self._writer.check_place()
+        raise ValueError("the run's main process cannot save any more, and says why")
 
     def wait(self) -> None:
         """Until what was saved is on the disk. Raises `OSError` where it could not be written."""
@@ -61,16 +80,19 @@ class Saver:
         if self._writer is not None:
             self._writer.close()
 
-    def find(self) -> dict[str, Any] | None:
+    def find(self) -> records.Checkpoint | None:
         """The state to go on from; None for a new run.
 
-        It is the newest whole checkpoint, or, where other processes or another loader go on, the newest of the end of
-        an epoch.
+        It is the newest whole checkpoint of the newest continuation, or, where other processes or another loader go
+        on, the newest of the end of an epoch; then this is another continuation.
+
+        Raises:
+            ValueError: it belongs to a run with other settings, or to a later version, or all are damaged.
         """
-        found = checkpoint.load_latest(self._folder)
-        if found is None:
+        state = self._load(lambda step: True)
+        if state is None:
             return None
-        state, _ = found
+        self.continuation, self._resume_step = state.get("continuation", 0), state["step"]
         own = {
             "processes": self.world.size,
             "parts": self.config.train.accumulate,
@@ -86,17 +108,29 @@ class Saver:
         epoch_steps = self.loader.steps_per_epoch
         if own == theirs or state["step"] % epoch_steps == 0:
             return state
-        found = checkpoint.load_latest(self._folder, lambda step: step % epoch_steps == 0)
+        earlier = self._load(lambda step: step % epoch_steps == 0)
+        self.continuation += 1
+        self._resume_step = 0 if earlier is None else earlier["step"]
         changed = ", ".join(
             f"{name} {theirs[name]} before and {own[name]} now" for name in own if own[name] != theirs[name]
         )
-        back = found[0]["step"] if found is not None else 0
         self.moved = (
-            f"{changed}: the run goes on from the end of an epoch, step {back}, and not from step {state['step']}"
+            f"{changed}: the run goes on from the end of an epoch, step {self._resume_step}, and not from step "
+            f"{state['step']}"
         )
-        return None if found is None else found[0]
+        return earlier
 
-    def restore(self, saved: dict[str, Any], method: Method, ema: ModelEmaV3 | None, guard: Guard) -> None:
+    def _load(self, usable: Callable[[int], bool]) -> records.Checkpoint | None:
+        found = checkpoint.load_latest(self._folder, usable)
+        if found is None:
+            return None
+        state, path = found
+        remedy = "restore it, or remove it to go on from an earlier one"
+        checked: records.Checkpoint = records.check(state, records.Checkpoint, path, remedy=remedy)
+        check_same_run(checked["config"], self.config, path)
+        return checked
+
+    def restore(self, saved: records.Checkpoint, method: Method, ema: ModelEmaV3 | None, guard: Guard) -> None:
         """Put a state back into the run's parts.
 
         Raises:
@@ -119,10 +153,16 @@ class Saver:
         if "backend" in loader:
             loader = loader | {"backend": self.loader.backend}
         self.loader.load_state_dict(loader)
-        method.load_state_dict(saved["method"])
-        if ema is not None:
-            ema.module.load_state_dict(saved["ema"])
-        guard.counts.copy_(saved["skipped"])
+        try:
+            method.load_state_dict(saved["method"])
+            if ema is not None:
+                ema.module.load_state_dict(saved["ema"] or {})
+            guard.counts.copy_(saved["skipped"])
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoint of step {saved['step']} in {self._folder} does not hold the model that its settings "
+                f"describe ({str(error).strip().splitlines()[-1].strip()}); it was edited: restore it, or remove it"
+            ) from error
 
     def is_due(self) -> bool:
         """Whether to ask for a checkpoint. All processes write it together, so the main one asks, once."""
@@ -142,9 +182,9 @@ class Saver:
         ema: ModelEmaV3 | None,
         optimizer: torch.optim.Optimizer,
         guard: Guard,
-        score: float | None = None,
+        measured: dict[str, Any],
     ) -> None:
-        """Write a checkpoint of this step; `score` is what the best one is best in. Every process must call it."""
+        """Write a checkpoint of this step. Every process must call it."""
         tensors = {}
         if self._writer is not None or self.sharded:
             tensors = {
@@ -156,18 +196,25 @@ class Saver:
             tensors = gather(tensors, self.world)
         if self._writer is not None:
             state = {
-                "version": __version__,
+                **records.STAMP,
                 "config": self.config.to_dict(),
                 "classes": self.classes,
                 "step": step,
                 "epoch": epoch,
                 "phase": phase,
                 "world_size": self.world.size,
+                "continuation": self.continuation,
                 "loader": self.loader.state_dict(),
                 "skipped": guard.counts,
                 "teachers": {name: teacher.digest for name, teacher in method.teachers.items()},
+                "measured": measured,
                 **tensors,
             }
-            self._writer.save(state, step=step, score=score)
+            self._writer.save(state, step=step)
         self._last = time.monotonic()
         self._asked = False
+
+    def note_best(self, *, step: int, score: float, weights: str) -> None:
+        """Hold the checkpoint of `step` against the best one so far; see `checkpoint.note_best`."""
+        if self._writer is not None:
+            self._writer.note_best(step=step, score=score, weights=weights)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
@@ -36,6 +36,13 @@ def shard(method: Method, world: World) -> None:
     register_fsdp_forward_method(method, "predict_with_cost" if method.costs_vary else "predict")
     for buffer in method.buffers():
         assert buffer.device.type == world.device.type, "buffers are not sharded, and must be on the device"
+
+
+def reshard(method: nn.Module) -> None:
+    """Let go of what a forward pass without a backward pass has gathered: parameters are shards again."""
+    for module in method.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather(state: Any, world: World) -> Any:

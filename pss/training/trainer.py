@@ -28,7 +28,7 @@ from pss.training.optim import build_optimizer, set_rates
 from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
 from pss.training.setup import build_mixing, catch_signals, check_masks, check_phases, compile_levels, wrap
-from pss.training.sharding import scatter_optimizer, shard
+from pss.training.sharding import reshard, scatter_optimizer, shard
 
 _REMEDIES = Remedies(
     no_file="--set model.weights=FILE names one, none starts anew",
@@ -89,14 +89,16 @@ class Trainer:
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
         self.guard = Guard(world.device, config.train.max_skipped)
+        self.reporter = Reporter(config, output, self.method, world)
         if self._saved is not None:
             self.saver.restore(self._saved, self.method, self.ema, self.guard)
             self.step, self.epoch = self._saved["step"], self._saved["epoch"]
+            if measured := self._saved.get("measured"):
+                self.reporter.load_state(measured)
         if self.sharded:
             shard(self.method, world)
             if self.ema is not None:
                 shard(self.ema.module, world)
-        self.reporter = Reporter(config, output, self.method, world)
 
     def _check_shards(self) -> None:
         if not self.method.shards:
@@ -123,13 +125,16 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train to the end and return the last epoch's row of the log."""
-        self.reporter.open(step=self.step, last_step=self.last_step, epochs=self.epochs)
-        self.saver.open()
+        about = {"continuation": self.saver.continuation, "loader": self.train_loader.backend}
+        self.reporter.open(step=self.step, last_step=self.last_step, epochs=self.epochs, **about)
         self.row: dict[str, Any] = {}
-        check_masks(self.world.device, self.reporter.say)
-        self.vote = Vote(self.world, num_questions=2)
         try:
+            self.saver.open()
+            check_masks(self.world.device, self.reporter.say)
+            self.vote = Vote(self.world, num_questions=3)
             with catch_signals() as stop:
+                if self.reporter.pending is not None:
+                    self._conclude(stop)  # the run was stopped between an epoch and the end of its validation
                 first_epoch = 0
                 for number, phase in enumerate(self.method.phases()):
                     end_epoch = first_epoch + phase.epochs
@@ -137,6 +142,7 @@ class Trainer:
                         self._run_phase(number, phase, first_epoch, stop)
                     first_epoch = end_epoch
             self._finish()
+            self._check_learnt()
         finally:
             self.reporter.close()
             self.saver.close()
@@ -162,7 +168,7 @@ class Trainer:
         engine.train()
         self.method.begin_epoch(self._position())
         self.train_loader.set_epoch(self.epoch, self.step - self.epoch * self.steps_per_epoch)
-        self.reporter.begin_epoch()
+        self.reporter.begin_epoch(resumed=self.step > self.epoch * self.steps_per_epoch)
         batches = iter(self.train_loader)
         while self.step < min((self.epoch + 1) * self.steps_per_epoch, self.last_step):
             batch, waited = self._next(batches)
@@ -174,7 +180,7 @@ class Trainer:
             out = self._gradients(engine, images, targets, at, dense)
             self.method.mask_gradients(at)
             norm = whole(nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None]))
-            skip, measured = self.guard.judge(out["loss"], norm)
+            skip, measured = self.guard.judge(out["loss"], norm, phase.optim.clip_grad)
             skipping(self.optimizer, skip)
             statistics.settle(skip)
             if phase.optim.clip_grad is not None:
@@ -188,9 +194,10 @@ class Trainer:
             self.method.end_step(at, taken)
             self.method.zero_grad(set_to_none=True)  # also of what no optimizer has
             self.step += 1
+            self.guard.look((p for p in self.method.parameters() if p.requires_grad), self.step)
             self._report_step(images, measured, waited, at, out)
             self._stop_or_save(stop)
-        self._end_epoch()
+        self._end_epoch(stop)
 
     def _position(self) -> Progress:
         seed, rank = self.config.train.seed, self.world.rank
@@ -250,29 +257,44 @@ class Trainer:
             self.reporter.step(self.step, at, out, lr=lr, skipped=self.guard.check(self.step))
 
     def _stop_or_save(self, stop: list[int]) -> None:
-        stopping, saving = self.vote.cast(bool(stop), self.saver.is_due())
+        stopping, saving, failed = self.vote.cast(bool(stop), self.saver.is_due(), self.saver.failed())
+        if failed:
+            self.saver.raise_failure()
         if stopping or saving:
             self._save()
         if stopping:
             self._finish()
             raise Interrupted
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, stop: list[int]) -> None:
         complete = self.step == (self.epoch + 1) * self.steps_per_epoch
         if complete:
             self._check_delivered()
             self.epoch += 1
-        self.reporter.end_training()
-        where = f"epoch {self.epoch}/{self.epochs}" if complete else f"step {self.step}/{self.total_steps}"
-        self.row = self.reporter.epoch(
-            self.step,
-            self.epoch,
-            where,
-            self._validate(),
+        self.reporter.end_training(
+            step=self.step,
+            epoch=self.epoch,
+            complete=complete,
             skipped=self.guard.check(self.step),
             delivered_hash=self.train_loader.delivered_hash,
         )
-        self._save(score_of(self.row))
+        self._save()  # whatever becomes of its validation, the epoch has been trained
+        self._conclude(stop)
+
+    def _conclude(self, stop: list[int]) -> None:
+        """Validate what is saved, and report on it, unless a run that was stopped here has done both."""
+        pending = self.reporter.pending
+        assert pending is not None
+        told = self.reporter.has_told() if self.world.is_main else None
+        if self.world.broadcast("told" if told is not None else None) is None:
+            complete = pending["complete"]
+            where = f"epoch {self.epoch}/{self.epochs}" if complete else f"step {self.step}/{self.total_steps}"
+            told = self.reporter.epoch(self._validate(stop), where)
+        self.reporter.pending = None
+        if told is not None:
+            self.row = told
+            score, weights = score_of(told)
+            self.saver.note_best(step=self.step, score=score, weights=weights)
 
     def _check_delivered(self) -> None:
         """Every sample of the plan, each as often as planned, also where the epoch was resumed in the middle."""
@@ -283,8 +305,19 @@ class Trainer:
                 f"(hash {delivered:08x}, not {planned:08x}); this is a fault of pss, please report it"
             )
 
-    def _validate(self) -> dict[str, float]:
-        """Accuracy of the weights and, where there is one, of their moving average, at the first operating point."""
+    def _validate(self, stop: list[int]) -> dict[str, float]:
+        """Accuracy of the weights and, where there is one, of their moving average, at the first operating point.
+
+        Raises:
+            Interrupted: the run is to stop; it does within a batch.
+        """
+        self.vote.close()  # what was asked of the last training step is asked again
+
+        def between() -> None:
+            if self.vote.cast(bool(stop), False, False)[0]:
+                self._finish()
+                raise Interrupted
+
         models = {"": self.method} | ({"ema_": self.ema.module} if self.ema is not None else {})
         row: dict[str, float] = {}
         for prefix, model in models.items():
@@ -299,14 +332,18 @@ class Trainer:
                 autocast=self.autocast,
                 in_step=self.sharded,
                 with_cost=varying,
+                between=between,
             )
+            if self.sharded:
+                reshard(model)
             if result.macs is not None:
                 row[f"{prefix}gflops"] = result.macs.mean / 1e9
             row |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5}
             row[f"{prefix}val_loss"] = result.loss
         return row | self.method.facts()
 
-    def _save(self, score: float | None = None) -> None:
+    def _save(self) -> None:
+        self.guard.check(self.step)  # weights that are not finite are in no checkpoint
         self.saver.save(
             step=self.step,
             epoch=self.epoch,
@@ -315,7 +352,7 @@ class Trainer:
             ema=self.ema,
             optimizer=self.optimizer,
             guard=self.guard,
-            score=score,
+            measured=self.reporter.state(),
         )
 
     def _finish(self) -> None:
@@ -326,3 +363,13 @@ class Trainer:
             skipped = self.guard.check(self.step)
             self.reporter.summarise(step=self.step, epoch=self.epoch, total_steps=self.total_steps, skipped=skipped)
         self.world.barrier()
+
+    def _check_learnt(self) -> None:
+        """Raise `ValueError` where a run is over that skipped most of its steps."""
+        skipped = self.guard.check(self.step)
+        if self.step == self.last_step and 2 * skipped > self.step:
+            raise ValueError(
+                f"{skipped} of the run's {self.step} steps were skipped, as their loss or gradients were not finite; "
+                "what it has learnt is of the others alone: lower optim.lr, set optim.clip_grad or "
+                "train.precision=fp32, or look at the data"
+            )

@@ -16,7 +16,7 @@ import pytest
 import torch
 import warm
 
-from pss.runs import checkpoint
+from pss.runs import checkpoint, records
 
 
 def save(folder, step, keep=3):
@@ -69,17 +69,20 @@ def test_the_best_and_the_newest_of_an_epochs_end_are_kept_too(tmp_path):
     scores = {4: 50.0, 8: 70.0, 12: 70.0, 16: 60.0}
     state = {"w": torch.zeros(3)}
     for step in range(1, 20):
-        score = scores.get(step)
-        checkpoint.save(tmp_path, {**state, "step": step}, step=step, keep=2, epoch_steps=4, score=score)
+        checkpoint.save(tmp_path, {**state, "step": step}, step=step, keep=2, epoch_steps=4)
+        if step in scores:
+            checkpoint.note_best(tmp_path, step=step, continuation=0, score=scores[step], weights="ema")
     assert steps(tmp_path) == [19, 18, 16, 8]
     best = checkpoint.best(tmp_path)
     assert checkpoint.load(best)["step"] == 8
-    assert json.loads((tmp_path / "best.json").read_text()) == {"file": best.name, "step": 8, "score": 70.0}
+    noted = {"file": best.name, "step": 8, "score": 70.0, "weights": "ema"}
+    assert json.loads((tmp_path / "best.json").read_text()) == {**records.STAMP, **noted}
     assert checkpoint.load_latest(tmp_path, lambda step: step % 4 == 0)[0]["step"] == 16
     for content in ("{", "[]", "{}"):
         (tmp_path / "best.json").write_text(content)
         assert checkpoint.best(tmp_path) is None
-    checkpoint.save(tmp_path, {**state, "step": 20}, step=20, keep=2, epoch_steps=4, score=1.0)
+    checkpoint.save(tmp_path, {**state, "step": 20}, step=20, keep=2, epoch_steps=4)
+    checkpoint.note_best(tmp_path, step=20, continuation=0, score=1.0, weights="method")
     assert checkpoint.load(checkpoint.best(tmp_path))["step"] == 20
     assert steps(tmp_path) == [20, 19]
 

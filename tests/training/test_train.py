@@ -50,7 +50,7 @@ def assert_same(a, b, path=""):
     assert type(a) is type(b), path
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
-        for key in a:
+        for key in a.keys() - {"measured"}:  # times, and sums that start anew with a process
             assert_same(a[key], b[key], f"{path}.{key}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), path
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_steps(tmp_path):
-    with pytest.raises(ValueError, match=r"not finite in \d+ steps in a row, up to step \d+; .* lower optim.lr"):
+    with pytest.raises(ValueError, match=r"step 1 left weights that are not finite, .* lower optim.lr"):
         trainer(tmp_path, "optim.lr=1e30", "optim.warmup_epochs=0", "optim.clip_grad=none").fit()
 
 
@@ -346,7 +346,7 @@ def test_a_compiled_run_has_a_graph_per_level_and_resumes_bit_identical(tmp_path
         assert_same(states[0][part], states[1][part])
     assert not any("_orig_mod" in name for name in states[0]["method"])
     # What was trained compiled goes on, and is read, without.
-    plain = trainer(tmp_path / "straight", "model.depth=1")
+    plain = trainer(tmp_path / "straight", *settings, "compile.mode=off")
     assert not plain.compiled
     assert_same(plain.method.state_dict(), states[0]["method"])
 
