@@ -1,10 +1,13 @@
-"""Kill a run again and again, and see that it ends as if nothing had been.
+"""Stop a run again and again, in every way there is, and see that it ends as if nothing had been.
 
-    python -m tools.crash_runs --loader torch --kills 20
+    python -m tools.crash_runs --loader torch --processes 2
 
-Trains a small model on the digits twice: once undisturbed, and once with `kill -9` at random moments, each followed by
-`--resume`. Both must end with the same weights, moving average and optimizer state, to the bit. A checkpoint is written
-every few steps, so that some moments lie inside its writing; what such a moment left half-written is counted.
+Trains a small model on the digits twice: once undisturbed, and once with a disturbance in each round, followed by
+`--resume`: SIGKILL, SIGSTOP or SIGTERM, of one process or of all, at its start, in the middle of an epoch, while a
+checkpoint is written, in validation; under torchrun with restarts; with `--change`, with other numbers of processes
+in between, each stopped twice within an epoch. Every round must get further than the one before. Where the number of
+processes never changed, weights, moving average and optimizer state must be those of the undisturbed run, to the bit.
+The log must have each step and epoch once.
 """
 
 from __future__ import annotations
@@ -16,82 +19,154 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 
 from pss.runs import checkpoint
+from pss.runs.log import read_rows
 
-_START_SECONDS = 120.0
+Signal = Literal["KILL", "STOP", "TERM"]
+Moment = Literal["start", "epoch", "saving", "validation"]
+
+_PATIENCE_SECONDS = 180.0
+_TIMEOUT_SECONDS = 20  # after which a process gives up one that is stopped
 _SETTINGS = (
     "model.embed_dim=24", "model.depth=2", "model.drop_path_rate=0.1", "loss.mixup=0.8", "data.flip=0.5",
     "train.batch_size=16", "train.num_workers=1", "train.ema_decay=0.9", "train.log_every_steps=10",
-    "optim.warmup_epochs=0",
+    "optim.warmup_epochs=0", f"train.timeout_seconds={_TIMEOUT_SECONDS}", "train.checkpoint_every_minutes=0.001",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Crashes:
-    """What became of a run that was killed."""
+class Round:
+    """One disturbance."""
 
-    kills: int
-    while_writing: int  # of the kills, those that left a checkpoint half-written
-    at_steps: tuple[int, ...]  # of the newest checkpoint after each kill
-    differing: tuple[str, ...]  # tensors that are not those of the undisturbed run
+    signal: Signal = "KILL"
+    whom: Literal["one", "all"] = "all"
+    moment: Moment = "epoch"
+    processes: int = 1
+    restarts: int = 0
+    """How often torchrun begins the processes again by itself."""
+
+    def __str__(self) -> str:
+        again = f", {self.restarts} restarts" if self.restarts else ""
+        return f"SIG{self.signal} of {self.whom} of {self.processes} in {self.moment}{again}"
+
+
+@dataclass(frozen=True)
+class Crashes:
+    """What became of a run that was disturbed."""
+
+    told: tuple[str, ...]  # for each round, what was done and how far the run was then
+    while_writing: int  # rounds that left a checkpoint half-written
+    differing: tuple[str, ...]  # tensors, and rows of the log, that are not those of the undisturbed run
+    stuck: tuple[str, ...]  # rounds that did not get further than the one before
 
     @property
-    def identical(self) -> bool:
-        return not self.differing
+    def good(self) -> bool:
+        return not self.differing and not self.stuck
 
 
-def crash(data: Path, work: Path, *, loader: str, kills: int, epochs: int, seconds: float, seed: int = 0) -> Crashes:
-    """Train in `work/straight` undisturbed, and in `work/killed` with `kills` kills.
+def every_round(processes: int) -> list[Round]:
+    """All disturbances of a run of so many processes."""
+    whom: list[Literal["one", "all"]] = ["all"] if processes == 1 else ["one", "all"]
+    signals: tuple[Signal, ...] = ("KILL", "STOP", "TERM")
+    moments: tuple[Moment, ...] = ("start", "epoch", "saving", "validation")
+    rounds = [Round(name, who, moment, processes) for name in signals for who in whom for moment in moments]
+    if processes > 1:
+        rounds += [Round(name, "one", "epoch", processes, restarts=2) for name in ("KILL", "TERM")]  # type: ignore[arg-type]
+    return rounds
+
+
+def changes() -> list[Round]:
+    """2, 1, 2 and 1 processes, each stopped twice within an epoch."""
+    return [Round("KILL", "all", "epoch", processes) for processes in (2, 2, 1, 1, 2, 2, 1, 1)]
+
+
+def crash(
+    data: Path,
+    work: Path,
+    *,
+    loader: str,
+    rounds: Sequence[Round],
+    epochs: int,
+    seconds: float = 0.5,
+    seed: int = 0,
+) -> Crashes:
+    """Train in `work/straight` undisturbed, and in `work/disturbed` with a disturbance in each round.
 
     Args:
-        data: a data set that `loader` reads.
-        work: an empty folder.
+        data: A data set that `loader` reads.
+        work: An empty folder.
         loader: dali, ffcv or torch.
-        kills: how often to kill; the run must be long enough for all of them.
-        epochs: the length of the run.
-        seconds: each kill comes at a random moment up to so long after the first new checkpoint.
-        seed: of the moments.
+        rounds: What to do; the run must be long enough for all of it.
+        epochs: The length of the run.
+        seconds: A disturbance comes at a random moment up to so long after it could.
+        seed: Of the moments.
     """
     draw = random.Random(seed)
+    settings = (*_SETTINGS, f"train.epochs={epochs}")
     options = ["digits", "--data", str(data), "--loader", loader, "--resume"]
-    for setting in (*_SETTINGS, f"train.epochs={epochs}", "train.checkpoint_every_minutes=0.001"):
-        options += ["--set", setting]
-    _finish(_start(options, work / "straight"))
-    folder = work / "killed" / "checkpoints"
-    while_writing, steps = 0, []
-    for _ in range(kills):
-        before = set(folder.glob("step-*"))
-        process = _start(options, work / "killed")
-        _wait_for_progress(process, folder, before)
-        time.sleep(draw.uniform(0, seconds))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if process.returncode != -signal.SIGKILL:
-            raise ValueError(f"the run ended (exit code {process.returncode}) before kill {len(steps) + 1} of {kills}")
+    options += [word for setting in settings for word in ("--set", setting)]
+    straight, disturbed = work / "straight", work / "disturbed"
+    _finish(_start(options, straight, Round(processes=rounds[0].processes)))
+    folder = disturbed / "checkpoints"
+    told, stuck, while_writing = [], [], 0
+    for one in rounds:
+        before = _newest(folder)
+        process = _start(options, disturbed, one)
+        try:
+            _wait_for(one.moment, process, disturbed, before)
+            time.sleep(draw.uniform(0, seconds) if one.moment in ("start", "epoch") else 0)
+            _disturb(process, one, draw)
+            process.communicate(timeout=_PATIENCE_SECONDS)
+        finally:
+            _kill_all(process)
         while_writing += bool(list(folder.glob(".partial-*")))
-        listed = checkpoint.list_checkpoints(folder)
-        steps.append(checkpoint.step_of(listed[0]) if listed else 0)
-    total = checkpoint.step_of(checkpoint.list_checkpoints(work / "straight" / "checkpoints")[0])
-    if steps[-1] == total:
-        raise ValueError(f"the run of {total} steps had ended before the last of {kills} kills; train more epochs")
-    _finish(_start(options, work / "killed"))
-    states = [_flat(_newest(work / name / "checkpoints")) for name in ("straight", "killed")]
+        now = _newest(folder)
+        told.append(f"{one}: at step {now[1]}" + (f" of continuation {now[0]}" if now[0] else ""))
+        if now < before or (now == before and one.moment != "start"):
+            stuck.append(f"{one}: from {before} to {now}")
+    if process.returncode == 0:
+        raise ValueError(f"the run had ended before the last of {len(rounds)} disturbances; train more epochs")
+    _finish(_start(options, disturbed, Round(processes=rounds[-1].processes)))
+    constant = len({one.processes for one in rounds}) == 1
+    differing = _differences(straight, disturbed) if constant else []
+    return Crashes(tuple(told), while_writing, (*differing, *_odd_rows(disturbed)), tuple(stuck))
+
+
+def _newest(folder: Path) -> tuple[int, int]:
+    """Continuation and step of the newest checkpoint."""
+    listed = checkpoint.list_checkpoints(folder)
+    return (checkpoint.continuation_of(listed[0]), checkpoint.step_of(listed[0])) if listed else (0, 0)
+
+
+def _differences(straight: Path, disturbed: Path) -> list[str]:
+    states = []
+    for output in (straight, disturbed):
+        found = checkpoint.load_latest(output / "checkpoints")
+        assert found is not None
+        states.append(_flat({name: part for name, part in found[0].items() if name != "measured"}))
     names = sorted(states[0].keys() | states[1].keys())
-    differing = [name for name in names if not _same(states[0].get(name), states[1].get(name))]
-    return Crashes(kills, while_writing, tuple(steps), tuple(differing))
+    return [name for name in names if not _same(states[0].get(name), states[1].get(name))]
 
 
-def _newest(folder: Path) -> dict[str, Any]:
-    found = checkpoint.load_latest(folder)
-    assert found is not None
-    return found[0]
+def _odd_rows(output: Path) -> list[str]:
+    """Rows of the log that are there twice or not at all."""
+    seen = Counter((row["kind"], row["step"]) for row in read_rows(output) if row["kind"] != "start")
+    odd = [f"{kind} row {step} {count} times" for (kind, step), count in seen.items() if count > 1]
+    every = [step for kind, step in seen if kind == "step"]
+    if every != list(range(10, max(every) + 1, 10)):
+        odd.append("step rows out of order or missing")
+    epochs = [step for kind, step in seen if kind == "epoch"]
+    return odd + (["epoch rows missing"] if epochs != list(range(epochs[0], epochs[-1] + 1, epochs[0])) else [])
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:
@@ -106,51 +181,116 @@ def _same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else bool(a == b)
 
 
-def _start(options: list[str], output: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cli.train", *options, "--output", str(output)]
+def _start(options: list[str], output: Path, one: Round) -> subprocess.Popen[str]:
+    command = [sys.executable]
+    if one.processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(one.processes)]
+        command += ["--max-restarts", str(one.restarts)]
+    command += ["-m", "cli.train", *options, "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def _wait_for_progress(process: subprocess.Popen[str], folder: Path, before: set[Path]) -> None:
-    """Until there is a checkpoint that was not there before."""
-    began = time.monotonic()
-    while set(folder.glob("step-*")) <= before:
-        if process.poll() is not None or time.monotonic() - began > _START_SECONDS:
-            process.kill()
+def _workers(process: subprocess.Popen[str], one: Round) -> list[int]:
+    """The processes that train: those that torchrun started, or the one."""
+    if one.processes == 1:
+        return [process.pid]
+    try:
+        told = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii")
+    except OSError:
+        return []
+    return [int(word) for word in told.split()]
+
+
+def _disturb(process: subprocess.Popen[str], one: Round, draw: random.Random) -> None:
+    workers = _workers(process, one)
+    chosen = [draw.choice(workers)] if one.whom == "one" and workers else workers
+    for worker in chosen:
+        with suppress(ProcessLookupError):
+            os.kill(worker, getattr(signal, f"SIG{one.signal}"))
+    if one.restarts:
+        time.sleep(_TIMEOUT_SECONDS / 2)  # torchrun begins the processes again; then all goes down
+        _kill_all(process)
+    elif one.signal == "STOP" and (one.whom == "all" or one.processes == 1):
+        time.sleep(0.5)  # nobody is left who could notice
+        _kill_all(process)
+    elif one.signal == "KILL" and one.whom == "all":
+        _kill_all(process)
+
+
+def _kill_all(process: subprocess.Popen[str]) -> None:
+    """Of the session that was started, whatever is left."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def _wait_for(moment: Moment, process: subprocess.Popen[str], output: Path, before: tuple[int, int]) -> None:
+    """Until the run has got further than `before`, and is where the disturbance is to come."""
+    folder, deadline = output / "checkpoints", time.monotonic() + _PATIENCE_SECONDS
+    if moment == "start":
+        time.sleep(2.0)
+        return
+    while True:
+        if process.poll() is not None or time.monotonic() > deadline:
+            _kill_all(process)
             _, told = process.communicate()
             raise ValueError(f"the run did not get on: {told}")
-        time.sleep(0.01)
+        newest = _newest(folder)
+        further = newest > before
+        if moment == "epoch" and further:
+            return
+        if moment == "saving" and further and list(folder.glob(".partial-*")):
+            return
+        if moment == "validation" and further and _is_validating(output, newest[1]):
+            return
+        time.sleep(0.002)
+
+
+def _is_validating(output: Path, step: int) -> bool:
+    epochs = [row["step"] for row in read_rows(output, "epoch")]
+    per_epoch = min(epochs, default=0)
+    return (step % per_epoch == 0 and step not in epochs) if per_epoch else False
 
 
 def _finish(process: subprocess.Popen[str]) -> None:
-    _, told = process.communicate(timeout=600)
+    _, told = process.communicate(timeout=900)
     if process.returncode:
         raise ValueError(f"the run failed: {told}")
 
 
 def main(
     loader: Annotated[str, typer.Option(help="dali, ffcv or torch.")] = "torch",
-    kills: Annotated[int, typer.Option(help="How often to kill.", min=1)] = 20,
-    epochs: Annotated[int, typer.Option(help="Length of the run.")] = 14,
-    seconds: Annotated[float, typer.Option(help="Latest moment of a kill, after the first new checkpoint.")] = 1.0,
+    processes: Annotated[int, typer.Option(help="Of the run.", min=1, max=2)] = 2,
+    change: Annotated[bool, typer.Option("--change", help="Change between 2 processes and 1.")] = False,
+    repeat: Annotated[int, typer.Option(help="How often to do each.", min=1)] = 1,
+    epochs: Annotated[int, typer.Option(help="Length of the run; it must outlast all rounds.", min=1)] = 60,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
 ) -> None:
-    """Kill a run again and again, and see that it ends as if nothing had been."""
+    """Stop a run again and again, in every way there is, and see that it ends as if nothing had been."""
     began = time.monotonic()
+    rounds = (changes() if change else every_round(processes)) * repeat
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "digits"
         convert = [sys.executable, "-m", "cli.convert", "digits", str(data), "--format", "ffcv,dali"]
         subprocess.run(convert, check=True, capture_output=True)
-        done = crash(data, Path(folder), loader=loader, kills=kills, epochs=epochs, seconds=seconds, seed=seed)
+        done = crash(data, Path(folder), loader=loader, rounds=rounds, epochs=epochs, seed=seed)
+    for line in done.told:
+        typer.echo(line)
     typer.echo(
-        f"{loader}: {done.kills}/{kills} kills, {done.while_writing} of them while a checkpoint was written, at steps "
-        f"{', '.join(map(str, done.at_steps))}; {time.monotonic() - began:.0f} s"
+        f"{loader}: {len(rounds)} disturbances, {done.while_writing} of them left a checkpoint half-written; "
+        f"{time.monotonic() - began:.0f} s"
     )
-    if not done.identical:
+    for line in done.stuck:
+        typer.echo(f"did not get on: {line}")
+    if done.differing:
         typer.echo(f"{len(done.differing)} values differ: {', '.join(done.differing[:5])}")
+    if not done.good:
         raise typer.Exit(1)
-    typer.echo("every weight, average and optimizer state is that of the undisturbed run, to the bit")
+    typer.echo(
+        "every round got further, and the run finished"
+        + ("" if change else "; every weight, average and optimizer state is the undisturbed run's, to the bit")
+    )
 
 
 if __name__ == "__main__":
