@@ -47,12 +47,15 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
         debug = True
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
     try:
         try:
             app(args=arguments)
-        finally:
-            flush()  # at the exit of the interpreter it would be too late to say that it failed
+        except SystemExit as done:
+            if not done.code:
+                flush()  # at the exit of the interpreter it would be too late to say that it failed
+            raise
     except (ValueError, OSError) as error:
         if debug:
             raise
@@ -87,6 +90,8 @@ def flush() -> None:
 
 
 def _end(told: str, code: int) -> None:
+    with suppress(OSError):
+        flush()
     with suppress(OSError):  # whoever would read it is gone, and the exit code still says it
         print(f"error: {told}", file=sys.stderr)
     sys.exit(code)

@@ -176,6 +176,7 @@ def evaluate(
             if world.is_main:
                 with writing.result("the table"):  # first: whatever happens to the files, it is not lost
                     sweep.show(found.rows)
+                    flush()
                 for name, content in sweep.FILES.items():
                     with writing.result(str(folder / name)):
                         files.write(folder / name, content(found.rows))

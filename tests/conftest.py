@@ -161,6 +161,10 @@ class Disk:
         assert pages >= 0, f"there are not even {free} bytes on it"
         filler.write_bytes(bytes(pages * state.f_bsize))
 
+    def seal(self) -> None:
+        """From now on nothing can be written on it."""
+        subprocess.run(["mount", "-o", "remount,ro", str(self.path)], check=True, timeout=60)
+
     def files(self) -> list[str]:
         """Every file and folder on it, hidden ones too, but for what fills it."""
         return sorted(str(one.relative_to(self.path)) for one in self.path.rglob("*") if one.name != ".filler")

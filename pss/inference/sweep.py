@@ -267,11 +267,7 @@ def _in_words(row: Row, name: str, form: str) -> str:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print the table.
-
-    Raises:
-        OSError: it cannot be printed.
-    """
+    """Print the table."""
     console = Console(markup=False, emoji=False)  # names of runs are not to be read as either
     if not console.is_terminal:  # a file has no width to fit
         width = max(200, 150 + max(cell_len(row["run"]) for row in rows))
@@ -288,7 +284,7 @@ def show(rows: Sequence[Row]) -> None:
         last = row["run"]
     with console.capture() as printed:
         console.print(table)
-    print(printed.get(), end="", flush=True)
+    print(printed.get(), end="")
 
 
 def distinct_names(sources: Sequence[str | Path]) -> list[str]:

@@ -93,10 +93,14 @@ def obstacle(path: Path, *, folder: bool = False) -> str | None:
                 return "a file is in the way" if folder else "it is a folder"
         if not folder:
             place = place.parent
+        names = []
         while not os.path.lexists(place):
+            names.append(place.name)
             place = place.parent
         if not place.is_dir():
             return f"a file is in the way, {place}"
+        if any(len(os.fsencode(name)) > os.pathconf(place, "PC_NAME_MAX") for name in names):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         handle, name = tempfile.mkstemp(prefix=".pss-", suffix=".partial", dir=place)
         os.close(handle)
         Path(name).unlink()
