@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from importlib import resources
 from importlib.util import find_spec
@@ -65,18 +66,17 @@ def _page(content: dict[str, Any], title: str, about: str) -> str:
     from plotly.offline import get_plotlyjs
 
     own = resources.files("pss.inference.report")
-    page = own.joinpath("report.html").read_text(encoding="utf-8")
-    page = page.replace("{{title}}", html.escape(printable(title))).replace("{{about}}", html.escape(printable(about)))
-    for mark, value in (
-        ("{{style}}", own.joinpath("report.css").read_text(encoding="utf-8")),
-        ("{{script}}", own.joinpath("report.js").read_text(encoding="utf-8")),
-        ("{{plotly}}", get_plotlyjs()),
-        ("{{data}}", _data(content)),  # last, as it may hold anything
-    ):
-        before, found, after = page.partition(mark)
-        assert found, mark
-        page = before + value + after
-    return page
+    parts = {
+        "title": html.escape(printable(title)),
+        "about": html.escape(printable(about)),
+        "style": own.joinpath("report.css").read_text(encoding="utf-8"),
+        "script": own.joinpath("report.js").read_text(encoding="utf-8"),
+        "plotly": get_plotlyjs(),
+        "data": _data(content),
+    }
+    frame = own.joinpath("report.html").read_text(encoding="utf-8")
+    # In one go, so that no part is looked for in another one: a run may be called {{data}}.
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], frame)
 
 
 def _data(content: Any) -> str:
