@@ -138,7 +138,7 @@ def evaluate(
     names = sweep.distinct_names(runs)
     with dist.start() as world:
         if world.size > 1 and not sweeping:
-            raise ValueError("choosing ρ and exporting are for one process; start it without torchrun")
+            raise ValueError(f"{demand.option or '--export'} is for one process; start it without torchrun")
         outputs.agree(world, check_targets)
         loaded = [open_run(source, world.device, ema=ema, best=best, sort=sort) for source in runs]
         for point in (rhos or ()) if len(loaded) == 1 else ():  # beside others, a method without a knob has one row

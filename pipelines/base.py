@@ -11,6 +11,7 @@ Legend: B images per rank and step, S image side in pixels, which may be another
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
@@ -65,8 +66,8 @@ def in_words(error: BaseException) -> str:
     """Why something failed, for a sentence that names the file: no `[Errno 28]`, no traceback, one line."""
     if isinstance(error, OSError) and error.errno is not None:
         told = _REASONS.get(error.errno) or error.strerror or type(error).__name__
-    else:
-        told = str(error).strip() or type(error).__name__
+    else:  # Pillow's messages name objects by their addresses
+        told = re.sub(r"\s*<[^<>]* object at 0x[0-9a-f]+>", "", str(error)).strip() or type(error).__name__
     return " ".join(told.split())
 
 

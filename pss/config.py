@@ -120,7 +120,7 @@ class Config(RunSettings):
     def from_dict(cls, raw: Any) -> Config:
         """What `to_dict` returned. Raises `ValueError`."""
         if not isinstance(raw, dict):
-            raise ValueError("a configuration is an object of sections")
+            raise ValueError(f"the configuration is {str(raw)[:40]!r}; it must be an object of sections")
         method = raw.get("method", "sampled")
         kinds = {kind.section: kind for kind in methods.find(method).sections}
         names = [part.name for part in dataclasses.fields(cls) if part.name not in _HIDDEN]
@@ -142,7 +142,9 @@ class Config(RunSettings):
         except FileNotFoundError:
             raise ValueError(f"{path} not found; name the --output folder of a pss-train run") from None
         except (json.JSONDecodeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no run configuration of this version of pss ({error})") from None
+            raise ValueError(
+                f"{path} is no run configuration of this version of pss ({error}); use the version that wrote it"
+            ) from None
 
 
 def _whose(method: str, key: str) -> str | None:

@@ -74,7 +74,10 @@ def crash(data: Path, work: Path, *, loader: str, kills: int, epochs: int, secon
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if process.returncode != -signal.SIGKILL:
-            raise ValueError(f"the run ended (exit code {process.returncode}) before kill {len(steps) + 1} of {kills}")
+            raise ValueError(
+                f"the run ended (exit code {process.returncode}) before kill {len(steps) + 1} of {kills}; "
+                "train more epochs"
+            )
         while_writing += bool(list(folder.glob(".partial-*")))
         listed = checkpoint.list_checkpoints(folder)
         steps.append(checkpoint.step_of(listed[0]) if listed else 0)

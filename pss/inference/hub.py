@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors.torch
 
-from pipelines.base import DataConfig
+from pipelines.base import DataConfig, in_words
 from pss.inference.text import markdown
 from pss.models.create import create_model
 from pss.models.vit import VisionTransformer
@@ -124,7 +124,7 @@ def load(source: str | Path) -> Published:
         settings, classes = own["settings"], known.get("label_names")
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{source} is no model that pss published ({error!r}); for another one name MODEL=FILE, its weights"
+            f"{source} is no model that pss published ({in_words(error)}); for another one name MODEL=FILE, its weights"
         ) from None
     model = create_model(own["name"], num_classes=config["num_classes"], img_size=data.img_size, **settings)
     model.load_state_dict(safetensors.torch.load_file(folder / _WEIGHTS))

@@ -106,7 +106,7 @@ def drawing(draw: Draw) -> Iterator[None]:
 def _highest(scores: Tensor, num_kept_patches: int) -> Tensor:
     """The indices of the highest scores of each row, ascending; the lower index wins a tie."""
     if not 1 <= num_kept_patches <= scores.shape[1]:
-        raise ValueError(f"cannot keep {num_kept_patches} of {scores.shape[1]} patches")
+        raise ValueError(f"cannot keep {num_kept_patches} of {scores.shape[1]} patches; keep one at least, and no more")
     # topk is faster, but which of two equal scores it takes depends on the device.
     order = scores.sort(dim=1, descending=True, stable=True).indices
     kept: Tensor = order[:, :num_kept_patches].sort(dim=1).values

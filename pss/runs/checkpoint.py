@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from pss.runtime.files import in_words
+
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 _BEST = "best.json"
 _log = logging.getLogger(__name__)
@@ -209,9 +211,9 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint: it holds more than tensors and plain values"
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({error})") from None
+        raise ValueError(f"{path} cannot be read as a checkpoint ({in_words(error)}); name another one") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is no checkpoint of a pss run")
+        raise ValueError(f"{path} is no checkpoint of a pss run; name another one")
     return state
 
 

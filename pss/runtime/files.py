@@ -12,6 +12,8 @@ from pathlib import Path
 
 from pipelines.base import in_words
 
+__all__ = ["in_words", "obstacle", "write", "write_all", "write_folder"]
+
 
 def write(path: Path, content: bytes | str) -> None:
     """Write a file so that nobody ever reads a part of it, and an older one stays until the new one is on the disk.

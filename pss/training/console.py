@@ -14,13 +14,13 @@ class TrainView:
     """Shows where the run is. Silent on every process but the main one."""
 
     def __init__(self, *, total_steps: int, done_steps: int, epochs: int, enabled: bool) -> None:
-        self.console = Console(stderr=True, quiet=not enabled, highlight=False)
+        self.console = Console(stderr=True, quiet=not enabled, highlight=False, markup=False, emoji=False)
         self._epochs = epochs
         self._total, self._first = total_steps, done_steps
         self._began = self._last_line = time.monotonic()
         self._live: Progress | None = None
         if enabled and self.console.is_terminal:
-            columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
+            columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
             self._live = Progress(*columns, console=self.console, refresh_per_second=4, transient=True)
             self._task = self._live.add_task("starting", total=total_steps, completed=done_steps)
             self._live.start()
