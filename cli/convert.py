@@ -63,7 +63,7 @@ def convert(
     signal.signal(signal.SIGTERM, _terminate)
     jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
     if full and not verify:
-        raise ValueError("--full is for --verify")
+        raise ValueError("--full is for --verify; add it, or leave --full out")
     if verify:
         with _Display("files") as display:
             manifest = verification.verify(Path(source), jobs, display, full=full)
@@ -144,13 +144,13 @@ class _Display:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        console = Console(stderr=True)
+        console = Console(stderr=True, markup=False, emoji=False)
         self._live = console.is_terminal
         self._bar = Progress(
-            TextColumn("{task.description:<20}"),
+            TextColumn("{task.description:<20}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:>8} " + self._unit + "/s"),
+            TextColumn("{task.fields[rate]:>8} " + self._unit + "/s", markup=False),
             TimeRemainingColumn(),
             console=console,
             disable=not self._live,

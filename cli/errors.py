@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
+from contextlib import suppress
 
 import typer
 
 _TRACEBACK = "--traceback"
+_REMEDIES = {
+    errno.ENOSPC: "make room, or write to another disk",
+    errno.EDQUOT: "make room, or write to another disk",
+    errno.EROFS: "write to another disk",
+    errno.ENAMETOOLONG: "choose a shorter one",
+    errno.ENOTDIR: "move it away, or choose another path",
+    errno.EEXIST: "move it away, or choose another path",
+    errno.EISDIR: "name a file",
+    errno.EACCES: "change who may read and write it, or choose another path",
+    errno.EPERM: "choose another path",
+    errno.ENOENT: "check the path",
+}
 
 
 class Failed(Exception):
@@ -30,15 +45,53 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
     if _TRACEBACK in arguments:
         arguments.remove(_TRACEBACK)
         debug = True
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
     try:
-        app(args=arguments)
+        try:
+            app(args=arguments)
+        except SystemExit as done:
+            if not done.code:
+                flush()  # at the exit of the interpreter it would be too late to say that it failed
+            raise
     except (ValueError, OSError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(sentence(error), 2)
     except Failed as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(str(error), 1)
+
+
+def sentence(error: Exception) -> str:
+    """What a command says of an error: one line; of the system's own errors, file, reason and remedy in words."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    from pipelines.base import in_words
+
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    told = ": ".join([" and ".join(names), in_words(error)] if names else [in_words(error)])
+    remedy = _REMEDIES.get(error.errno)
+    return told if remedy is None else f"{told}; {remedy}"
+
+
+def flush() -> None:
+    """Say all that was printed; raises `OSError`, which names the standard output, where it cannot be said."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer must not fail once more when the interpreter exits.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "the standard output") from error
+
+
+def _end(told: str, code: int) -> None:
+    with suppress(OSError):
+        flush()
+    with suppress(OSError):  # whoever would read it is gone, and the exit code still says it
+        print(f"error: {told}", file=sys.stderr)
+    sys.exit(code)

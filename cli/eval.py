@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cli.errors import run
+from cli import outputs
+from cli.errors import flush, run
 
 if TYPE_CHECKING:
     import torch
 
     from pss.inference.opening import Run
     from pss.inference.sweep import Row, Sweep
+
+REPORT = "report.html"
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -109,21 +112,34 @@ def evaluate(
         raise ValueError("--dynamic goes with --export alone: a file whose ρ is free at each call")
     if data is None and (sweeping or max_drop is not None):
         raise ValueError("--data is missing; name the data set to evaluate on, as given to pss-train")
+    outputs.check_paths(output=output, export=export, push=push)
 
     import pipelines
     from pss.inference import report, sweep
     from pss.inference.opening import open_run
+    from pss.runtime import files
     from pss.runtime import processes as dist
 
-    if export is not None:
-        from pss.inference.export import check_target
+    results = (*sweep.FILES, REPORT)
 
-        check_target(export)
+    def check_targets() -> None:
+        if export is not None:
+            from pss.inference.export import check_target
+
+            check_target(export)
+        if push is not None:
+            from pss.inference.hub import check_target as check_pushing
+
+            check_pushing(push)
+        if output is not None and sweeping:
+            outputs.check_folder(output, results, given=True)
+
     dataset = None if data is None else pipelines.open_dataset(data)
     names = sweep.distinct_names(runs)
     with dist.start() as world:
         if world.size > 1 and not sweeping:
-            raise ValueError("choosing ρ and exporting are for one process; start it without torchrun")
+            raise ValueError(f"{demand.option or '--export'} is for one process; start it without torchrun")
+        outputs.agree(world, check_targets)
         loaded = [open_run(source, world.device, ema=ema, best=best, sort=sort) for source in runs]
         for point in (rhos or ()) if len(loaded) == 1 else ():  # beside others, a method without a knob has one row
             loaded[0].method.check_point(point)
@@ -151,19 +167,30 @@ def evaluate(
             )
 
         if sweeping:
-            found = measure(rhos)
+            folder = output or sweep.default_output(loaded)
+            if output is None:
+                outputs.agree(world, lambda: outputs.check_folder(folder, results, given=False))
+            if push is not None:
+                loaded[0].published()  # raises for what cannot be
+            found, writing = measure(rhos), outputs.Writing()
             if world.is_main:
-                folder = output or sweep.default_output(loaded)
-                sweep.write(found.rows, folder)
-                sweep.show(found.rows)
-                with_report = report.available()
-                if with_report:
-                    report.write(found, loaded, names, folder / "report.html")
-                last = "rho.png and report.html" if with_report else f"and rho.png; {report.MISSING}"
-                typer.echo(f"wrote {folder / 'rho.json'}, rho.csv, {last}", err=True)
+                with writing.result("the table"):  # first: whatever happens to the files, it is not lost
+                    sweep.show(found.rows)
+                    flush()
+                for name, content in sweep.FILES.items():
+                    with writing.result(str(folder / name)):
+                        files.write(folder / name, content(found.rows))
+                if report.available():
+                    with writing.result(str(folder / REPORT)):
+                        report.write(found, loaded, names, folder / REPORT)
                 if push is not None:
-                    write_model(loaded[0], names[0], found.rows, push)
+                    with writing.result(str(push)):
+                        write_model(loaded[0], names[0], found.rows, push)
+                if told := [name for name in writing.written if name != "the table"]:
+                    missing = "" if report.available() else f"; {report.MISSING}"
+                    typer.echo(f"wrote {outputs.listed(told)}{missing}", err=True)
             world.barrier()
+            writing.close()
         if demand.option:
             rhos = [choose(demand, loaded[0], rhos, None if data is None else measure, batch_size, world.device)]
         if export is not None:
@@ -240,6 +267,7 @@ def choose(
         f"ρ {chosen:.4g} ({mean_tokens(one.method.tokens(chosen))} of {one.method.model.num_tokens} tokens), {reason}; "
         f"against ρ 1 {saved:.0%} fewer FLOPs{drop}"
     )
+    flush()  # before anything is written, which may fail
     return chosen
 
 
@@ -249,7 +277,6 @@ def write_model(one: Run, name: str, rows: Sequence[Row], folder: Path) -> None:
 
     card = hub.card(name, rows=rows, columns=sweep.COLUMNS, architecture=one.config.model.name)
     hub.save(folder, one.published(), card)
-    typer.echo(f"wrote {folder}: config.json, model.safetensors and README.md", err=True)
 
 
 def write_export(one: Run, path: Path, rhos: Sequence[float] | None, *, dynamic: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View
+from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View, in_words
 from pipelines.storage.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, read_manifest
 from pipelines.storage.source import class_names, find_split_folder, open_source
 
@@ -66,7 +66,9 @@ def build(
     if backend == "torch":
         made = import_module("pipelines.loaders.torch_loader").TorchLoader(source, **settings)
     elif backend == "dali":
-        module = _import_backend("dali", "DALI is not installed; run `make setup`, or use loader='torch'")
+        module = _import_backend(
+            "dali", "DALI is not installed; run `make setup`, or use the torch loader (--loader torch)"
+        )
         made = module.DaliLoader(source, **settings)
     else:
         raise DataError(f"there is no loader {loader!r}; use 'auto', 'torch', 'dali' or 'ffcv'")
@@ -77,7 +79,7 @@ def _import_backend(name: str, remedy: str) -> Any:
     try:
         return import_module(f"pipelines.loaders.{name}_loader")
     except ImportError as error:
-        raise DataError(f"{remedy} ({error})") from error
+        raise DataError(f"{remedy}; importing it says: {in_words(error)}") from error
 
 
 def choose_backend(root: Path, split: str) -> Backend:

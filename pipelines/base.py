@@ -10,6 +10,8 @@ Legend: B images per rank and step, S image side in pixels, which may be another
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
@@ -34,6 +36,39 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class DataError(ValueError):
     """The data set, or one of its files, cannot be used; the message names it and the remedy."""
+
+
+_REASONS = {
+    errno.ENOSPC: "no space left on that disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "read-only file system",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOTDIR: "a file is in the way",
+    errno.EEXIST: "a file is in the way",
+    errno.EISDIR: "it is a folder",
+    errno.ENOTEMPTY: "something else is in it",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "the system does not permit it",
+    errno.ENOENT: "it is not there",
+    errno.ELOOP: "its links go in circles",
+    errno.EFBIG: "too large a file for that disk",
+    errno.EIO: "the disk reports an error",
+    errno.ENXIO: "the device is not there",
+    errno.ESTALE: "the file server no longer knows it",
+    errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open",
+    errno.ENOMEM: "out of memory",
+    errno.EPIPE: "nobody reads it any more",
+}
+
+
+def in_words(error: BaseException) -> str:
+    """Why something failed, for a sentence that names the file: no `[Errno 28]`, no traceback, one line."""
+    if isinstance(error, OSError) and error.errno is not None:
+        told = _REASONS.get(error.errno) or error.strerror or type(error).__name__
+    else:  # Pillow's messages name objects by their addresses
+        told = re.sub(r"\s*<[^<>]* object at 0x[0-9a-f]+>", "", str(error)).strip() or type(error).__name__
+    return " ".join(told.split())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 UInt64 = NDArray[np.uint64]
 
-CROP, FLIP = 0, 1
+CROP, FLIP, PATCHES = 0, 1, 6
 """Streams: unrelated draws for the same sample and epoch. Numbers once used keep their meaning."""
 
 _GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -70,6 +70,7 @@ def key_torch(seed: int, epoch: int, index: Tensor, stream: int) -> Tensor:
     return mix_torch(mix_torch(index ^ _constant(mix(seed) ^ np.uint64(epoch))) ^ stream)
 
 
-def u01_torch(k: Tensor, n: int) -> Tensor:
-    """The same draws as `u01`, float64 on the device of `k`."""
-    return _shift_right(mix_torch(k ^ _constant(n)), 11).to(torch.float64) * _TO_UNIT
+def u01_torch(k: Tensor, n: int | Tensor) -> Tensor:
+    """The same draws as `u01`, float64 on the device of `k`; `n` may be int64 that is broadcast with it."""
+    number = mix_torch(n) if isinstance(n, Tensor) else _constant(n)
+    return _shift_right(mix_torch(k ^ number), 11).to(torch.float64) * _TO_UNIT

@@ -19,6 +19,7 @@ from pipelines.base import DataConfig
 from pipelines.settings import Json, Section, as_dict, hints_of, is_section, nearest
 from pss import methods, overrides
 from pss.runs import records
+from pss.runtime.files import in_words
 from pss.sections import (
     CompileConfig,
     LossConfig,
@@ -141,7 +142,7 @@ class Config(RunSettings):
     def from_dict(cls, raw: Any) -> Config:
         """What `to_dict` returned. Raises `ValueError`."""
         if not isinstance(raw, dict):
-            raise ValueError("a configuration is an object of sections")
+            raise ValueError(f"the configuration is {str(raw)[:40]!r}; it must be an object of sections")
         method = raw.get("method", "sampled")
         kinds = {kind.section: kind for kind in methods.find(method).sections}
         names = [part.name for part in dataclasses.fields(cls) if part.name not in _HIDDEN]
@@ -164,12 +165,14 @@ class Config(RunSettings):
         except FileNotFoundError:
             raise ValueError(f"{path} not found; name the --output folder of a pss-train run") from None
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}); name the --output folder of a run") from None
+            raise ValueError(f"{path} cannot be read ({in_words(error)}); name the --output folder of a run") from None
         except ValueError as error:
             if "later version" in str(error):
                 raise
             reason = str(error).removeprefix(f"{path} ")
-            raise ValueError(f"{path} is no run configuration of this version of pss ({reason})") from None
+            raise ValueError(
+                f"{path} is no run configuration of this version of pss ({reason}); use the version that wrote it"
+            ) from None
 
 
 def _whose(method: str, key: str) -> str | None:
@@ -202,7 +205,9 @@ def check_same_run(saved: Any, config: Config, path: Path) -> None:
     try:
         theirs = Config.from_dict(saved)
     except ValueError as error:
-        raise ValueError(f"{path} has settings that this version of pss does not know ({error})") from None
+        raise ValueError(
+            f"{path} has settings that this version of pss does not know ({error}); use the version that wrote it"
+        ) from None
     if changed := changes_of_run(theirs, config):
         raise ValueError(
             f"{path} is of a run with other settings (there, here): {'; '.join(changed)}; put the checkpoints of this "

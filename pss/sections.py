@@ -293,4 +293,6 @@ def model_of(run: Path) -> ModelConfig:
     except FileNotFoundError:
         raise ValueError(f"{path} not found; name the --output folder of a pss-train run") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no run configuration of this version of pss ({error})") from None
+        raise ValueError(
+            f"{path} is no run configuration of this version of pss ({error}); use the version that wrote it"
+        ) from None

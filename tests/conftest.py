@@ -8,8 +8,10 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,53 @@ def convert_folder(source: Path, dest: Path, formats: str, **options: Any) -> Ma
     """`pss-convert` as a function, silently."""
     settings = Options(formats=tuple(formats.split(",")), shard_size=20, jobs=2, **options)
     return convert(str(source), dest, settings, Silent())
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A small file system of its own."""
+
+    path: Path
+
+    def leave(self, free: int) -> None:
+        """Fill it so that `free` bytes are left, rounded up to whole pages; what a test wrote stays."""
+        filler = self.path / ".filler"
+        filler.unlink(missing_ok=True)
+        state = os.statvfs(self.path)
+        pages = state.f_bavail - -(-free // state.f_bsize)
+        assert pages >= 0, f"there are not even {free} bytes on it"
+        filler.write_bytes(bytes(pages * state.f_bsize))
+
+    def seal(self) -> None:
+        """From now on nothing can be written on it."""
+        subprocess.run(["mount", "-o", "remount,ro", str(self.path)], check=True, timeout=60)
+
+    def files(self) -> list[str]:
+        """Every file and folder on it, hidden ones too, but for what fills it."""
+        return sorted(str(one.relative_to(self.path)) for one in self.path.rglob("*") if one.name != ".filler")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Disk]]:
+    """Makes file systems of so many bytes, to be filled; skips, with the reason, where none can be mounted."""
+    mounted: list[Path] = []
+
+    def make(size: int) -> Disk:
+        folder = tmp_path / f"disk-{len(mounted)}"
+        folder.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        except FileNotFoundError:
+            pytest.skip("no small file system can be mounted here: there is no mount command")
+        if done.returncode:
+            pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return Disk(folder)
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=60)
 
 
 def free_port() -> int:

@@ -36,6 +36,7 @@ Signal = Literal["KILL", "STOP", "TERM"]
 Moment = Literal["start", "epoch", "saving", "validation"]
 
 _PATIENCE_SECONDS = 180.0
+_START_SECONDS = 5.0  # which a start takes, about
 _TIMEOUT_SECONDS = 20  # after which a process gives up one that is stopped
 _SETTINGS = (
     "model.embed_dim=24", "model.depth=2", "model.drop_path_rate=0.1", "loss.mixup=0.8", "data.flip=0.5",
@@ -123,8 +124,9 @@ def crash(
         before = _newest(folder)
         process = _start(options, disturbed, one)
         try:
-            _wait_for(one.moment, process, disturbed, before)
-            time.sleep(draw.uniform(0, seconds) if one.moment in ("start", "epoch") else 0)
+            _wait_for(one, process, disturbed, before)
+            longest = {"start": _START_SECONDS, "epoch": seconds}.get(one.moment, 0.0)
+            time.sleep(draw.uniform(0, longest))
             _disturb(process, one, draw)
             process.communicate(timeout=_PATIENCE_SECONDS)
         finally:
@@ -225,13 +227,12 @@ def _kill_all(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def _wait_for(moment: Moment, process: subprocess.Popen[str], output: Path, before: tuple[int, int]) -> None:
+def _wait_for(one: Round, process: subprocess.Popen[str], output: Path, before: tuple[int, int]) -> None:
     """Until the run has got further than `before`, and is where the disturbance is to come."""
-    folder, deadline = output / "checkpoints", time.monotonic() + _PATIENCE_SECONDS
-    if moment == "start":
-        time.sleep(2.0)
-        return
+    folder, deadline, moment = output / "checkpoints", time.monotonic() + _PATIENCE_SECONDS, one.moment
     while True:
+        if moment == "start" and len(_workers(process, one)) == one.processes:
+            return
         if process.poll() is not None or time.monotonic() > deadline:
             _kill_all(process)
             _, told = process.communicate()

@@ -45,7 +45,7 @@ class DeviceTransform:
         The window and the flip are known. What RandAugment then rotates, shears or shifts is not in the view.
         """
         if batch.view is None:
-            raise ValueError("the batch has no view; take it from a loader, or give it the View of its images")
+            raise ValueError("batch.view is None; take the batch from a loader, or give it the View of its images")
         flips, device = self._flips(batch, epoch), batch.images.device
         flipped = batch.view.flipped.numpy()  # (B,), what the loader has mirrored
         view = View(

@@ -1,4 +1,4 @@
-"""Streams of `pipelines.crng` for the transforms of this package; `crng` itself uses 0 and 1.
+"""Streams of `pipelines.crng` for the transforms of this package; `crng` itself uses 0, 1 and 6.
 
 Numbers once used keep their meaning: changing one changes every run that is repeated from its seed.
 """

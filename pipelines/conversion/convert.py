@@ -223,7 +223,9 @@ class _Conversion:
             if self.options.on_error == "skip":
                 left = {image.sample.label for image in images[split]}
                 if empty := [name for label, name in enumerate(classes) if label not in left]:
-                    raise DataError(f"class {empty[0]!r} has no readable image in the {split} split")
+                    raise DataError(
+                        f"class {empty[0]!r} has no readable image in the {split} split; remove it, or repair one"
+                    )
         if unreadable and self.options.on_error == "fail":
             names = "; ".join(f"{bad.name}: {bad.reason}" for bad in unreadable[:LISTED])
             more = f"; and {len(unreadable) - LISTED} more" if len(unreadable) > LISTED else ""

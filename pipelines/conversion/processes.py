@@ -49,7 +49,7 @@ def map_processes(
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
         raise WorkerLost(
-            "a conversion process was killed, perhaps for want of memory; the same command continues"
+            "a process of pss-convert was killed, perhaps for want of memory; the same command continues"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

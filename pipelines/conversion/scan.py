@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
 from pipelines.conversion.jpeg_warnings import jpeg_warning
 from pipelines.conversion.work import Finished
 from pipelines.sources.sample import Sample
@@ -44,7 +43,7 @@ class ImageFile:
         except FileNotFoundError:
             encoded = b""
         if zlib.crc32(encoded) != self.crc32:
-            raise DataError(f"{self.sample.name} changed while it was being converted")
+            raise DataError(f"{self.sample.name} changed while it was being converted; convert again when it rests")
         return encoded
 
 
@@ -107,11 +106,6 @@ def check_image(sample: Sample) -> ImageFile | Unreadable:
         return Unreadable(sample.name, f"more than {Image.MAX_IMAGE_PIXELS} pixels")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         return Unreadable(sample.name, in_words(error))
-
-
-def in_words(error: Exception) -> str:
-    """What an error says, without the addresses of Python objects in it."""
-    return re.sub(r"\s*<[^<>]* object at 0x[0-9a-f]+>", "", str(error)).strip() or type(error).__name__
 
 
 def decode_rgb(encoded: bytes) -> NDArray[np.uint8]:

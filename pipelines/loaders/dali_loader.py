@@ -39,7 +39,7 @@ from pipelines.storage.unreadable import UNREADABLE, unreadable
 
 _PREFETCH = 2
 _DECODED = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
-_REMEDY = "use loader='torch', or convert the data set with pss-convert"
+_REMEDY = "use the torch loader (--loader torch), or convert the data set with pss-convert"
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 Keys = NDArray[np.int64]

@@ -170,7 +170,8 @@ class FfcvLoader(PlannedLoader):
         table = ConvertedTable(root, split)
         if table.entry.beton is None:
             raise DataError(
-                f"the {table.split} split of {root} has no FFCV file; use loader='auto', or convert with --format ffcv"
+                f"the {table.split} split of {root} has no FFCV file; use another loader (--loader auto), or convert "
+                "it with --format ffcv"
             )
         super().__init__(table, **settings)
         table.check_size(table.entry.beton)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
 from pipelines.sources.sample import MAX_ENCODED
 
 _MAX_EXPANDED = 2 << 30  # bytes that a compressed archive may expand to; the largest known one has 190 MB
@@ -44,7 +44,7 @@ def tar_members(path: Path, inside: Member | None = None) -> Iterator[Member]:
                     yield Member(info.name, start + info.offset_data, info.size)
                     tar.members.clear()  # type: ignore[attr-defined]  # a million of them
         except tarfile.TarError as error:
-            raise DataError(f"{what} is damaged or no tar ({error}); download it again") from error
+            raise DataError(f"{what} is damaged or no tar ({in_words(error)}); download it again") from error
         # tarfile takes a broken header in the middle for the end
         window.seek(end)
         if window.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -80,7 +80,7 @@ def read_compressed(path: Path, wanted: set[str]) -> dict[str, bytes]:
                         assert content is not None
                         found[name] = content.read()
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, OSError) as error:
-        raise DataError(f"{path} is damaged ({error}); download it again") from error
+        raise DataError(f"{path} is damaged ({in_words(error)}); download it again") from error
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
 from pipelines.sources.archive import read_compressed
 from pipelines.sources.sample import Listing
 from pipelines.sources.spool import Spool
@@ -88,7 +88,7 @@ def _load(content: bytes, path: Path, name: str) -> dict[bytes, Any]:
     try:
         loaded = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can fail in any way
-        raise DataError(f"{path}, {name} is not what CIFAR holds ({error}); download it again") from error
+        raise DataError(f"{path}, {name} is not what CIFAR holds ({in_words(error)}); download it again") from error
     if not isinstance(loaded, dict):
         raise DataError(f"{path}, {name} is not what CIFAR holds; download it again")
     return loaded

@@ -103,11 +103,11 @@ def _validation_labels(folder: Path, images: Sequence[Sample], classes: Sequence
     if all(len(row) == 1 for row in rows):
         return [row[0] for row in rows]
     if any(len(row) != 2 for row in rows):
-        raise DataError(f"{fitting[0]} has a line without exactly a file name and a label")
+        raise DataError(f"{fitting[0]} has a line without exactly a file name and a label; mend it")
     label_of = {PurePosixPath(name).name: label for name, label in rows}
     names = [PurePosixPath(image.name.rsplit(", ", 1)[-1]).name for image in images]
     if missing := [name for name in names if name not in label_of]:
-        raise DataError(f"{fitting[0]} has no line for {missing[0]}")
+        raise DataError(f"{fitting[0]} has no line for {missing[0]}; download it again")
     labels = [label_of[name] for name in names]
     if not all(label.isdigit() for label in labels):
         return labels

@@ -25,7 +25,8 @@ def list_source(source: str, spool: Spool) -> Listing:
     if source == DIGITS:
         return list_digits(spool)
     if not path.exists():
-        raise DataError(f"there is no folder {path}" if not path.suffix else f"there is no file or folder {path}")
+        what = "file or folder" if path.suffix else "folder"
+        raise DataError(f"there is no {what} {path}; name one that holds images, or the word digits")
     if (path / MANIFEST).exists():
         raise DataError(f"{path} has been converted already; convert its original source")
     listing = _list(path, spool)

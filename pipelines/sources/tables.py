@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
 from pipelines.sources.names import by_split
 from pipelines.sources.sample import UNSPLIT, Listing
 from pipelines.sources.spool import Spool
@@ -81,7 +81,7 @@ def _saved_files(folder: Path) -> list[Path]:
         state = json.loads((folder / "state.json").read_text())
         paths = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} is no complete save_to_disk folder ({error})") from error
+        raise DataError(f"{folder} is no complete save_to_disk folder ({in_words(error)}); save it again") from error
     if state.get("_indices_data_files"):
         raise DataError(f"{folder} was saved with an index over its rows; save flatten_indices() of it instead")
     return paths
@@ -96,7 +96,7 @@ def _list(source: Path, splits: dict[str, list[Path]], batches: Any, schema: Any
             for split, paths in splits.items()
         }
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{source} cannot be read ({str(error).splitlines()[0]}); download it again") from error
+        raise DataError(f"{source} cannot be read ({in_words(error)}); download it again") from error
     if not classes:
         count = 1 + max((sample.label for part in samples.values() for sample in part), default=-1)
         classes = tuple(str(label) for label in range(count))
@@ -117,7 +117,7 @@ def _images(batches: Iterator[tuple[Path, Any]]) -> Iterator[tuple[str, int, byt
             if encoded is None:
                 raise DataError(f"{name} names an image file instead of holding it; embed the images first")
             if value is None:
-                raise DataError(f"{name} has no label")
+                raise DataError(f"{name} has no label; give it one, or remove it")
             yield name, value, encoded
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.base import in_words
+
 _VERSION = 2
 _MIN_PAGE = 1 << 21
 _INT, _RGB = 1, 2  # FFCV's numbers of the field types
@@ -71,7 +73,7 @@ def damaged_frame(path: Path, rows: NDArray[Any], labels: NDArray[np.int64], max
             file.seek(table)
             found_behind = file.read(len(behind) + 1)
     except OSError as error:
-        return f"which cannot be read ({error.strerror})"
+        return f"which cannot be read ({in_words(error)})"
     metadata = HEADER.itemsize + 3 * FIELD.itemsize
     if found_before[: HEADER.itemsize] != before[: HEADER.itemsize]:
         return "header"

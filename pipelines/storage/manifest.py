@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
 
 FORMAT = "pss-dataset"
 FORMAT_VERSION = 2
@@ -109,7 +109,7 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         text = path.read_bytes()
         content = json.loads(text)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); convert the data set again") from error
+        raise DataError(f"{path} cannot be read ({in_words(error)}); convert the data set again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path} was not written by pss-convert; point at a converted data set")
     if (version := content.get("format_version")) != FORMAT_VERSION:

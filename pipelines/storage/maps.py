@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
 
 _ROWS_IN_FINGERPRINT = 64
 
@@ -30,7 +30,7 @@ class LabelMaps:
         try:
             mapped = np.lib.format.open_memmap(self.path, mode="r")
         except OSError as error:
-            raise DataError(f"the label maps {path} cannot be read ({error.strerror}); check data and path") from error
+            raise DataError(f"the label maps {path} cannot be read ({in_words(error)}); check data and path") from error
         except ValueError as error:
             raise DataError(f"{path} is no whole .npy file of numbers ({error}); write it with numpy.save") from error
         found = len(mapped) if mapped.ndim else 0

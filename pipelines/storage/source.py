@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
 from pipelines.storage.manifest import (
     MANIFEST,
     SPLIT_ALIASES,
@@ -105,7 +105,7 @@ class ConvertedTable:
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}); copy it again") from error
+            raise DataError(f"{path} cannot be read ({in_words(error)}); copy it again") from error
         if found != expected:
             raise DataError(f"{path} has {found} bytes instead of {expected}; copy it again")
 
@@ -128,8 +128,8 @@ class TarSource(ConvertedTable):
         self.check_bytes = check_bytes
         if not self.entry.shards:
             raise DataError(
-                f"the {self.split} split of {root} holds FFCV data only; use loader='ffcv', or convert it again "
-                "with --format ffcv,dali"
+                f"the {self.split} split of {root} holds FFCV data only; use the FFCV loader (--loader ffcv), or "
+                "convert it again with --format ffcv,dali"
             )
         for shard in self.entry.shards:
             self.check_size(shard)
@@ -209,7 +209,7 @@ class FolderSource:
         try:
             encoded = np.fromfile(self.folder / self.names[i], dtype=np.uint8)
         except OSError as error:
-            raise DataError(f"{self.name(i)} cannot be read ({error.strerror})") from error
+            raise DataError(f"{self.name(i)} cannot be read ({in_words(error)}); restore it or remove it") from error
         if not self._sizes[i, 0]:
             try:
                 with Image.open(io.BytesIO(encoded.data)) as image:
@@ -258,7 +258,7 @@ def find_split_folder(root: Path, split: str) -> Path | None:
 def split_folder(root: Path, split: str) -> Path:
     """The folder of a split; `DataError` where it is missing."""
     if not root.is_dir():
-        raise DataError(f"there is no folder {root}")
+        raise DataError(f"there is no folder {root}; name the one that holds the data set")
     if folder := find_split_folder(root, split):
         return folder
     split = canonical_split(split)

@@ -6,7 +6,7 @@ import re
 
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
 
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in pixel data; the others are escapes, filling and restarts
 _END, _SCAN = 0xD9, 0xDA
@@ -22,8 +22,7 @@ def unreadable(name: str, num_bytes: int, error: BaseException) -> DataError:
         return DataError(f"{name} is empty; restore it or remove it")
     if isinstance(error, UnidentifiedImageError):
         return DataError(f"{name} is not an image (JPEG, PNG, WebP, BMP, GIF or TIFF); restore it or remove it")
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return DataError(f"{name} cannot be decoded: {reason}")
+    return DataError(f"{name} cannot be decoded: {in_words(error)}; restore it or remove it")
 
 
 def has_stray_marker(jpeg: bytes | memoryview) -> bool:

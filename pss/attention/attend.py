@@ -87,7 +87,7 @@ def attend_packed(
     Their gradients come back in one tensor of the same layout, which saves copying them together.
     """
     if table is None or positions is None:
-        raise ValueError("a relative position bias needs its table and the tokens' positions; pass both or neither")
+        raise ValueError("a position bias (model.rel_pos) needs its table and the tokens' positions; give both or none")
     choice = _choose(qkv, plain=attn_mask is None and dropout == 0)
     if choice == "fused":
         from pss.attention.fused import fused_attention
@@ -293,7 +293,9 @@ class Attention(nn.Module):
             rows = self.proj.weight.new_zeros(relpos.num_separable_rows(grid), self.num_heads)
             self.separable_relative_position_bias_table = nn.Parameter(rows)
         elif rel_pos == "rope" and self.head_dim % 4:
-            raise ValueError(f"rel_pos='rope' needs heads of a multiple of 4 wide, got {self.head_dim}")
+            raise ValueError(
+                f"model.rel_pos rope needs heads of a multiple of 4 wide, got {self.head_dim}; change model.num_heads"
+            )
 
     def drop_key_bias(self) -> None:
         """Keep the bias of queries and values only, as BEiT does (a bias on keys cancels in the softmax)."""

@@ -162,7 +162,9 @@ def resize_table(table: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
         ValueError: the table does not belong to `old_grid`.
     """
     if table.shape[0] != num_table_rows(old_grid):
-        raise ValueError(f"a table of {table.shape[0]} rows does not belong to a patch grid of {old_grid}")
+        raise ValueError(
+            f"a table of {table.shape[0]} rows does not belong to a patch grid of {old_grid}; name the grid it is of"
+        )
     offsets = table[:-NUM_PREFIX_ROWS].reshape(2 * old_grid[0] - 1, 2 * old_grid[1] - 1, -1)  # (rows, columns, H)
     vertical, horizontal = (_interpolation(old, new).to(table) for old, new in zip(old_grid, new_grid, strict=True))
     resized = torch.einsum("yi,xj,ijh->yxh", vertical, horizontal, offsets)

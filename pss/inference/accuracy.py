@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines import crng
 from pipelines.base import Batch, DataError, Loader
 from pss.methods import Point
+from pss.models.sampling import drawing
 from pss.runtime.processes import World
+from pss.runtime.seeds import forked_generator
 
 Predict = Callable[[Tensor, Point], Any]
 Prepare = Callable[[Batch, int], Tensor]
@@ -63,9 +66,9 @@ def accuracy(
 
     Each batch is decoded once and predicted at all of `points`; `observe` is shown the batch, the images as the model
     takes them, and the logits (B, classes) of every point. `predict` returns logits; `with_cost` also what each image
-    cost, (B,). `between` is called after each batch, equally often on every process. With `in_step` all processes
-    predict equally often, too, which a model that is sharded among them needs; one without an image left repeats
-    another, so there must be one for each.
+    cost, (B,). What a prediction draws at random is `draws_of` the batch. `between` is called after each batch, equally
+    often on every process. With `in_step` all processes predict equally often, too, which a model that is sharded among
+    them needs; one without an image left repeats another, so there must be one for each.
 
     Raises:
         DataError: the processes together did not see exactly the split's images.
@@ -81,7 +84,7 @@ def accuracy(
             images, labels = prepare(batch, 0), batch.labels
             predicted = []
             for number, (row, point) in enumerate(zip(totals, points, strict=True)):
-                with autocast:
+                with autocast, draws_of(batch.index, images.device):
                     answer = predict(images, point)
                 logits, macs = answer if with_cost else (answer, None)
                 if macs is not None:
@@ -98,7 +101,7 @@ def accuracy(
             between()
         for _ in range(most - len(loader)):
             for point in points if in_step else ():
-                with autocast:
+                with autocast, draws_of(batch.index[:1], images.device):
                     predict(images[:1], point)
             between()
     world.sum(totals)
@@ -115,3 +118,26 @@ def accuracy(
         Accuracy(100 * right, 100 * five, loss, count, macs)
         for (right, five, loss), macs in zip(rows, macs_of, strict=True)
     ]
+
+
+@contextmanager
+def draws_of(index: Tensor, device: torch.device) -> Iterator[None]:
+    """Within, what a prediction of a batch draws at random belongs to its samples.
+
+    The random sort gives every patch of a sample a number, which depends on the sample alone: not on ρ, so that of two
+    shares the smaller one's patches are among the larger one's, and neither on what else is asked for nor on how the
+    split is divided into batches and among processes. Whatever else a method draws depends on the batch.
+
+    Args:
+        index: Numbers of the samples in their split, int64 (B,).
+        device: Where the images are.
+    """
+    keys = crng.key_torch(0, 0, index.to(device), crng.PATCHES).unsqueeze(1)  # (B, 1)
+
+    def scores(num_images: int, num_patches: int) -> Tensor | None:
+        if num_images != len(keys):  # a method may look at a part of the batch
+            return None
+        return crng.u01_torch(keys, torch.arange(num_patches, device=device))
+
+    with forked_generator(device, int(index[0])), drawing(scores):
+        yield

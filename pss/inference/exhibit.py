@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pipelines.base import Batch
+from pss.inference.accuracy import draws_of
 from pss.methods import Method, Point, mean_tokens
 from pss.runtime.processes import World
-from pss.runtime.seeds import forked_generator
 
 _TOP = 3
 
@@ -83,7 +83,7 @@ class Curator:
     def __call__(self, batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
         """Take note of a batch."""
         for counts, point in zip(self._counts, self._points, strict=True):
-            counts += (self._depths(images, point, int(batch.index[0])) == self._num_blocks).sum(0)
+            counts += (self._depths(images, point, batch.index) == self._num_blocks).sum(0)
         if self._world.is_main:
             self._choose(batch, images, torch.stack([one.argmax(1) for one in logits]).cpu())
 
@@ -106,8 +106,8 @@ class Curator:
         chosen = [self._chosen[stretch] for stretch in sorted(self._chosen)]
         views: list[list[View]] = [[] for _ in chosen]
         for point in self._points if chosen else ():
-            images = torch.stack([image for *_, image in chosen])
-            for per_image, view in zip(views, self._views(images, point), strict=True):
+            images, index = torch.stack([image for *_, image in chosen]), torch.tensor([one[1] for one in chosen])
+            for per_image, view in zip(views, self._views(images, point, index), strict=True):
                 per_image.append(view)
         return Exhibit(
             points=self._points,
@@ -121,14 +121,14 @@ class Curator:
             ],
         )
 
-    def _depths(self, images: Tensor, point: Point, key: int) -> Tensor:
-        """How many blocks each patch goes through, (B, patches); what is drawn at random belongs to `key`."""
-        with self._autocast(), forked_generator(images.device, key):
+    def _depths(self, images: Tensor, point: Point, index: Tensor) -> Tensor:
+        """How many blocks each patch goes through, (B, patches), as it was when accuracy was measured."""
+        with self._autocast(), draws_of(index, images.device):
             return self._method.depths(images, point)
 
-    def _views(self, images: Tensor, point: Point) -> list[View]:
-        depths = self._depths(images, point, 0)
-        with self._autocast(), forked_generator(images.device, 0):
+    def _views(self, images: Tensor, point: Point, index: Tensor) -> list[View]:
+        depths = self._depths(images, point, index)
+        with self._autocast(), draws_of(index, images.device):
             logits = self._method.predict(images, point)
         top = logits.float().softmax(1).topk(min(_TOP, logits.shape[1]), dim=1)
         uniform = bool(((depths == 0) | (depths == self._num_blocks)).all())

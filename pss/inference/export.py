@@ -6,6 +6,7 @@ there is another input, `num_patches`: a scalar int64, how many patches to keep.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from pipelines.base import DataConfig
 from pss.inference.opening import Run
 from pss.methods import Method, Point
 from pss.models.vit import VisionTransformer
+from pss.runtime import files
 from pss.version import __version__
 
 LEVELS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -32,6 +34,9 @@ METADATA = "pss.json"
 
 _TOLERANCE = 1e-4
 _OPSET = 18
+_IR_VERSION = 8
+"""The lowest that has this opset: it came with ONNX 1.13, which onnxruntime reads from 1.14 on."""
+_MOST_BYTES = 2**31 - 2**20  # of a protocol buffer, less what is no weights
 
 
 def export(run: Run, path: Path, *, point: Point, dynamic: bool = False) -> float:
@@ -47,10 +52,16 @@ def export(run: Run, path: Path, *, point: Point, dynamic: bool = False) -> floa
         The largest difference of a logit, over batches of two sizes, and over five shares of patches if it is free.
 
     Raises:
-        ValueError: another suffix, a method that gives no module to export, packages that are missing, or a difference
-            of more than 1e-4 (of the largest logit, where that is above 1).
+        ValueError: another suffix, a method that gives no module to export, packages that are missing, a model that is
+            too large for ONNX, or a difference of more than 1e-4 (of the largest logit, where that is above 1).
+        OSError: the file cannot be written; what was there before still is.
     """
     check_target(path)
+    if path.suffix == ".onnx" and (size := sum(one.nbytes for one in run.method.state_dict().values())) > _MOST_BYTES:
+        raise ValueError(
+            f"--export {path}: the model takes {size / 2**30:.1f} GiB, and an ONNX file holds 2 at most; "
+            "name a file that ends in .pt2"
+        )
     method = run.method.cpu().float().eval()
     try:
         module = method.export_dynamic() if dynamic else method.export_module(point)
@@ -58,17 +69,10 @@ def export(run: Run, path: Path, *, point: Point, dynamic: bool = False) -> floa
         raise ValueError(f"{run.name} cannot be exported: {error}") from None
     metadata = describe(method, run.config.data, run.classes, point, dynamic=dynamic)
     program = _trace(module.eval(), method.model, dynamic=dynamic, explicit_attention=path.suffix == ".onnx")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        if path.suffix == ".pt2":
-            torch.export.save(program, partial, extra_files={METADATA: json.dumps(metadata)})
-        else:
-            _write_onnx(program, partial, metadata, dynamic=dynamic)
-        worst = _compare(method, partial, LEVELS if dynamic else (point,), dynamic=dynamic)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Made in memory: torch's own writer ends the process where the disk is full.
+    content = _pt2(program, metadata) if path.suffix == ".pt2" else _onnx(program, metadata, dynamic=dynamic)
+    worst = _compare(method, path, content, LEVELS if dynamic else (point,), dynamic=dynamic)
+    files.write(path, content)
     return worst
 
 
@@ -149,7 +153,13 @@ def _attend(
     return logits.softmax(dim=-1) @ v
 
 
-def _write_onnx(program: Any, path: Path, metadata: dict[str, Any], *, dynamic: bool) -> None:
+def _pt2(program: Any, metadata: dict[str, Any]) -> bytes:
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={METADATA: json.dumps(metadata)})
+    return content.getvalue()
+
+
+def _onnx(program: Any, metadata: dict[str, Any], *, dynamic: bool) -> bytes:
     import onnx
     from onnxscript import opset18 as op
 
@@ -171,13 +181,16 @@ def _write_onnx(program: Any, path: Path, metadata: dict[str, Any], *, dynamic: 
     onnx.helper.set_model_props(
         model, {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     )
+    model.ir_version = _IR_VERSION
     onnx.checker.check_model(model)
-    onnx.save(model, path)
+    content: bytes = model.SerializeToString()
+    return content
 
 
-def _compare(method: Method, path: Path, points: Sequence[Point], *, dynamic: bool) -> float:
-    """The largest difference of a logit between a file and the method; `ValueError` if it is too large."""
-    call, model = _open(path), method.model
+def _compare(method: Method, path: Path, content: bytes, points: Sequence[Point], *, dynamic: bool) -> float:
+    """The largest difference of a logit between what a file is to hold and the method; `ValueError` if it is too
+    large."""
+    call, model = _open(path.suffix, content), method.model
     generator = torch.Generator().manual_seed(0)
     worst = largest = 0.0
     for batch in (1, 3):
@@ -191,16 +204,16 @@ def _compare(method: Method, path: Path, points: Sequence[Point], *, dynamic: bo
             largest = max(largest, float(np.abs(expected).max()))
     if not worst <= _TOLERANCE * max(1.0, largest):
         raise ValueError(
-            f"{path.name.removeprefix('.partial-')} would differ from the model by {worst:.2g}, which is more than "
-            f"{_TOLERANCE:g}; it was not written"
+            f"--export {path} would differ from the model by {worst:.2g}, which is more than {_TOLERANCE:g}; it was "
+            "not written: try the other kind of file (.onnx, .pt2), or report it"
         )
     return worst
 
 
-def _open(path: Path) -> Any:
-    """A file as a function of images (B, 3, S, S) and the number of patches, if that is free."""
-    if path.suffix == ".pt2":
-        program = torch.export.load(path).module()
+def _open(suffix: str, content: bytes) -> Any:
+    """What a file holds as a function of images (B, 3, S, S) and the number of patches, if that is free."""
+    if suffix == ".pt2":
+        program = torch.export.load(io.BytesIO(content)).module()
 
         def call_program(images: Any, count: int | None) -> Any:
             inputs = [torch.from_numpy(images)] + ([] if count is None else [torch.tensor(count)])
@@ -210,7 +223,7 @@ def _open(path: Path) -> Any:
         return call_program
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def call_session(images: Any, count: int | None) -> Any:
         inputs = {"images": images} | ({} if count is None else {"num_patches": np.asarray(count)})

@@ -15,9 +15,11 @@ from typing import Any
 
 import safetensors.torch
 
-from pipelines.base import DataConfig
+from pipelines.base import DataConfig, in_words
+from pss.inference.text import markdown
 from pss.models.create import create_model
 from pss.models.vit import VisionTransformer
+from pss.runtime import files
 
 PREFIX = "hf-hub:"
 
@@ -45,8 +47,11 @@ def is_model(folder: Path) -> bool:
 
 
 def save(folder: Path, published: Published, card: str) -> None:
-    """Write a model and its card (Markdown with front matter) into `folder`, which is made if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a model and its card (Markdown with front matter): a new `folder` is complete or not there.
+
+    Raises:
+        OSError: it cannot be written, and what was there before still is.
+    """
     model, name, settings = published.model, published.name, published.settings
     classes, data = published.classes, published.data
     own = ("rel_pos", "sort", "token_counts", "qkv_bias", "init")
@@ -70,9 +75,33 @@ def save(folder: Path, published: Published, card: str) -> None:
         "pss": {"name": name, "settings": settings, "step": published.step},
     }
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / _CARD).write_text(card, encoding="utf-8")
+    contents: dict[str, str | bytes] = {
+        _WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"}),
+        _CARD: card,
+        _CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n",  # last: it says what the others are
+    }
+    files.write_folder(folder, contents)
+
+
+def check_target(folder: Path) -> None:
+    """Raise `ValueError` for a folder that holds something else, which a pushed model would be mixed up with."""
+    if not folder.is_dir():
+        return
+    for name in (_WEIGHTS, _CARD, _CONFIG):
+        if (folder / name).is_dir():
+            raise ValueError(f"--push {folder} holds a folder {name}; name another folder")
+    held = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))  # such as a clone's .git
+    if held and not _is_ours(folder):
+        raise ValueError(
+            f"--push {folder} holds {held[0]}, and was not made by --push; name a new folder, or an empty one"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return "name" in json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["pss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def load(source: str | Path) -> Published:
@@ -95,7 +124,7 @@ def load(source: str | Path) -> Published:
         settings, classes = own["settings"], known.get("label_names")
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{source} is no model that pss published ({error!r}); for another one name MODEL=FILE, its weights"
+            f"{source} is no model that pss published ({in_words(error)}); for another one name MODEL=FILE, its weights"
         ) from None
     model = create_model(own["name"], num_classes=config["num_classes"], img_size=data.img_size, **settings)
     model.load_state_dict(safetensors.torch.load_file(folder / _WEIGHTS))
@@ -120,10 +149,11 @@ def card(name: str, *, rows: Sequence[dict[str, Any]], columns: Sequence[tuple[s
         "tags: [image-classification, vision-transformer, patch-sampling]",
         "---",
         "",
-        f"# {name}",
+        f"# {markdown(name)}",
         "",
-        f"A Vision Transformer ({architecture}) that takes any share ρ of an image's patches at inference: fewer "
-        "patches are faster, more are more accurate. Trained with a Patch Sampling Schedule (McDanel & Huynh 2022).",
+        f"A Vision Transformer ({markdown(architecture)}) that takes any share ρ of an image's patches at inference: "
+        "fewer patches are faster, more are more accurate. Trained with a Patch Sampling Schedule (McDanel & Huynh "
+        "2022).",
         "",
         "```python",
         "from pss.inference import hub",
@@ -132,8 +162,8 @@ def card(name: str, *, rows: Sequence[dict[str, Any]], columns: Sequence[tuple[s
         "logits = model(images, rho=0.6)",
         "```",
         "",
-        f"Measured on {rows[0]['num_images']:,} images, {rows[0]['device']}, torch {rows[0]['torch']}, batches of "
-        f"{rows[0]['batch_size']}; median (slowest–fastest round). GFLOPs are multiply-accumulates.",
+        f"Measured on {rows[0]['num_images']:,} images, {markdown(rows[0]['device'])}, torch {rows[0]['torch']}, "
+        f"batches of {rows[0]['batch_size']}; median (slowest–fastest round). GFLOPs are multiply-accumulates.",
         "",
         "| " + " | ".join(heading for heading, _ in columns) + " |",
         "|---" * len(columns) + "|",

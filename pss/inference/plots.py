@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from pss.inference.text import shortened
+
 # Okabe and Ito's palette: told apart by people with any colour vision, and in grey by the markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LONGEST = 44  # characters of a name
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Top-1 against throughput and against GFLOPs, one line per run, one labelled point per rho.
+def plot_sweep(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Top-1 against throughput and against GFLOPs, one line per run, one labelled point per rho: a PNG.
 
     `rows` are those of `rho.json`: `run`, `rho`, `top1`, `gflops`, `images_per_second`.
     """
@@ -32,7 +36,7 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
     ):
         for number, run in enumerate(runs):
             points = sorted((row for row in rows if row["run"] == run), key=lambda row: float(row["rho"] or 0))
-            _draw_run(axes, points, key, run, number)
+            _draw_run(axes, points, key, number)
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")
@@ -41,17 +45,27 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.08, y=0.1)
     speed.set_ylabel("top-1 accuracy, %")
-    cost.legend(frameon=False, loc="lower right")
+    _name(cost, runs)
     figure.suptitle("Accuracy against cost as ρ, the share of patches kept, varies", fontsize=12)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=150, format="png")
-    partial.replace(path)
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")  # a box is drawn for it
+        figure.savefig(picture, dpi=150, format="png")
+    return picture.getvalue()
 
 
-def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, run: str, number: int) -> None:
+def _name(axes: Axes, runs: Sequence[str]) -> None:
+    """The legend. Names are text there: no formulas between dollar signs, and none is left out for its underscore."""
+    legend = axes.legend(axes.lines, [f"run {number}" for number in range(len(runs))], frameon=False, loc="lower right")
+    for text, run in zip(legend.get_texts(), runs, strict=True):
+        text.set_parse_math(False)
+        text.set_text(shortened(run, _LONGEST))
+
+
+def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, number: int) -> None:
     colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
     xs, ys = [point[key] for point in points], [point["top1"] for point in points]
-    axes.plot(xs, ys, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=run)
+    axes.plot(xs, ys, color=colour, marker=marker, markersize=5.5, linewidth=1.8)
     # Labels go above the upper curves and below the lower ones, and apart where two points nearly coincide, so that
     # they do not overprint each other.
     height, align = (7, "bottom") if number % 2 == 0 else (-8, "top")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -25,8 +27,10 @@ from pss.inference.accuracy import Accuracy, accuracy
 from pss.inference.exhibit import Curator, Exhibit
 from pss.inference.opening import Run
 from pss.inference.plots import plot_sweep
+from pss.inference.text import printable
 from pss.inference.timing import Spread, latencies, loader_rates, peak_memory, rates
 from pss.methods import Point, mean_tokens
+from pss.runtime import files
 from pss.runtime.precision import autocast
 from pss.runtime.processes import World
 
@@ -156,7 +160,6 @@ def _evaluate(
         world=world,
         autocast=lambda: autocast(one.config, world.device),
     )
-    torch.manual_seed(0)  # the same random patches each time
     with _progress(name, loader.num_samples, world) as advance:
 
         def observe(batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
@@ -198,17 +201,45 @@ def _spread(name: str, values: Spread, digits: int) -> Row:
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
-    """Write `rho.json` (a list of rows), `rho.csv` and `rho.png` into `folder`, each in one move."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "rho.json", json.dumps(rows, indent=2) + "\n")
+    """Write `rho.json` (a list of rows), `rho.csv` and `rho.png` into `folder`, each in one move.
+
+    Raises:
+        OSError: one cannot be written, which the error names; what is there is whole.
+    """
+    for name, content in FILES.items():
+        files.write(folder / name, content(rows))
+
+
+def finite(value: Any) -> Any:
+    """What JSON can hold of a result: numbers that are not finite, which it does not know, are null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return value
+
+
+def _json(rows: Sequence[Row]) -> str:
+    return json.dumps(finite(rows), indent=2, allow_nan=False) + "\n"
+
+
+def _csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     fields = dict.fromkeys(name for row in rows for name in row)
     table = csv.DictWriter(text, fieldnames=list(fields), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    write_text(folder / "rho.csv", text.getvalue())
-    plot_sweep(rows, folder / "rho.png")
+    return text.getvalue()
 
+
+FILES: dict[str, Callable[[Sequence[Row]], str | bytes]] = {
+    "rho.json": _json,
+    "rho.csv": _csv,
+    "rho.png": plot_sweep,
+}
+"""What is written of a sweep, by name."""
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("ρ", lambda row: _point(row)),
@@ -237,11 +268,12 @@ def _in_words(row: Row, name: str, form: str) -> str:
 
 def show(rows: Sequence[Row]) -> None:
     """Print the table."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names of runs are not to be read as either
     if not console.is_terminal:  # a file has no width to fit
-        console = Console(width=200)
+        width = max(200, 150 + max(cell_len(row["run"]) for row in rows))
+        console = Console(width=width, markup=False, emoji=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("run")
+    table.add_column("run", overflow="fold")
     for heading, _ in COLUMNS:
         table.add_column(heading, justify="right")
     last = None
@@ -250,14 +282,16 @@ def show(rows: Sequence[Row]) -> None:
             table.add_section()
         table.add_row(row["run"] if row["run"] != last else "", *(text(row) for _, text in COLUMNS))
         last = row["run"]
-    console.print(table)
+    with console.capture() as printed:
+        console.print(table)
+    print(printed.get(), end="")
 
 
 def distinct_names(sources: Sequence[str | Path]) -> list[str]:
-    """Each source's own name, or as many of its last parts as it takes to tell the sources apart."""
+    """Each source's own name, or as many of its last parts as it takes to tell the sources apart, all printable."""
     paths = [Path(source).resolve() if Path(source).exists() else Path(str(source)) for source in sources]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
+        names = [printable("/".join(path.parts[-depth:])) for path in paths]
         if len(set(names)) == len(names):
             return names
     raise ValueError(f"{sources[0]} is named more than once; name each run once")
@@ -273,19 +307,13 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one move, so that nobody reads half of it."""
-    staged = path.with_name(f".{path.name}.partial")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
-
-
 class _progress:
     """A bar over the images of a split, on the main process's terminal."""
 
     def __init__(self, name: str, total: int, world: World) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
+        told = TextColumn("{task.description}", markup=False)
+        columns = (told, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True, markup=False, emoji=False)
         self._bar = Progress(
             *columns, console=console, transient=True, disable=not (world.is_main and console.is_terminal)
         )

@@ -14,10 +14,16 @@ from torch import Tensor
 from pss.models.create import create_model
 from pss.models.flops import macs
 from pss.models.vit import VisionTransformer
-from pss.models.weights import start_from
+from pss.models.weights import Remedies, start_from
 from pss.sections import RunSettings, model_of
 
 _TIMM = "timm:"
+_REMEDIES = Remedies(
+    no_file="name a teacher that is there",
+    other_head="name a teacher of the classes that the run has",
+    other_model="name the teacher's run, or one with the settings of the model that is trained",
+    other_bias="name the teacher's run, or one with the settings of the model that is trained",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Teacher:
         """
         with torch.random.fork_rng(devices=[]):  # whether there is a teacher decides nothing about the student
             model = create_model(**self._settings)
-        start_from(model, self.source)
+        start_from(model, self.source, remedies=_REMEDIES)
         content = hashlib.sha256()
         for name, value in sorted(model.state_dict().items()):
             content.update(name.encode() + value.cpu().contiguous().numpy().tobytes())

@@ -122,7 +122,9 @@ def create_plain(name: str, **settings: Any) -> Any:
         nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]
         raise ValueError(f"no plain Vision Transformer is called {name!r}; did you mean {', '.join(nearest)}?")
     if refused := [key for key in _REFUSED_OVERRIDES if key in settings]:
-        raise ValueError(f"{', '.join(refused)} cannot be combined with patch sampling; pass rho to forward instead")
+        raise ValueError(
+            f"{', '.join(refused)} cannot be combined with patch sampling; leave out what drops patches beside ρ"
+        )
     try:
         plain = timm.create_model(name, **settings)
     except (TypeError, AssertionError) as error:
@@ -140,7 +142,8 @@ def create_plain(name: str, **settings: Any) -> Any:
         )
     if any(size % patch for size, patch in zip(plain.patch_embed.img_size, plain.patch_embed.patch_size, strict=True)):
         raise ValueError(
-            f"img_size {plain.patch_embed.img_size} is not a multiple of the patch size {plain.patch_embed.patch_size}"
+            f"img_size {plain.patch_embed.img_size} is not a multiple of the patch size "
+            f"{plain.patch_embed.patch_size}; change data.img_size or model.patch_size"
         )
     return plain
 

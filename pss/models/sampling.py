@@ -4,6 +4,9 @@ Prefix tokens (class, distillation, registers) come first in the sequence and ar
 keep the same number of patches, each its own set.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from hashlib import blake2b
 from typing import Literal, get_args
 
@@ -12,6 +15,11 @@ from torch import Tensor
 
 Sort = Literal["magnitude", "random"]
 TokenCounts = Literal["published", "aligned"]
+
+Draw = Callable[[int, int], Tensor | None]
+"""(images, patches) to scores (images, patches) on any device: of each image the highest are kept."""
+
+_draw: ContextVar[Draw | None] = ContextVar("draw", default=None)
 
 ALIGNMENT = 8
 """Matrix products and attention in half precision read 8 numbers at a time; a length that is no multiple is padded."""
@@ -77,13 +85,28 @@ def select_at_random(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """What `select` returns for the random sort, which needs no tokens: (num_images, num_kept_patches)."""
-    return _highest(torch.rand(num_images, num_patches, generator=generator, device=device), num_kept_patches)
+    draw = _draw.get()
+    scores = draw(num_images, num_patches) if draw is not None and generator is None else None
+    if scores is None:
+        scores = torch.rand(num_images, num_patches, generator=generator, device=device)
+    return _highest(scores.to(device), num_kept_patches)
+
+
+@contextmanager
+def drawing(draw: Draw) -> Iterator[None]:
+    """Within, the random sort takes its scores from `draw` where it is given no generator; from torch if that returns
+    None."""
+    before = _draw.set(draw)
+    try:
+        yield
+    finally:
+        _draw.reset(before)
 
 
 def _highest(scores: Tensor, num_kept_patches: int) -> Tensor:
     """The indices of the highest scores of each row, ascending; the lower index wins a tie."""
     if not 1 <= num_kept_patches <= scores.shape[1]:
-        raise ValueError(f"cannot keep {num_kept_patches} of {scores.shape[1]} patches")
+        raise ValueError(f"cannot keep {num_kept_patches} of {scores.shape[1]} patches; keep one at least, and no more")
     # topk is faster, but which of two equal scores it takes depends on the device.
     order = scores.sort(dim=1, descending=True, stable=True).indices
     kept: Tensor = order[:, :num_kept_patches].sort(dim=1).values

@@ -7,7 +7,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,28 @@ class Board:
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self._file = (folder / name).open("wb")
         self._records = RecordWriter(self._file)
-        self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        for row in rows:
-            self._add(row)
-        self._file.flush()
+        with self._closing_on_error():
+            self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+            for row in rows:
+                self._add(row)
+            self._file.flush()
         for old in before:
             old.unlink(missing_ok=True)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Show a row of the log. Raises `OSError`; nothing more can be added then."""
-        self._add(row)
-        self._file.flush()
+        with self._closing_on_error():
+            self._add(row)
+            self._file.flush()
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # it tries once more to write what it could not
+                self._file.close()
+            raise
 
     def _add(self, row: Mapping[str, Any]) -> None:
         values = [

@@ -27,6 +27,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from pss.runs import records
+from pss.runtime.files import in_words
 
 _NAME = re.compile(r"step-(?P<step>\d{9})(?:-c(?P<continuation>\d+))?-(?P<hash>[0-9a-f]{16})\.pt")
 _BEST = "best.json"
@@ -59,8 +60,9 @@ class Writer:
         self.folder, self.keep, self.epoch_steps = folder, keep, epoch_steps
         self.continuation, self._resume_step = continuation, resume_step
         self._identity, self._looked = _identity(folder.parent), time.monotonic()
-        for partial in folder.glob(".partial-*"):
-            partial.unlink(missing_ok=True)
+        for pattern in (".partial-*", ".pss-*.partial"):
+            for partial in folder.glob(pattern):
+                partial.unlink(missing_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pss-checkpoint")
         self._written: Future[Any] | None = None
 
@@ -227,8 +229,8 @@ def note_best(folder: Path, *, step: int, continuation: int, score: float, weigh
         _sync_folder(folder)
     except OSError as error:
         raise OSError(
-            f"{folder / _BEST} cannot be written ({error.strerror}), which names the best checkpoint; make room and go "
-            "on with --resume"
+            f"{folder / _BEST} cannot be written ({in_words(error)}), which names the best checkpoint; make room and "
+            "go on with --resume"
         ) from error
 
 
@@ -344,9 +346,9 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint: it holds more than tensors and plain values"
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({error})") from None
+        raise ValueError(f"{path} cannot be read as a checkpoint ({in_words(error)}); name another one") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is no checkpoint of a pss run")
+        raise ValueError(f"{path} is no checkpoint of a pss run; name another one")
     records.refuse_later(state, path)
     return state
 

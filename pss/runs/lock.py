@@ -13,6 +13,7 @@ from typing import IO
 
 from pss.runs.board import PATTERN
 from pss.runs.log import BOARD, LOG, read_rows
+from pss.runtime.files import in_words
 from pss.runtime.processes import World
 
 CONFIG = "config.json"
@@ -56,7 +57,7 @@ def claim(
             except ValueError as error:
                 refusal = str(error)
             except OSError as error:
-                refusal = f"{folder} cannot be used as --output ({error.strerror or error}); choose another folder"
+                refusal = f"{folder} cannot be used as --output ({in_words(error)}); choose another folder"
         refusal = world.broadcast(refusal)
         if refusal is not None:
             raise ValueError(refusal)
@@ -127,9 +128,9 @@ def _hold(folder: Path, say: Callable[[str], None]) -> IO[str] | None:
         if _is_at(file, folder / _LOCK):
             break
         file.close()  # the run before removed its lock with its folder, or its first file; this is another one's
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with suppress(OSError):  # it is held, whether or not there is room to say by whom
+        os.truncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return file
 
 

@@ -6,6 +6,7 @@ count, so each step and epoch is shown once however often the run was killed.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 from pss.runs import records
 from pss.runs.board import Board
+from pss.runtime import files
 
 LOG = "log.jsonl"
 ABANDONED = "log.abandoned.jsonl"
@@ -41,7 +43,7 @@ class RunLog:
             rows = read_rows(folder)
             kept = [row for row in rows if row["step"] <= resume_step]
             _keep_aside(folder / ABANDONED, [row for row in rows if row["step"] > resume_step])
-            _rewrite(self._path, kept)
+            files.write(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._size = os.fstat(self._file).st_size
         self._waiting: list[bytes] = []
@@ -69,7 +71,7 @@ class RunLog:
             try:
                 written = os.write(self._file, line)
                 if written < len(line):
-                    raise OSError("no room for a whole row")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 os.ftruncate(self._file, self._size)  # a full disk takes a part of a row
                 raise
@@ -85,8 +87,8 @@ class RunLog:
         except Exception as error:  # whatever reports, the run goes on
             if what not in self._told:
                 self._told.add(what)
-                reason = getattr(error, "strerror", None) or str(error)
-                _log.warning("%s cannot be written to %s (%s); the run goes on", what, self._path.parent, reason)
+                reason, folder = files.in_words(error), self._path.parent
+                _log.warning("%s cannot be written to %s (%s); the run goes on", what, folder, reason)
             if what == _EVENTS:
                 self._board = None  # a resume makes them anew
 
@@ -135,15 +137,3 @@ def _keep_aside(path: Path, rows: list[dict[str, Any]]) -> None:
     if rows:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
-    partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 from annotated_types import Ge
 from typing_extensions import TypedDict  # pydantic reads that of typing from Python 3.12 on only
 
+from pss.runtime import files
 from pss.version import __version__
 
 if TYPE_CHECKING:
@@ -117,18 +117,10 @@ def read(path: Path, kind: Any, *, remedy: str) -> Any:
     return check(raw, kind, path, remedy=remedy)
 
 
-def write(path: Path, values: Mapping[str, Any], *, indent: int | None = 2) -> None:
-    """Write a JSON file, stamped, in one move; nobody reads half of it, and a failure leaves the old one."""
-    text = json.dumps({**STAMP, **without_nan(values)}, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def write(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file, stamped, whole or not at all. Raises `OSError`."""
+    text = json.dumps({**STAMP, **without_nan(values)}, indent=2, ensure_ascii=False, allow_nan=False)
+    files.write(path, text + "\n")
 
 
 def without_nan(value: Any) -> Any:

@@ -14,7 +14,7 @@ class TrainView:
     """Shows where the run is. Silent on every process but the main one."""
 
     def __init__(self, *, total_steps: int, done_steps: int, epochs: int, enabled: bool) -> None:
-        self.console = Console(stderr=True, quiet=not enabled, highlight=False)
+        self.console = Console(stderr=True, quiet=not enabled, highlight=False, markup=False, emoji=False)
         self._epochs = epochs
         self._total, self._first = total_steps, done_steps
         self._began = self._last_line = time.monotonic()

@@ -18,6 +18,7 @@ from pss.methods import Method, Progress, Stage, mean_tokens
 from pss.runs import checkpoint, records
 from pss.runs.lock import CHECKPOINTS, SUMMARY
 from pss.runs.log import LOG, RunLog, read_rows
+from pss.runtime.files import in_words
 from pss.runtime.processes import World
 from pss.training.console import TrainView
 from pss.training.meter import Meter
@@ -184,9 +185,7 @@ class Reporter:
         try:
             records.write(self.output / SUMMARY, summary)
         except OSError as error:
-            raise OSError(
-                f"{self.output / SUMMARY} cannot be written ({error.strerror or error}); make room"
-            ) from error
+            raise OSError(f"{self.output / SUMMARY} cannot be written ({in_words(error)}); make room there") from error
         if self._log is not None and self._log.unwritten:
             raise OSError(
                 f"{self._log.unwritten} rows could not be written to {self.output / LOG}; the checkpoints are whole: "
@@ -208,7 +207,7 @@ class Reporter:
         except Exception as error:  # whatever reports, the run goes on
             if what not in self._told:
                 self._told.add(what)
-                _log.warning("%s failed (%s: %s); the run goes on", what, type(error).__name__, error)
+                _log.warning("%s failed (%s: %s); the run goes on", what, type(error).__name__, in_words(error))
 
 
 def score_of(row: Row) -> tuple[float, str]:

@@ -69,7 +69,7 @@ class Saver:
         if self._writer is not None:
             self._writer.wait()
             self._writer.check_place()
-        raise ValueError("the run's main process cannot save any more, and says why")
+        raise ValueError(f"the main process cannot save to {self.output} any more; see what it says of it")
 
     def wait(self) -> None:
         """Until what was saved is on the disk. Raises `OSError` where it could not be written."""

@@ -103,6 +103,29 @@ def test_one_share_of_patches_and_what_the_file_says_of_itself(tmp_path, suffix)
     assert about["num_patches"] == {"0.6": 9}
 
 
+def test_the_guide_says_which_onnxruntime_reads_a_file(tmp_path):
+    """By the table of versions of ONNX: opset 18 and IR version 8 came with ONNX 1.13, and onnxruntime 1.14 read them
+    first. Checked with 1.14.1 and 1.13.1 by hand, which no Python that pss runs on has."""
+    onnx = pytest.importorskip("onnx")
+    need("onnx")
+    export.export(made("none"), tmp_path / "model.onnx", point=None, dynamic=True)
+    model = onnx.load(tmp_path / "model.onnx")
+    (opset,) = (one.version for one in model.opset_import if not one.domain)
+    assert (opset, model.ir_version) == (18, 8)
+    lowest = next(row for row in onnx.helper.VERSION_TABLE if row[2] >= opset)
+    assert lowest[:2] == ("1.13.0", model.ir_version)
+    assert "onnxruntime 1.14 or later" in DOCS
+    assert f"opset {opset} and IR version {model.ir_version}" in DOCS
+
+
+def test_a_model_too_large_for_onnx_is_told_before_it_is_traced(tmp_path, monkeypatch):
+    need("onnx")
+    monkeypatch.setattr(export, "_MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"an ONNX file holds 2 at most; name a file that ends in \.pt2"):
+        export.export(made(), tmp_path / "model.onnx", point=0.5)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_would_be_wrong_is_not_kept(tmp_path, monkeypatch):
     broken = made()
     monkeypatch.setattr(broken.method, "tokens", lambda point: (4,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import browser
 import pytest
@@ -68,6 +69,103 @@ def test_everything_is_in_the_file(swept):
     hours = content["runs"][0]["training"]["loss"]["hours"]
     assert hours == sorted(hours)
     assert 0 < hours[0] < hours[-1] < 1
+
+
+ODD = [
+    "<!--<script>", "]]></script><script>throw 1</script>", "a \u2028 b\u2029", "&lt;b&gt; & <b>bold</b>",
+    "\"'`${1}{{data}}\\", "\u202eright to left\u200f", "\udcff\ud800", "", "x" * 300, "🦆", "$a$ %{x} _b_",
+    "line\nbreak\ttab\0",
+]  # fmt: skip
+
+
+def of_names(swept, names):
+    """The same two runs under other names, with classes of other names."""
+    found, runs = swept[0], [load_run(swept[1].parent / name, HERE.device) for name in ("sampled", "dense")]
+    calls = dict(zip(("sampled", "dense"), names, strict=True))
+    pictures = [[replace(one, label=n % len(ODD)) for n, one in enumerate(some.pictures)] for some in found.exhibits]
+    exhibits = [replace(one, pictures=some) for one, some in zip(found.exhibits, pictures, strict=True)]
+    rows = [row | {"run": calls[row["run"]]} for row in found.rows]
+    return sweep.Sweep(rows, exhibits), [replace(run, classes=ODD) for run in runs], names
+
+
+def data_of(page):
+    (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, flags=re.DOTALL)
+    return data
+
+
+def test_no_name_leaves_the_place_it_is_shown_in(swept, tmp_path):
+    usual = report.page(swept[0], *plain(swept))
+    for name in ODD:
+        page = report.page(*of_names(swept, [name, "other"]))
+        for tag in ("<script", "</script", "<!--"):
+            assert page.count(tag) == usual.count(tag), (name, tag)
+        data = data_of(page)
+        assert not re.search("[<>&\u2028\u2029\ud800-\udfff]", data)
+        content = json.loads(data)
+        assert content["runs"][0]["name"] == name
+        assert {picture["label"] for picture in content["runs"][0]["pictures"]} == set(ODD)
+        report.files.write(tmp_path / "report.html", page)  # it can be encoded
+
+
+def plain(swept):
+    return [load_run(swept[1].parent / name, HERE.device) for name in ("sampled", "dense")], ["sampled", "dense"]
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
+def test_odd_names_are_shown_as_they_are(swept, tmp_path):
+    pytest.importorskip("websocket")
+    names = ["<b>a</b> &amp; <!--<script>" + "x" * 300, "$\\frac{$ %{x} [b]"]
+    report.files.write(tmp_path / "report.html", report.page(*of_names(swept, names)))
+    with browser.Page(tmp_path / "report.html", tmp_path / "profile", width=400) as page:
+        legend = page.run("[...get('throughput').querySelectorAll('.legendtext')].map(one => one.textContent)")
+        assert legend[0].startswith("<b>a</b> &amp; <!--<script>x")
+        assert legend[1] == names[1]
+        assert page.run("document.querySelectorAll('b').length") == 0
+        assert page.run("[...document.querySelectorAll('#rows tbody td:first-child')].map(one => one.textContent)") == [
+            name for name in names for _ in RHOS
+        ]
+        labels = page.run("[...document.querySelectorAll('.label')].map(one => one.textContent)")
+        assert set(labels) == {f"labelled \u2068{name}\u2069" for name in ODD}
+        assert page.run("document.documentElement.scrollWidth") <= 400
+        assert page.errors == []
+
+
+LOGS = {
+    "skipped steps": [
+        {"kind": "step", "step": step, "loss": None if step in (0, 2) else 1.0 + step, "lr": 0.1} for step in range(5)
+    ] + [{"kind": "epoch", "step": 4, "train_seconds": 3.0, "val_loss": float("inf"), "top1": 50.0}],
+    "rows of another kind": [
+        {"kind": "step"}, {"kind": "step", "step": "x", "loss": 1.0}, {"kind": "note", "step": 1, "loss": "high"},
+        {"kind": "step", "step": 3, "loss": float("nan")}, {"kind": "step", "step": 4, "loss": 2.0},
+        {"kind": "epoch", "step": 4, "top1": True}, {"kind": "epoch", "step": 8, "val_loss": 0.5},
+    ],
+    "nothing": [],
+    "nothing but what was skipped": [{"kind": "step", "step": 1, "loss": None}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "steps"), list(zip(LOGS, ([1, 3, 4], [4], None, None), strict=True)))
+def test_curves_are_drawn_of_what_is_a_number(swept, monkeypatch, kind, steps):
+    monkeypatch.setattr(report, "read_rows", lambda folder, kind_: [r for r in LOGS[kind] if r["kind"] == kind_])
+    training = json.loads(data_of(report.page(swept[0], *plain(swept))))["runs"][0]["training"]
+    assert (training and training["loss"]["steps"]) == steps
+    assert training is None or len(training["loss"]["hours"]) == len(steps)
+
+
+def test_a_log_that_cannot_be_read_is_not_missed(swept, monkeypatch):
+    def unreadable(folder, kind):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(report, "read_rows", unreadable)
+    assert json.loads(data_of(report.page(swept[0], *plain(swept))))["runs"][0]["training"] is None
+
+
+def test_numbers_that_are_not_finite_are_null(swept, tmp_path):
+    rows = [row | {"loss": float("nan"), "sparsity": float("-inf")} for row in swept[0].rows]
+    found = replace(swept[0], rows=rows)
+    assert json.loads(data_of(report.page(found, *plain(swept))))["rows"][0]["loss"] is None
+    sweep.write(rows, tmp_path)
+    assert json.loads((tmp_path / "rho.json").read_text(), parse_constant=pytest.fail)[0]["loss"] is None
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")

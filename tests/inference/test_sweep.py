@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from pss import methods, recipes
 from pss.inference import hub, sweep
+from pss.inference.accuracy import accuracy
 from pss.inference.exhibit import Curator
 from pss.inference.opening import Run, checkpoint, load_run, open_run
 from pss.inference.timing import rates
@@ -86,6 +87,53 @@ def test_the_average_and_another_sort_are_other_models(folder, swept):
     assert averaged[0]["loss"] != swept.rows[0]["loss"] == random[0]["loss"]
     assert random[1]["loss"] != swept.rows[1]["loss"]
     assert [row["sort"] for row in (swept.rows[0], random[0])] == ["magnitude", "random"]
+
+
+def test_a_random_choice_depends_on_the_sample_alone(folder):
+    """Whatever else is asked for, however the split is divided into batches, and whatever torch's generator says."""
+
+    def found(points, batch_size=16):
+        torch.manual_seed(len(points) + batch_size)
+        run = open_run(str(folder / "sampled"), HERE.device, sort="random")
+        loader = MemoryLoader(train=False, batch_size=batch_size)
+        swept = sweep._evaluate("sampled", run, points, loader, HERE)
+        shown = {picture.index: [view.kept for view in picture.views] for picture in swept[2].pictures}
+        return [
+            (point, one.top1, round(one.loss, 5), shares, {index: kept[place] for index, kept in shown.items()})
+            for place, (point, one, shares) in enumerate(zip(points, swept[0], swept[2].frequencies, strict=True))
+        ]
+
+    of = {row[0]: row for row in found([1.0, 0.6, 0.2])}
+    for points, batch_size in (([0.2], 16), ([0.2, 0.6], 7), ([0.6, 0.5, 0.2, 1.0], 40)):
+        for point, top1, loss, shares, kept in found(points, batch_size):
+            if point not in of:
+                continue
+            assert (top1, loss) == (of[point][1], pytest.approx(of[point][2], abs=2e-5))
+            assert shares == of[point][3]
+            both = kept.keys() & of[point][4].keys()  # other points may choose other pictures
+            assert both
+            assert {index: kept[index] for index in both} == {index: of[point][4][index] for index in both}
+    for index, kept in of[0.2][4].items():
+        assert set(kept) <= set(of[0.6][4][index])
+    assert len({tuple(kept) for kept in of[0.6][4].values()}) > 6  # each sample has its own
+
+
+def test_validation_draws_as_evaluation_does(folder):
+    run = open_run(str(folder / "sampled"), HERE.device, sort="random")
+    seen = []
+
+    def predict(images, point):
+        logits = run.method.predict(images, point)
+        seen.append(torch.rand(1).item())  # what a method draws for itself
+        return logits
+
+    prepare = sweep.DeviceTransform(run.config.data, seed=0, train=False)
+    options = {"points": [0.5], "autocast": contextlib.nullcontext()}
+    for _ in range(2):
+        torch.rand(7)
+        accuracy(predict, MemoryLoader(train=False, batch_size=16), prepare, HERE, **options)
+    assert seen[:3] == seen[3:]
+    assert len(set(seen)) == 3
 
 
 def test_the_exhibit_shows_what_the_model_keeps(folder, swept):

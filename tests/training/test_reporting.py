@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -14,6 +15,8 @@ import torch
 from memory_loader import MemoryLoader
 from test_train import CLASSES, HERE, SETTINGS, assert_same, final_state, trainer
 
+import cli.errors
+import cli.train
 from pss import recipes
 from pss.runs import checkpoint, lock, log
 from pss.runs.log import RunLog, read_rows
@@ -47,7 +50,7 @@ def test_an_error_in_a_report_is_a_warning_told_once(tmp_path, monkeypatch, capl
     row = trainer(tmp_path, "train.epochs=2").fit()
     assert row["step"] == 10
     assert final_state(tmp_path)["step"] == 10
-    warnings = [message for message in caplog.messages if "No space left" in message]
+    warnings = [message for message in caplog.messages if "no space left" in message]
     assert len(warnings) == (2 if (broken, name) == (RunLog, "write") else 1) or len(set(warnings)) == len(warnings)
     assert warnings
 
@@ -89,7 +92,7 @@ def test_a_summary_that_cannot_be_written_ends_a_finished_run_in_a_sentence(tmp_
         "write",
         lambda path, values: fail() if path.name == "summary.json" else original(path, values),
     )
-    with pytest.raises(OSError, match=r"summary\.json cannot be written \(No space left"):
+    with pytest.raises(OSError, match=r"summary\.json cannot be written \(no space left"):
         trainer(tmp_path, "train.epochs=1", "optim.warmup_epochs=0").fit()
     assert final_state(tmp_path)["step"] == 5
 
@@ -241,7 +244,7 @@ def test_a_folder_that_is_removed_while_it_is_waited_for_is_told_or_made_anew(tm
 @pytest.mark.parametrize("name", ["file/run", "x" * 300])
 def test_a_folder_that_cannot_be_made_is_told_in_words(tmp_path, name):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot be used as --output \([A-Z].*\); choose another folder") as told:
+    with pytest.raises(ValueError, match=r"cannot be used as --output \([a-z].*\); choose another folder") as told:
         claimed(tmp_path / name)
     assert "Errno" not in str(told.value)
 
@@ -324,3 +327,45 @@ def test_a_stop_while_the_resumed_validation_runs_is_noticed_too(tmp_path):
         assert (run.step, read_rows(tmp_path, "epoch")) == (5, [])
     assert trainer(tmp_path).fit()["step"] == 20
     assert [row["epoch"] for row in read_rows(tmp_path, "epoch")] == [1, 2, 3, 4]
+
+
+# A full disk.
+
+ROOM = {
+    "the lock": 0,
+    "the configuration": 4,
+    "the log": 8,
+    "a checkpoint": 40,
+    "the second checkpoint": 260,
+    "later": 420,
+}
+"""KiB that are left when a run begins, by what the room does not suffice for."""
+
+
+@pytest.mark.parametrize("what", ROOM)
+def test_a_full_disk_ends_a_run_in_a_sentence_and_nothing_is_half_written(small_disk, image_root, capsys, what):
+    disk = small_disk(1 << 21)
+    disk.leave(ROOM[what] << 10)
+    output = disk.path / "run"
+    settings = ["train.epochs=4", "model.embed_dim=24", "model.depth=1", "train.batch_size=8", "optim.warmup_epochs=0"]
+    settings += ["train.log_every_steps=1", "train.keep_checkpoints=4"]
+    words = ["digits", "--data", image_root, "--output", output, "--loader", "torch"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    with pytest.raises(SystemExit) as done:
+        cli.errors.run(cli.train.app, [str(word) for word in words])
+    told = capsys.readouterr().err
+    assert done.value.code == 2
+    (sentence,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert re.search(r"no space left on that disk|make room", sentence)
+    assert "Errno" not in told
+    assert "Traceback" not in told
+    left = disk.files()
+    assert not [name for name in left if "partial" in name]
+    for path in checkpoint.list_checkpoints(output / "checkpoints"):
+        assert checkpoint.load(path)["step"] > 0  # whole
+    for row in read_rows(output):
+        assert row["kind"] in ("start", "step", "epoch")
+    if what in ("the lock", "the configuration"):
+        assert left == []
+    if what in ("a checkpoint", "the second checkpoint", "later"):
+        assert "top-1" in told  # what was found is shown

@@ -6,8 +6,10 @@ import base64
 import html
 import io
 import json
+import math
+import re
 from collections.abc import Sequence
-from importlib.resources import files
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from torch import Tensor
 
 from pss.inference.exhibit import Exhibit, Picture
 from pss.inference.opening import Run
-from pss.inference.sweep import COLUMNS, Row, Sweep, write_text
+from pss.inference.sweep import COLUMNS, Row, Sweep, finite
+from pss.inference.text import printable
 from pss.runs.log import read_rows
+from pss.runtime import files
 
 MISSING = "report.html needs plotly; run: pip install 'patch-sampling-schedule[report]'"
 """What to say where no report can be made."""
@@ -34,7 +38,16 @@ def available() -> bool:
 
 
 def write(found: Sweep, runs: Sequence[Run], names: Sequence[str], path: Path) -> None:
-    """Write the report of a sweep over `runs`, which the table calls `names`."""
+    """Write the report of a sweep over `runs`, which the table calls `names`, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    files.write(path, page(found, runs, names))
+
+
+def page(found: Sweep, runs: Sequence[Run], names: Sequence[str]) -> str:
+    """The report as HTML."""
     content = {
         "rows": found.rows,
         "table": {
@@ -46,27 +59,36 @@ def write(found: Sweep, runs: Sequence[Run], names: Sequence[str], path: Path) -
             for name, run, exhibit in zip(names, runs, found.exhibits, strict=True)
         ],
     }
-    write_text(path, _page(content, _title(names), _about(found.rows)))
+    return _page(content, _title(names), _about(found.rows))
 
 
 def _page(content: dict[str, Any], title: str, about: str) -> str:
     from plotly.offline import get_plotlyjs
 
-    own = files("pss.inference.report")
-    # "</" would end the script element, whatever language it is in.
-    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
-    page = own.joinpath("report.html").read_text(encoding="utf-8")
-    page = page.replace("{{title}}", html.escape(title)).replace("{{about}}", html.escape(about))
-    for mark, value in (
-        ("{{style}}", own.joinpath("report.css").read_text(encoding="utf-8")),
-        ("{{script}}", own.joinpath("report.js").read_text(encoding="utf-8")),
-        ("{{plotly}}", get_plotlyjs()),
-        ("{{data}}", data),  # last, as it may hold anything
-    ):
-        before, found, after = page.partition(mark)
-        assert found, mark
-        page = before + value + after
-    return page
+    own = resources.files("pss.inference.report")
+    parts = {
+        "title": html.escape(printable(title)),
+        "about": html.escape(printable(about)),
+        "style": own.joinpath("report.css").read_text(encoding="utf-8"),
+        "script": own.joinpath("report.js").read_text(encoding="utf-8"),
+        "plotly": get_plotlyjs(),
+        "data": _data(content),
+    }
+    frame = own.joinpath("report.html").read_text(encoding="utf-8")
+    # In one go, so that no part is looked for in another one: a run may be called {{data}}.
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], frame)
+
+
+def _data(content: Any) -> str:
+    """JSON that no parser of HTML, and no script, takes for anything else, whatever names there are in it.
+
+    It is ASCII, and has none of the characters that begin, end or comment out an element: after `<!--<script>` a
+    browser would look for the end of the page in vain.
+    """
+    data = json.dumps(finite(content), separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return data
 
 
 def _title(names: Sequence[str]) -> str:
@@ -118,29 +140,41 @@ def _data_uri(pixels: Tensor) -> str:
 
 
 def _training(run: Run) -> dict[str, Any] | None:
-    """The curves of a run's log: by optimizer step and by hours of training, validation not counted."""
-    if run.folder is None or not (run.folder / "log.jsonl").is_file():
+    """The curves of a run's log: by optimizer step and by hours of training, validation not counted.
+
+    A log may have been cut short, or written by another version: what of it is no number is left out.
+    """
+    if run.folder is None:
         return None
-    steps, epochs = read_rows(run.folder, "step"), read_rows(run.folder, "epoch")
-    if not epochs:
+    try:
+        steps, epochs = read_rows(run.folder, "step"), read_rows(run.folder, "epoch")
+    except (OSError, ValueError):  # the sweep is worth as much without it
         return None
-    ends = [0, *(row["step"] for row in epochs)]
-    hours = np.cumsum([0.0, *(row["train_seconds"] / 3600 for row in epochs)])
+    lasted = [row for row in epochs if _is_number(row.get("step")) and _is_number(row.get("train_seconds"))]
+    ends = [0, *(row["step"] for row in lasted)]
+    hours = np.cumsum([0.0, *(row["train_seconds"] / 3600 for row in lasted)])
 
     def curve(rows: Sequence[dict[str, Any]], key: str, smoothing: float = 0.0) -> dict[str, list[float]]:
+        known = [row for row in rows if _is_number(row.get("step")) and _is_number(row.get(key))]
         values: list[float] = []
-        for row in rows:
+        for row in known:
             values.append(smoothing * values[-1] + (1 - smoothing) * row[key] if values else row[key])
-        at = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _MAX_POINTS)).round().astype(int)).tolist()
-        places = [rows[number]["step"] for number in at]
+        at = np.unique(np.linspace(0, len(known) - 1, min(len(known), _MAX_POINTS)).round().astype(int)).tolist()
+        places = [known[number]["step"] for number in at]
         return {
             "steps": places,
             "hours": [round(float(hour), 6) for hour in np.interp(places, ends, hours)],
-            "values": [round(values[number], 5) for number in at],
+            "values": [round(float(values[number]), 5) for number in at],
         }
 
-    return {
+    curves = {
         "loss": curve(steps, "loss", _SMOOTHING),
         "val_loss": curve(epochs, "val_loss"),
         "top1": curve(epochs, "top1"),
     }
+    return curves if any(one["steps"] for one in curves.values()) else None
+
+
+def _is_number(value: Any) -> bool:
+    """One that can be drawn: a step that was skipped has no loss, and one that diverged may have an infinite one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,10 +1,14 @@
 "use strict";
 const report = JSON.parse(document.getElementById("data").textContent);
 const get = (id) => document.getElementById(id);
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(1)} %`);
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const colour = (number) => { const all = style("--series").split(/\s+/); return all[number % all.length]; };
 const rhoLabel = (rho) => (rho === null ? "as trained" : `ρ ${+rho.toPrecision(3)}`);
+// Charts take tags and entities in names for their own, and text of another direction would turn the figures beside it.
+const plain = (name) => name.replace(/[&<>]/g, (found) => `&#${found.charCodeAt(0)};`);
+const apart = (name) => `\u2068${name}\u2069`;
+const short = (name) => (name.length > 60 ? `${name.slice(0, 30)}…${name.slice(-29)}` : name);
 const symbols = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"];
 
 function element(tag, properties, ...children) {
@@ -50,7 +54,7 @@ function drawCosts() {
       const at = (name) => rows.map((row) => factor * row[name]);
       const spread = rows.every((row) => row[`${key}_low`] !== null);
       const trace = {
-        name: run.name, mode: "lines+markers", x: at(key), y: rows.map((row) => row.top1),
+        name: plain(short(run.name)), mode: "lines+markers", x: at(key), y: rows.map((row) => row.top1),
         customdata: rows.map((row) => [rhoLabel(row.rho), row.tokens, factor * row[`${key}_low`], factor * row[`${key}_high`]]),
         line: { color: colour(number), width: 2 }, marker: { symbol: symbols[number % symbols.length], size: 8 },
         hovertemplate: `<b>%{customdata[0]}</b> · %{customdata[1]} tokens<br>top-1 %{y:.2f} %<br>%{x:${form}} ${unit}` +
@@ -107,7 +111,7 @@ function buildGallery() {
     veil.append(document.createElementNS("http://www.w3.org/2000/svg", "path"));
     return element("figure", { className: "card" },
       element("div", { className: "frame" }, image, veil),
-      element("figcaption", {}, element("div", { className: "answer" }), element("div", { className: "label", textContent: `labelled ${picture.label}` })));
+      element("figcaption", {}, element("div", { className: "answer" }), element("div", { className: "label", textContent: `labelled ${apart(picture.label)}` })));
   }));
 }
 
@@ -128,8 +132,8 @@ function showRho() {
     const right = prediction === run.pictures[number].label;
     const answer = card.querySelector(".answer");
     answer.className = `answer ${right ? "right" : "wrong"}`;
-    answer.textContent = `${right ? "✓" : "✗"} ${prediction} ${percent(chance)}`;
-    answer.title = view.top.map(([name, share]) => `${name} ${percent(share)}`).join("\n");
+    answer.textContent = `${right ? "✓" : "✗"} ${apart(prediction)} ${percent(chance)}`;
+    answer.title = view.top.map(([name, share]) => `${apart(name)} ${percent(share)}`).join("\n");
     Object.assign(card.dataset, { kept: view.kept.length, prediction, probability: chance });
   });
   get("state").textContent =
@@ -164,7 +168,7 @@ function drawTraining() {
   const axis = document.querySelector("input[name=axis]:checked").value;
   for (const key of ["loss", "val_loss", "top1"]) {
     const traces = report.runs.map((run, number) => run.training && {
-      name: run.name, mode: key === "loss" ? "lines" : "lines+markers", x: run.training[key][axis], y: run.training[key].values,
+      name: plain(short(run.name)), mode: key === "loss" ? "lines" : "lines+markers", x: run.training[key][axis], y: run.training[key].values,
       line: { color: colour(number), width: 2 }, marker: { symbol: symbols[number % symbols.length], size: 5 },
       hovertemplate: `${axis === "steps" ? "step %{x:,}" : "%{x:.3~g} h"}<br>%{y:.4~g}<extra>%{fullData.name}</extra>`,
     }).filter(Boolean);
@@ -178,7 +182,7 @@ function drawAll() {
   drawTraining();
 }
 
-get("run").append(...report.runs.map((run, number) => element("option", { value: number, textContent: run.name })));
+get("run").append(...report.runs.map((run, number) => element("option", { value: number, textContent: apart(short(run.name)) })));
 get("run-label").hidden = report.runs.length < 2;
 setSliders();
 get("training").hidden = !trained;
