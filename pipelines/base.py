@@ -220,6 +220,11 @@ class Loader(Protocol):
         """What `delivered_hash` must be at the end of `epoch`: a function of the settings alone."""
         ...
 
+    def set_parts(self, parts: int) -> None:
+        """Have every training batch of this rank consist of those that ranks rank * parts, rank * parts + 1, ... would
+        get among world_size * parts, one after the other; 1 at first. `ValueError` where that cannot be."""
+        ...
+
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose what the next iteration delivers: `epoch`, from its batch `start_step` on."""
         ...

@@ -153,6 +153,12 @@ class Prefetcher:
         """See `Loader`."""
         return self.loader.planned_hash(epoch)
 
+    def set_parts(self, parts: int) -> None:
+        """See `Loader`; ends the present iteration."""
+        self._stop()
+        self.loader.set_parts(parts)
+        self._delivered = self.loader.delivered_hash
+
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose what the next iteration delivers; ends the present one."""
         self._stop()

@@ -147,6 +147,27 @@ def test_copies_are_counted_where_they_fit(make: Make) -> None:
         DataConfig(repeats=0)
 
 
+@pytest.mark.parametrize("mode", ["repeats", "decode_once"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_in_parts_holds_the_batches_of_as_many_ranks(backend: str, mode: str, make: Make) -> None:
+    config = dataclasses.replace(CONFIG, **{mode: 2})
+    whole = make(backend, batch_size=8, config=config)
+    whole.set_parts(2)
+    ranks = [epoch_of(make(backend, config=config, rank=rank, world_size=2), 3, 1) for rank in range(2)]
+    batches = epoch_of(whole, 3, 1)
+    assert whole.delivered_hash == whole.planned_hash(3)
+    for step, batch in enumerate(batches):
+        for name in ("images", "labels", "draw_keys"):
+            assert torch.equal(getattr(batch, name), torch.cat([getattr(rank[step], name) for rank in ranks]))
+
+
+@pytest.mark.parametrize(("parts", "copies", "message"), [(3, 1, "3 equal parts"), (0, 1, "0 equal"), (4, 4, "of 2;")])
+def test_parts_that_no_rank_could_have_are_refused(parts: int, copies: int, message: str, make: Make) -> None:
+    loader = make("torch", batch_size=8, config=dataclasses.replace(CONFIG, decode_once=copies))
+    with pytest.raises(ValueError, match=message):
+        loader.set_parts(parts)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_may_change_while_the_global_batch_stays(backend: str, make: Make) -> None:
     one = make(backend, batch_size=8)
