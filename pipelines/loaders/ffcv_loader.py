@@ -253,6 +253,9 @@ class FfcvLoader(PlannedLoader):
     def library_versions(self) -> dict[str, str]:
         return {"ffcv": FFCV_VERSION}
 
+    def _rest(self, ended: bool) -> None:
+        self._stop()
+
     def _stop(self) -> None:
         if self._running is not None:
             self._running.stop()

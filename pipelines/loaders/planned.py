@@ -139,7 +139,9 @@ class PlannedLoader(ABC):
         return self._supervised(self._iteration, self.epoch, self._batches(self.epoch, steps[self.start_step :]))
 
     def _supervised(self, iteration: int, epoch: int, batches: Generator[Decoded]) -> Iterator[Batch]:
-        """A failure is final: what a library delivers after one cannot be trusted."""
+        """A failure is final: what a library delivers after one cannot be trusted. What an iteration has started ends
+        with it, also where it is left early."""
+        ended = False
         try:
             for images, keys in batches:
                 batch = self._batch(images, epoch, keys)
@@ -147,15 +149,22 @@ class PlannedLoader(ABC):
                 yield batch
                 if iteration != self._iteration:
                     raise RuntimeError("this loader has been iterated anew; only its latest iterator goes on")
+            ended = True
         except DataError:
             self.close()
             raise
         finally:
             batches.close()
+            if iteration == self._iteration:
+                self._rest(ended)
 
     @abstractmethod
     def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
         """Decode `steps`, each the keys of one batch."""
+
+    @abstractmethod
+    def _rest(self, ended: bool) -> None:
+        """Stop all threads until the next iteration. `ended`: the last one came to its end, and was not left early."""
 
     @property
     @abstractmethod

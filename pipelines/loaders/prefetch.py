@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,7 +106,8 @@ def _for_device(batch: Batch) -> dict[str, torch.Tensor]:
 
 def _stop(queue: _Queue, thread: threading.Thread) -> None:
     queue.stop()
-    thread.join(_JOIN_SECONDS)
+    if thread is not threading.current_thread():  # which may be where the garbage collector runs
+        thread.join(_JOIN_SECONDS)
 
 
 class Prefetcher:
@@ -178,10 +179,12 @@ class Prefetcher:
             target=_fill, args=(queue, self.loader, self._stream), name="pss-prefetch", daemon=True
         )
         thread.start()
-        self._stop = weakref.finalize(self, _stop, queue, thread)
-        return self._read(queue)
+        batches = self._read(queue)
+        # Of the iterator, which may be dropped before it has delivered anything; it keeps the prefetcher alive.
+        self._stop = weakref.finalize(batches, _stop, queue, thread)
+        return batches
 
-    def _read(self, queue: _Queue) -> Iterator[Batch]:
+    def _read(self, queue: _Queue) -> Generator[Batch]:
         try:
             while (entry := self._next(queue)).batch is not None:
                 if entry.copied is not None:
