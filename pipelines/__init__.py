@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View
+from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View, choose_loader
 from pipelines.storage.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, read_manifest
 from pipelines.storage.source import class_names, find_split_folder, open_source
 
@@ -66,7 +66,7 @@ def build(
     if backend == "torch":
         made = import_module("pipelines.loaders.torch_loader").TorchLoader(source, **settings)
     elif backend == "dali":
-        module = _import_backend("dali", "DALI is not installed; run `make setup`, or use loader='torch'")
+        module = _import_backend("dali", f"DALI is not installed; run `make setup`, or use {choose_loader('torch')}")
         made = module.DaliLoader(source, **settings)
     else:
         raise DataError(f"there is no loader {loader!r}; use 'auto', 'torch', 'dali' or 'ffcv'")
@@ -80,13 +80,16 @@ def _import_backend(name: str, remedy: str) -> Any:
         raise DataError(f"{remedy} ({error})") from error
 
 
-def choose_backend(root: Path, split: str) -> Backend:
-    """What `loader="auto"` stands for."""
+def choose_backend(root: Path, split: str, beside: Backend = "auto") -> Backend:
+    """What `loader="auto"` stands for. `beside`: what reads another split, and is taken for this one too if it shows
+    original bytes and this one has them."""
     if (root / MANIFEST).exists():
         manifest, _ = read_manifest(root)
         entry = manifest.splits.get(canonical_split(split))
         if entry is not None and not entry.shards and entry.beton:
             return "ffcv"
+    if beside in ("torch", "dali"):
+        return beside
     return "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torch"
 
 

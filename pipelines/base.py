@@ -36,6 +36,11 @@ class DataError(ValueError):
     """The data set, or one of its files, cannot be used; the message names it and the remedy."""
 
 
+def choose_loader(backend: Backend) -> str:
+    """How to take this back end, for messages, in the words of the commands and of Python."""
+    return f"--loader {backend} (in Python, loader={backend!r})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class GpuDecoding(Section, section="data.gpu_decoding"):
     """Who decodes JPEG files when DALI works on a GPU. It decides neither order nor crops, and changes pixels by what

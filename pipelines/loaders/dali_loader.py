@@ -27,7 +27,8 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-from pipelines.base import DataError
+from pipelines.base import DataError, choose_loader
+from pipelines.loaders.dali_formats import ForDali
 from pipelines.loaders.geometry import evaluation_resize, random_crops
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
@@ -38,8 +39,6 @@ from pipelines.storage.source import Source
 from pipelines.storage.unreadable import UNREADABLE, unreadable
 
 _PREFETCH = 2
-_DECODED = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
-_REMEDY = "use loader='torch', or convert the data set with pss-convert"
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 Keys = NDArray[np.int64]
@@ -65,6 +64,7 @@ class DaliPipeline(ABC):
         self._in_flight: deque[Fed] = deque()
         self._unreadable: DataError | None = None  # what ended the feeding
         self._thread = WatchedThread("DALI")
+        self._files = ForDali(loader.source, loader.num_workers)
         self._max_images, self._device_id = max_images, device_id
         self._pipe: Any = self._defined()
         self._running = False
@@ -123,7 +123,7 @@ class DaliPipeline(ABC):
         """DALI's callback, run in the watched thread: the inputs of the next batch; StopIteration ends the epoch."""
         keys = next(self._to_feed)
         try:
-            encoded = self.loader.source.read_many(sample_numbers(keys)[:: self.loader.crops_per_image])
+            encoded = self._files.read(sample_numbers(keys)[:: self.loader.crops_per_image])
             inputs = (encoded, *map(np.ascontiguousarray, self._inputs(keys)))
         except DataError as failure:  # not DALI's to know, which has batches before this one to deliver
             self._unreadable, self._to_feed = failure, iter(())
@@ -167,18 +167,18 @@ class DaliPipeline(ABC):
             try:
                 with Image.open(io.BytesIO(encoded.data)) as image:
                     image.load()
-                    if image.format not in _DECODED:
-                        return DataError(
-                            f"{source.name(i)} is a {image.format} image, which DALI cannot decode; {_REMEDY}"
-                        )
             except UNREADABLE as reason:
                 return unreadable(source.name(i), len(encoded), reason)
         names = ", ".join(source.name(i) for i in suspects[:3])
-        return DataError(f"DALI cannot decode one of {len(suspects)} images ({names}, ...): {error}")
+        return DataError(
+            f"DALI cannot decode one of {len(suspects)} images ({names}, ...): {str(error).splitlines()[0]}; "
+            f"use {choose_loader('torch')}"
+        )
 
     def rest(self) -> None:
         """Stop all threads until `begin`."""
         self._thread.stop()
+        self._files.stop()
         self._pipe, self._running = None, False
         self._in_flight.clear()
 

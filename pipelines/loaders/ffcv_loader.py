@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.base import DataError
+from pipelines.base import DataError, choose_loader
 from pipelines.loaders.geometry import scale_boxes
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
@@ -170,7 +170,8 @@ class FfcvLoader(PlannedLoader):
         table = ConvertedTable(root, split)
         if table.entry.beton is None:
             raise DataError(
-                f"the {table.split} split of {root} has no FFCV file; use loader='auto', or convert with --format ffcv"
+                f"the {table.split} split of {root} has no FFCV file; use {choose_loader('auto')}, or convert "
+                "with --format ffcv"
             )
         super().__init__(table, **settings)
         table.check_size(table.entry.beton)

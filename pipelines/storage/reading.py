@@ -21,8 +21,8 @@ class Readers:
     They are daemons: a read that never returns cannot keep the process from ending.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, count: int, name: str = "read") -> None:
+        self._count, self._name = count, name
         self._lock = threading.Lock()
         self._tasks: SimpleQueue[Any] | None = None
         self._end: Callable[[], object] = lambda: None
@@ -58,7 +58,7 @@ class Readers:
         if self._tasks is None:
             tasks: SimpleQueue[Any] = SimpleQueue()
             threads = [
-                threading.Thread(target=_work, args=(tasks,), name=f"pss-read-{i}", daemon=True)
+                threading.Thread(target=_work, args=(tasks,), name=f"pss-{self._name}-{i}", daemon=True)
                 for i in range(self._count)
             ]
             for thread in threads:

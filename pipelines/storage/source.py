@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.base import DataError
+from pipelines.base import DataError, choose_loader
 from pipelines.storage.manifest import (
     MANIFEST,
     SPLIT_ALIASES,
@@ -128,8 +128,8 @@ class TarSource(ConvertedTable):
         self.check_bytes = check_bytes
         if not self.entry.shards:
             raise DataError(
-                f"the {self.split} split of {root} holds FFCV data only; use loader='ffcv', or convert it again "
-                "with --format ffcv,dali"
+                f"the {self.split} split of {root} holds FFCV data only; use {choose_loader('ffcv')}, or "
+                "convert it again with --format ffcv,dali"
             )
         for shard in self.entry.shards:
             self.check_size(shard)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import v2
 
-from pipelines import Batch, DataConfig, DataError, Loader, build, open_dataset
+from pipelines import Batch, DataConfig, DataError, Loader, build, choose_backend, open_dataset
 from pipelines.base import Progressive
 from pipelines.conversion.convert import PROFILES
 from pipelines.storage.beton import JPEG, RAW
@@ -560,7 +560,9 @@ def test_auto_takes_what_the_data_allows(image_root: Path, converted_root: Path,
     ffcv_only = _with_train(converted_root, tmp_path / "ffcv", shards=())
     assert make("auto", root=ffcv_only).backend == "ffcv"
     assert make("auto", "val", ffcv_only).backend == preferred
-    with pytest.raises(DataError, match="FFCV data only"):
+    beside = [choose_backend(ffcv_only, split, beside="torch") for split in ("train", "val")]
+    assert [*beside, choose_backend(ffcv_only, "val", beside="ffcv")] == ["ffcv", "torch", preferred]
+    with pytest.raises(DataError, match="FFCV data only.*--loader ffcv"):
         make("torch", root=ffcv_only)
     with pytest.raises(DataError, match="has no FFCV file"):
         make("ffcv", root=_with_train(converted_root, tmp_path / "dali", beton=None))
@@ -595,6 +597,50 @@ def test_pictures_of_every_kind(tmp_path: Path, make: Make) -> None:
     if not missing("dali"):
         (ours,) = list(make("dali", "val", tmp_path, batch_size=8))
         assert difference([ours], [reference]) < 0.5
+
+
+def _odd_pictures(folder: Path) -> None:
+    """Formats that a decoder may not know, under names that do not always say so."""
+    folder.mkdir(parents=True)
+    image, other = picture(90, 120, 0), picture(90, 120, 1)
+    image.save(folder / "a.gif")
+    image.save(folder / "animated.gif", save_all=True, append_images=[other])
+    image.save(folder / "named.jpg", "GIF")
+    image.save(folder / "plain.png")
+    image.save(folder / "animated.webp", save_all=True, append_images=[other])
+    image.convert("P").save(folder / "palette.tif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / "rotated.tiff", exif=exif)
+    image.save(folder / "pages.tiff", save_all=True, append_images=[other])
+    image.convert("1").save(folder / "bits.bmp")
+    deep = np.asarray(image)[..., 0].astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "deep.png")
+    Image.fromarray(deep).save(folder / "deep.tif")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+
+
+@pytest.mark.parametrize("decode_once", [1, 2])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_dali_shows_what_it_cannot_decode(split: str, decode_once: int, tmp_path: Path, make: Make) -> None:
+    if reason := missing("dali"):
+        pytest.skip(reason)
+    _odd_pictures(tmp_path / split / "all")
+    config = dataclasses.replace(CONFIG, decode_once=decode_once)
+    ours, reference = (
+        list(make(backend, split, tmp_path, config=config, num_workers=2)) for backend in ("dali", "torch")
+    )
+    assert sum(len(batch.labels) for batch in ours) == 12
+    assert same(ours, reference)
+
+
+def test_a_gif_that_is_cut_off_is_named_by_every_loader(tmp_path: Path, make: Make) -> None:
+    _odd_pictures(tmp_path / "val" / "all")
+    broken = tmp_path / "val" / "all" / "animated.gif"
+    broken.write_bytes(broken.read_bytes()[:400])
+    for backend in ["torch"] if missing("dali") else ["torch", "dali"]:
+        with pytest.raises(DataError, match=r"all/animated\.gif "):
+            list(make(backend, "val", tmp_path))
 
 
 needs_photographs = pytest.mark.skipif(
