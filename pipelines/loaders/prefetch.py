@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pipelines.base import Batch, DataError, Loader
+from pipelines.loaders.watched import stalled
 
 _JOIN_SECONDS = 5.0
 
@@ -210,7 +211,7 @@ class Prefetcher:
             if queue.stopping:
                 raise RuntimeError("this loader has been iterated anew; only its latest iterator goes on")
             self.close()
-            raise DataError(f"the {self.backend} loader delivered nothing for {self.timeout:g} s; see if its disk does")
+            raise stalled(f"the {self.backend} loader delivered nothing", self.timeout)
         return entry
 
     def state_dict(self) -> dict[str, Any]:

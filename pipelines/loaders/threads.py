@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.base import DataError
+from pipelines.loaders.watched import stalled
 
 _JOIN_SECONDS = 5.0
 _POLL_SECONDS = 0.2
@@ -68,7 +68,7 @@ class FilledBatch:
             if self._missing != before:
                 before, since = self._missing, time.monotonic()
             elif time.monotonic() - since >= stall_seconds:
-                raise DataError(f"no image was decoded for {stall_seconds:g} s; the threads wait for {what}")
+                raise stalled(f"the threads wait for {what}, and no image was decoded", stall_seconds)
         if self._failure is not None:
             raise self._failure
         return self.images

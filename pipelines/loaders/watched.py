@@ -15,6 +15,14 @@ Result = TypeVar("Result")
 _JOIN_SECONDS = 5.0
 
 
+def stalled(what: str, seconds: float) -> DataError:
+    """The error for something that has done nothing for so long."""
+    return DataError(
+        f"{what} for {seconds:g} s; see if the disk with the data answers and the machine has cores to spare, then try "
+        "again: a run goes on with --resume"
+    )
+
+
 class WatchedThread:
     """Runs one call at a time in a thread of its own, started at the first one."""
 
@@ -40,7 +48,7 @@ class WatchedThread:
             result, failure = self._outcomes.get(timeout=timeout)
         except Empty:
             self._lost = True
-            raise DataError(f"{self._name} delivered nothing for {timeout:g} s; see if its disk does") from None
+            raise stalled(f"{self._name} delivered nothing", timeout) from None
         if failure is not None:
             try:
                 raise failure

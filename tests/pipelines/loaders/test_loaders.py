@@ -456,6 +456,22 @@ def test_an_ffcv_thread_that_fails_is_reported(make: Make, monkeypatch: pytest.M
         next(iter(loader))
 
 
+@pytest.mark.parametrize(("split", "workers", "copies"), [("train", 2, 1), ("train", 1, 2), ("val", 2, 1)])
+def test_ffcv_compiles_nothing_while_it_is_watched(split: str, workers: int, copies: int, make: Make) -> None:
+    """Compilation may take longer than a loader may stall: it is over when the loader is there."""
+    if reason := missing("ffcv"):
+        pytest.skip(reason)
+    from numba.core import event
+
+    grow = Progressive(start_size=32, end_epoch=1, multiple=16)
+    config = dataclasses.replace(CONFIG, decode_once=copies, progressive=grow)
+    loader = make("ffcv", split, config=config, num_workers=workers)
+    with event.install_recorder("numba:compile") as compiled:
+        for epoch in range(2):
+            assert len(epoch_of(loader, epoch)) == loader.steps_per_epoch
+    assert not compiled.buffer
+
+
 def test_ffcv_stops_when_it_is_left(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := missing("ffcv"):
         pytest.skip(reason)
@@ -562,7 +578,7 @@ def test_auto_takes_what_the_data_allows(image_root: Path, converted_root: Path,
     assert make("auto", "val", ffcv_only).backend == preferred
     beside = [choose_backend(ffcv_only, split, beside="torch") for split in ("train", "val")]
     assert [*beside, choose_backend(ffcv_only, "val", beside="ffcv")] == ["ffcv", "torch", preferred]
-    with pytest.raises(DataError, match="FFCV data only.*--loader ffcv"):
+    with pytest.raises(DataError, match=r"FFCV data only.*--loader ffcv"):
         make("torch", root=ffcv_only)
     with pytest.raises(DataError, match="has no FFCV file"):
         make("ffcv", root=_with_train(converted_root, tmp_path / "dali", beton=None))
