@@ -129,7 +129,7 @@ def train(
         val_loader = None
         try:
             # Accuracy is measured on the original bytes, which FFCV's files do not hold.
-            val_backend = "auto" if loader == "ffcv" else loader
+            val_backend = pipelines.choose_backend(data, "val", beside=loader)
             val_loader = pipelines.build(data, "val", train=False, loader=val_backend, **options)
             trainer = Trainer(
                 config, train_loader, val_loader, classes=list(dataset.classes), output=output, world=world

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View, in_words
+from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View, choose_loader, in_words
 from pipelines.storage.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, read_manifest
 from pipelines.storage.source import class_names, find_split_folder, open_source
 
@@ -38,12 +38,12 @@ def build(
 
     `root` is a folder written by pss-convert, or a plain one with `train|val/<class>/*.jpg`. `batch_size` is per rank.
     `num_workers` counts threads (0: torch decodes in the caller's); by default this rank's share of the cores.
-    `loader="auto"` takes DALI if it is installed and the split holds original bytes, else torch; FFCV only for a
-    split that exists in no other form. `check_bytes`: in a converted set, compare each image with its checksum when
-    this process first reads it (about 1 ns a byte, once). Plain folders have no checksums: there, damage is found where
-    the decoder finds it; a JPEG whose pixel data decodes to other colours passes. `label_maps`: a .npy file with a row
-    for each sample of the split, in its order, of which `Batch.maps` gets the batch's. Raises `DataError` for data or a
-    back end that cannot be used.
+    `loader="auto"` takes DALI if it is installed and the split holds original bytes, else torch, and both read the same
+    formats; FFCV only for a split that exists in no other form. `check_bytes`: in a converted set, compare each image
+    with its checksum when this process first reads it (about 1 ns a byte, once). Plain folders have no checksums:
+    there, damage is found where the decoder finds it; a JPEG whose pixel data decodes to other colours passes.
+    `label_maps`: a .npy file with a row for each sample of the split, in its order, of which `Batch.maps` gets the
+    batch's. Raises `DataError` for data or a back end that cannot be used.
     """
     root = Path(root)
     settings: dict[str, Any] = {
@@ -66,9 +66,7 @@ def build(
     if backend == "torch":
         made = import_module("pipelines.loaders.torch_loader").TorchLoader(source, **settings)
     elif backend == "dali":
-        module = _import_backend(
-            "dali", "DALI is not installed; run `make setup`, or use the torch loader (--loader torch)"
-        )
+        module = _import_backend("dali", f"DALI is not installed; run `make setup`, or use {choose_loader('torch')}")
         made = module.DaliLoader(source, **settings)
     else:
         raise DataError(f"there is no loader {loader!r}; use 'auto', 'torch', 'dali' or 'ffcv'")
@@ -82,13 +80,16 @@ def _import_backend(name: str, remedy: str) -> Any:
         raise DataError(f"{remedy}; importing it says: {in_words(error)}") from error
 
 
-def choose_backend(root: Path, split: str) -> Backend:
-    """What `loader="auto"` stands for."""
+def choose_backend(root: Path, split: str, beside: Backend = "auto") -> Backend:
+    """What `loader="auto"` stands for. `beside`: what reads another split, and is taken for this one too if it shows
+    original bytes and this one has them."""
     if (root / MANIFEST).exists():
         manifest, _ = read_manifest(root)
         entry = manifest.splits.get(canonical_split(split))
         if entry is not None and not entry.shards and entry.beton:
             return "ffcv"
+    if beside in ("torch", "dali"):
+        return beside
     return "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torch"
 
 

@@ -71,6 +71,11 @@ def in_words(error: BaseException) -> str:
     return " ".join(told.split())
 
 
+def choose_loader(backend: Backend) -> str:
+    """How to take this back end, for messages, in the words of the commands and of Python."""
+    return f"--loader {backend} (in Python, loader={backend!r})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class GpuDecoding(Section, section="data.gpu_decoding"):
     """Who decodes JPEG files when DALI works on a GPU. It decides neither order nor crops, and changes pixels by what
@@ -253,6 +258,11 @@ class Loader(Protocol):
 
     def planned_hash(self, epoch: int) -> int:
         """What `delivered_hash` must be at the end of `epoch`: a function of the settings alone."""
+        ...
+
+    def set_parts(self, parts: int) -> None:
+        """Have every training batch of this rank consist of those that ranks rank * parts, rank * parts + 1, ... would
+        get among world_size * parts, one after the other; 1 at first. `ValueError` where that cannot be."""
         ...
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:

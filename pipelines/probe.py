@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import pipelines
@@ -72,14 +73,30 @@ def probe(
 
 
 def images_per_second(loader: Loader, seconds: float) -> float:
-    """The rate of `loader` over `seconds` or its epoch, after the batches it needs to get going."""
-    images, began = 0, time.perf_counter()
-    warm = min(3, loader.steps_per_epoch - 1)
-    for step, batch in enumerate(loader):
-        if step < warm:
+    """The steady rate of `loader`, over `seconds` or what is left of its epoch; of a short epoch over whole ones.
+
+    What was decoded before anybody asked for it costs nothing: it is all taken before the clock starts. Near the end of
+    an epoch nothing is left to work on ahead, so that the clock stops before, or an epoch's restart is counted too.
+    """
+    ahead: int = getattr(loader, "batches_ahead", 0)
+    before, steps = 2 * ahead + 2, loader.steps_per_epoch
+    images, passed = 0, 0.0
+    if before + 5 * ahead < steps:
+        for step, batch in enumerate(loader, 1):
+            if step <= before:
+                began = time.perf_counter()
+                continue
+            images, passed = images + len(batch.labels), time.perf_counter() - began
+            if step == steps - ahead or passed > seconds:
+                break
+        return images / passed
+    for epoch in count():
+        loader.set_epoch(epoch)
+        shown = sum(len(batch.labels) for batch in loader)
+        if epoch == 0:
             began = time.perf_counter()
             continue
-        images += len(batch.labels)
-        if time.perf_counter() - began > seconds:
+        images, passed = images + shown, time.perf_counter() - began
+        if passed > seconds:
             break
-    return images / (time.perf_counter() - began)
+    return images / passed

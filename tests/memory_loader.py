@@ -48,6 +48,9 @@ class MemoryLoader:
     def delivered_hash(self) -> int:
         return self.epoch
 
+    def set_parts(self, parts: int) -> None:
+        pass  # a batch is dealt out as it comes
+
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         self.epoch, self.start = epoch, start_step
 

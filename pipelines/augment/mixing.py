@@ -1,7 +1,8 @@
 """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a normalised batch, distributed as in timm.
 
 Image i of a batch is mixed with image B - 1 - i. What is drawn is a pure function of (seed, step, rank): a batch is the
-unit here, and which images it holds follows from the same three.
+unit here, and which images it holds follows from the same three. A process that computes its batch in parts has in each
+the batch of another rank.
 """
 
 from __future__ import annotations
@@ -96,25 +97,44 @@ class Mixing:
     """Mixes a batch with itself and makes soft targets of its labels."""
 
     def __init__(
-        self, config: MixingConfig, num_classes: int, *, seed: int, rank: int, label_smoothing: float = 0.0
+        self,
+        config: MixingConfig,
+        num_classes: int,
+        *,
+        seed: int,
+        rank: int,
+        label_smoothing: float = 0.0,
+        parts: int = 1,
     ) -> None:
+        """With `parts` above 1 a batch is that many, one after the other, each mixed with itself as those of ranks
+        rank * parts, rank * parts + 1, ... are."""
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {label_smoothing}; it must lie between 0 and 1")
         self.config, self.num_classes, self.label_smoothing = config, num_classes, label_smoothing
-        self.seed, self.rank = seed, rank
+        self.seed, self.rank, self.parts = seed, rank, parts
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Images, float (B, 3, S, S), changed in place; targets, float32 (B, classes), from `labels` int64 (B,)."""
+        targets = [
+            self._mix(some, their_labels, step, self.rank * self.parts + number)
+            for number, (some, their_labels) in enumerate(
+                zip(images.chunk(self.parts), labels.chunk(self.parts), strict=True)
+            )
+        ]
+        return images, targets[0] if len(targets) == 1 else torch.cat(targets)
+
+    def _mix(self, images: Tensor, labels: Tensor, step: int, rank: int) -> Tensor:
+        """Mix the batch of `rank` in place; returns its targets."""
         num_draws = len(images) if self.config.mode == "elem" else 1
         share, rectangle = draw_mixing(
-            self.config, num_draws, img_size=images.shape[-1], seed=self.seed, step=step, rank=self.rank
+            self.config, num_draws, img_size=images.shape[-1], seed=self.seed, step=step, rank=rank
         )
         if self.config.mode == "elem":
             _mix_each(images, share, rectangle)
         else:
             _mix_batch(images, float(share[0]), rectangle[0].tolist())
         shares = to_device(share.astype(np.float32), labels.device).unsqueeze(1)
-        return images, mixed_targets(labels, shares, self.num_classes, self.label_smoothing)
+        return mixed_targets(labels, shares, self.num_classes, self.label_smoothing)
 
 
 def _mix_batch(images: Tensor, share: float, rectangle: list[int]) -> None:

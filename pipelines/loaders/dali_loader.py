@@ -27,7 +27,8 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-from pipelines.base import DataError
+from pipelines.base import DataError, choose_loader
+from pipelines.loaders.dali_formats import ForDali
 from pipelines.loaders.geometry import evaluation_resize, random_crops
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
@@ -38,8 +39,6 @@ from pipelines.storage.source import Source
 from pipelines.storage.unreadable import UNREADABLE, unreadable
 
 _PREFETCH = 2
-_DECODED = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
-_REMEDY = "use the torch loader (--loader torch), or convert the data set with pss-convert"
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 Keys = NDArray[np.int64]
@@ -65,15 +64,21 @@ class DaliPipeline(ABC):
         self._in_flight: deque[Fed] = deque()
         self._unreadable: DataError | None = None  # what ended the feeding
         self._thread = WatchedThread("DALI")
-        self._pipe: Any = Pipeline(
-            batch_size=max_images,
-            num_threads=max(1, loader.num_workers),
-            device_id=device_id,
+        self._files = ForDali(loader.source, loader.num_workers)
+        self._max_images, self._device_id = max_images, device_id
+        self._pipe: Any = self._defined()
+        self._running = False
+
+    def _defined(self) -> Any:
+        pipe = Pipeline(
+            batch_size=self._max_images,
+            num_threads=max(1, self.loader.num_workers),
+            device_id=self._device_id,
             prefetch_queue_depth=_PREFETCH,
         )
-        with self._pipe:
-            self._pipe.set_outputs(*self._graph())
-        self._pipe.build()
+        with pipe:
+            pipe.set_outputs(*self._graph())
+        return pipe
 
     @abstractmethod
     def _graph(self) -> list[Any]:
@@ -90,11 +95,16 @@ class DaliPipeline(ABC):
     def begin(self, epoch: int, batches: list[Keys]) -> None:
         """Decode `batches` from now on, and forget those before, which may have been left early."""
         self._to_feed, self._unreadable = iter(()), None
-        with contextlib.suppress(StopIteration):
-            while True:
-                self._run()
+        if self._running:
+            with contextlib.suppress(StopIteration):
+                while True:
+                    self._run()
+            self._pipe.reset()
+        else:
+            self._pipe = self._pipe or self._defined()
+            self._pipe.build()  # which starts threads
+            self._running = True
         self._in_flight.clear()
-        self._pipe.reset()
         self._epoch, self._to_feed = epoch, iter(batches)
 
     def _external(self, *kinds: Any) -> Sequence[Any]:
@@ -113,7 +123,7 @@ class DaliPipeline(ABC):
         """DALI's callback, run in the watched thread: the inputs of the next batch; StopIteration ends the epoch."""
         keys = next(self._to_feed)
         try:
-            encoded = self.loader.source.read_many(sample_numbers(keys)[:: self.loader.crops_per_image])
+            encoded = self._files.read(sample_numbers(keys)[:: self.loader.crops_per_image])
             inputs = (encoded, *map(np.ascontiguousarray, self._inputs(keys)))
         except DataError as failure:  # not DALI's to know, which has batches before this one to deliver
             self._unreadable, self._to_feed = failure, iter(())
@@ -157,18 +167,20 @@ class DaliPipeline(ABC):
             try:
                 with Image.open(io.BytesIO(encoded.data)) as image:
                     image.load()
-                    if image.format not in _DECODED:
-                        return DataError(
-                            f"{source.name(i)} is a {image.format} image, which DALI cannot decode; {_REMEDY}"
-                        )
             except UNREADABLE as reason:
                 return unreadable(source.name(i), len(encoded), reason)
         names = ", ".join(source.name(i) for i in suspects[:3])
-        return DataError(f"DALI cannot decode one of {len(suspects)} images ({names}, ...): {error}")
+        return DataError(
+            f"DALI cannot decode one of {len(suspects)} images ({names}, ...): {str(error).splitlines()[0]}; "
+            f"use {choose_loader('torch')}"
+        )
 
-    def close(self) -> None:
+    def rest(self) -> None:
+        """Stop all threads until `begin`."""
         self._thread.stop()
-        self._pipe = None
+        self._files.stop()
+        self._pipe, self._running = None, False
+        self._in_flight.clear()
 
 
 class OnCpu(DaliPipeline):
@@ -203,7 +215,8 @@ class OnCpu(DaliPipeline):
     def next(self) -> torch.Tensor:
         batch = self._ahead.popleft()
         self._begin_next()
-        return batch.wait(self.loader.stall_seconds, "the resizing of a batch")
+        assert self._threads is not None
+        return batch.wait(self._threads, self.loader.stall_seconds, "the resizing of a batch")
 
     def _begin_next(self) -> None:
         """Hand another decoded batch to the threads. A failure is for the reader of that batch."""
@@ -245,9 +258,9 @@ class OnCpu(DaliPipeline):
             self._threads.stop()
             self._threads = None
 
-    def close(self) -> None:
-        super().close()
+    def rest(self) -> None:
         self._stop_threads()
+        super().rest()
         self._ahead.clear()
 
 
@@ -371,9 +384,14 @@ class DaliLoader(PlannedLoader):
             versions["torchvision"] = torchvision.__version__
         return versions
 
-    def close(self) -> None:
-        super().close()
+    def _rest(self, ended: bool) -> None:
+        self.source.close()
+        if ended and self._decodes_in_graph():
+            return  # the next epoch goes on with it: on a GPU a pipeline takes long to build
         for pipeline in itertools.chain(*self._lanes):
             if pipeline is not None:
-                pipeline.close()
-        self.source.close()
+                pipeline.rest()
+
+    def close(self) -> None:
+        super().close()
+        self._rest(ended=False)

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.base import DataError
+from pipelines.base import DataError, choose_loader
 from pipelines.loaders.geometry import scale_boxes
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
+from pipelines.loaders.watched import stalled
 from pipelines.storage.beton import RAW, damaged_frame, stored_path
 from pipelines.storage.ffcv_file import FFCV_VERSION, import_ffcv
 from pipelines.storage.source import ConvertedTable
@@ -135,7 +136,7 @@ class _Epoch(EpochIterator):  # type: ignore[misc]
         began = time.monotonic()
         while True:
             if time.monotonic() - began > stall_seconds:
-                raise DataError(f"FFCV delivered nothing for {stall_seconds:g} s; see if its disk does")
+                raise stalled("FFCV delivered nothing", stall_seconds)
             alive = self.is_alive()  # asked first: what it put before it ended must not be missed
             try:
                 _, result = self.output_queue.get(timeout=min(_POLL, stall_seconds) if alive else 0)
@@ -170,7 +171,7 @@ class FfcvLoader(PlannedLoader):
         table = ConvertedTable(root, split)
         if table.entry.beton is None:
             raise DataError(
-                f"the {table.split} split of {root} has no FFCV file; use another loader (--loader auto), or convert "
+                f"the {table.split} split of {root} has no FFCV file; use {choose_loader('auto')}, or convert "
                 "it with --format ffcv"
             )
         super().__init__(table, **settings)
@@ -196,9 +197,23 @@ class FfcvLoader(PlannedLoader):
         )
         self._beton.reader.metadata = self._plan
         self._running: _Epoch | None = None
+        self._compile()
         self.warning = None if self.train else EVALUATION_WARNING
         if self.warning:
             _log.warning("%s: %s", self._path, self.warning)
+
+    def _compile(self) -> None:
+        """Have all code compiled that an epoch runs, by running it on no places.
+
+        numba compiles what is first called: half a minute and more where the cores are busy, which is no stall. So it
+        happens here, where nobody watches, and leaves no files, which an unprivileged user may have no folder for.
+        """
+        Compiler.set_num_threads(self._threads)
+        nothing = np.zeros(0, dtype=np.uint64)
+        epoch = _Epoch(self._beton, nothing)
+        epoch.join()
+        epoch.run_pipeline(0, nothing, 0, None)
+        epoch.close()
 
     def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
         self._stop()  # the crops may change only when nobody reads them
@@ -253,6 +268,9 @@ class FfcvLoader(PlannedLoader):
 
     def library_versions(self) -> dict[str, str]:
         return {"ffcv": FFCV_VERSION}
+
+    def _rest(self, ended: bool) -> None:
+        self._stop()
 
     def _stop(self) -> None:
         if self._running is not None:

@@ -67,12 +67,16 @@ def train_batches(
     world_size: int,
     repeats: int = 1,
     decode_once: int = 1,
+    parts: int = 1,
 ) -> NDArray[np.int64]:
     """The keys of `rank` in one epoch, (steps, batch_size); the remainder that fills no global batch is dropped.
 
     With `repeats` = R every sample of the epoch's order comes R times in a row and place p of that list goes to rank
     p % world_size: repeated augmentation (Hoffer et al., 2020) as DeiT's sampler does it. The epoch keeps its length,
     so it reaches the first 1/R of the order. With `decode_once` = R the R copies stay together on one rank.
+
+    With `parts` = P each batch is those of P ranks one after the other: of ranks rank * P and following among
+    world_size * P.
     """
     copies = repeats * decode_once
     assert repeats == 1 or decode_once == 1
@@ -81,7 +85,9 @@ def train_batches(
     order = epoch_order(num_samples, seed, epoch)
     keys = draw_keys(order[places // copies], places % copies)
     if repeats > 1:
-        return keys.reshape(steps, batch_size, world_size)[:, :, rank]
+        # (steps, images of a part, world_size, parts)
+        dealt = keys.reshape(steps, batch_size // parts, world_size, parts)[:, :, rank]
+        return dealt.swapaxes(1, 2).reshape(steps, batch_size)
     return keys.reshape(steps, world_size, batch_size)[:, rank]
 
 

@@ -85,10 +85,24 @@ class PlannedLoader(ABC):
         else:
             own = len(evaluation_samples(self.num_samples, rank, world_size))
             self.steps_per_epoch = -(-own // batch_size)
+        self.parts = 1
         self.epoch = self.start_step = 0
         self._iteration = 0
         self._delivered = 0
         self._closed = False
+
+    def set_parts(self, parts: int) -> None:
+        """Have every batch consist of the batches of `parts` ranks; see `Loader`."""
+        if parts < 1 or self.batch_size % parts:
+            raise ValueError(f"a batch of {self.batch_size} images cannot be {parts} equal parts (train.accumulate)")
+        if self.train and self.batch_size // parts % self.config.decode_once:
+            raise ValueError(
+                f"data.decode_once is {self.config.decode_once} and a batch of {self.batch_size} has {parts} parts "
+                f"(train.accumulate) of {self.batch_size // parts}; make that a multiple of it: a part holds all crops "
+                "of its images"
+            )
+        self.parts = parts
+        self.set_epoch(self.epoch, self.start_step)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose what the next iteration delivers: `epoch`, from its batch `start_step` on."""
@@ -125,7 +139,9 @@ class PlannedLoader(ABC):
         return self._supervised(self._iteration, self.epoch, self._batches(self.epoch, steps[self.start_step :]))
 
     def _supervised(self, iteration: int, epoch: int, batches: Generator[Decoded]) -> Iterator[Batch]:
-        """A failure is final: what a library delivers after one cannot be trusted."""
+        """A failure is final: what a library delivers after one cannot be trusted. What an iteration has started ends
+        with it, also where it is left early."""
+        ended = False
         try:
             for images, keys in batches:
                 batch = self._batch(images, epoch, keys)
@@ -133,15 +149,22 @@ class PlannedLoader(ABC):
                 yield batch
                 if iteration != self._iteration:
                     raise RuntimeError("this loader has been iterated anew; only its latest iterator goes on")
+            ended = True
         except DataError:
             self.close()
             raise
         finally:
             batches.close()
+            if iteration == self._iteration:
+                self._rest(ended)
 
     @abstractmethod
     def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
         """Decode `steps`, each the keys of one batch."""
+
+    @abstractmethod
+    def _rest(self, ended: bool) -> None:
+        """Stop all threads until the next iteration. `ended`: the last one came to its end, and was not left early."""
 
     @property
     @abstractmethod
@@ -165,6 +188,7 @@ class PlannedLoader(ABC):
                     world_size=self.world_size,
                     repeats=self.config.repeats,
                     decode_once=self.config.decode_once,
+                    parts=self.parts,
                 )
             )
         own = evaluation_samples(self.num_samples, self.rank, self.world_size)

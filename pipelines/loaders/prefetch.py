@@ -10,13 +10,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from pipelines.base import Batch, DataError, Loader
+from pipelines.loaders.watched import stalled
 
 _JOIN_SECONDS = 5.0
 
@@ -106,7 +107,8 @@ def _for_device(batch: Batch) -> dict[str, torch.Tensor]:
 
 def _stop(queue: _Queue, thread: threading.Thread) -> None:
     queue.stop()
-    thread.join(_JOIN_SECONDS)
+    if thread is not threading.current_thread():  # which may be where the garbage collector runs
+        thread.join(_JOIN_SECONDS)
 
 
 class Prefetcher:
@@ -153,6 +155,12 @@ class Prefetcher:
         """See `Loader`."""
         return self.loader.planned_hash(epoch)
 
+    def set_parts(self, parts: int) -> None:
+        """See `Loader`; ends the present iteration."""
+        self._stop()
+        self.loader.set_parts(parts)
+        self._delivered = self.loader.delivered_hash
+
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose what the next iteration delivers; ends the present one."""
         self._stop()
@@ -172,10 +180,12 @@ class Prefetcher:
             target=_fill, args=(queue, self.loader, self._stream), name="pss-prefetch", daemon=True
         )
         thread.start()
-        self._stop = weakref.finalize(self, _stop, queue, thread)
-        return self._read(queue)
+        batches = self._read(queue)
+        # Of the iterator, which may be dropped before it has delivered anything; it keeps the prefetcher alive.
+        self._stop = weakref.finalize(batches, _stop, queue, thread)
+        return batches
 
-    def _read(self, queue: _Queue) -> Iterator[Batch]:
+    def _read(self, queue: _Queue) -> Generator[Batch]:
         try:
             while (entry := self._next(queue)).batch is not None:
                 if entry.copied is not None:
@@ -201,7 +211,7 @@ class Prefetcher:
             if queue.stopping:
                 raise RuntimeError("this loader has been iterated anew; only its latest iterator goes on")
             self.close()
-            raise DataError(f"the {self.backend} loader delivered nothing for {self.timeout:g} s; see if its disk does")
+            raise stalled(f"the {self.backend} loader delivered nothing", self.timeout)
         return entry
 
     def state_dict(self) -> dict[str, Any]:

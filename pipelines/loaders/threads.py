@@ -7,6 +7,7 @@ dies, start at once, and share the source's memory.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -16,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.base import DataError
+from pipelines.loaders.watched import stalled
 
 _JOIN_SECONDS = 5.0
+_POLL_SECONDS = 0.2
 
 Task = Callable[[], None]
 
@@ -56,13 +58,17 @@ class FilledBatch:
         self._failure = failure
         self._done.set()
 
-    def wait(self, stall_seconds: float, what: str) -> Tensor:
-        """The images; raises what a task raised, and `DataError` if none is filled for `stall_seconds`."""
-        before = -1
-        while not self._done.wait(stall_seconds):
-            if self._missing == before:
-                raise DataError(f"no image was decoded for {stall_seconds:g} s; the threads wait for {what}")
-            before = self._missing
+    def wait(self, threads: Threads, stall_seconds: float, what: str) -> Tensor:
+        """The images; raises what a task raised, and `DataError` if none is filled for `stall_seconds`. `what` the
+        threads wait for then."""
+        before, since = self._missing, time.monotonic()
+        while not self._done.wait(min(stall_seconds, _POLL_SECONDS)):
+            if not threads.stop.alive:
+                raise RuntimeError("the threads that were to fill a batch have been stopped")  # as when Python exits
+            if self._missing != before:
+                before, since = self._missing, time.monotonic()
+            elif time.monotonic() - since >= stall_seconds:
+                raise stalled(f"the threads wait for {what}, and no image was decoded", stall_seconds)
         if self._failure is not None:
             raise self._failure
         return self.images
@@ -106,5 +112,7 @@ def _stop(tasks: SimpleQueue[Task | None], threads: list[threading.Thread], stop
     stopping.set()
     for _ in threads:
         tasks.put(None)
+    deadline = time.monotonic() + _JOIN_SECONDS
     for thread in threads:
-        thread.join(_JOIN_SECONDS)
+        if thread is not threading.current_thread():  # which may be where the garbage collector runs
+            thread.join(max(0.0, deadline - time.monotonic()))

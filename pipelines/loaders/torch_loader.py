@@ -123,7 +123,7 @@ class TorchLoader(PlannedLoader):
                 step = ahead.popleft()
                 first = self.source.name(int(step.images_to_decode[0]))
                 waiting_for = f"one of {len(step.images_to_decode)} images from {first} on"
-                yield step.wait(self.stall_seconds, waiting_for), step.keys
+                yield step.wait(threads, self.stall_seconds, waiting_for), step.keys
         finally:
             threads.stop()
 
@@ -143,6 +143,9 @@ class TorchLoader(PlannedLoader):
             side=self.side(epoch),
             pin_memory=self.device.type == "cuda",
         )
+
+    def _rest(self, ended: bool) -> None:
+        self.source.close()
 
     def _stop_threads(self) -> None:
         if self._threads is not None:

@@ -12,6 +12,16 @@ from pipelines.base import DataError
 
 Result = TypeVar("Result")
 
+_JOIN_SECONDS = 5.0
+
+
+def stalled(what: str, seconds: float) -> DataError:
+    """The error for something that has done nothing for so long."""
+    return DataError(
+        f"{what} for {seconds:g} s; see if the disk with the data answers and the machine has cores to spare, then try "
+        "again: a run goes on with --resume"
+    )
+
 
 class WatchedThread:
     """Runs one call at a time in a thread of its own, started at the first one."""
@@ -32,24 +42,28 @@ class WatchedThread:
             arguments = (self._calls, self._outcomes)
             self._thread = threading.Thread(target=_serve, args=arguments, name=f"pss-{self._name}", daemon=True)
             self._thread.start()
-            weakref.finalize(self, self._calls.put, None)  # for an owner that is never closed
+            self._end = weakref.finalize(self, self._calls.put, None)  # for an owner that is never closed
         self._calls.put(function)
         try:
             result, failure = self._outcomes.get(timeout=timeout)
         except Empty:
             self._lost = True
-            raise DataError(f"{self._name} delivered nothing for {timeout:g} s; see if its disk does") from None
+            raise stalled(f"{self._name} delivered nothing", timeout) from None
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure, function  # else this frame and the failure keep each other, and what was called
         returned: Result = result
         return returned
 
     def stop(self) -> None:
-        """End the thread, unless it is lost in a call."""
+        """End the thread, unless it is lost in a call; the next call starts another."""
         if self._thread is not None:
-            self._calls.put(None)
+            self._end()
             if not self._lost:
-                self._thread.join()
+                self._thread.join(_JOIN_SECONDS)  # not for ever: it may be in a call that another thread waits for
+                self._lost = self._thread.is_alive()
             self._thread = None
 
 

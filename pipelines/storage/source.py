@@ -13,7 +13,6 @@ import os
 import resource
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.base import DataError, in_words
+from pipelines.base import DataError, choose_loader, in_words
 from pipelines.storage.manifest import (
     MANIFEST,
     SPLIT_ALIASES,
@@ -31,6 +30,7 @@ from pipelines.storage.manifest import (
     hash_file,
     read_manifest,
 )
+from pipelines.storage.reading import Readers
 from pipelines.storage.unreadable import UNREADABLE, has_stray_marker, unreadable
 
 Bytes = NDArray[np.uint8]
@@ -128,7 +128,7 @@ class TarSource(ConvertedTable):
         self.check_bytes = check_bytes
         if not self.entry.shards:
             raise DataError(
-                f"the {self.split} split of {root} holds FFCV data only; use the FFCV loader (--loader ffcv), or "
+                f"the {self.split} split of {root} holds FFCV data only; use {choose_loader('ffcv')}, or "
                 "convert it again with --format ffcv,dali"
             )
         for shard in self.entry.shards:
@@ -196,7 +196,7 @@ class FolderSource:
         self.num_samples = len(files)
         self.fingerprint = hashlib.sha256("\n".join((*self.classes, "", *self.names)).encode()).hexdigest()
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int32)  # filled as samples are first asked for
-        self._pool: ThreadPoolExecutor | None = None
+        self._readers = Readers(_READ_THREADS)
 
     def sizes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         missing = index[self._sizes[index, 0] == 0]
@@ -225,20 +225,19 @@ class FolderSource:
         return encoded
 
     def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_READ_THREADS, "pss-read")
-        return list(self._pool.map(self.read, index))
+        return self._readers.map(self.read, index)
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        self._readers.stop()
 
     def name(self, i: int) -> str:
         return str(self.folder / self.names[i])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pool": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_readers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_readers": Readers(_READ_THREADS)}
 
 
 def open_source(root: Path, split: str, check_bytes: bool = True) -> Source:

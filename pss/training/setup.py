@@ -132,7 +132,14 @@ def build_mixing(config: Config, num_classes: int, rank: int) -> Mixing | None:
         switch_probability=loss.mix_switch_prob,
         mode=loss.mix_mode,
     )
-    return Mixing(mixing, num_classes, seed=config.train.seed, rank=rank, label_smoothing=loss.label_smoothing)
+    return Mixing(
+        mixing,
+        num_classes,
+        seed=config.train.seed,
+        rank=rank,
+        label_smoothing=loss.label_smoothing,
+        parts=config.train.accumulate,
+    )
 
 
 @contextmanager

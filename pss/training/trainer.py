@@ -25,6 +25,7 @@ from pss.runtime.seeds import seed_generator
 from pss.runtime.shards import whole
 from pss.training.guard import Guard, Statistics, skipping, update_average
 from pss.training.optim import build_optimizer, set_rates
+from pss.training.parts import Parts
 from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
 from pss.training.setup import build_mixing, catch_signals, check_masks, check_phases, compile_levels, wrap
@@ -57,6 +58,8 @@ class Trainer:
     ) -> None:
         self.config, self.world = config, world
         self.train_loader, self.val_loader = train_loader, val_loader
+        if config.train.accumulate > 1:
+            train_loader.set_parts(config.train.accumulate)
         self.steps_per_epoch = train_loader.steps_per_epoch
         self.epochs = config.train.epochs
         self.step = self.epoch = self.phase = 0
@@ -229,17 +232,20 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """Forward and backward, in `train.accumulate` parts; returns the means of what the method returns for them.
 
-        A part draws the random numbers that the process would draw which had it as its batch, were there as many.
+        A part is what the process would compute that had it as its batch, were there as many: it draws the same random
+        numbers, and sees buffers as that process would.
         """
         parts, sums = self.config.train.accumulate, dict[str, Tensor]()
         extras = [()] * parts if dense is None else [(some,) for some in dense.chunk(parts)]
         pieces = zip(images.chunk(parts), targets.chunk(parts), extras, strict=True)
+        buffers = Parts(self.method, parts)
         for number, (some, their_targets, extra) in enumerate(pieces):
             rank = at.rank * parts + number
             # Dropout is then a function of (seed, step, rank), whatever else drew random numbers before.
             seed_generator(at.seed, at.step, rank)
             last = number + 1 == parts
-            with nullcontext() if last or not isinstance(engine, DistributedDataParallel) else engine.no_sync():
+            apart = nullcontext() if last or not isinstance(engine, DistributedDataParallel) else engine.no_sync()
+            with apart, buffers.part(number):
                 with self.autocast:
                     out: dict[str, Tensor] = engine(some, their_targets, at._replace(rank=rank), *extra)
                 self.guard.backward(out["loss"] / parts)

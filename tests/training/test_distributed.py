@@ -16,8 +16,10 @@ import torch
 import warm
 from conftest import free_port, shared
 from ranks import assert_same_to_rounding, reports
+from torch import nn
 
 from pss.runs import checkpoint
+from pss.training.parts import Parts
 
 HERE = Path(__file__).parents[1]
 SETTINGS = [
@@ -96,16 +98,54 @@ def assert_same_weights(left, right):
         assert torch.equal(states[1]["method"][name], weight), name
 
 
-RANDOM = ["model.drop_path_rate=0.2", "model.sort=random"]
+RANDOM = [
+    "model.drop_path_rate=0.2", "model.sort=random", "loss.mixup=0.8", "loss.cutmix=1", "loss.label_smoothing=0.1",
+    "data.rand_augment=rand-m9-mstd0.5-inc1", "data.erasing=0.5", "train.ema_decay=0.9", "optim.clip_grad=1",
+    "train.max_steps=8",
+]  # fmt: skip
+GROWING = ["data.progressive.start_size=16", "data.progressive.begin_epoch=1", "data.progressive.end_epoch=2"]
 
 
-def test_one_process_in_two_parts_is_two_processes_and_both_skip_what_one_cannot_compute(image_root, tmp_path):
-    """Random numbers included: a part draws those of the process that it stands for."""
-    (one,) = launch(1, image_root, tmp_path / "one", *RANDOM, "train.accumulate=2", "nan=1:4")
-    two = launch(2, image_root, tmp_path / "two", *RANDOM, "nan=1:4")
-    assert [report["skipped"] for report in (one, *two)] == [1, 1, 1]
-    assert two[0]["digest"] == two[1]["digest"]
-    assert_same_to_rounding(tmp_path / "one", tmp_path / "two")
+@pytest.mark.parametrize(
+    ("processes", "parts", "words"),
+    [
+        (1, 2, ["data.repeats=3", *GROWING, "data.progressive.multiple=8"]),
+        pytest.param(1, 4, ["data.decode_once=2", "loss.mix_mode=elem"], marks=pytest.mark.exhaustive),
+        pytest.param(2, 2, ["data.repeats=2", "loss.mix_mode=elem"], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_processes_in_parts_are_as_many_processes_and_skip_what_one_cannot_compute(
+    image_root, tmp_path, processes, parts, words
+):
+    """With everything that draws random numbers: a part draws those of the process that it stands for."""
+    words = [*RANDOM, *words, "nan=1:4"]
+    some = launch(processes, image_root, tmp_path / "some", *words, f"train.accumulate={parts}")
+    many = launch(processes * parts, image_root, tmp_path / "many", *words)
+    assert {report["skipped"] for report in (*some, *many)} == {1}
+    assert len({report["digest"] for report in many}) == 1
+    assert_same_to_rounding(tmp_path / "some", tmp_path / "many")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_part_sees_the_buffers_of_the_process_that_it_stands_for(world_size):
+    """Of DDP's processes: all begin a step with the first one's."""
+    torch.manual_seed(0)
+    together, alone = (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)) for _ in range(2))
+    for _ in range(3):
+        batches = torch.randn(3, 8, 3).unbind()
+        computed = Parts(together, 3)
+        for number, batch in enumerate(batches):
+            with computed.part(number):
+                if number == 0 and world_size == 2:
+                    together[0].running_var.copy_(alone[0].running_var)  # as DDP does on all but the first process
+                before = together[0].running_var.clone()
+                together(batch)
+                assert torch.equal(before, alone[0].running_var)
+        alone(batches[0])
+        assert together[0].num_batches_tracked == alone[0].num_batches_tracked
+        torch.testing.assert_close(together[0].running_mean, alone[0].running_mean, rtol=0, atol=0)
+        if world_size == 2:
+            together[0].running_var.fill_(7)
 
 
 def test_other_processes_go_on_from_the_end_of_an_epoch_and_say_so(image_root, runs, tmp_path):

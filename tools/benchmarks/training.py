@@ -70,6 +70,8 @@ class Resident:
     def planned_hash(self, epoch: int) -> int:
         return 0
 
+    def set_parts(self, parts: int) -> None: ...
+
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         self.first = start_step
 

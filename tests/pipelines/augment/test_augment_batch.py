@@ -228,6 +228,19 @@ def test_mixing_repeats_and_targets_sum_to_one(num: int, mode: Any, step: int, r
     torch.testing.assert_close(results[0][1].sum(1), torch.ones(num))
 
 
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_are_mixed_as_the_batches_of_as_many_ranks(parts: int, mode: Any) -> None:
+    config, images, labels = MixingConfig(**BOTH, mode=mode), noise(12, 8), torch.arange(12) % 5
+    together = Mixing(config, 5, seed=9, rank=2, label_smoothing=0.1, parts=parts)(images.clone(), labels, 7)
+    apart = [
+        Mixing(config, 5, seed=9, rank=2 * parts + number, label_smoothing=0.1)(some.clone(), their_labels, 7)
+        for number, (some, their_labels) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+    ]
+    for whole, some in zip(together, zip(*apart, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(some))
+
+
 def test_steps_ranks_and_seeds_differ() -> None:
     config = MixingConfig(mixup_alpha=1.0)
     shares = {

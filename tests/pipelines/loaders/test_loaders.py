@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import v2
 
-from pipelines import Batch, DataConfig, DataError, Loader, build, open_dataset
+from pipelines import Batch, DataConfig, DataError, Loader, build, choose_backend, open_dataset
 from pipelines.base import Progressive
 from pipelines.conversion.convert import PROFILES
 from pipelines.storage.beton import JPEG, RAW
@@ -145,6 +145,27 @@ def test_copies_are_counted_where_they_fit(make: Make) -> None:
         DataConfig(repeats=2, decode_once=2)
     with pytest.raises(ValueError, match=r"data\.repeats is 0"):
         DataConfig(repeats=0)
+
+
+@pytest.mark.parametrize("mode", ["repeats", "decode_once"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_in_parts_holds_the_batches_of_as_many_ranks(backend: str, mode: str, make: Make) -> None:
+    config = dataclasses.replace(CONFIG, **{mode: 2})
+    whole = make(backend, batch_size=8, config=config)
+    whole.set_parts(2)
+    ranks = [epoch_of(make(backend, config=config, rank=rank, world_size=2), 3, 1) for rank in range(2)]
+    batches = epoch_of(whole, 3, 1)
+    assert whole.delivered_hash == whole.planned_hash(3)
+    for step, batch in enumerate(batches):
+        for name in ("images", "labels", "draw_keys"):
+            assert torch.equal(getattr(batch, name), torch.cat([getattr(rank[step], name) for rank in ranks]))
+
+
+@pytest.mark.parametrize(("parts", "copies", "message"), [(3, 1, "3 equal parts"), (0, 1, "0 equal"), (4, 4, "of 2;")])
+def test_parts_that_no_rank_could_have_are_refused(parts: int, copies: int, message: str, make: Make) -> None:
+    loader = make("torch", batch_size=8, config=dataclasses.replace(CONFIG, decode_once=copies))
+    with pytest.raises(ValueError, match=message):
+        loader.set_parts(parts)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -435,6 +456,22 @@ def test_an_ffcv_thread_that_fails_is_reported(make: Make, monkeypatch: pytest.M
         next(iter(loader))
 
 
+@pytest.mark.parametrize(("split", "workers", "copies"), [("train", 2, 1), ("train", 1, 2), ("val", 2, 1)])
+def test_ffcv_compiles_nothing_while_it_is_watched(split: str, workers: int, copies: int, make: Make) -> None:
+    """Compilation may take longer than a loader may stall: it is over when the loader is there."""
+    if reason := missing("ffcv"):
+        pytest.skip(reason)
+    from numba.core import event
+
+    grow = Progressive(start_size=32, end_epoch=1, multiple=16)
+    config = dataclasses.replace(CONFIG, decode_once=copies, progressive=grow)
+    loader = make("ffcv", split, config=config, num_workers=workers)
+    with event.install_recorder("numba:compile") as compiled:
+        for epoch in range(2):
+            assert len(epoch_of(loader, epoch)) == loader.steps_per_epoch
+    assert not compiled.buffer
+
+
 def test_ffcv_stops_when_it_is_left(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := missing("ffcv"):
         pytest.skip(reason)
@@ -539,7 +576,9 @@ def test_auto_takes_what_the_data_allows(image_root: Path, converted_root: Path,
     ffcv_only = _with_train(converted_root, tmp_path / "ffcv", shards=())
     assert make("auto", root=ffcv_only).backend == "ffcv"
     assert make("auto", "val", ffcv_only).backend == preferred
-    with pytest.raises(DataError, match="FFCV data only"):
+    beside = [choose_backend(ffcv_only, split, beside="torch") for split in ("train", "val")]
+    assert [*beside, choose_backend(ffcv_only, "val", beside="ffcv")] == ["ffcv", "torch", preferred]
+    with pytest.raises(DataError, match=r"FFCV data only.*--loader ffcv"):
         make("torch", root=ffcv_only)
     with pytest.raises(DataError, match="has no FFCV file"):
         make("ffcv", root=_with_train(converted_root, tmp_path / "dali", beton=None))
@@ -574,6 +613,50 @@ def test_pictures_of_every_kind(tmp_path: Path, make: Make) -> None:
     if not missing("dali"):
         (ours,) = list(make("dali", "val", tmp_path, batch_size=8))
         assert difference([ours], [reference]) < 0.5
+
+
+def _odd_pictures(folder: Path) -> None:
+    """Formats that a decoder may not know, under names that do not always say so."""
+    folder.mkdir(parents=True)
+    image, other = picture(90, 120, 0), picture(90, 120, 1)
+    image.save(folder / "a.gif")
+    image.save(folder / "animated.gif", save_all=True, append_images=[other])
+    image.save(folder / "named.jpg", "GIF")
+    image.save(folder / "plain.png")
+    image.save(folder / "animated.webp", save_all=True, append_images=[other])
+    image.convert("P").save(folder / "palette.tif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / "rotated.tiff", exif=exif)
+    image.save(folder / "pages.tiff", save_all=True, append_images=[other])
+    image.convert("1").save(folder / "bits.bmp")
+    deep = np.asarray(image)[..., 0].astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "deep.png")
+    Image.fromarray(deep).save(folder / "deep.tif")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+
+
+@pytest.mark.parametrize("decode_once", [1, 2])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_dali_shows_what_it_cannot_decode(split: str, decode_once: int, tmp_path: Path, make: Make) -> None:
+    if reason := missing("dali"):
+        pytest.skip(reason)
+    _odd_pictures(tmp_path / split / "all")
+    config = dataclasses.replace(CONFIG, decode_once=decode_once)
+    ours, reference = (
+        list(make(backend, split, tmp_path, config=config, num_workers=2)) for backend in ("dali", "torch")
+    )
+    assert sum(len(batch.labels) for batch in ours) == 12
+    assert same(ours, reference)
+
+
+def test_a_gif_that_is_cut_off_is_named_by_every_loader(tmp_path: Path, make: Make) -> None:
+    _odd_pictures(tmp_path / "val" / "all")
+    broken = tmp_path / "val" / "all" / "animated.gif"
+    broken.write_bytes(broken.read_bytes()[:400])
+    for backend in ["torch"] if missing("dali") else ["torch", "dali"]:
+        with pytest.raises(DataError, match=r"all/animated\.gif "):
+            list(make(backend, "val", tmp_path))
 
 
 needs_photographs = pytest.mark.skipif(

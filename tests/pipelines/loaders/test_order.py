@@ -124,3 +124,27 @@ def test_a_hash_is_the_sum_of_its_parts(pairs: list[tuple[int, int]], chance: Ra
     assert keys_hash(keys) == parts % (1 << 32) == keys_hash(keys[::-1].copy())
     assert keys_hash(keys) != keys_hash(np.append(keys[1:], keys[0] + 1))
     assert keys_hash(index) == keys_hash(draw_keys(index, np.zeros_like(index)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    part=st.integers(1, 4),
+    parts=st.integers(1, 4),
+    world_size=st.integers(1, 3),
+    copies=st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (1, 3)]),
+    epoch=st.integers(0, 1000),
+)
+def test_the_parts_of_a_batch_are_batches_of_as_many_ranks(
+    part: int, parts: int, world_size: int, copies: tuple[int, int], epoch: int
+) -> None:
+    repeats, decode_once = copies
+    options = {"repeats": repeats, "decode_once": decode_once}
+    size = part * decode_once
+    for rank in range(world_size):
+        place = {"rank": rank, "world_size": world_size}
+        whole = train_batches(150, 5, epoch, batch_size=size * parts, parts=parts, **place, **options)
+        theirs = [
+            train_batches(150, 5, epoch, batch_size=size, rank=other, world_size=world_size * parts, **options)
+            for other in range(rank * parts, (rank + 1) * parts)
+        ]
+        assert np.array_equal(whole, np.concatenate(theirs, axis=1))

@@ -1,0 +1,94 @@
+"""Threads that read files beside each other."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
+
+_JOIN_SECONDS = 5.0
+
+
+class Readers:
+    """`count` threads, started by the first call of `map` and again by the first one after `stop`.
+
+    They are daemons: a read that never returns cannot keep the process from ending.
+    """
+
+    def __init__(self, count: int, name: str = "read") -> None:
+        self._count, self._name = count, name
+        self._lock = threading.Lock()
+        self._tasks: SimpleQueue[Any] | None = None
+        self._end: Callable[[], object] = lambda: None
+        self._ended = threading.Event()
+
+    def map(self, function: Callable[[Given], Result], items: Iterable[Given]) -> list[Result]:
+        """`function` of each item, in their order; raises what the first of them to fail raises. From any thread."""
+        items = list(items)
+        results: list[Any] = [None] * len(items)
+        done: SimpleQueue[tuple[int, BaseException | None]] = SimpleQueue()
+
+        def read(place: int) -> None:
+            failure = None
+            try:
+                results[place] = function(items[place])
+            except BaseException as error:  # the caller's to handle
+                failure = error
+            done.put((place, failure))
+
+        with self._lock:
+            tasks = self._started()
+            if self._ended.is_set():
+                raise RuntimeError("the threads that read files have ended")  # as Python does
+            for place in range(len(items)):
+                tasks.put((read, place))
+        failures = dict(done.get() for _ in items)
+        for place in range(len(items)):
+            if (failure := failures[place]) is not None:
+                raise failure
+        return results
+
+    def _started(self) -> SimpleQueue[Any]:
+        if self._tasks is None:
+            tasks: SimpleQueue[Any] = SimpleQueue()
+            threads = [
+                threading.Thread(target=_work, args=(tasks,), name=f"pss-{self._name}-{i}", daemon=True)
+                for i in range(self._count)
+            ]
+            for thread in threads:
+                thread.start()
+            self._ended = threading.Event()
+            self._tasks, self._end = tasks, weakref.finalize(self, _end, tasks, threads, self._lock, self._ended)
+        return self._tasks
+
+    def stop(self) -> None:
+        """End the threads, once they have done what they were given."""
+        with self._lock:
+            self._tasks, end = None, self._end
+        end()
+
+
+def _work(tasks: SimpleQueue[Any]) -> None:
+    while (task := tasks.get()) is not None:
+        read, place = task
+        read(place)
+        del task, read  # and the batch they hold
+
+
+def _end(
+    tasks: SimpleQueue[Any], threads: list[threading.Thread], lock: threading.Lock, ended: threading.Event
+) -> None:
+    with lock:  # so that nobody waits for what is put behind the end
+        ended.set()
+        for _ in threads:
+            tasks.put(None)
+    deadline = time.monotonic() + _JOIN_SECONDS
+    for thread in threads:
+        if thread is not threading.current_thread():  # which may be where the garbage collector runs
+            thread.join(max(0.0, deadline - time.monotonic()))
