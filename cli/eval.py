@@ -262,7 +262,10 @@ def choose(
     if rows:
         sweep.show(rows)
     saved = 1 - one.method.cost(chosen).forward / one.method.cost().forward
-    drop = f", {rows[0]['top1'] - rows[-1]['top1']:.2f} points of top-1 less" if rows else ""
+    drop = ""
+    if rows:
+        less = rows[0]["top1"] - rows[-1]["top1"]
+        drop = f", {abs(less):.2f} points of top-1 {'less' if less >= 0 else 'more'}"
     typer.echo(
         f"ρ {chosen:.4g} ({mean_tokens(one.method.tokens(chosen))} of {one.method.model.num_tokens} tokens), {reason}; "
         f"against ρ 1 {saved:.0%} fewer FLOPs{drop}"

@@ -75,7 +75,7 @@ class Writing:
             self.written.append(name)
 
     def close(self) -> None:
-        """Raise what failed, all in one sentence: `OSError`, or `Failed` for what is not the user's to mend."""
+        """Raise what failed, in one sentence: as `OSError`, `ValueError`, or `Failed` where no user can mend it."""
         if not self._failed:
             return
         from pipelines.base import in_words
@@ -84,8 +84,10 @@ class Writing:
         named = {why: listed([name for name, error in self._failed if in_words(error) == why]) for why in reasons}
         told = "; ".join(f"{names} could not be written: {why}" for why, names in named.items())
         system = [error for _, error in self._failed if isinstance(error, OSError)]
-        if len(system) < len(self._failed):
+        if any(not isinstance(error, OSError | ValueError) for _, error in self._failed):
             raise Failed(f"{told}; the results are above, and --traceback says more") from self._failed[0][1]
+        if len(system) < len(self._failed):  # what says itself what to do
+            raise ValueError(told) from self._failed[0][1]
         remedy = "make room" if all(one.errno in _FULL for one in system) else "mend that"
         raise OSError(f"{told}; {remedy} and run it again, or write to another disk") from system[0]
 

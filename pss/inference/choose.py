@@ -13,7 +13,7 @@ import torch
 
 from pss.inference.opening import Run
 from pss.inference.sweep import predict
-from pss.inference.timing import Spread, latencies, rates
+from pss.inference.timing import Spread, enough_memory, latencies, rates
 from pss.methods import mean_tokens
 
 _WINDOW = 8
@@ -62,12 +62,14 @@ def fast_enough(
         target_ips: a stream of batches must pass at so many images per second.
         rhos: Choose from these; from every count of tokens that can be kept if None.
 
-    Raises `ValueError` where not even the smallest rho is.
+    Raises `ValueError` where not even the smallest rho is, or a batch takes more memory than there is.
     """
     assert (budget_ms is None) != (target_ips is None)
     candidates = levels(run, rhos)
     size = run.config.data.img_size
-    images = torch.randn(batch, 3, size, size, device=device)
+    with enough_memory(f"batches of {batch} images (--batch)"), torch.inference_mode():
+        images = torch.randn(batch, 3, size, size, device=device)
+        predict(run, images, candidates[-1])
 
     @cache
     def measure(place: int) -> Spread:

@@ -28,7 +28,7 @@ from pss.inference.exhibit import Curator, Exhibit
 from pss.inference.opening import Run
 from pss.inference.plots import plot_sweep
 from pss.inference.text import printable
-from pss.inference.timing import Spread, latencies, loader_rates, peak_memory, rates
+from pss.inference.timing import Spread, enough_memory, latencies, loader_rates, peak_memory, rates
 from pss.methods import Point, mean_tokens
 from pss.runtime import files
 from pss.runtime.precision import autocast
@@ -70,15 +70,13 @@ def sweep(
     * `latency_ms`: the model alone, on one image, until the result is there.
 
     `peak_memory_mib` is the weights and what predicting one batch takes besides (`timing.peak_memory`).
+
+    Raises:
+        ValueError: an operating point that a model cannot be run at, or more memory than there is; before the split is
+            evaluated.
     """
     found: list[tuple[list[Accuracy], list[Spread], Exhibit]] = []
     points_of = [operating_points(one, points) for one in runs]
-    for name, one, own in zip(names, runs, points_of, strict=True):
-        loader = make_loader(one.config.data)
-        try:
-            found.append(_evaluate(name, one, own, loader, world))
-        finally:
-            loader.close()
 
     def calls(num_images: int) -> list[Callable[[], Tensor]]:
         made: list[Callable[[], Tensor]] = []
@@ -88,7 +86,17 @@ def sweep(
             made += [partial(predict, one, images, point) for point in own]
         return made
 
-    batches = calls(batch_size)
+    with enough_memory(f"batches of {batch_size} images (--batch-size)"), torch.inference_mode():
+        batches = calls(batch_size)
+        for call in batches:  # before the split is evaluated, which may take hours
+            call()
+    for name, one, own in zip(names, runs, points_of, strict=True):
+        loader = make_loader(one.config.data)
+        try:
+            found.append(_evaluate(name, one, own, loader, world))
+        finally:
+            loader.close()
+
     speeds = rates(batches, num_images=batch_size, device=world.device)
     waits = latencies(calls(1), device=world.device)
     memory = [peak_memory(call, world.device) for call in batches]

@@ -8,7 +8,8 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 from pipelines.base import Batch, Loader
 
 Prepare = Callable[[Batch, int], Tensor]
+
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|calculation overflowed")
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,17 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
     before = _resident("VmRSS")
     call()
     return max(0, _resident("VmHWM") - before)
+
+
+@contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """Raise `ValueError`, with `what` is too large, where there is not memory enough."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+            raise
+        raise ValueError(f"{what} take more memory than there is here; make them smaller") from error
 
 
 def _resident(field: str) -> int:

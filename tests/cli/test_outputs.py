@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 
 import pytest
 import warm
+from conftest import write_folder
 from test_cli import call, mistake, train
 
 import cli.eval
@@ -159,3 +162,32 @@ def test_a_table_that_nobody_can_read_is_written(run_folder, image_root, tmp_pat
     assert done.returncode == 2, done.stderr
     assert "the table could not be written: no space left on that disk" in done.stderr
     assert {"rho.json", "rho.csv", "rho.png"} <= set(contents(tmp_path / "out"))
+
+
+def test_a_batch_too_large_is_told_before_the_split_is_evaluated(run_folder, image_root, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_evaluate", lambda *_: pytest.fail("it was evaluated"))
+    words = ["--data", image_root, "--rho", "1", "--loader", "torch", "--output", tmp_path / "out"]
+    for option in ("--batch-size", "--batch"):
+        more = words if option == "--batch-size" else ["--budget-ms", "1"]
+        sentence = mistake(capsys, cli.eval.app, run_folder, *more, option, 10**15)
+        assert f"batches of 1000000000000000 images ({option}) take more memory than there is here" in sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("counts", "top5"), [({"cat": 3, "dog": 0, "emu": 2}, 100.0), ({"cat": 1}, 100.0)])
+def test_a_split_may_lack_classes(run_folder, image_root, tmp_path, counts, top5):
+    """Classes are those of the training split, and top-5 of three classes is all of them."""
+    shutil.copytree(image_root / "train", tmp_path / "data" / "train")
+    write_folder(tmp_path / "data" / "val", counts, seed=3)
+    words = ["--data", tmp_path / "data", "--rho", "1", "--loader", "torch", "--output", tmp_path / "out"]
+    assert call(cli.eval.app, run_folder, *words) in (0, None)
+    (row,) = json.loads((tmp_path / "out" / "rho.json").read_text())
+    assert (row["num_images"], row["top5"]) == (sum(counts.values()), top5)
+
+
+def test_a_split_without_images_is_refused(run_folder, image_root, tmp_path, capsys):
+    shutil.copytree(image_root / "train", tmp_path / "data" / "train")
+    (tmp_path / "data" / "val" / "cat").mkdir(parents=True)
+    words = ["--data", tmp_path / "data", "--loader", "torch", "--output", tmp_path / "out"]
+    assert "there is no image in" in mistake(capsys, cli.eval.app, run_folder, *words)
+    assert not (tmp_path / "out").exists()

@@ -58,7 +58,7 @@ def test_a_wrong_number_of_maps_is_refused(rows: int, tmp_path: Path) -> None:
 
 def test_what_is_no_array_of_numbers_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "maps.npy"
-    with pytest.raises(DataError, match=r"cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"cannot be read \(it is not there"):
         LabelMaps(path, 4)
     with pytest.raises(DataError, match="cannot be read"):
         LabelMaps(tmp_path, 4)
