@@ -38,12 +38,12 @@ def build(
 
     `root` is a folder written by pss-convert, or a plain one with `train|val/<class>/*.jpg`. `batch_size` is per rank.
     `num_workers` counts threads (0: torch decodes in the caller's); by default this rank's share of the cores.
-    `loader="auto"` takes DALI if it is installed and the split holds original bytes, else torch; FFCV only for a
-    split that exists in no other form. `check_bytes`: in a converted set, compare each image with its checksum when
-    this process first reads it (about 1 ns a byte, once). Plain folders have no checksums: there, damage is found where
-    the decoder finds it; a JPEG whose pixel data decodes to other colours passes. `label_maps`: a .npy file with a row
-    for each sample of the split, in its order, of which `Batch.maps` gets the batch's. Raises `DataError` for data or a
-    back end that cannot be used.
+    `loader="auto"` takes DALI if it is installed and the split holds original bytes, else torch, and both read the same
+    formats; FFCV only for a split that exists in no other form. `check_bytes`: in a converted set, compare each image
+    with its checksum when this process first reads it (about 1 ns a byte, once). Plain folders have no checksums:
+    there, damage is found where the decoder finds it; a JPEG whose pixel data decodes to other colours passes.
+    `label_maps`: a .npy file with a row for each sample of the split, in its order, of which `Batch.maps` gets the
+    batch's. Raises `DataError` for data or a back end that cannot be used.
     """
     root = Path(root)
     settings: dict[str, Any] = {
