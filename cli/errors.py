@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any, NoReturn
 
 import typer
 
 _TRACEBACK = "--traceback"
+_UsageError: Any = typer.BadParameter.__base__  # Typer brings its own copy of Click, or Click itself
 
 
 class Failed(Exception):
@@ -31,14 +33,24 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
         arguments.remove(_TRACEBACK)
         debug = True
     try:
-        app(args=arguments)
+        code = app(args=arguments, standalone_mode=False)
+    except _UsageError as error:
+        said = error.format_message().rstrip(".").replace("Value error, ", "")
+        _leave(f"{said}; {error.ctx.command_path if error.ctx else 'the command'} --help shows what there is", 2)
+    except typer.Abort:
+        _leave("the input ended", 1)
     except (ValueError, OSError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(error, 2)
     except Failed as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _leave(error, 1)
+    sys.exit(code)
+
+
+def _leave(message: object, code: int) -> NoReturn:
+    """One line, whatever was given on the command line and is quoted in it."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(code)

@@ -19,6 +19,9 @@ class MethodSection(Section):
     def check_run(self, config: Any) -> None:
         """Compare the settings with those of the run. Raises `ValueError`."""
 
+    def check_steps(self, config: Any, steps_per_epoch: int) -> None:
+        """As `check_run`, where the run starts and its steps are counted. Raises `ValueError`."""
+
     def evened(self, steps_per_epoch: int) -> Iterable[Iterable[tuple[str, MethodSection]]]:
         """Changes after which steps ask more evenly for data, at the same cost in all.
 
@@ -107,6 +110,14 @@ class ScheduleConfig(MethodSection, section="schedule"):
             raise ValueError(
                 f"schedule.cooldown_epochs is {self.cooldown_epochs}; it must lie between 0 and the run's "
                 f"{config.train.epochs} epochs (--set schedule.cooldown_epochs=0)"
+            )
+
+    def check_steps(self, config: Any, steps_per_epoch: int) -> None:
+        total = (config.train.epochs - self.cooldown_epochs) * steps_per_epoch
+        if self.period_steps is not None and total and self.period_steps > total:
+            raise ValueError(
+                f"schedule.period_steps is {self.period_steps:,}, and the run has {total:,} steps before its cooldown: "
+                f"no cycle would end; set schedule.period_steps={steps_per_epoch}, or schedule.name=linear"
             )
 
     @classmethod
