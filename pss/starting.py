@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pss import overrides
-from pss.config import Config, unread_in
+from pss.config import Config, ModelConfig, unread_in
 from pss.models.create import create_model
 from pss.plugins import is_plugin
 
@@ -53,6 +53,14 @@ def check_shapes(config: Config) -> None:
             f"model.rel_pos is rope, which takes heads of a multiple of 4 wide, and model.embed_dim={width} gives "
             f"each of {heads} heads {width // heads}; set model.embed_dim={fitting}"
         )
+
+    try:
+        with torch.device("meta"):
+            create_model(model.name, img_size=data.img_size, **(model.overrides() | {"depth": 1}))
+    except ValueError as error:
+        chosen = {name: value for name, value in model.overrides().items() if value != getattr(ModelConfig(), name)}
+        told = ", ".join(f"model.{name}={value}" for name, value in chosen.items())
+        raise ValueError(f"{str(error).rstrip(': ')}; they are model.name={model.name}, {told}") from None
 
 
 def check_steps(config: Config, steps_per_epoch: int) -> None:

@@ -100,6 +100,8 @@ class Meter:
         levels, dense = self._by_stage.values(), self._by_stage[Stage()]
         time_share = sum(level.seconds for level in levels) / (self.steps * dense.seconds / dense.steps)
         macs_share = sum(level.steps * level.macs for level in levels) / (self.steps * dense.macs)
+        if macs_share == 1:  # levels whose token counts are rounded to the same
+            return {}
         return {
             "saved_time": 1 - time_share,
             "saved_macs": 1 - macs_share,
