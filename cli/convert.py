@@ -40,7 +40,7 @@ def convert(
     profile: Annotated[str | None, typer.Option(help="ffcv: jpg500, jpg400, mix500, raw400 or raw256")] = None,
     max_size: Annotated[int | None, typer.Option(help="ffcv: longest side in pixels [default: 500]")] = None,
     quality: Annotated[int, typer.Option(help="ffcv: JPEG quality")] = 90,
-    jobs: Annotated[int | None, typer.Option(help="processes; default: all cores")] = None,
+    jobs: Annotated[int | None, typer.Option(help="processes; default: all cores", min=1, max=4096)] = None,
     on_error: Annotated[
         str, typer.Option(help="unreadable images: fail, or skip and list them (doubtful ones are kept and listed)")
     ] = "fail",

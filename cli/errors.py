@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from contextlib import suppress
+from typing import Any, NoReturn
 
 import typer
 
@@ -23,6 +24,7 @@ _REMEDIES = {
     errno.EPERM: "choose another path",
     errno.ENOENT: "check the path",
 }
+_UsageError: Any = typer.BadParameter.__base__  # Typer brings its own copy of Click, or Click itself
 
 
 class Failed(Exception):
@@ -50,12 +52,13 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
             with suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
     try:
-        try:
-            app(args=arguments)
-        except SystemExit as done:
-            if not done.code:
-                flush()  # at the exit of the interpreter it would be too late to say that it failed
-            raise
+        code = app(args=arguments, standalone_mode=False)
+        flush()  # at the exit of the interpreter it would be too late to say that it failed
+    except _UsageError as error:
+        said = error.format_message().rstrip(".").replace("Value error, ", "")
+        _end(f"{said}; {error.ctx.command_path if error.ctx else 'the command'} --help shows what there is", 2)
+    except typer.Abort:
+        _end("the input ended", 1)
     except (ValueError, OSError) as error:
         if debug:
             raise
@@ -64,6 +67,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
         if debug:
             raise
         _end(str(error), 1)
+    sys.exit(code)
 
 
 def sentence(error: Exception) -> str:
@@ -89,9 +93,9 @@ def flush() -> None:
         raise OSError(error.errno, error.strerror, "the standard output") from error
 
 
-def _end(told: str, code: int) -> None:
+def _end(told: str, code: int) -> NoReturn:
     with suppress(OSError):
         flush()
     with suppress(OSError):  # whoever would read it is gone, and the exit code still says it
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {' '.join(told.split())}", file=sys.stderr)
     sys.exit(code)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pss.inference.sweep import Row, Sweep
 
 REPORT = "report.html"
+_MOST_RHOS = 1000
+_LARGEST_BATCH = 10**6
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -59,7 +61,9 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="Which split to evaluate on.")] = "val",
     loader: Annotated[Literal["auto", "dali", "ffcv", "torch"], typer.Option(help="What decodes the images.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Images per batch, also for the speed.", min=1)] = 64,
+    batch_size: Annotated[
+        int, typer.Option(help="Images per batch, also for the speed.", min=1, max=_LARGEST_BATCH)
+    ] = 64,
     ema: Annotated[bool, typer.Option("--ema", help="Evaluate the moving average of the weights.")] = False,
     best: Annotated[
         bool, typer.Option("--best", help="Of a run, take the checkpoint of the best validation, not the newest.")
@@ -86,6 +90,7 @@ def evaluate(
             help="Images per batch for --budget-ms (default: 1) and --target-ips (default: --batch-size).",
             show_default=False,
             min=1,
+            max=_LARGEST_BATCH,
         ),
     ] = None,
     export: Annotated[
@@ -313,25 +318,36 @@ def check_classes(run: Run, source: str, data: Path, classes: Sequence[str]) -> 
 
 def parse_rhos(text: str) -> list[float]:
     """The rhos of `--rho`, in the order given. Raises `ValueError` for an empty list or a value outside (0, 1]."""
+    how = "write numbers with commas, as in 1.0,0.6,0.2, or a range 0.2:1.0:0.1"
     try:
-        if ":" in text:
-            low, high, step = (float(part) for part in text.split(":"))
-            if step <= 0:
-                raise ValueError
-            count = int((high - low) / step + 1e-9)
-            values = [round(low + number * step, 9) for number in range(count, -1, -1)]
-        else:
-            values = [float(part) for part in text.split(",") if part.strip()]
+        values = [float(part) for part in text.split(":" if ":" in text else ",") if part.strip()]
     except ValueError:
-        raise ValueError(
-            f"--rho {text}: write numbers with commas, as in 1.0,0.6,0.2, or a range 0.2:1.0:0.1"
-        ) from None
+        raise ValueError(f"--rho {text}: {how}") from None
     if not values:
-        raise ValueError("--rho is empty; write numbers with commas, as in 1.0,0.6,0.2")
+        raise ValueError(f"--rho is empty; {how}")
+    if ":" not in text:
+        check_rhos(values)
+    elif len(values) != 3 or text.count(":") != 2:
+        raise ValueError(f"--rho {text}: {how}")
+    else:
+        low, high, step = values
+        check_rhos((low, high))
+        if not low <= high or not (high - low) / _MOST_RHOS <= step <= 1 or step <= 0:
+            raise ValueError(
+                f"--rho {text} is no range of at most {_MOST_RHOS + 1:,} values; write low:high:step, as in 0.2:1.0:0.1"
+            )
+        count = int((high - low) / step + 1e-9)
+        values = [round(low + number * step, 9) for number in range(count, -1, -1)]
+    if len(values) > _MOST_RHOS + 1:
+        raise ValueError(f"--rho holds {len(values):,} values; write at most {_MOST_RHOS + 1:,}")
+    return list(dict.fromkeys(values))
+
+
+def check_rhos(values: Sequence[float]) -> None:
+    """Raise `ValueError` for one that is no share of patches."""
     for value in values:
         if not 0 < value <= 1:
             raise ValueError(f"--rho {value:g} is out of range; rho is the share of patches kept, in (0, 1]")
-    return list(dict.fromkeys(values))
 
 
 def main() -> None:

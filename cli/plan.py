@@ -18,6 +18,7 @@ def show(config: Config, planned: Plan, whose: str = "") -> None:
     """The run by levels, its arithmetic, what it asks of the loader, and a drawing of rho; `whose`: the images."""
     epochs = f"{config.train.epochs:,} epochs of {planned.steps_per_epoch:,} steps"
     typer.echo(f"{config.recipe}: {planned.num_images:,} images{whose}, {epochs}, {planned.batch_size:,} images a step")
+    typer.echo(planned.course)
     typer.echo(f"\n{'ρ':>6} {'pixels':>7} {'steps':>9} {'tokens':>8} {'GMACs':>9} {'of dense':>9}")
     for level in planned.levels:
         cost = level.cost.training / planned.dense.training

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 _DOCTOR_SECONDS = 5.0
+_MOST_MACHINES = 10**5  # GPUs of a node, or nodes
 _STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "run again"
 
 
@@ -71,13 +72,15 @@ def train(
         float | None,
         typer.Option(help="Images per second a GPU trains at rho = 1; by default an H200's share."),
     ] = None,
-    gpus: Annotated[int, typer.Option(help="GPUs of a node.", min=1)] = 1,
-    nodes: Annotated[int, typer.Option(help="Nodes.", min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs of a node.", min=1, max=_MOST_MACHINES)] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes.", min=1, max=_MOST_MACHINES)] = 1,
 ) -> None:
     """Train a recipe, alone or under torchrun (`torchrun --nproc-per-node 8 -m cli.train ...`)."""
     from pss import recipes
+    from pss.starting import check_folders, check_machine, check_shapes, check_steps
 
     config = recipes.get(recipe).with_settings(settings or [])
+    check_shapes(config)
     if plan:
         _plan(config, data, gpus=gpus, nodes=nodes, loader_rate=loader_rate, gpu_rate=gpu_rate)
         return
@@ -98,6 +101,7 @@ def train(
 
     if output.is_file():
         raise ValueError(f"--output {output} is a file; name a folder")
+    check_folders(data, output)
     dataset = pipelines.open_dataset(data)
     with (
         dist.start(config.train.timeout_seconds) as world,
@@ -131,6 +135,9 @@ def train(
             # Accuracy is measured on the original bytes, which FFCV's files do not hold.
             val_backend = pipelines.choose_backend(data, "val", beside=loader)
             val_loader = pipelines.build(data, "val", train=False, loader=val_backend, **options)
+            backends = {train_loader.backend, val_loader.backend}
+            check_machine(config, settings or [], device=world.device.type, backends=backends)
+            check_steps(config, train_loader.steps_per_epoch)
             trainer = Trainer(
                 config, train_loader, val_loader, classes=list(dataset.classes), output=output, world=world
             )
@@ -142,6 +149,7 @@ def train(
                     f"{len(dataset.classes)} classes, {trainer.total_steps:,} steps, {train_loader.backend} loader",
                     err=True,
                 )
+                typer.echo(trainer.method.course(), err=True)
                 if trainer.moved is not None:
                     typer.echo(trainer.moved, err=True)
                 if trainer.started_from is not None:
@@ -192,10 +200,11 @@ def _plan(
     import pipelines
     from cli.plan import show, show_machine
     from pss.planning.plan import IMAGENET_CLASSES, IMAGENET_IMAGES, plan
+    from pss.starting import check_steps
 
     for name, rate in (("--loader-rate", loader_rate), ("--gpu-rate", gpu_rate)):
-        if rate is not None and not 0 < rate < float("inf"):
-            raise ValueError(f"{name} is {rate}; give images per second, above 0")
+        if rate is not None and not 1e-3 <= rate <= 1e12:
+            raise ValueError(f"{name} is {rate}; give images per second, from 0.001 to 1e12")
     num_images, num_classes = IMAGENET_IMAGES, IMAGENET_CLASSES
     if data is not None:
         dataset = pipelines.open_dataset(data)
@@ -203,6 +212,7 @@ def _plan(
     if loader_rate is None and (gpu_rate is not None or (gpus, nodes) != (1, 1)):
         raise ValueError("--gpu-rate, --gpus and --nodes describe where to simulate the run; add --loader-rate")
     planned = plan(config, num_images=num_images, num_classes=num_classes)
+    check_steps(config, planned.steps_per_epoch)
     show(config, planned, "" if data else " (ImageNet-1k's; --data counts yours)")
     if loader_rate is not None:
         show_machine(config, planned, gpus=gpus, nodes=nodes, loader_rate=loader_rate, gpu_rate=gpu_rate)

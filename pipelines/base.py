@@ -16,9 +16,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
-from annotated_types import Le
+from annotated_types import Ge, Le
 
-from pipelines.settings import Natural, Positive, Probability, Section, Share
+from pipelines.rand_augment import RandAugmentSpec
+from pipelines.settings import (
+    Always,
+    Context,
+    Natural,
+    Parsed,
+    Probability,
+    ReadIf,
+    Remedy,
+    Section,
+    Share,
+    Text,
+)
 
 if TYPE_CHECKING:  # conversion, and the processes it starts, need no torch
     from torch import Tensor
@@ -76,18 +88,39 @@ def choose_loader(backend: Backend) -> str:
     return f"--loader {backend} (in Python, loader={backend!r})"
 
 
+_Side = Annotated[int, Ge(1), Le(1 << 14)]
+"""In pixels."""
+_Extent = Annotated[int, Ge(0), Le(1 << 16)]
+_Ratio = Annotated[float, Ge(0.01), Le(100)]
+_Mean = Annotated[float, Ge(0), Le(1)]
+_Deviation = Annotated[float, Ge(1e-3), Le(4)]
+_Copies = Annotated[int, Ge(1), Le(MAX_COPIES)]
+_UNIT_SCALE = Remedy("on the 0-1 scale: divide values on the 0-255 scale by 255")
+
+
+def _on_gpu(at: Context) -> bool:
+    """While neither is known, a setting may yet be read. Validation counts, which is DALI's where FFCV trains."""
+    return at.device in (None, "cuda") and (at.backends is None or "dali" in at.backends)
+
+
+_BY_DALI = ReadIf(_on_gpu, "--loader dali on a GPU")
+_BY_DALIS_GPU = ReadIf(lambda at: at.own.cpu_share < 1, "data.gpu_decoding.cpu_share below 1")
+_BY_DENSE_LOSSES = ReadIf(lambda at: "maps" in at.method.wants(at.run), "a method that learns from label maps")
+_WHERE_IMAGES_GROW = ReadIf(lambda at: at.own.start_size is not None, "data.progressive.start_size")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GpuDecoding(Section, section="data.gpu_decoding"):
     """Who decodes JPEG files when DALI works on a GPU. It decides neither order nor crops, and changes pixels by what
     decoders differ in; without a GPU nothing reads it."""
 
-    hardware_load: Probability = 0.65
+    hardware_load: Annotated[Probability, _BY_DALI, _BY_DALIS_GPU] = 0.65
     """Share of the GPU's images that its JPEG engines decode, where it has them; the rest is decoded by its cores."""
-    cpu_share: Probability = 0.0
+    cpu_share: Annotated[Probability, _BY_DALI] = 0.0
     """Share of every batch's images that the CPU decodes."""
-    pipelines: Positive = 1
+    pipelines: Annotated[int, Ge(1), Le(64), _BY_DALI] = 1
     """DALI pipelines that take turns with the batches; each has threads, and memory on the GPU, of its own."""
-    preallocate: tuple[Natural, Natural] = (0, 0)
+    preallocate: Annotated[tuple[_Extent, _Extent], _BY_DALI, _BY_DALIS_GPU] = (0, 0)
     """Height and width in pixels of an image for which the JPEG engines set aside memory at the start, not when one
     that large comes."""
 
@@ -97,13 +130,13 @@ class Progressive(Section, section="data.progressive"):
     """Progressive resizing: training begins with small images, which grow to `data.img_size`. Sizes are constant within
     an epoch; evaluation always takes images of full size."""
 
-    start_size: Positive | None = None
+    start_size: Always[_Side | None] = None
     """Side of the first epochs' images in pixels; None trains at full size throughout."""
-    begin_epoch: Natural = 0
+    begin_epoch: Annotated[Natural, _WHERE_IMAGES_GROW] = 0
     """Epochs at the first size, after which images grow."""
-    end_epoch: Natural = 0
+    end_epoch: Annotated[Natural, _WHERE_IMAGES_GROW] = 0
     """The first epoch of full size."""
-    multiple: Positive = 32
+    multiple: Annotated[_Side, _WHERE_IMAGES_GROW] = 32
     """The sizes between are multiples of this, rounded down."""
 
     def check(self) -> None:
@@ -120,37 +153,37 @@ class Progressive(Section, section="data.progressive"):
 class DataConfig(Section, section="data"):
     """How images become model inputs. The same for every loader."""
 
-    img_size: Positive = 224
+    img_size: Always[_Side] = 224
     """Side of the square model input, in pixels."""
-    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    crop_scale: Always[tuple[Share, Share]] = (0.08, 1.0)
     """Range of the random crop's area, as a share of the image's (training)."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: Always[tuple[_Ratio, _Ratio]] = (3 / 4, 4 / 3)
     """Range of the random crop's aspect ratio, width over height (training)."""
-    flip: Probability = 0.5
+    flip: Always[Probability] = 0.5
     """Probability of a horizontal flip (training)."""
-    interpolation: Interpolation = "bicubic"
+    interpolation: Always[Interpolation] = "bicubic"
     """Resampling filter of the torch and DALI loaders, and of what RandAugment rotates, shears and shifts. FFCV's
     crops always average areas."""
-    rand_augment: str | None = None
+    rand_augment: Always[Annotated[str, Parsed(RandAugmentSpec.parse)] | None] = None
     """RandAugment in timm's notation, for example rand-m9-mstd0.5-inc1-n2 (training)."""
-    three_augment: bool = False
+    three_augment: Always[bool] = False
     """DeiT III's choice of grey, solarised or blurred, then colour jitter, in RandAugment's place (training)."""
-    erasing: Probability = 0.0
+    erasing: Always[Probability] = 0.0
     """Probability of overwriting a rectangle with noise (training)."""
-    repeats: Annotated[Positive, Le(MAX_COPIES)] = 1
+    repeats: Always[_Copies] = 1
     """Training: copies of each sample in an epoch, spread over the ranks, each with its own crop, flip and further
     augmentation (repeated augmentation, as DeiT uses it with 3). An epoch keeps its number of steps, and so shows
     about 1/repeats of the samples."""
-    decode_once: Annotated[Positive, Le(MAX_COPIES)] = 1
+    decode_once: Always[_Copies] = 1
     """Training: crops cut from each image that is decoded, all in the same batch, whose size counts the crops. An epoch
     keeps its number of steps. Saves decoding; excludes `repeats`."""
-    crop_pct: Share = 0.875
+    crop_pct: Always[Annotated[float, Ge(0.01), Le(1)]] = 0.875
     """Evaluation: the shorter side is resized to floor(img_size / crop_pct), then the centre is cropped."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: Annotated[Always[tuple[_Mean, _Mean, _Mean]], _UNIT_SCALE] = IMAGENET_MEAN
     """Channel means on the 0-1 scale, subtracted on the device."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: Annotated[Always[tuple[_Deviation, _Deviation, _Deviation]], _UNIT_SCALE] = IMAGENET_STD
     """Channel standard deviations on the 0-1 scale."""
-    label_maps: str | None = None
+    label_maps: Annotated[Text | None, _BY_DENSE_LOSSES] = None
     """Training: a .npy file with a label map for each training image, in the order of the split, for methods that learn
     from them."""
     progressive: Progressive = Progressive()

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines.base import DataConfig
-from pipelines.settings import Json, Section, as_dict, hints_of, is_section, nearest
+from pipelines.settings import Json, Section, Unread, as_dict, forget, hints_of, is_section, nearest, unread
 from pss import methods, overrides
+from pss.models.create import preset
 from pss.runs import records
 from pss.runtime.files import in_words
 from pss.sections import (
@@ -75,13 +76,9 @@ class Config(RunSettings):
         self._complete_own(method.sections)
         if "maps" in method.wants(self) and self.data.label_maps is None:
             raise ValueError(f"method {self.method} learns from label maps; --set data.label_maps=FILE.npy names them")
-        if "maps" not in method.wants(self) and self.data.label_maps is not None:
-            raise ValueError(f"data.label_maps is set, and method {self.method} learns from none; leave it out")
-        if method.mixes(self) == "tokens" and (self.loss.mixup or self.loss.cutmix):
-            raise ValueError(
-                f"method {self.method} mixes tokens, and reads nothing of how to mix pixels; set loss.mixup=0 and "
-                "loss.cutmix=0"
-            )
+        for found in unread_in(self):
+            if found.value != found.default:
+                raise found.error()
         super().check()
 
     @classmethod
@@ -96,13 +93,12 @@ class Config(RunSettings):
         object.__setattr__(self, "own", tuple(given[kind] if kind in given else kind() for kind in kinds))
 
     def with_method(self, name: str) -> Config:
-        """A copy for another method, with those sections that it has as well, and defaults for its others.
+        """A copy for another method, with those settings that it has use for, and defaults for its others.
 
         Raises:
             ValueError: there is no such method.
         """
-        own, spare = self._sections_for(name)
-        return dataclasses.replace(self, method=name, own=own, spare=spare)
+        return self.with_settings([f"method={name}"])
 
     def _sections_for(self, method: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The sections that a method has, and those at hand that it does not have."""
@@ -114,25 +110,32 @@ class Config(RunSettings):
     def with_settings(self, settings: Sequence[str]) -> Config:
         """A copy with `section.key=value` settings applied, that of the method first.
 
+        What else the configuration holds and nothing reads any more, such as the settings of another schedule, gets its
+        default.
+
         Raises:
             ValueError: a setting that there is not, with the nearest one; one that belongs to another method; a value
-                that is out of range, or does not go with another.
+                that is out of range, or does not go with another, or that nothing reads.
         """
         pairs = [overrides.split(setting) for setting in settings]
         method = dict(pairs).get("method", self.method)
-        # Not with_method: whether its sections suit the run is known when all is set.
+        # Whether its sections suit the run is known when all is set.
         own, spare = self._sections_for(method)
         plain = {name: value for name, value in vars(self).items() if name not in _HIDDEN} | {"method": method}
         tree = {name: as_dict(value) if isinstance(value, Section) else value for name, value in plain.items()}
         tree |= {one.section: as_dict(one) for one in own}
         kinds = {one.section: type(one) for one in (*plain.values(), *own) if isinstance(one, Section)}
         overrides.apply(tree, kinds, pairs, partial(_whose, method))
-        return dataclasses.replace(Config.from_dict(tree), spare=spare)
+        draft = RunSettings.draft(
+            {name: value for name, value in tree.items() if name in plain}
+            | {"own": tuple(type(one).draft(tree[one.section]) for one in own)}
+        )
+        _forget_unread(draft, {key for key, _ in pairs})
+        return dataclasses.replace(Config.from_dict(_tree(draft)), spare=spare)
 
     def to_dict(self) -> Json:
         """As in `config.json`: the method's sections stand beside the others, under their names."""
-        tree = {name: value for name, value in as_dict(self).items() if name not in _HIDDEN}
-        return tree | {section.section: as_dict(section) for section in self.own}
+        return _tree(self)
 
     def to_json(self) -> str:
         """The text of a file that `from_json` reads; that of a run also says which format it has."""
@@ -173,6 +176,29 @@ class Config(RunSettings):
             raise ValueError(
                 f"{path} is no run configuration of this version of pss ({reason}); use the version that wrote it"
             ) from None
+
+
+def unread_in(run: RunSettings, **machine: Any) -> Iterator[Unread]:
+    """The settings that nothing reads in a run; `machine` is what `pipelines.settings.Context` has of it."""
+    return unread(run, method=methods.find(run.method), preset=preset(run.model.name), **machine)
+
+
+def _forget_unread(draft: RunSettings, given: Collection[str]) -> None:
+    """Give the settings of a draft that nothing reads their defaults. Raises `SettingError` for one that is `given`."""
+    changed = True
+    while changed:
+        changed = False
+        for found in unread_in(draft):
+            if found.full_name in given and found.asks:
+                raise found.error()
+            if found.value != found.default:
+                forget(found)
+                changed = True
+
+
+def _tree(run: RunSettings) -> Json:
+    tree = {name: value for name, value in as_dict(run).items() if name not in _HIDDEN}
+    return tree | {section.section: as_dict(section) for section in run.own}
 
 
 def _whose(method: str, key: str) -> str | None:

@@ -49,11 +49,9 @@ def apply(
             kind, branch = hints_of(kind)[section], branch[section]
         branch[name] = _value(text, hints_of(kind)[name])
         try:
-            kind.from_dict(branch)
+            kind.draft(branch)  # what it clashes with may be set to something else yet
         except SettingError as error:
-            raise ValueError(f"--set {key}={text}: {error}") from None
-        except ValueError:
-            pass  # what it clashes with may be set to something else yet
+            raise SettingError(f"--set {key}={text}: {error}") from None
 
 
 def flatten(tree: Json, prefix: str = "") -> Json:

@@ -42,12 +42,16 @@ class Fixed:
     """The same kept share at every step; any value in (0, 1], not only the levels of the ramps."""
 
     rho: float
+    cooldown_start: int | None = None
+    """First step of the cooldown, during which rho is 1; None for no cooldown."""
 
     def __post_init__(self) -> None:
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho must be in (0, 1], got {self.rho}")
 
     def __call__(self, step: int) -> float:
+        if self.cooldown_start is not None and step >= self.cooldown_start:
+            return 1.0
         return self.rho
 
 

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from annotated_types import Ge, Gt, Le
 
 from pipelines.base import DataConfig
-from pipelines.settings import AboveZero, Below1, Json, Natural, NotNegative, Positive, Section, Share, as_dict
+from pipelines.settings import (
+    AboveZero,
+    Always,
+    Below1,
+    Context,
+    Json,
+    Positive,
+    Probability,
+    ReadIf,
+    Section,
+    Share,
+    Text,
+    as_dict,
+)
+from pss.own_sections import MethodSection, ScheduleConfig
+from pss.plugins import is_plugin
+
+__all__ = [
+    "CompileConfig",
+    "LossConfig",
+    "MethodSection",
+    "ModelConfig",
+    "OptimConfig",
+    "RunSettings",
+    "ScheduleConfig",
+    "TrainConfig",
+    "model_of",
+]
 
 S = TypeVar("S", bound=Section)
 
@@ -20,34 +47,35 @@ S = TypeVar("S", bound=Section)
 class ModelConfig(Section, section="model"):
     """The Vision Transformer. A field left at None is what the named model has."""
 
-    name: str = "deit_small_patch16_224"
+    name: Always[Text] = "deit_small_patch16_224"
     """A timm ViT's name, or a preset of `pss.create_model`."""
-    rel_pos: Literal["none", "bias", "separable", "rope"] | None = None
+    rel_pos: Always[Literal["none", "bias", "separable", "rope"] | None] = None
     """How attention knows relative positions: a learned bias, one that is the sum of rows and columns, or rotation."""
-    sort: Literal["magnitude", "random"] = "magnitude"
+    sort: Always[Literal["magnitude", "random"]] = "magnitude"
     """How patches are ranked before the first ones are kept."""
-    token_counts: Literal["published", "aligned"] = "published"
+    token_counts: Always[Literal["published", "aligned"]] = "published"
     """Kept tokens in whole numbers, as published, or in multiples of 8, which a GPU computes faster."""
-    qkv_bias: Literal["full", "qv"] | None = None
+    qkv_bias: Always[Literal["full", "qv"] | None] = None
     """Bias on queries, keys and values, or on queries and values only (BEiT)."""
-    init: Literal["timm", "published"] | None = None
+    # Also where weights are given: they may lack a classifier, or bias tables, which then keep their initial values.
+    init: Always[Literal["timm", "published"] | None] = None
     """Initial weights: timm's, or those of the published patch sampling runs."""
-    patch_size: int | None = None
+    patch_size: Always[Annotated[int, Ge(1), Le(4096)] | None] = None
     """Side of a patch, in pixels."""
-    embed_dim: int | None = None
+    embed_dim: Always[Annotated[int, Ge(1), Le(1 << 17)] | None] = None
     """Width D."""
-    depth: int | None = None
+    depth: Always[Annotated[int, Ge(1), Le(4096)] | None] = None
     """Number of blocks."""
-    num_heads: int | None = None
+    num_heads: Always[Annotated[int, Ge(1), Le(4096)] | None] = None
     """Attention heads per block."""
-    global_pool: Literal["token", "avg"] | None = None
+    global_pool: Always[Literal["token", "avg"] | None] = None
     """What the classifier reads: the class token, or the mean of the kept patch tokens."""
-    drop_path_rate: float = 0.0
+    drop_path_rate: Always[Below1] = 0.0
     """Stochastic depth, rising linearly to this rate at the last block."""
-    weights: str | None = None
+    weights: Always[Text | None] = None
     """Where training starts: a weights file, the folder of a run, or timm:NAME for a model of timm's with its
     pretrained weights; None starts from random ones."""
-    own_head: bool = False
+    own_head: Annotated[bool, ReadIf(lambda at: at.own.weights is not None, "model.weights")] = False
     """Start with a new classifier, whatever the weights hold: for other classes, or weights without one."""
 
     def overrides(self) -> Json:
@@ -57,136 +85,124 @@ class ModelConfig(Section, section="model"):
             del own[name]
         return {key: value for key, value in own.items() if value is not None}
 
-
-class MethodSection(Section):
-    """Base of the settings that a training method brings along; see `pss.methods.contract.Method.sections`."""
-
-    def check_run(self, config: Any) -> None:
-        """Compare the settings with those of the run. Raises `ValueError`."""
-
-    def evened(self, steps_per_epoch: int) -> Iterable[Iterable[tuple[str, MethodSection]]]:
-        """Changes after which steps ask more evenly for data, at the same cost in all.
-
-        Several kinds of them, the ones that change least first; of each kind the choices, in the order in which they
-        are to be tried, as what to write (`schedule.shuffle=true`) and the changed settings.
-        """
-        return ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig(MethodSection, section="schedule"):
-    """The patch sampling schedule, rho as a function of the step; for methods that ask for one."""
-
-    name: Literal["fixed", "linear", "cosine", "cyclic", "list"] = "cyclic"
-    """The shape over time."""
-    form: Literal["published", "cut", "symmetric"] = "published"
-    """`published` overshoots to a drop of -0.1 before clamping, which gives rho = 1 a full share of the steps;
-    `symmetric` stops at a drop of 0. The `published` climb of linear and cosine ends where the cooldown begins; `cut`
-    is the same climb over the whole run, whose end the cooldown cuts off."""
-    low: Share = 0.2
-    """Smallest rho of linear, cosine and cyclic."""
-    high: Share = 1.0
-    """Largest rho of linear, cosine and cyclic."""
-    rho: Share = 0.6
-    """The constant rho of `fixed`."""
-    rhos: tuple[Share, ...] = ()
-    """The values of `list`, one a step, over and over."""
-    period_steps: Positive | None = None
-    """Length of a cycle, in steps; None is one epoch, as published."""
-    shuffle: bool = False
-    """Take the steps of each cycle (of each epoch, where there are no cycles) in random order: the same levels as
-    often, so that a loader needs to keep up with their average only."""
-    cooldown_epochs: Natural = 0
-    """The last epochs, at rho = 1."""
-
     def check(self) -> None:
-        if (self.name == "list") != bool(self.rhos):
+        if self.embed_dim is not None and self.num_heads is not None and self.embed_dim % self.num_heads:
             raise ValueError(
-                f"schedule.name is {self.name} and schedule.rhos holds {len(self.rhos)} values; a list of values goes "
-                "with schedule.name=list, and with nothing else"
-            )
-        if self.low > self.high:
-            raise ValueError(f"schedule.low ({self.low}) is above schedule.high ({self.high})")
-
-    def check_run(self, config: Any) -> None:
-        if self.cooldown_epochs > config.train.epochs:
-            raise ValueError(
-                f"schedule.cooldown_epochs is {self.cooldown_epochs}; it must lie between 0 and the run's "
-                f"{config.train.epochs} epochs (--set schedule.cooldown_epochs=0)"
+                f"model.embed_dim is {self.embed_dim}, which model.num_heads={self.num_heads} does not divide "
+                f"evenly; set model.embed_dim={-(-self.embed_dim // self.num_heads) * self.num_heads}, or other heads"
             )
 
-    def evened(self, steps_per_epoch: int) -> Iterable[Iterable[tuple[str, MethodSection]]]:
-        yield [("schedule.shuffle=true", dataclasses.replace(self, shuffle=True))]
-        if self.name == "cyclic":
-            longest = self.period_steps or steps_per_epoch
-            shorter = [longest // 2**power for power in range(1, max(1, int(math.log2(longest / 10)) + 1))]
-            yield [
-                (f"schedule.period_steps={steps}", dataclasses.replace(self, period_steps=steps)) for steps in shorter
-            ]
+
+_Rate = Annotated[float, Ge(0), Le(1e30)]
+_Epochs = Annotated[float, Ge(0), Le(1e6)]
+_Warming = ReadIf(lambda at: at.own.warmup_epochs > 0, "optim.warmup_epochs above 0")
+
+
+def _has_bias_tables(at: Context) -> bool:
+    """A backbone of one's own may have them unless told otherwise."""
+    model = at.run.model
+    if model.rel_pos is None and is_plugin(model.name):
+        return True
+    return (model.rel_pos or at.preset.get("rel_pos")) in ("bias", "separable")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Section, section="optim"):
     """AdamW with linear warm-up and cosine decay, per step."""
 
-    lr: float = 5e-4
+    lr: Always[AboveZero] = 5e-4
     """Peak learning rate at a global batch of `lr_batch`; it scales linearly with the global batch."""
-    lr_batch: int | None = 512
+    lr_batch: Always[Positive | None] = 512
     """The global batch that `lr` is given for; None switches scaling off."""
-    min_lr: float = 1e-5
+    min_lr: Always[_Rate] = 1e-5
     """Learning rate at the end, whatever the batch."""
-    warmup_lr: float = 1e-6
+    warmup_lr: Annotated[_Rate, _Warming] = 1e-6
     """Learning rate at step 0, whatever the batch."""
-    warmup_epochs: NotNegative = 5.0
+    warmup_epochs: Always[_Epochs] = 5.0
     """Length of the linear warm-up."""
-    cooldown_epochs: NotNegative = 0.0
+    cooldown_epochs: Always[_Epochs] = 0.0
     """The last epochs, at `min_lr`: the cosine ends where they begin."""
-    weight_decay: float = 0.05
+    weight_decay: Always[Annotated[float, Ge(0), Le(1e4)]] = 0.05
     """Decoupled weight decay; none on 1-D parameters, position embedding and class token."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Always[tuple[Below1, Below1]] = (0.9, 0.999)
     """AdamW's averaging coefficients."""
-    decay_rel_pos: bool = True
+    decay_rel_pos: Annotated[bool, ReadIf(_has_bias_tables, "model.rel_pos=bias or separable")] = True
     """Decay the tables of relative position biases too, as the published runs did."""
-    layer_decay: Share | None = None
+    layer_decay: Always[Share | None] = None
     """Factor on the learning rate from each layer to the one before it; None has all layers learn alike."""
-    clip_grad: float | None = None
+    clip_grad: Always[AboveZero | None] = None
     """Largest gradient norm; None does not clip."""
+
+    def peak_lr(self, batch_size: int) -> float:
+        """The peak learning rate at a global batch of `batch_size` images."""
+        return self.lr if self.lr_batch is None else self.lr * batch_size / self.lr_batch
+
+    def check_rates(self, batch_size: int) -> None:
+        """Raise `ValueError` where the rate would fall as it warms up, or rise as it decays."""
+        peak = self.peak_lr(batch_size)
+        above = [] if self.min_lr <= peak else ["min_lr"]
+        if self.warmup_epochs and self.warmup_lr > peak:
+            above.append("warmup_lr")
+        if above:
+            scaled = "" if self.lr_batch is None else f", given for a batch of {self.lr_batch}, at {batch_size} images"
+            lower = " ".join(f"--set optim.{name}={peak / 100:.1e}" for name in above)
+            raise ValueError(
+                f"optim.lr ({self.lr:g}{scaled}) comes to {peak:.3g} at its peak, below "
+                f"{' and '.join(f'optim.{name} ({getattr(self, name):g})' for name in above)}, so that it would "
+                f"{'rise in its decay' if 'min_lr' in above else 'fall in its warm-up'}; raise optim.lr, or {lower}"
+            )
+
+
+_Alpha = Annotated[float, Ge(0), Le(1e6)]
+_MixesPixels = ReadIf(lambda at: at.method.mixes(at.run) == "pixels", "a method that does not mix tokens instead")
+_MixesEither = ReadIf(lambda at: at.own.mixup or at.own.cutmix, "loss.mixup or loss.cutmix above 0")
+_MixesBoth = ReadIf(lambda at: at.own.mixup and at.own.cutmix, "loss.mixup and loss.cutmix above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Section, section="loss"):
     """Cross entropy, with soft targets where images are mixed."""
 
-    label_smoothing: Below1 = 0.0
+    label_smoothing: Always[Below1] = 0.0
     """Share of the target spread evenly over all classes."""
-    mixup: float = 0.0
+    mixup: Annotated[_Alpha, _MixesPixels] = 0.0
     """Alpha of mixup's Beta distribution; 0 is off."""
-    cutmix: float = 0.0
+    cutmix: Annotated[_Alpha, _MixesPixels] = 0.0
     """Alpha of CutMix's Beta distribution; 0 is off."""
-    mix_switch_prob: float = 0.5
+    mix_switch_prob: Annotated[Probability, _MixesPixels, _MixesBoth] = 0.5
     """How often CutMix takes mixup's place where both are on."""
-    mix_mode: Literal["batch", "elem"] = "batch"
+    mix_mode: Annotated[Literal["batch", "elem"], _MixesPixels, _MixesEither] = "batch"
     """One draw for the whole batch, or one for each image."""
+
+
+def _compiles(at: Context) -> bool:
+    """While the device is not known, `auto` may yet compile."""
+    if at.own.mode == "off" or not at.method.compiles:
+        return False
+    return at.own.mode == "on" or at.device in (None, "cuda")
+
+
+_Compiled = ReadIf(_compiles, "compile.mode=on, or auto on a GPU, with a method whose model is compiled,")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig(Section, section="compile"):
     """`torch.compile` of the blocks, once for every token count; the rest is short and runs as it is."""
 
-    mode: Literal["auto", "on", "off"] = "auto"
+    mode: Always[Literal["auto", "on", "off"]] = "auto"
     """`auto` compiles on a GPU, where Triton is installed."""
-    max_graphs: Positive = 8
+    max_graphs: Annotated[int, Ge(1), Le(4096), _Compiled] = 8
     """Token counts that may be compiled, those of training and of validation; one more is an error."""
-    cuda_graphs: bool = False
+    cuda_graphs: Annotated[bool, _Compiled] = False
     """Replay what a graph launches on the GPU instead of launching it anew: for steps too short to keep it busy."""
-    backend: Literal["inductor", "aot_eager"] = "inductor"
+    backend: Annotated[Literal["inductor", "aot_eager"], _Compiled] = "inductor"
     """`aot_eager` traces and generates no code, to tell whether a fault is the compiler's."""
 
     def check(self) -> None:
-        if self.cuda_graphs and (self.mode == "off" or self.backend != "inductor"):
+        if self.cuda_graphs and self.backend != "inductor":
             raise ValueError(
-                "compile.cuda_graphs records what compiled code launches; leave it false, or set compile.mode=auto and "
-                "compile.backend=inductor"
+                f"compile.cuda_graphs records what compiled code launches, and compile.backend={self.backend} "
+                "generates none; leave it false, or set compile.backend=inductor"
             )
 
 
@@ -194,40 +210,42 @@ class CompileConfig(Section, section="compile"):
 class TrainConfig(Section, section="train"):
     """The run."""
 
-    epochs: Positive = 300
+    epochs: Always[Annotated[int, Ge(1), Le(10**6)]] = 300
     """Passes over the training images."""
-    batch_size: Positive = 1024
+    batch_size: Always[Annotated[int, Ge(1), Le(10**8)]] = 1024
     """Images per optimizer step over all processes."""
-    seed: int = 0
+    seed: Always[Annotated[int, Ge(0), Le((1 << 63) - 1)]] = 0
     """Seed of weights, order, crops, mixing and random sampling."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Always[Literal["auto", "fp32", "bf16"]] = "auto"
     """Arithmetic of the forward pass; `auto` is bf16 autocast on a GPU and fp32 on a CPU."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    # Read where there are several processes, which a job may lose and come back without: never refused.
+    parallel: Always[Literal["ddp", "fsdp"]] = "ddp"
     """What several processes do with the model: `ddp` gives each a whole one; `fsdp` gives each a share of every
     tensor, for models that do not fit one GPU, and does not compile."""
-    accumulate: Positive = 1
+    accumulate: Always[Annotated[int, Ge(1), Le(10**6)]] = 1
     """Parts that each process computes its share of a batch in, one after the other, to save memory; what is learnt is
     what as many times the processes would learn."""
-    checkpoint_activations: bool = False
+    checkpoint_activations: Always[bool] = False
     """Keep only what enters each block and compute the block once more in the backward pass: less memory, more time."""
-    max_skipped: Positive = 10
+    max_skipped: Always[Positive] = 10
     """Steps in a row with a loss or gradients that are not finite after which the run stops; each is skipped."""
-    timeout_seconds: AboveZero = 600.0
+    # As `parallel`.
+    timeout_seconds: Always[Annotated[float, Gt(0), Le(1e7)]] = 600.0
     """How long a process waits for the others before the run fails."""
-    ema_decay: Below1 = 0.0
+    ema_decay: Always[Below1] = 0.0
     """Decay of the moving average of the weights, per step; 0 keeps none."""
-    num_workers: int | None = None
+    num_workers: Always[Annotated[int, Ge(0), Le(1024)] | None] = None
     """Decoding threads or processes of the loader per rank; None takes the cores at hand."""
-    prefetch_mb: NotNegative = 512.0
+    prefetch_mb: Always[Annotated[float, Ge(0), Le(1 << 20)]] = 512.0
     """Decoded batches kept ready per process, in MiB (on the GPU where there is one), so that short steps can draw on
     what long ones left time for; 0 keeps none."""
-    log_every_steps: Positive = 50
+    log_every_steps: Always[Positive] = 50
     """Steps between two rows of `log.jsonl`."""
-    checkpoint_every_minutes: float = 15.0
+    checkpoint_every_minutes: Always[Annotated[float, Gt(0), Le(1e6)]] = 15.0
     """Longest time between two checkpoints; one is also written after every epoch."""
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Always[Positive] = 2
     """How many of the newest checkpoints are kept; the best one, and the newest of an epoch's end, are kept as well."""
-    max_steps: int | None = None
+    max_steps: Always[Annotated[int, Ge(1), Le(10**12)] | None] = None
     """Stop after so many steps, with a checkpoint; learning rate and rho keep the course `epochs` gives them."""
 
 
@@ -235,9 +253,9 @@ class TrainConfig(Section, section="train"):
 class RunSettings(Section):
     """All settings of one run, as a method is given them; `pss.config.Config` holds them against the method."""
 
-    recipe: str
+    recipe: Always[str]
     """The recipe this began as."""
-    method: str = "sampled"
+    method: Always[Text] = "sampled"
     """How the model is trained: the name of one of `pss.methods`, or `package.module:Class` for one of your own."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -263,6 +281,7 @@ class RunSettings(Section):
                 "train.parallel is fsdp, whose sharded blocks are not compiled; set compile.mode=auto, or "
                 "train.parallel=ddp"
             )
+        self.optim.check_rates(self.train.batch_size)
         if self.optim.warmup_epochs + self.optim.cooldown_epochs > self.train.epochs:
             raise ValueError(
                 f"optim.warmup_epochs ({self.optim.warmup_epochs}) and optim.cooldown_epochs "

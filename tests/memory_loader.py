@@ -28,8 +28,8 @@ class MemoryLoader:
         size: Callable[[int], int] | None = None,
         maps: np.ndarray | None = None,
     ) -> None:
-        """`size`: side of the images of an epoch, a divisor of `img_size`; all of it by default. `maps`: label maps,
-        one a sample. Images are shown whole."""
+        """`size`: side of the images of an epoch, which are thinned out to it; all of it by default. `maps`: label
+        maps, one a sample. Images are shown whole."""
         generator = np.random.default_rng(0)
         self.num_samples, self.num_classes, self.batch_size, self.train = num_samples, num_classes, batch_size, train
         self.labels = np.arange(num_samples) % num_classes
@@ -65,8 +65,9 @@ class MemoryLoader:
             index = order[step * self.batch_size : (step + 1) * self.batch_size]
             if self.on_batch is not None:
                 self.on_batch(self.epoch * self.steps_per_epoch + step)
-            every = self.images.shape[-1] // self.size(self.epoch)
-            images = np.ascontiguousarray(self.images[index][:, :, ::every, ::every])
+            size, whole_size = self.size(self.epoch), self.images.shape[-1]
+            shown = np.arange(size) * whole_size // size
+            images = np.ascontiguousarray(self.images[index][:, :, shown[:, None], shown])
             whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(index), 1)
             yield Batch(
                 *map(torch.from_numpy, (images, self.labels[index], index)),

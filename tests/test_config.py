@@ -93,7 +93,7 @@ def test_settings_are_checked_together_not_one_by_one():
         ("schedule.name=cyc", "one of fixed, linear, cosine, cyclic"),
         ("schedule.low=0", "schedule.low is '0'; it must be above 0"),
         ("schedule.rho=1.5", "must be at most 1"),
-        ("schedule.high=0.1", "above schedule.high"),
+        ("schedule.high=0.1", "one of 0.2, 0.4, 0.6, 0.8, 1.0"),
         ("train.epochs=0", "must be at least 1"),
         ("train.epochs=1", "optim.warmup_epochs"),
         ("train.ema_decay=1", "ema_decay"),

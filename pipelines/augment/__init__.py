@@ -13,6 +13,7 @@ In the order of a training step:
 
 from pipelines.augment.erasing import RandomErasing
 from pipelines.augment.mixing import Mixing, MixingConfig
-from pipelines.augment.policy import RandAugment, RandAugmentSpec, ThreeAugment
+from pipelines.augment.policy import RandAugment, ThreeAugment
+from pipelines.rand_augment import RandAugmentSpec
 
 __all__ = ["Mixing", "MixingConfig", "RandAugment", "RandAugmentSpec", "RandomErasing", "ThreeAugment"]

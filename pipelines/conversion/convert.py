@@ -89,8 +89,9 @@ class Options:
             raise ValueError(f"--max-size is {self.max_size}; it must lie in 16 ... 16384 pixels")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality is {self.quality}; it must lie in 1 ... 100")
-        if self.jobs < 1 or self.shard_size < 1 or self.seed < 0:
-            raise ValueError("--jobs and --shard-size must be at least 1, --seed at least 0")
+        for name, least, most in (("jobs", 1, 4096), ("shard_size", 1, 10**9), ("seed", 0, (1 << 63) - 1)):
+            if not least <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie in {least} ... {most}")
         if self.part is not None:
             if not 1 <= self.part[0] <= self.part[1]:
                 raise ValueError(f"--part is {self.part[0]}/{self.part[1]}; use 1/n to n/n")

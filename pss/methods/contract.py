@@ -162,6 +162,24 @@ class Method(nn.Module):
         """The stage that a step belongs to."""
         return Stage()
 
+    def course(self) -> str:
+        """Which share of the patches comes when, in a line for the plan and for a run's first screen.
+
+        By default it is read off the stages; a method with a schedule can say it better.
+        """
+        shares = {1.0}
+        if type(self).stage is not Method.stage:
+            train, per_epoch = self.config.train, self.steps_per_epoch
+            phases = [number for number, phase in enumerate(self.phases()) for _ in range(phase.epochs)]
+            total = len(phases) * per_epoch
+            positions = (
+                Progress(step, total, step // per_epoch, train.epochs, train.seed, 0, phases[step // per_epoch])
+                for step in range(total)
+            )
+            shares = {self.stage(at).rho for at in positions}
+        low, high = min(shares), max(shares)
+        return f"ρ: {low:g} throughout" if low == high else f"ρ: {low:g} to {high:g}, {len(shares)} levels"
+
     def training_tokens(self, stage: Stage, image_size: int | None = None) -> tuple[int, ...]:
         """Tokens of an image that each block sees in steps of a stage, prefix tokens included.
 

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import timm
@@ -79,12 +80,12 @@ def create_model(
         explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
         given = overrides | {key: value for key, value in explicit.items() if value is not None}
         return _create_own(name, num_classes, img_size, sort=sort, token_counts=token_counts, **given)
-    preset = _PRESETS.get(name, {})
-    settings = {"rel_pos": "none", "qkv_bias": "full", "init": "timm", "name": name, **preset, **overrides}
+    own = preset(name)
+    settings = {"rel_pos": "none", "qkv_bias": "full", "init": "timm", "name": name, **own, **overrides}
     explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
     for key in ("rel_pos", "qkv_bias"):
-        if key in preset and explicit[key] not in (None, preset[key]):
-            raise ValueError(f"{name} has {key}={preset[key]!r}, got {explicit[key]!r}; leave {key} out")
+        if key in own and explicit[key] not in (None, own[key]):
+            raise ValueError(f"{name} has {key}={own[key]!r}, got {explicit[key]!r}; leave {key} out")
     settings |= {key: value for key, value in explicit.items() if value is not None}
     for key, choices in (("rel_pos", RelPos), ("qkv_bias", QkvBias), ("init", Init)):
         if settings[key] not in get_args(choices):
@@ -97,6 +98,11 @@ def create_model(
     if init == "published":
         _init_published(plain)
     return VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
+
+
+def preset(name: str) -> Mapping[str, Any]:
+    """What a name brings along beside a plain model of timm's; nothing, for most."""
+    return _PRESETS.get(name, {})
 
 
 def _create_own(name: str, num_classes: int, img_size: int | tuple[int, int], **settings: Any) -> VisionTransformer:

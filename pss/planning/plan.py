@@ -16,6 +16,7 @@ from pss.training.setup import positions_of
 
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_CLASSES = 1000
+_MOST_STEPS = 50_000_000  # about a minute, and 2 GB
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Plan:
     dense: Cost  # of one image in dense training at full size
     levels: tuple[Level, ...]  # by ascending size and rho
     level_of_step: tuple[int, ...]  # for every step, which of `levels`
+    course: str  # the method's words on which rho comes when
 
     @property
     def rhos(self) -> tuple[float, ...]:
@@ -114,6 +116,11 @@ def plan(config: Config, *, num_images: int = IMAGENET_IMAGES, num_classes: int 
     total_steps = steps_per_epoch * config.train.epochs
     if config.train.max_steps is not None:
         total_steps = min(total_steps, config.train.max_steps)
+    if total_steps > _MOST_STEPS:
+        raise ValueError(
+            f"the run has {total_steps:,} steps, and a plan goes through each of at most {_MOST_STEPS:,}; set "
+            f"train.max_steps={_MOST_STEPS}, or lower train.epochs"
+        )
     with torch.device("meta"):  # shapes are all that costs are counted from
         method = methods.build(config, num_classes, steps_per_epoch)
     sizes = [config.data.train_size(epoch) for epoch in range(config.train.epochs)]
@@ -143,4 +150,5 @@ def plan(config: Config, *, num_images: int = IMAGENET_IMAGES, num_classes: int 
             for size, stage in levels
         ),
         level_of_step=tuple(number_of[level] for level in seen),
+        course=method.course(),
     )

@@ -13,7 +13,7 @@ from pss.methods import Method, Phase
 
 def peak_lr(optim: OptimConfig, batch_size: int) -> float:
     """The peak learning rate at a global batch of `batch_size` images."""
-    return optim.lr if optim.lr_batch is None else optim.lr * batch_size / optim.lr_batch
+    return optim.peak_lr(batch_size)
 
 
 def build_optimizer(

@@ -53,7 +53,8 @@ def mistake(capsys, app, *arguments):
     """The one sentence that a mistake is answered with."""
     assert call(app, *arguments) == 2
     told = capsys.readouterr().err
-    (sentence,) = [line for line in told.splitlines() if not line.startswith(("digits: starting", "waiting for "))]
+    chatter = ("digits: starting", "waiting for ", "ρ: ")
+    (sentence,) = [line for line in told.splitlines() if not line.startswith(chatter)]
     assert sentence.startswith("error: ")
     return sentence
 

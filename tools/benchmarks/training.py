@@ -211,6 +211,7 @@ def measured(arguments: argparse.Namespace) -> Result:
         f"schedule.period_steps={arguments.cycle_steps}",
         "schedule.cooldown_epochs=0",
         "model.weights=none",  # which weights it starts from is nothing to the speed
+        "optim.lr_batch=none",  # nor are rates, which may not suit the batch
     ]
     config = recipes.get(arguments.recipe).with_settings([*usual, *arguments.set])
     loaders, classes, last_step = build_loaders(arguments, config, device)

@@ -141,7 +141,10 @@ def test_evaluation_is_not_augmented() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"rand_augment": "rand-m9", "three_augment": True}, "choose one"), ({"erasing": 1.5}, "data.erasing is 1.5")],
+    [
+        ({"rand_augment": "rand-m9-inc1", "three_augment": True}, "choose one"),
+        ({"erasing": 1.5}, "data.erasing is 1.5"),
+    ],
 )
 def test_augmentation_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
