@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import timm
 import torch
 from timm.layers import Attention as TimmAttention
-from timm.layers import PatchEmbed, trunc_normal_
+from timm.layers import Format, PatchEmbed, trunc_normal_
 from timm.models import list_models
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
@@ -17,6 +17,7 @@ from torch import nn
 
 from pss.attention.attend import RelPos
 from pss.models.sampling import Sort, TokenCounts
+from pss.models.settings import describe
 from pss.models.vit import QkvBias, VisionTransformer
 from pss.plugins import is_plugin, load
 
@@ -37,15 +38,19 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Options of timm's model that would drop patches, or change the grid, behind the back of the sampling.
-_REFUSED_OVERRIDES = ("patch_drop_rate", "dynamic_img_size", "dynamic_img_pad")
+# Options of timm's model that would drop patches, or change the grid, behind the back of the sampling. Some models have
+# them on by default, so all are built with them off.
+_OFF: dict[str, Any] = {"patch_drop_rate": 0.0, "dynamic_img_size": False, "dynamic_img_pad": False}
+
+# What timm's plain ViT is built with. `timm.create_model` takes more, such as files and addresses to load weights from.
+_OPTIONS = frozenset(inspect.signature(TimmVisionTransformer.__init__).parameters) - {"self", "device", "dtype"}
 
 
 def create_model(
     name: str,
     *,
     num_classes: int = 1000,
-    img_size: int | tuple[int, int] = 224,
+    img_size: int | tuple[int, int] | None = 224,
     rel_pos: RelPos | None = None,
     sort: Sort = "magnitude",
     token_counts: TokenCounts = "published",
@@ -61,6 +66,7 @@ def create_model(
             `package.module:function`, which is called with the other arguments and returns a `VisionTransformer`.
         num_classes: Width of the classifier; 0 for none, so that features come out.
         img_size: Height and width of the images in pixels, or one number for both; multiples of the patch size.
+            None is the size that the named model has of its own.
         rel_pos: How attention learns of relative positions. `bias`: a bias table in every block, as BEiT and the PSS
             runs; `separable`: a bias that is the sum of one for rows and one for columns; `rope`: axial rotary
             embedding; `none`: not at all. None is the preset's choice, or `none`.
@@ -96,10 +102,27 @@ def create_model(
     plain = create_plain(timm_name, num_classes=num_classes, img_size=img_size, **settings)
     if init == "published":
         _init_published(plain)
-    return VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
+    model = VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
+    model.name = name
+    return model
 
 
-def _create_own(name: str, num_classes: int, img_size: int | tuple[int, int], **settings: Any) -> VisionTransformer:
+def settings_of_name(name: str | None) -> dict[str, Any] | None:
+    """The settings (`pss.models.settings`) of the model of that name as it is built without any; None if it is none of
+    timm's and no preset."""
+    if name is None or is_plugin(name):
+        return None
+    with torch.device("meta"):
+        try:
+            plain = create_model(name, img_size=None)
+        except ValueError:
+            return None
+    return describe(plain) | {"embed_dim": plain.embed_dim}
+
+
+def _create_own(
+    name: str, num_classes: int, img_size: int | tuple[int, int] | None, **settings: Any
+) -> VisionTransformer:
     builder, settings = load(name), {"num_classes": num_classes, "img_size": img_size, **settings}
     try:
         inspect.signature(builder).bind(**settings)
@@ -108,6 +131,7 @@ def _create_own(name: str, num_classes: int, img_size: int | tuple[int, int], **
     made = builder(**settings)
     if not isinstance(made, VisionTransformer):
         raise ValueError(f"{name} made a {type(made).__name__}; a backbone is a pss.models.vit.VisionTransformer")
+    made.name = name
     return made
 
 
@@ -121,19 +145,21 @@ def create_plain(name: str, **settings: Any) -> Any:
     if name.split(".")[0] not in known:
         nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]
         raise ValueError(f"no plain Vision Transformer is called {name!r}; did you mean {', '.join(nearest)}?")
-    if refused := [key for key in _REFUSED_OVERRIDES if key in settings]:
-        raise ValueError(f"{', '.join(refused)} cannot be combined with patch sampling; pass rho to forward instead")
+    for key, value in settings.items():
+        if key in _OFF and value:
+            raise ValueError(f"{key} cannot be combined with patch sampling; pass rho to forward instead")
+        if key not in _OPTIONS:
+            near = difflib.get_close_matches(key, _OPTIONS, n=1)
+            raise ValueError(
+                f"a plain Vision Transformer has no setting {key!r}; "
+                + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(_OPTIONS))}")
+            )
     try:
-        plain = timm.create_model(name, **settings)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm cannot build {name} with these settings: {error}") from error
-    plain_parts = (
-        type(plain) in (TimmVisionTransformer, VisionTransformerDistilled)
-        and type(plain.patch_embed) is PatchEmbed
-        and all(type(block) is TimmBlock and type(block.attn) is TimmAttention for block in plain.blocks)
-        and plain.global_pool in _POOLING
-    )
-    if not plain_parts:
+        plain = timm.create_model(name, **(settings | _OFF))
+    except Exception as error:  # timm checks its arguments with whatever it comes across first
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(f"timm cannot build {name} with these settings: {reason}") from error
+    if not _is_plain(plain):
         raise ValueError(
             f"{name} is not a plain Vision Transformer (patch embedding, pre-norm blocks with ordinary attention, "
             f"{', '.join(_POOLING)} pooling); choose one that is, such as deit_small_patch16_224"
@@ -143,6 +169,28 @@ def create_plain(name: str, **settings: Any) -> Any:
             f"img_size {plain.patch_embed.img_size} is not a multiple of the patch size {plain.patch_embed.patch_size}"
         )
     return plain
+
+
+def _is_plain(plain: Any) -> bool:
+    """Whether all that timm's model consists of is what `VisionTransformer` takes over."""
+    if (
+        type(plain) not in (TimmVisionTransformer, VisionTransformerDistilled)
+        or type(plain.patch_embed) is not PatchEmbed
+    ):
+        return False
+    embed = plain.patch_embed
+    return (
+        all(type(block) is TimmBlock and type(block.attn) is TimmAttention for block in plain.blocks)
+        and all(block.attn.gate is None for block in plain.blocks)
+        and plain.global_pool in _POOLING
+        and plain.attn_pool is None
+        and type(plain.patch_drop) is nn.Identity
+        and not plain.dynamic_img_size
+        and not embed.dynamic_img_pad
+        and embed.flatten
+        and embed.output_fmt == Format.NCHW
+        and embed.proj.in_channels == 3
+    )
 
 
 def _init_published(plain: Any) -> None:
