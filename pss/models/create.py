@@ -141,10 +141,7 @@ def create_plain(name: str, **settings: Any) -> Any:
     Raises:
         ValueError: unknown name, a model that is not a plain ViT, or settings that it cannot be built with.
     """
-    known = [*_PRESETS, *list_models(module="vision_transformer"), *list_models(module="deit")]
-    if name.split(".")[0] not in known:
-        nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]
-        raise ValueError(f"no plain Vision Transformer is called {name!r}; did you mean {', '.join(nearest)}?")
+    check_name(name)
     for key, value in settings.items():
         if key in _OFF and value:
             raise ValueError(f"{key} cannot be combined with patch sampling; pass rho to forward instead")
@@ -169,6 +166,14 @@ def create_plain(name: str, **settings: Any) -> Any:
             f"img_size {plain.patch_embed.img_size} is not a multiple of the patch size {plain.patch_embed.patch_size}"
         )
     return plain
+
+
+def check_name(name: str) -> None:
+    """Raise `ValueError`, with the nearest one, for what is no name of a Vision Transformer of timm's, or a preset."""
+    known = [*_PRESETS, *list_models(module="vision_transformer"), *list_models(module="deit")]
+    if name.split(".")[0] not in known:
+        nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]
+        raise ValueError(f"no plain Vision Transformer is called {name[:80]!r}; did you mean {', '.join(nearest)}?")
 
 
 def _is_plain(plain: Any) -> bool:

@@ -241,3 +241,11 @@ def settings_assumed(weights: Weights, found: Mapping[str, Tensor], model: Visio
             f"beside the weights: torch.save({{'model': WEIGHTS, 'pss': {{{example}}}}}, FILE), if that is what it has"
         )
     return theirs
+
+
+def check_values(name: str, value: Tensor, source: str) -> None:
+    """Raise `ValueError` for a tensor that holds no weights."""
+    if value.layout != torch.strided or not value.is_floating_point() or value.is_quantized or value.is_meta:
+        raise ValueError(f"{source} has {name} as {value.dtype}, {value.layout}; save plain floating-point tensors")
+    if not torch.isfinite(value.float()).all():
+        raise ValueError(f"{source} has values in {name} that are not finite; name weights from before they diverged")

@@ -27,7 +27,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor
 
 from pss.models import grids, settings
-from pss.models.files import Remedies, Weights, read, settings_assumed, settings_told, unwrap
+from pss.models.files import Remedies, Weights, check_values, read, settings_assumed, settings_told, unwrap
 from pss.models.grids import SEPARABLE_TABLE, TABLE
 from pss.models.settings import Json, TrainedOn
 from pss.models.vit import VisionTransformer
@@ -92,7 +92,7 @@ def start_from(
             no weights for.
     """
     if where.startswith("timm:"):
-        return _load(model, _weights_of_timm(where.removeprefix("timm:")), ignore_head, remedies)
+        return fill(model, _weights_of_timm(where.removeprefix("timm:")), ignore_head, remedies)
     name, ema, best = _split(where)
     path = Path(name)
     if path.is_dir() and (path / "model.safetensors").is_file():
@@ -100,7 +100,7 @@ def start_from(
     if not path.is_dir():
         if best:
             raise ValueError(f"{path} is one file; #best is for the folder of a run, leave it out")
-        return _load(model, read(path, ema=ema, no_file=remedies.no_file), ignore_head, remedies)
+        return fill(model, read(path, ema=ema, no_file=remedies.no_file), ignore_head, remedies)
     if best:
         noted = checkpoint.best(path / "checkpoints")
         state = None if noted is None else checkpoint.load(noted)
@@ -110,7 +110,7 @@ def start_from(
     if state is None:
         which = "validated checkpoint" if best else "checkpoint"
         raise ValueError(f"{path} holds no {which}; name a weights file, or the --output of a pss-train run")
-    return _load(model, unwrap(state, str(path), ema=ema), ignore_head, remedies)
+    return fill(model, unwrap(state, str(path), ema=ema), ignore_head, remedies)
 
 
 def _split(where: str) -> tuple[str, bool, bool]:
@@ -165,7 +165,7 @@ def load_weights(
     weights = read(Path(path), ema=ema)
     if told:
         weights = replace(weights, settings=settings.decode(dict(told)) | (weights.settings or {}))
-    return _load(model, weights, ignore_head, Remedies())
+    return fill(model, weights, ignore_head, Remedies())
 
 
 def settings_of(path: str | Path, *, remedies: Remedies = Remedies()) -> dict[str, Any]:
@@ -187,8 +187,10 @@ def settings_of(path: str | Path, *, remedies: Remedies = Remedies()) -> dict[st
     return settings_told(read(Path(path), no_file=remedies.no_file), remedies)
 
 
-def _load(model: VisionTransformer, weights: Weights, ignore_head: bool, remedies: Remedies) -> Report:
-    """`load_weights` with weights that have been read."""
+def fill(
+    model: VisionTransformer, weights: Weights, ignore_head: bool = False, remedies: Remedies = Remedies()
+) -> Report:
+    """`load_weights` with weights that have been read; `remedies` are those of whoever reads an error."""
     source, found, ours = weights.source, dict(weights.tensors), settings.describe(model)
     heads = _HEADS | set(model.own_heads)
     unused_head = sorted(name for name in found if ignore_head and _part(name) in heads)
@@ -203,7 +205,7 @@ def _load(model: VisionTransformer, weights: Weights, ignore_head: bool, remedie
     for name, value in found.items():
         if name not in own:
             continue
-        _check_values(name, value, source)
+        check_values(name, value, source)
         may_differ = name in resizable and value.shape[-1:] == own[name].shape[-1:] and value.ndim == own[name].ndim
         if value.shape != own[name].shape and not may_differ:
             raise ValueError(_other_shape(name, value, own[name], source, heads, remedies))
@@ -235,14 +237,6 @@ def _load(model: VisionTransformer, weights: Weights, ignore_head: bool, remedie
         unexpected=(*unexpected, *unused_head, *weights.outside),
         notes=tuple(notes),
     )
-
-
-def _check_values(name: str, value: Tensor, source: str) -> None:
-    """Raise `ValueError` for a tensor that holds no weights."""
-    if value.layout != torch.strided or not value.is_floating_point() or value.is_quantized or value.is_meta:
-        raise ValueError(f"{source} has {name} as {value.dtype}, {value.layout}; save plain floating-point tensors")
-    if not torch.isfinite(value.float()).all():
-        raise ValueError(f"{source} has values in {name} that are not finite; name weights from before they diverged")
 
 
 def _check_parts(
