@@ -101,6 +101,15 @@ def save(folder: Path, published: Published, card: str) -> None:
                 f"the model was built with {key}={value!r}, which no published folder tells; --export writes a file "
                 "that needs none of it"
             ) from None
+    with torch.device("meta"):
+        again = create_model(name, num_classes=model.num_classes, img_size=data.img_size, **settings)
+    shapes = {key: tuple(value.shape) for key, value in model.named_parameters()}
+    found = about.differences(about.describe(model), about.describe(again))
+    if found or shapes != {key: tuple(value.shape) for key, value in again.named_parameters()}:
+        raise ValueError(
+            f"the settings {settings} of {name} build another model{', with '.join(['', *found])}; pass "
+            "those that it was built with"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     model_args = {key: value for key, value in settings.items() if key not in _OWN and value is not None}
     model_args |= {"img_size": data.img_size}
@@ -179,7 +188,9 @@ def load(source: str | Path) -> Published:
     except RecursionError:
         raise ValueError(f"{source} is no model that pss published ({_CONFIG} is nested too deeply)") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is no model that can be read: {error}") from None
+        reason = str(error)  # which may repeat whatever the file holds
+        reason = reason if len(reason) < 400 else f"{reason[:200]} … {reason[-100:]}"
+        raise ValueError(f"{source} is no model that can be read: {reason}") from None
 
 
 def _check_within(folder: Path, name: str) -> None:
@@ -194,21 +205,21 @@ def _read(folder: Path) -> Published:
     config = _read_config(folder / _CONFIG)
     if "pss" not in config:
         raise ValueError(f"{_CONFIG} was not written by pss; for another model name MODEL=FILE, its weights")
-    own, known = _part(config, "pss", dict), _part(config, "pretrained_cfg", dict)
+    own = _part(config, "pss", dict)
     version = own.get("format", _FORMAT)  # the first version had none
     if not _is_whole(version, 1, _FORMAT):
-        raise ValueError(f"{_CONFIG} has format {version!r}, and this pss reads up to {_FORMAT}; update pss")
-    name, step = _part(own, "name", str), _part(own, "step", int)
+        raise ValueError(f"{_CONFIG} has format {str(version)[:40]!r}, and this pss reads up to {_FORMAT}; update pss")
+    name, step, known = _part(own, "name", str), _part(own, "step", int), _part(config, "pretrained_cfg", dict)
     if ":" in name:
         raise ValueError(f"{_CONFIG} names code, {name[:80]!r}, and a published folder holds none; ask for its run")
     settings = _part(own, "settings", dict)
     for key, value in settings.items():
         _check_setting(key, value)
-    num_classes, size = _part(config, "num_classes", int), _part(known, "input_size", list)[-1:]
-    if not size or not _is_whole(size[0], 1, 1 << 14) or not _is_whole(num_classes, 0, 1 << 24):
-        raise ValueError(f"{_CONFIG} has input_size {size} and num_classes {num_classes}; restore it")
+    num_classes, shape = _part(config, "num_classes", int), _part(known, "input_size", list)
+    if len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2] or not _is_whole(shape[1], 1, 1 << 14):
+        raise ValueError(f"{_CONFIG} has input_size {str(shape)[:60]}; it is [3, SIDE, SIDE]")
     data = DataConfig(
-        img_size=size[0],
+        img_size=shape[1],
         interpolation=_part(known, "interpolation", str),
         crop_pct=_part(known, "crop_pct", float),
         mean=tuple(_part(known, "mean", list)),
@@ -232,8 +243,10 @@ def _read(folder: Path) -> Published:
     model = create_model(name, num_classes=num_classes, img_size=data.img_size, **settings)
     for key, value in weights.tensors.items():
         check_values(key, value, _WEIGHTS)
-    model.trained_on = TrainedOn(None if classes is None else tuple(classes), data.mean, data.std)
     told = TrainedOn.of(weights.settings or {})
+    if classes is None and told.classes is not None:
+        raise ValueError(f"{_CONFIG} has no label_names, and {_WEIGHTS} was made with some; restore it")
+    model.trained_on = TrainedOn(None if classes is None else tuple(classes), data.mean, data.std)
     for key in ("mean", "std"):
         theirs = getattr(told, key)
         if theirs is not None and tuple(theirs) != tuple(getattr(data, key)):

@@ -1,6 +1,7 @@
 """Models by name: timm's plain Vision Transformers, presets, and backbones of one's own."""
 
 import difflib
+import functools
 import inspect
 import math
 from typing import Any, Literal, get_args
@@ -110,8 +111,12 @@ def create_model(
 def settings_of_name(name: str | None) -> dict[str, Any] | None:
     """The settings (`pss.models.settings`) of the model of that name as it is built without any; None if it is none of
     timm's and no preset."""
-    if name is None or is_plugin(name):
-        return None
+    told = None if name is None or is_plugin(name) else _settings_of_name(name)
+    return None if told is None else dict(told)
+
+
+@functools.cache
+def _settings_of_name(name: str) -> dict[str, Any] | None:
     with torch.device("meta"):
         try:
             plain = create_model(name, img_size=None)
@@ -155,6 +160,7 @@ def create_plain(name: str, **settings: Any) -> Any:
         plain = timm.create_model(name, **(settings | _OFF))
     except Exception as error:  # timm checks its arguments with whatever it comes across first
         reason = str(error).split("\n")[0] or type(error).__name__
+        reason = f"it knows no {reason}" if isinstance(error, KeyError) else reason
         raise ValueError(f"timm cannot build {name} with these settings: {reason}") from error
     if not _is_plain(plain):
         raise ValueError(

@@ -291,6 +291,10 @@ def _resize(
             continue
         num_placed = own[name].shape[1] - model.num_patches if name == "pos_embed" else 0
         value = None if grid is None else grids.resize(name, found[name], grid, new, num_placed)
+        if value is None and found[name].shape == own[name].shape and grid is not None:
+            raise ValueError(
+                f"{weights.source} tells of {grid[0]} x {grid[1]} patches, and its {name} is not of so many; restore it"
+            )
         if value is None:
             raise ValueError(_other_shape(name, found[name], own[name], weights.source, set(), remedies))
         found[name] = value
