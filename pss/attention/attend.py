@@ -88,7 +88,7 @@ def attend_packed(
     """
     if table is None or positions is None:
         raise ValueError("a position bias (model.rel_pos) needs its table and the tokens' positions; give both or none")
-    choice = _choose(qkv, plain=attn_mask is None and dropout == 0)
+    choice = _choose(qkv, table, plain=attn_mask is None and dropout == 0)
     if choice == "fused":
         from pss.attention.fused import fused_attention
 
@@ -138,11 +138,11 @@ def logit_bias(table: Tensor, positions: Tensor, attn_mask: Tensor | None, dtype
     return bias.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else bias + attn_mask.to(dtype)
 
 
-def _choose(qkv: Tensor, plain: bool) -> Implementation | None:
+def _choose(qkv: Tensor, table: Tensor, plain: bool) -> Implementation | None:
     """Who computes attention with a bias; None for torch. `plain` attention has no mask and no dropout."""
     forced: Implementation | None = _forced()
-    if forced == "reference":
-        return forced
+    if forced == "reference" or _is_transformed(qkv, table):
+        return "reference"
     if torch.compiler.is_exporting() or not plain:
         return None
     if forced == "fused":
@@ -156,6 +156,16 @@ def _choose(qkv: Tensor, plain: bool) -> Implementation | None:
     if forced is None and qkv.is_cuda and _fused_serves(qkv):
         return "fused"
     return "materialised" if materialised_serves(qkv) else None
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether a transform of `torch.func` is at work, such as `jvp` or `vmap`.
+
+    The kernels have a backward pass, and no other derivative: under `jvp` their tangents would be zero without a word.
+    """
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 def _fused_serves(qkv: Tensor) -> bool:

@@ -43,6 +43,8 @@ def forward(qkv: Tensor, table: Tensor, positions: Tensor) -> tuple[Tensor, Tens
     Returns:
         (B, H, K, head width), and `spread` of the table, which `backward` takes.
     """
+    if not qkv.shape[1]:
+        return torch.empty_like(qkv[0]), spread(table, qkv.dtype)
     bias = _Bias(spread(table, qkv.dtype), positions, len(table))
     (share,) = _plan(bias, qkv.shape[1], 0, 1)
     if torch.is_autocast_enabled("cpu"):
@@ -68,6 +70,8 @@ def _attend(qkv: Tensor, bias: "_Bias", share: "_Share") -> Tensor:
 
 def backward(grad_out: Tensor, qkv: Tensor, spread: Tensor, positions: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """The gradients of `qkv`, in its layout, and of the table (rows, H), from that of (B, H, K, head width)."""
+    if not qkv.shape[1]:
+        return torch.empty_like(qkv), spread.new_zeros(num_rows, len(spread))
     bias = _Bias(spread, positions, num_rows)
     width = qkv.shape[4]
     shares = _plan(bias, qkv.shape[1], width, num_shares())

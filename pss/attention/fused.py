@@ -36,6 +36,8 @@ def fused_attention(qkv: Tensor, table: Tensor, positions: Tensor) -> tuple[Tens
     qkv = _dense(qkv)
     out = qkv.new_empty(num_images, num_tokens, num_heads, width)
     lse = qkv.new_empty(num_images, num_heads, num_tokens, dtype=torch.float32)
+    if not num_images:  # there is no launching nothing
+        return out, lse
     outer, inner, options = _block_sizes(qkv)
     kernels.attend_forward[(triton.cdiv(num_tokens, outer) * num_images * num_heads,)](
         out=out,
@@ -56,6 +58,8 @@ def _backward(
     _, num_images, num_heads, num_tokens, width = qkv.shape
     qkv, grad_out = _dense(qkv), grad_out.contiguous()
     grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    if not num_images:
+        return grad_qkv, torch.zeros_like(table)
     outer, inner, options = _block_sizes(qkv)
     operands = _operands(qkv, table, positions) | {
         "grad_out": grad_out,
@@ -134,10 +138,13 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
+def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad_out is None:  # nothing depends on the result
+        return None, None, None
     return *_backward(grad_out, *ctx.saved_tensors), None
 
 

@@ -60,6 +60,8 @@ def _backward(
 def _(qkv: Tensor, table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     from pss.attention.tables import write_bias
 
+    if not qkv.shape[1]:
+        return _no_images(qkv)
     return _memory_efficient(qkv, write_bias(table, positions, qkv.dtype))
 
 
@@ -69,9 +71,18 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     from pss.attention.tables import reduce_bias, write_bias
 
+    if not qkv.shape[1]:
+        return torch.empty_like(qkv), torch.zeros_like(table)
     bias = write_bias(table, positions, qkv.dtype)
     grad_qkv, grad_bias = _memory_efficient_backward(grad_out, qkv, bias, out, lse)
     return grad_qkv, reduce_bias(grad_bias, table, positions)
+
+
+def _no_images(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """The results for an empty batch, which no kernel can be launched for."""
+    _, num_images, num_heads, num_tokens, width = qkv.shape
+    lse = qkv.new_empty(num_images, num_heads, num_tokens, dtype=torch.float32)
+    return qkv.new_empty(num_images, num_tokens, num_heads, width), lse
 
 
 def _memory_efficient(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,10 +137,13 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
+def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad_out is None:  # nothing depends on the result
+        return None, None, None
     return *_backward(grad_out, *ctx.saved_tensors), None
 
 

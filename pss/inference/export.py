@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from pipelines.base import DataConfig
 from pss.inference.opening import Run
 from pss.methods import Method, Point
+from pss.models import settings
 from pss.models.vit import VisionTransformer
 from pss.runtime import files
 from pss.version import __version__
@@ -93,8 +94,10 @@ def describe(
     """The metadata of a file: what its user must know to prepare images and to read its answers."""
     model = method.model
     tokens = {level: method.tokens(level) for level in (LEVELS if dynamic else (point,))}
+    built = {key: value for key, value in settings.describe(model).items() if key not in ("classes", "mean", "std")}
     return {
         "pss_version": __version__,
+        "model": {"name": method.config.model.name} | built,
         "classes": list(classes) if classes is not None else [str(number) for number in range(model.num_classes)],
         "img_size": data.img_size,
         "crop_pct": data.crop_pct,

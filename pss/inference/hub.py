@@ -1,30 +1,62 @@
 """Models in the layout of the Hugging Face Hub: `config.json`, `model.safetensors`, and a model card.
 
-`config.json` is timm's, so that what needs nothing of ours (no relative positions, ordinary biases) loads with
-`timm.create_model("local-dir:FOLDER")`; under `pss` it says how to build the model with ρ. Uploading the folder is the
-user's step, with whatever tool of the hub.
+`config.json` is timm's. What needs nothing of ours (no relative positions, ordinary biases) loads with
+`timm.create_model("local-dir:FOLDER")`; it is tried, logits and all, before timm is told what to build. Under `pss` it
+says how to build the model with ρ. Uploading the folder is the user's step, with whatever tool of the hub.
+
+A folder that somebody else made is data: what it may ask for is a closed list, and nothing in it names another file, an
+address or code.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
+import timm
+import torch
+from timm.models import is_model as timm_has
+from torch import Tensor
 
-from pipelines.base import DataConfig, in_words
+from pipelines.base import DataConfig
 from pss.inference.text import markdown
+from pss.models import settings as about
 from pss.models.create import create_model
+from pss.models.files import PSS, check_values, read
+from pss.models.settings import TrainedOn
 from pss.models.vit import VisionTransformer
 from pss.runtime import files
 
 PREFIX = "hf-hub:"
 
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
-_DATA = ("img_size", "interpolation", "crop_pct", "mean", "std")
+_FORMAT = 1
+_NOT_TIMMS = "pss_vision_transformer"
+"""The architecture of what timm would build another model for: it says that it does not know it."""
+
+_OWN = ("rel_pos", "sort", "token_counts", "qkv_bias", "init")
+_MOST_BYTES = 1 << 26
+_MOST_PATCHES = 1 << 16
+
+# What a folder may ask `create_model` for, and the largest number of each. The weights bound it further: nothing is
+# built that they do not fill.
+_NUMBERS = {"patch_size": 1 << 10, "embed_dim": 1 << 16, "depth": 1 << 10, "num_heads": 1 << 10, "reg_tokens": 1 << 10}
+_RATES: dict[str, float] = {
+    "drop_path_rate": 1,
+    "drop_rate": 1,
+    "pos_drop_rate": 1,
+    "proj_drop_rate": 1,
+    "attn_drop_rate": 1,
+}
+_RATES |= {"mlp_ratio": 64, "init_values": 1 << 10}
+_FLAGS = {"class_token", "no_embed_class", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "pre_norm"}
+_FLAGS |= {"final_norm", "fc_norm", "pool_include_prefix"}
+_WORDS = (*_OWN, "global_pool", "pos_embed", "norm_layer", "act_layer")
 
 
 @dataclass(frozen=True)
@@ -40,6 +72,13 @@ class Published:
     data: DataConfig
     step: int
 
+    def __post_init__(self) -> None:
+        if ":" in self.name:
+            raise ValueError(
+                f"the model is {self.name}, code of your own, which no published folder holds; --export writes a file "
+                "that needs none"
+            )
+
 
 def is_model(folder: Path) -> bool:
     """Whether a folder has the layout of the hub."""
@@ -54,12 +93,44 @@ def save(folder: Path, published: Published, card: str) -> None:
     """
     model, name, settings = published.model, published.name, published.settings
     classes, data = published.classes, published.data
-    own = ("rel_pos", "sort", "token_counts", "qkv_bias", "init")
+    if tuple(model.image_size) != (data.img_size, data.img_size):
+        raise ValueError(
+            f"the model takes images of {model.image_size[0]} x {model.image_size[1]} pixels and data.img_size is "
+            f"{data.img_size}; a published model takes square ones of that size"
+        )
+    settings = {key: value for key, value in settings.items() if value is not None or key == "init_values"}
+    for key, value in settings.items():
+        try:
+            _check_setting(key, value)
+        except ValueError:
+            raise ValueError(
+                f"the model was built with {key}={value!r}, which no published folder tells; --export writes a file "
+                "that needs none of it"
+            ) from None
+    with torch.device("meta"):
+        again = create_model(name, num_classes=model.num_classes, img_size=data.img_size, **settings)
+    shapes = {key: tuple(value.shape) for key, value in model.named_parameters()}
+    found = about.differences(about.describe(model), about.describe(again))
+    if found or shapes != {key: tuple(value.shape) for key, value in again.named_parameters()}:
+        raise ValueError(
+            f"the settings {settings} of {name} build another model{', with '.join(['', *found])}; pass "
+            "those that it was built with"
+        )
+    model_args = {key: value for key, value in settings.items() if key not in _OWN and value is not None}
+    model_args |= {"img_size": data.img_size}
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with_timm = _timm_computes_the_same(model, name, model_args)
+    trained_on = TrainedOn(None if classes is None else tuple(classes), data.mean, data.std)
+    told = about.describe(model) | trained_on.to_dict()
+    # A tensor that timm has no place for, so that it does not take weights that mean something else to it.
+    weights[about.KEY] = about.encode(told)
+    if with_timm:
+        del weights[about.KEY]
     config = {
-        "architecture": name,
+        "architecture": name if with_timm else _NOT_TIMMS,
         "num_classes": model.num_classes,
         "num_features": model.embed_dim,
-        "model_args": {key: value for key, value in settings.items() if key not in own} | {"img_size": data.img_size},
+        **({"model_args": model_args} if with_timm else {}),
         "pretrained_cfg": {
             "input_size": [3, data.img_size, data.img_size],
             "fixed_input_size": True,
@@ -69,16 +140,16 @@ def save(folder: Path, published: Published, card: str) -> None:
             "std": list(data.std),
             "num_classes": model.num_classes,
             "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "classifier": "head" if model.head_dist is None else ["head", "head_dist"],
             **({"label_names": list(classes)} if classes is not None else {}),
         },
-        "pss": {"name": name, "settings": settings, "step": published.step},
+        "pss": {"format": _FORMAT, "name": name, "settings": settings, "step": published.step},
     }
-    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     contents: dict[str, str | bytes] = {
-        _WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"}),
+        _WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt", PSS: about.to_text(told)}),
         _CARD: card,
-        _CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n",  # last: it says what the others are
+        _CONFIG: text,  # last: it says what the others are
     }
     files.write_folder(folder, contents)
 
@@ -104,31 +175,171 @@ def _is_ours(folder: Path) -> bool:
         return False
 
 
+@torch.inference_mode()
+def _timm_computes_the_same(model: VisionTransformer, name: str, model_args: Mapping[str, Any]) -> bool:
+    """Whether timm's model of that name takes the weights, and gives the same logits with them; it is tried."""
+    if not timm_has(name.split(".")[0]):
+        return False
+    weight = next(model.parameters())
+    tensors = {key: value for key, value in model.state_dict().items() if key != about.KEY}
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            plain: Any = timm.create_model(name, num_classes=model.num_classes, **model_args)
+        plain.to(weight).load_state_dict(tensors)
+        images = torch.randn(2, 3, *model.image_size, generator=torch.Generator().manual_seed(0)).to(weight)
+        ours, theirs = model(images, sort="magnitude").float(), plain.eval()(images).float()
+    except Exception:  # whatever timm raises for what it does not know
+        return False
+    finally:
+        model.train(training)
+    close = 1e-4 if weight.dtype == torch.float32 else 1e-2
+    return ours.shape == theirs.shape and torch.allclose(
+        ours, theirs, rtol=0, atol=close * max(1, float(ours.abs().max()))
+    )
+
+
 def load(source: str | Path) -> Published:
     """A model that `save` wrote: from a folder, or `hf-hub:owner/name`, which is fetched.
 
+    Nothing else is read or asked for, whatever the folder holds.
+
     Raises:
-        ValueError: it cannot be fetched, or was not written by pss.
+        ValueError: it cannot be fetched, was not written by pss or by a later one, or is damaged.
     """
-    folder = _fetch(str(source).removeprefix(PREFIX)) if str(source).startswith(PREFIX) else Path(source)
+    fetched = str(source).startswith(PREFIX)
+    folder = _fetch(str(source).removeprefix(PREFIX)) if fetched else Path(source)
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        own, known = config["pss"], config["pretrained_cfg"]
-        data = DataConfig(
-            img_size=known["input_size"][-1],
-            interpolation=known["interpolation"],
-            crop_pct=known["crop_pct"],
-            mean=tuple(known["mean"]),
-            std=tuple(known["std"]),
-        )
-        settings, classes = own["settings"], known.get("label_names")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{source} is no model that pss published ({in_words(error)}); for another one name MODEL=FILE, its weights"
-        ) from None
-    model = create_model(own["name"], num_classes=config["num_classes"], img_size=data.img_size, **settings)
-    model.load_state_dict(safetensors.torch.load_file(folder / _WEIGHTS))
-    return Published(model.eval(), own["name"], settings, classes, data, own["step"])
+        for name in (_CONFIG, _WEIGHTS):
+            _check_within(folder, name)
+        return _read(folder)
+    except RecursionError:
+        raise ValueError(f"{source} is no model that pss published ({_CONFIG} is nested too deeply)") from None
+    except (OSError, ValueError) as error:
+        reason = str(error)  # which may repeat whatever the file holds
+        reason = reason if len(reason) < 400 else f"{reason[:200]} … {reason[-100:]}"
+        raise ValueError(f"{source} is no model that can be read: {reason}") from None
+
+
+def _check_within(folder: Path, name: str) -> None:
+    """Raise `ValueError` for a link out of the folder, but for those that the hub's own cache consists of."""
+    target, home = (folder / name).resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs"
+    if target.parent != home and not (home.parent.name == "snapshots" and target.parent == blobs):
+        raise ValueError(f"{name} is a link to a file outside of the folder; put the file itself there")
+
+
+def _read(folder: Path) -> Published:
+    config = _read_config(folder / _CONFIG)
+    if "pss" not in config:
+        raise ValueError(f"{_CONFIG} was not written by pss; for another model name MODEL=FILE, its weights")
+    own = _part(config, "pss", dict)
+    version = own.get("format", _FORMAT)  # the first version had none
+    if not _is_whole(version, 1, _FORMAT):
+        raise ValueError(f"{_CONFIG} has format {str(version)[:40]!r}, and this pss reads up to {_FORMAT}; update pss")
+    name, step, known = _part(own, "name", str), _part(own, "step", int), _part(config, "pretrained_cfg", dict)
+    if ":" in name:
+        raise ValueError(f"{_CONFIG} names code, {name[:80]!r}, and a published folder holds none; ask for its run")
+    settings = _part(own, "settings", dict)
+    for key, value in settings.items():
+        _check_setting(key, value)
+    num_classes, shape = _part(config, "num_classes", int), _part(known, "input_size", list)
+    if len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2] or not _is_whole(shape[1], 1, 1 << 14):
+        raise ValueError(f"{_CONFIG} has input_size {str(shape)[:60]}; it is [3, SIDE, SIDE]")
+    data = DataConfig(
+        img_size=shape[1],
+        interpolation=_part(known, "interpolation", str),
+        crop_pct=_part(known, "crop_pct", float),
+        mean=tuple(_part(known, "mean", list)),
+        std=tuple(_part(known, "std", list)),
+    )
+    classes = known.get("label_names")
+    if classes is not None and not (
+        isinstance(classes, list) and len(classes) == num_classes and all(isinstance(one, str) for one in classes)
+    ):
+        raise ValueError(f"{_CONFIG} has label_names that are not {num_classes} names; restore it")
+
+    weights = read(folder / _WEIGHTS)
+    num_blocks = len({key.split(".")[1] for key in weights.tensors if key.startswith("blocks.")})
+    if settings.get("depth", num_blocks) != num_blocks:
+        raise ValueError(f"{_CONFIG} has depth {settings['depth']} and {_WEIGHTS} {num_blocks} blocks; restore them")
+    with torch.device("meta"):  # nothing that the weights do not fill takes memory
+        blank = create_model(name, num_classes=num_classes, img_size=data.img_size, **settings)
+    if blank.num_patches > _MOST_PATCHES:
+        raise ValueError(f"{_CONFIG} has images of {blank.num_patches} patches; pss takes up to {_MOST_PATCHES}")
+    _check_fits({key: tuple(value.shape) for key, value in blank.named_parameters()}, weights.tensors)
+    model = create_model(name, num_classes=num_classes, img_size=data.img_size, **settings)
+    for key, value in weights.tensors.items():
+        check_values(key, value, _WEIGHTS)
+    told = TrainedOn.of(weights.settings or {})
+    if classes is None and told.classes is not None:
+        raise ValueError(f"{_CONFIG} has no label_names, and {_WEIGHTS} was made with some; restore it")
+    model.trained_on = TrainedOn(None if classes is None else tuple(classes), data.mean, data.std)
+    for key in ("mean", "std"):
+        theirs = getattr(told, key)
+        if theirs is not None and tuple(theirs) != tuple(getattr(data, key)):
+            raise ValueError(
+                f"{_CONFIG} has {key} {getattr(data, key)} and {_WEIGHTS} was made with {theirs}; restore it"
+            )
+    carried = {} if weights.settings is None else {about.KEY: about.encode(weights.settings)}
+    model.load_state_dict(weights.tensors | carried)
+    return Published(model.eval(), name, settings, classes, data, step)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{_CONFIG} is larger than {_MOST_BYTES >> 20} MiB; restore it")
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"it holds {constant}")
+
+    try:
+        config = json.loads(path.read_bytes().decode("utf-8"), parse_constant=refuse)
+    except ValueError as error:
+        raise ValueError(f"{_CONFIG} is no JSON in UTF-8 ({error}); restore it") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{_CONFIG} was not written by pss; for another model name MODEL=FILE, its weights")
+    return config
+
+
+def _part(config: Mapping[str, Any], key: str, kind: Any) -> Any:
+    """A value of that type. Raises `ValueError` where it is not there, or is something else."""
+    value: Any = config.get(key)
+    fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if not fits or isinstance(value, bool) or (kind is int and not _is_whole(value, 0, 1 << 62)):
+        raise ValueError(f"{_CONFIG} has {key} {str(value)[:60]!r}; restore it, or have pss-eval --push write it again")
+    return value
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _check_setting(key: str, value: Any) -> None:
+    """Raise `ValueError` for what `save` does not write."""
+    number: float = value if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
+    fits = (
+        (key in _NUMBERS and _is_whole(value, 0 if key == "reg_tokens" else 1, _NUMBERS[key]))
+        or (key in _RATES and 0 <= number <= _RATES[key])
+        or (key == "init_values" and value is None)
+        or (key in _FLAGS and isinstance(value, bool))
+        or (key in _WORDS and isinstance(value, str) and len(value) < 40)
+    )
+    if not fits:
+        known = key in _NUMBERS or key in _RATES or key in _FLAGS or key in _WORDS
+        what = f"{key} {str(value)[:60]!r}" if known else f"a setting {key[:40]!r}, which no model has"
+        raise ValueError(f"{_CONFIG} has {what}; restore it, or have pss-eval --push write it again")
+
+
+def _check_fits(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` where the weights are not of these names and shapes."""
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        where = f"lacks {name}" if name in wanted else f"has {name[:80]}, which the model does not"
+        raise ValueError(f"{_WEIGHTS} {where}; it belongs to another {_CONFIG}")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{_WEIGHTS} has {name} of shape {tuple(tensors[name].shape)} and {_CONFIG} wants {shape}")
 
 
 def _fetch(name: str) -> Path:

@@ -14,10 +14,12 @@ from pss import methods
 from pss.config import Config, ModelConfig, check_same_run
 from pss.inference import hub
 from pss.methods import Method
-from pss.models.create import create_model
+from pss.models.create import check_name, create_model
+from pss.models.files import read, settings_told
 from pss.models.sampling import Sort
+from pss.models.settings import TrainedOn
 from pss.models.vit import VisionTransformer
-from pss.models.weights import Remedies, settings_of, start_from
+from pss.models.weights import Remedies, fill, start_from
 from pss.runs import checkpoint, records
 from pss.runs.lock import CHECKPOINTS, CONFIG
 
@@ -46,6 +48,8 @@ class Run:
     """Whether its weights are the moving average of those that were trained."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the model was built with that its configuration has no fields for."""
+    notes: tuple[str, ...] = ()
+    """What was adapted when it was opened, or taken to be so because nothing tells it; a sentence each, to be shown."""
 
     @property
     def num_classes(self) -> int:
@@ -93,16 +97,19 @@ def open_run(
     path = Path(source)
     if not source.startswith(hub.PREFIX) and not hub.is_model(path) and (path.exists() or not _names_weights(source)):
         return load_run(path, device, ema=ema, best=best, sort=sort)
-    if ema or best:
+    weighs_file = "=" in source and not source.startswith(hub.PREFIX) and not hub.is_model(path)
+    if best or (ema and not weighs_file):
         raise ValueError(f"{source} holds one set of weights; leave out {'--ema' if ema else '--best'}")
+    notes: tuple[str, ...] = ()
     if source.startswith(hub.PREFIX) or hub.is_model(path):
         published = hub.load(source)
         model, data, classes, step = published.model, published.data, published.classes, published.step
         name, settings = published.name, published.settings
         model.sort = sort or model.sort
     else:
-        model, data, settings = _plain_model(source, sort or "magnitude")
-        classes, step = None, 0
+        model, data, settings, notes = _plain_model(source, sort or "magnitude", ema)
+        named = None if model.trained_on is None else model.trained_on.classes
+        classes, step = None if named is None else list(named), 0
         name = source.removeprefix("timm:").partition("=")[0]
     known = {one.name for one in fields(ModelConfig)}
     settings = settings | {"sort": model.sort}
@@ -110,7 +117,7 @@ def open_run(
     config = Config(recipe=source, method=methods.PLAIN.name, model=described, data=data)
     method = methods.PLAIN(model, config, 1)
     rest = {key: value for key, value in settings.items() if key not in known}
-    return Run(Path(source).name, config, classes, step, method.to(device).eval(), settings=rest)
+    return Run(Path(source).name, config, classes, step, method.to(device).eval(), settings=rest, notes=notes)
 
 
 def load_run(
@@ -163,6 +170,7 @@ def load_run(
             f"({str(error).strip().splitlines()[-1].strip()}); it was edited: name another checkpoint"
         ) from error
     method = method.deployed()
+    method.model.trained_on = TrainedOn(tuple(state["classes"]), config.data.mean, config.data.std)
     return Run(folder.name, config, state["classes"], state["step"], method.to(device).eval(), folder, averaged=ema)
 
 
@@ -170,13 +178,20 @@ def _names_weights(source: str) -> bool:
     return source.startswith("timm:") or "=" in source
 
 
-def _plain_model(source: str, sort: Sort) -> tuple[VisionTransformer, DataConfig, dict[str, Any]]:
-    """A model of timm's with its published weights, or with those of a file; its images; and what it was built with.
+def _plain_model(
+    source: str, sort: Sort, ema: bool
+) -> tuple[VisionTransformer, DataConfig, dict[str, Any], tuple[str, ...]]:
+    """A model of timm's with its published weights, or with those of a file; its images; what it was built with; and
+    what was adapted.
 
     All its parameters are the file's. Raises `ValueError` where the file does not tell what that takes.
     """
     name, _, file = source.removeprefix("timm:").partition("=")
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    check_name(name)
+    try:
+        known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"timm knows no model {name} ({error}); name one without what follows the dot") from None
     data = DataConfig()
     if known is not None:
         data = DataConfig(
@@ -186,19 +201,38 @@ def _plain_model(source: str, sort: Sort) -> tuple[VisionTransformer, DataConfig
             mean=known.mean,
             std=known.std,
         )
-    num_classes = known.num_classes if known is not None else 1000
-    settings: dict[str, Any] = {}
-    if file:
-        settings = settings_of(file, remedies=_REMEDIES)
-        num_classes = settings.pop("num_classes")
-        data = replace(data, img_size=settings.pop("img_size", data.img_size))
-        if not num_classes:
-            raise ValueError(f"{file} has no classifier; {_REMEDIES.other_head}")
-        if settings["pos_embed"] == "none" and "rel_pos" not in settings:
-            raise ValueError(
-                f"{file} does not tell how its model knows where patches lie (it has neither a position embedding nor "
-                "bias tables); name the run of pss-train that it is from"
-            )
-    model = create_model(name, num_classes=num_classes, img_size=data.img_size, sort=sort, **settings)
-    start_from(model, file or source, remedies=_REMEDIES)
-    return model, data, settings
+    if not file:
+        num_classes = known.num_classes if known is not None else 1000
+        model = create_model(name, num_classes=num_classes, img_size=data.img_size, sort=sort)
+        report = start_from(model, source, remedies=_REMEDIES)
+        return model, data, {}, (f"weights of {source}: {report}",) if report.adapted else ()
+    weights = read(Path(file), ema=ema, no_file=_REMEDIES.no_file)
+    settings = settings_told(weights, _REMEDIES)
+    num_classes, size = settings.pop("num_classes"), settings.pop("img_size", data.img_size)
+    if not num_classes:
+        raise ValueError(f"{file} has no classifier; {_REMEDIES.other_head}")
+    if settings["pos_embed"] == "none" and "rel_pos" not in settings:
+        raise ValueError(
+            f"{file} does not tell how its model knows where patches lie (it has neither a position embedding nor "
+            "bias tables); name the run of pss-train that it is from"
+        )
+    if not isinstance(size, int):
+        raise ValueError(f"{file} is of a model for images of {size[0]} x {size[1]} pixels; pss-eval takes square ones")
+    carried = weights.settings or {}
+    notes = []
+    if size != data.img_size:
+        how = "as its settings say" if "img_size" in carried else "taking its patches for a square"
+        notes.append(f"weights of {file}: made for images of {size} pixels, {how}, where {name} has {data.img_size}")
+    data = replace(data, img_size=size)
+    if "mean" in carried and "std" in carried:
+        data = replace(data, mean=tuple(carried["mean"]), std=tuple(carried["std"]))
+    model = create_model(name, num_classes=num_classes, img_size=size, sort=sort, **settings)
+    if "img_size" not in carried:
+        weights = replace(weights, settings=carried | {"img_size": [size, size]})
+    report = fill(model, weights, remedies=_REMEDIES)
+    told = ", ".join(f"{value:g}" for value in data.mean)
+    if "mean" not in carried:
+        report = replace(report, notes=(*report.notes, f"normalised as the weights of {name} in timm, mean {told}"))
+    if report.adapted:
+        notes.append(f"weights of {file}: {report}")
+    return model, data, settings, tuple(notes)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pss.models.create import create_model
 from pss.models.flops import macs
+from pss.models.settings import KEY, TrainedOn
 from pss.models.vit import VisionTransformer
 from pss.models.weights import Remedies, start_from
 from pss.sections import RunSettings, model_of
@@ -54,7 +55,7 @@ class Teacher:
         """
         self.source = source
         settings: dict[str, Any] = {"num_classes": num_classes, "img_size": config.data.img_size}
-        model = config.model
+        model, self._data = config.model, config.data
         if source.startswith(_TIMM):
             self._settings = settings | {"name": source.removeprefix(_TIMM)}
         else:
@@ -82,10 +83,12 @@ class Teacher:
         """
         with torch.random.fork_rng(devices=[]):  # whether there is a teacher decides nothing about the student
             model = create_model(**self._settings)
+        model.trained_on = TrainedOn(mean=self._data.mean, std=self._data.std)  # it sees what the student sees
         start_from(model, self.source, remedies=_REMEDIES)
         content = hashlib.sha256()
         for name, value in sorted(model.state_dict().items()):
-            content.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+            if name != KEY:
+                content.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         self.digest = content.hexdigest()
         self.model = model.eval().requires_grad_(False).to(device)
 

@@ -70,6 +70,8 @@ class CompiledTrunk:
         Raises:
             ValueError: this would take one graph more than allowed.
         """
+        if not len(tokens):  # nothing to fill a batch up with
+            return model.trunk(tokens, kept)
         num_graphs = self.num_graphs
         batch_size = self._batch_size(model, tokens, kept)
         num_missing = batch_size - len(tokens)

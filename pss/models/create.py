@@ -1,6 +1,7 @@
 """Models by name: timm's plain Vision Transformers, presets, and backbones of one's own."""
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any, Literal, get_args
 import timm
 import torch
 from timm.layers import Attention as TimmAttention
-from timm.layers import PatchEmbed, trunc_normal_
+from timm.layers import Format, PatchEmbed, trunc_normal_
 from timm.models import list_models
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
@@ -18,6 +19,7 @@ from torch import nn
 
 from pss.attention.attend import RelPos
 from pss.models.sampling import Sort, TokenCounts
+from pss.models.settings import describe
 from pss.models.vit import QkvBias, VisionTransformer
 from pss.plugins import is_plugin, load
 
@@ -38,15 +40,19 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Options of timm's model that would drop patches, or change the grid, behind the back of the sampling.
-_REFUSED_OVERRIDES = ("patch_drop_rate", "dynamic_img_size", "dynamic_img_pad")
+# Options of timm's model that would drop patches, or change the grid, behind the back of the sampling. Some models have
+# them on by default, so all are built with them off.
+_OFF: dict[str, Any] = {"patch_drop_rate": 0.0, "dynamic_img_size": False, "dynamic_img_pad": False}
+
+# What timm's plain ViT is built with. `timm.create_model` takes more, such as files and addresses to load weights from.
+_OPTIONS = frozenset(inspect.signature(TimmVisionTransformer.__init__).parameters) - {"self", "device", "dtype"}
 
 
 def create_model(
     name: str,
     *,
     num_classes: int = 1000,
-    img_size: int | tuple[int, int] = 224,
+    img_size: int | tuple[int, int] | None = 224,
     rel_pos: RelPos | None = None,
     sort: Sort = "magnitude",
     token_counts: TokenCounts = "published",
@@ -62,6 +68,7 @@ def create_model(
             `package.module:function`, which is called with the other arguments and returns a `VisionTransformer`.
         num_classes: Width of the classifier; 0 for none, so that features come out.
         img_size: Height and width of the images in pixels, or one number for both; multiples of the patch size.
+            None is the size that the named model has of its own.
         rel_pos: How attention learns of relative positions. `bias`: a bias table in every block, as BEiT and the PSS
             runs; `separable`: a bias that is the sum of one for rows and one for columns; `rope`: axial rotary
             embedding; `none`: not at all. None is the preset's choice, or `none`.
@@ -97,7 +104,9 @@ def create_model(
     plain = create_plain(timm_name, num_classes=num_classes, img_size=img_size, **settings)
     if init == "published":
         _init_published(plain)
-    return VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
+    model = VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
+    model.name = name
+    return model
 
 
 def preset(name: str) -> Mapping[str, Any]:
@@ -105,7 +114,26 @@ def preset(name: str) -> Mapping[str, Any]:
     return _PRESETS.get(name, {})
 
 
-def _create_own(name: str, num_classes: int, img_size: int | tuple[int, int], **settings: Any) -> VisionTransformer:
+def settings_of_name(name: str | None) -> dict[str, Any] | None:
+    """The settings (`pss.models.settings`) of the model of that name as it is built without any; None if it is none of
+    timm's and no preset."""
+    told = None if name is None or is_plugin(name) else _settings_of_name(name)
+    return None if told is None else dict(told)
+
+
+@functools.cache
+def _settings_of_name(name: str) -> dict[str, Any] | None:
+    with torch.device("meta"):
+        try:
+            plain = create_model(name, img_size=None)
+        except ValueError:
+            return None
+    return describe(plain) | {"embed_dim": plain.embed_dim}
+
+
+def _create_own(
+    name: str, num_classes: int, img_size: int | tuple[int, int] | None, **settings: Any
+) -> VisionTransformer:
     builder, settings = load(name), {"num_classes": num_classes, "img_size": img_size, **settings}
     try:
         inspect.signature(builder).bind(**settings)
@@ -114,6 +142,7 @@ def _create_own(name: str, num_classes: int, img_size: int | tuple[int, int], **
     made = builder(**settings)
     if not isinstance(made, VisionTransformer):
         raise ValueError(f"{name} made a {type(made).__name__}; a backbone is a pss.models.vit.VisionTransformer")
+    made.name = name
     return made
 
 
@@ -123,25 +152,23 @@ def create_plain(name: str, **settings: Any) -> Any:
     Raises:
         ValueError: unknown name, a model that is not a plain ViT, or settings that it cannot be built with.
     """
-    known = [*_PRESETS, *list_models(module="vision_transformer"), *list_models(module="deit")]
-    if name.split(".")[0] not in known:
-        nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]
-        raise ValueError(f"no plain Vision Transformer is called {name!r}; did you mean {', '.join(nearest)}?")
-    if refused := [key for key in _REFUSED_OVERRIDES if key in settings]:
-        raise ValueError(
-            f"{', '.join(refused)} cannot be combined with patch sampling; leave out what drops patches beside ρ"
-        )
+    check_name(name)
+    for key, value in settings.items():
+        if key in _OFF and value:
+            raise ValueError(f"{key} cannot be combined with patch sampling; leave out what drops patches beside ρ")
+        if key not in _OPTIONS:
+            near = difflib.get_close_matches(key, _OPTIONS, n=1)
+            raise ValueError(
+                f"a plain Vision Transformer has no setting {key!r}; "
+                + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(_OPTIONS))}")
+            )
     try:
-        plain = timm.create_model(name, **settings)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm cannot build {name} with these settings: {error}") from error
-    plain_parts = (
-        type(plain) in (TimmVisionTransformer, VisionTransformerDistilled)
-        and type(plain.patch_embed) is PatchEmbed
-        and all(type(block) is TimmBlock and type(block.attn) is TimmAttention for block in plain.blocks)
-        and plain.global_pool in _POOLING
-    )
-    if not plain_parts:
+        plain = timm.create_model(name, **(settings | _OFF))
+    except Exception as error:  # timm checks its arguments with whatever it comes across first
+        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = f"it knows no {reason}" if isinstance(error, KeyError) else reason
+        raise ValueError(f"timm cannot build {name} with these settings: {reason}") from error
+    if not _is_plain(plain):
         raise ValueError(
             f"{name} is not a plain Vision Transformer (patch embedding, pre-norm blocks with ordinary attention, "
             f"{', '.join(_POOLING)} pooling); choose one that is, such as deit_small_patch16_224"
@@ -152,6 +179,36 @@ def create_plain(name: str, **settings: Any) -> Any:
             f"{plain.patch_embed.patch_size}; change data.img_size or model.patch_size"
         )
     return plain
+
+
+def check_name(name: str) -> None:
+    """Raise `ValueError`, with the nearest one, for what is no name of a Vision Transformer of timm's, or a preset."""
+    known = [*_PRESETS, *list_models(module="vision_transformer"), *list_models(module="deit")]
+    if name.split(".")[0] not in known:
+        nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]
+        raise ValueError(f"no plain Vision Transformer is called {name[:80]!r}; did you mean {', '.join(nearest)}?")
+
+
+def _is_plain(plain: Any) -> bool:
+    """Whether all that timm's model consists of is what `VisionTransformer` takes over."""
+    if (
+        type(plain) not in (TimmVisionTransformer, VisionTransformerDistilled)
+        or type(plain.patch_embed) is not PatchEmbed
+    ):
+        return False
+    embed = plain.patch_embed
+    return (
+        all(type(block) is TimmBlock and type(block.attn) is TimmAttention for block in plain.blocks)
+        and all(block.attn.gate is None for block in plain.blocks)
+        and plain.global_pool in _POOLING
+        and plain.attn_pool is None
+        and type(plain.patch_drop) is nn.Identity
+        and not plain.dynamic_img_size
+        and not embed.dynamic_img_pad
+        and embed.flatten
+        and embed.output_fmt == Format.NCHW
+        and embed.proj.in_channels == 3
+    )
 
 
 def _init_published(plain: Any) -> None:

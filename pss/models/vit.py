@@ -21,12 +21,13 @@ from pss.models import sampling
 from pss.models.block import Block
 from pss.models.compiled import CompiledTrunk
 from pss.models.sampling import Sort, TokenCounts
+from pss.models.settings import WithSettings
 from pss.models.stem import embed_some
 
 QkvBias = Literal["full", "qv"]
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(WithSettings):
     """A ViT whose forward pass takes the kept share of patches as an argument; it remembers nothing about it.
 
     At rho = 1 nothing is sampled and the numbers are those of timm's model. Training and evaluation mode obey rho

@@ -1,6 +1,6 @@
 """Load pretrained weights, whoever saved them, into a `VisionTransformer`.
 
-Files are safetensors or what `torch.save` wrote; the latter are read without running pickled code. Names understood:
+Files are safetensors or what `torch.save` wrote (`pss.models.files`). Names understood:
 
 * timm and DeiT: `patch_embed`, `cls_token`, `dist_token`, `reg_token`, `pos_embed`, `blocks.0.attn.qkv`,
   `blocks.0.ls1.gamma`, `norm` or `fc_norm`, `head`, `head_dist`. These are our own names too.
@@ -9,63 +9,37 @@ Files are safetensors or what `torch.save` wrote; the latter are read without ru
 * SimMIM: as BEiT, with `encoder.` before every name of a pretrained model and one `rel_pos_bias` table for all
   layers, which every layer gets a copy of.
 
-The state dict may lie under `model`, `state_dict`, `module`, `method`, `model_ema` or `state_dict_ema` (the first of
-these that is there: plain weights before averaged ones), and its names may begin with `module.`, `model.`,
-`encoder.`, `backbone.` or `_orig_mod.`.
+What names and shapes do not show is compared too. Where a file does not tell it, it is what the model of that name has
+in timm; a file whose model must be another one, by its width or its number of patches, is refused until it is told.
 """
 
-import argparse
-import math
+from __future__ import annotations
+
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor
 
-from pss.attention import relpos
+from pss.models import grids, settings
+from pss.models.files import Remedies, Weights, check_values, read, settings_assumed, settings_told, unwrap
+from pss.models.grids import SEPARABLE_TABLE, TABLE
+from pss.models.settings import Json, TrainedOn
 from pss.models.vit import VisionTransformer
 from pss.runs import checkpoint
 
-_WRAPPERS = ("model", "state_dict", "module", "method", "model_ema", "state_dict_ema")
-_PREFIXES = {"module", "model", "encoder", "backbone", "_orig_mod"}
-_ANCHOR = "patch_embed.proj.weight"  # every ViT has it, so it tells what precedes the names
+__all__ = ["Remedies", "Report", "load_weights", "settings_of", "start_from"]
 
 _BACKBONE = {"patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre", "blocks"}
 _HEADS = {"head", "head_dist"}
-
 _NORMS = {"norm", "fc_norm"}
-_PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 
-_TABLE = "relative_position_bias_table"
-_SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
-_SEPARABLE_TABLE = f"separable_{_TABLE}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Remedies:
-    """What whoever reads an error can do about weights that do not fit, in the words of what they have at hand.
-
-    By default that is Python; the commands have options instead, and bring their own.
-    """
-
-    no_file: str = "name a file that exists"
-    """There is no such file."""
-
-    other_head: str = "pass ignore_head=True to keep the model's own classifier"
-    """The file has no classifier or the norm before it is missing, or it has one for other classes."""
-
-    other_model: str = "build the model that it belongs to; pss.models.weights.settings_of says what a file tells of it"
-    """The file's model has other parts, or parts of another shape."""
-
-    other_bias: str = "create it with rel_pos={kind!r}"
-    """The file has position biases, and the model has none of that kind."""
+_SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 
 
 @dataclass(frozen=True)
@@ -84,6 +58,14 @@ class Report:
     unexpected: tuple[str, ...]
     """Tensors of the file that the model has no use for."""
 
+    notes: tuple[str, ...] = ()
+    """What else was adapted, or is not told by the file and was taken to be as it is here."""
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the model is anything else than the file's."""
+        return bool(self.resized or self.missing or self.unexpected or self.notes)
+
     def __str__(self) -> str:
         parts = [f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.missing)} tensors"]
         for what, names in (
@@ -93,36 +75,75 @@ class Report:
         ):
             if names:
                 parts.append(f"{what}: {_first(names)}")
-        return "; ".join(parts)
+        return "; ".join((*parts, *self.notes))
 
 
 def start_from(
     model: VisionTransformer, where: str, *, ignore_head: bool = False, remedies: Remedies = Remedies()
 ) -> Report:
-    """Copy the weights that `where` names into `model`: a file, the folder of a pss-train run, or timm:NAME.
+    """Copy the weights that `where` names into `model`: a file, the folder of a pss-train run or one that pss-eval
+    pushed, or timm:NAME.
+
+    Behind a file or a folder, `#ema` asks for the moving average of the weights, `#best` for the checkpoint of a run's
+    best validation, and `#best#ema` for both.
 
     Raises:
         ValueError: as `load_weights`, with `remedies` at the end; a folder without a checkpoint; a name that timm has
             no weights for.
     """
     if where.startswith("timm:"):
-        name = where.removeprefix("timm:")
-        try:
-            pretrained = timm.create_model(name, pretrained=True)
-        except Exception as error:  # whatever the hub's client or timm raise
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"timm gives no pretrained weights for {name} ({reason}); name a weights file") from error
-        return _load(model, pretrained.state_dict(), where, ignore_head, remedies)
-    path = Path(where)
-    if path.is_dir():
+        return fill(model, _weights_of_timm(where.removeprefix("timm:")), ignore_head, remedies)
+    name, ema, best = _split(where)
+    path = Path(name)
+    if path.is_dir() and (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
+    if not path.is_dir():
+        if best:
+            raise ValueError(f"{path} is one file; #best is for the folder of a run, leave it out")
+        return fill(model, read(path, ema=ema, no_file=remedies.no_file), ignore_head, remedies)
+    if best:
+        noted = checkpoint.best(path / "checkpoints")
+        state = None if noted is None else checkpoint.load(noted)
+    else:
         newest = checkpoint.load_latest(path / "checkpoints")
-        if newest is None:
-            raise ValueError(f"{path} holds no checkpoint; name a weights file, or the --output of a pss-train run")
-        return _load(model, newest[0], where, ignore_head, remedies)
-    return _load(model, _read(path, remedies), path, ignore_head, remedies)
+        state = None if newest is None else newest[0]
+    if state is None:
+        which = "validated checkpoint" if best else "checkpoint"
+        raise ValueError(f"{path} holds no {which}; name a weights file, or the --output of a pss-train run")
+    return fill(model, unwrap(state, str(path), ema=ema), ignore_head, remedies)
 
 
-def load_weights(model: VisionTransformer, path: str | Path, *, ignore_head: bool = False) -> Report:
+def _split(where: str) -> tuple[str, bool, bool]:
+    """What `where` names without `#ema` and `#best`, and whether they are there."""
+    asked: set[str] = set()
+    while not Path(where).exists() and where.endswith(("#ema", "#best")):
+        where, _, last = where.rpartition("#")
+        asked.add(last)
+    return where, "ema" in asked, "best" in asked
+
+
+def _weights_of_timm(name: str) -> Weights:
+    try:
+        pretrained = timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever the hub's client or timm raise
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"timm gives no pretrained weights for {name} ({reason}); name a weights file") from error
+    weights = unwrap(pretrained.state_dict(), f"timm:{name}")
+    known = getattr(pretrained, "pretrained_cfg", None) or {}
+    told = {key: list(known[key]) for key in ("mean", "std") if known.get(key) is not None}
+    if isinstance(pretrained, TimmVisionTransformer):
+        told |= settings.describe(VisionTransformer(pretrained))  # of what was built, whatever its name says
+    return replace(weights, settings=told or None)
+
+
+def load_weights(
+    model: VisionTransformer,
+    path: str | Path,
+    *,
+    ignore_head: bool = False,
+    ema: bool = False,
+    told: Mapping[str, Any] | None = None,
+) -> Report:
     """Copy the weights of a file into `model`, converting names and patch grids on the way.
 
     A relative position bias that the file lacks stays zero, which changes nothing. Everything is checked before the
@@ -133,156 +154,164 @@ def load_weights(model: VisionTransformer, path: str | Path, *, ignore_head: boo
         path: A .safetensors file, or one written by `torch.save`.
         ignore_head: Leave the classifier as it is, and the norm before it too if the file has none. For fine-tuning
             on other classes, or from an encoder that was pretrained without labels.
+        ema: Take the moving average of the weights that the file holds.
+        told: What the file does not tell of its model, such as `{"num_heads": 3, "img_size": (8, 32)}`.
 
     Raises:
         ValueError: the file cannot be read as plain weights, or the model would not be what the file describes: parts
-            missing, parts left over, shapes that differ by more than the patch grid, another number of classes.
+            missing, parts left over, shapes that differ by more than the patch grid, another number of classes or
+            other ones, something else to compute; or it does not tell which model it is of.
     """
-    remedies = Remedies()
-    return _load(model, _read(Path(path), remedies), path, ignore_head, remedies)
+    weights = read(Path(path), ema=ema)
+    if told:
+        weights = replace(weights, settings=settings.decode(dict(told)) | (weights.settings or {}))
+    return fill(model, weights, ignore_head, Remedies())
 
 
 def settings_of(path: str | Path, *, remedies: Remedies = Remedies()) -> dict[str, Any]:
     """What a weights file tells of its model: keyword arguments, to be given to `create_model` after the model's name.
 
-    The name says the rest: width, depth and heads above all. Told are:
+    The name says the rest: width and depth above all. Told are:
 
     * `num_classes`, 0 if there is no classifier;
     * `patch_size` in pixels, and `img_size` where the patches of a position embedding or a bias table form a square;
     * `global_pool`: `avg` where there is an `fc_norm` and no `norm`, as in BEiT and timm;
-    * `rel_pos`: `bias` or `separable` where there are tables; rotary embedding leaves no trace in a file;
+    * `rel_pos`: `bias` or `separable` where there are tables;
     * `qkv_bias`: `qv` where there is a `q_bias`; a joint bias is what most models have anyway;
-    * `pos_embed`, and `init_values` for layer scale, whose values are in the file.
+    * `pos_embed`, and `init_values` for layer scale, whose values are in the file;
+    * in files of pss also `num_heads`, rotary embedding, any pooling, and images that are not square.
 
     Raises:
         ValueError: the file cannot be read as plain weights, or holds no Vision Transformer of the usual shapes.
     """
-    found, _ = _plain_names(_read(Path(path), remedies), path)
-    for name, num_dimensions in {
-        _ANCHOR: 4,
-        "head.weight": 2,
-        **dict.fromkeys(("pos_embed", *_PREFIX_TOKENS), 3),
-    }.items():
-        if name in found and found[name].ndim != num_dimensions:
-            raise ValueError(f"{path} has {name} of shape {tuple(found[name].shape)}; {remedies.other_model}")
-    told: dict[str, Any] = {
-        "num_classes": found["head.weight"].shape[0] if "head.weight" in found else 0,
-        "pos_embed": "learn" if "pos_embed" in found else "none",
-        "init_values": 1.0 if any(re.search(r"\.(gamma_1|ls1\.gamma)$", name) for name in found) else None,
-    }
-    *_, height, width = found[_ANCHOR].shape
-    side = _grid_side(found)
-    if height == width:
-        told |= {"patch_size": width} | ({"img_size": side * width} if side is not None else {})
-    if any(name.endswith(_SEPARABLE_TABLE) for name in found):
-        told["rel_pos"] = "separable"
-    elif any(name.endswith(_TABLE) for name in found):
-        told["rel_pos"] = "bias"
-    if any(name.endswith("attn.q_bias") for name in found):
-        told["qkv_bias"] = "qv"
-    if _NORMS & {_part(name) for name in found} == {"fc_norm"}:
-        told["global_pool"] = "avg"
-    return told
+    return settings_told(read(Path(path), no_file=remedies.no_file), remedies)
 
 
-def _grid_side(found: Mapping[str, Tensor]) -> int | None:
-    """Rows, and columns, of the square patch grid that the ViT's tensors are of; None if they do not tell."""
-    if "pos_embed" in found:
-        num_positions = found["pos_embed"].shape[1]
-        num_prefix = sum(found[name].shape[1] for name in _PREFIX_TOKENS if name in found)
-        for num_patches in (num_positions - num_prefix, num_positions):  # the prefix may have no positions
-            side = math.isqrt(max(0, num_patches))
-            if side and side**2 == num_patches:
-                return side
-    tables = (table for name, table in found.items() if name.split(".")[-1] == _TABLE)
-    return next(map(_table_side, tables), None)
-
-
-def _table_side(table: Tensor) -> int | None:
-    """Rows, and columns, of the square patch grid that a bias table (rows, H) is of; None if there is none."""
-    side = (math.isqrt(max(0, table.shape[0] - relpos.NUM_PREFIX_ROWS)) + 1) // 2
-    return side if relpos.num_table_rows((side, side)) == table.shape[0] else None
-
-
-def _load(
-    model: VisionTransformer, content: Mapping[str, Any], path: str | Path, ignore_head: bool, remedies: Remedies
+def fill(
+    model: VisionTransformer, weights: Weights, ignore_head: bool = False, remedies: Remedies = Remedies()
 ) -> Report:
-    """`load_weights` with what `path` holds."""
-    found, outside = _plain_names(content, path)
+    """`load_weights` with weights that have been read; `remedies` are those of whoever reads an error."""
+    source, found, ours = weights.source, dict(weights.tensors), settings.describe(model)
     heads = _HEADS | set(model.own_heads)
     unused_head = sorted(name for name in found if ignore_head and _part(name) in heads)
     for name in unused_head:
         del found[name]
     found = _our_names(found, model)
-    own = model.state_dict()
-
-    resized = []
-    for name, value in found.items():
-        if name in own and value.shape != own[name].shape:
-            found[name] = _resize(name, value, own[name], model, path, remedies)
-            resized.append(name)
+    own = {name: value for name, value in model.state_dict().items() if name != settings.KEY}
 
     missing = [name for name in own if name not in found]
     unexpected = [name for name in found if name not in own]
+    resizable = {name for name in own if name == "pos_embed" or name.endswith(TABLE)}
+    for name, value in found.items():
+        if name not in own:
+            continue
+        check_values(name, value, source)
+        may_differ = name in resizable and value.shape[-1:] == own[name].shape[-1:] and value.ndim == own[name].ndim
+        if value.shape != own[name].shape and not may_differ:
+            raise ValueError(_other_shape(name, value, own[name], source, heads, remedies))
+    _check_parts(missing, unexpected, source, ignore_head, heads, remedies)
+
+    theirs = settings_assumed(weights, found, model)
+    _compare(theirs, ours, weights, ignore_head, remedies)
+    resized, notes = _resize(found, own, theirs, model, weights, remedies), []
+    if resized:
+        old, new = settings.grid_of(theirs) or (0, 0), model.grid_size
+        notes.append(f"from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
+    if weights.has_average:
+        notes.append(f"there is a moving average too: {source}#ema")
+    if weights.averaged:
+        notes.append("the moving average of the weights")
+    here = {} if model.trained_on is None else model.trained_on.to_dict()
+    words = {"mean": "how images were normalised"} | ({} if ignore_head else {"classes": "what its classes are called"})
+    if untold := [words[name] for name in words if name in here and name not in theirs]:
+        notes.append(f"the file does not tell {' and '.join(untold)}: taken to be as here")
+
+    model.load_state_dict({name: value for name, value in found.items() if name in own}, strict=False)
+    if model.trained_on is None:
+        known = {key: value for key, value in theirs.items() if key != "classes" or not ignore_head}
+        model.trained_on = None if TrainedOn.of(known) == TrainedOn() else TrainedOn.of(known)
+    return Report(
+        loaded=tuple(name for name in own if name in found),
+        resized=tuple(resized),
+        missing=tuple(missing),
+        unexpected=(*unexpected, *unused_head, *weights.outside),
+        notes=tuple(notes),
+    )
+
+
+def _check_parts(
+    missing: list[str], unexpected: list[str], source: str, ignore_head: bool, heads: set[str], remedies: Remedies
+) -> None:
+    """Raise `ValueError` where the model, or the file, has parts that the other one has not."""
     optional = _NORMS | heads if ignore_head else set()
-    lacking = [name for name in missing if not name.endswith(_TABLE) and _part(name) not in optional]
+    lacking = [name for name in missing if not name.endswith(TABLE) and _part(name) not in optional]
     surplus = [name for name in unexpected if _part(name) in (_BACKBONE if ignore_head else _BACKBONE | _NORMS)]
     if lacking:
         parts = {_part(name) for name in lacking}
         # A norm in another place is that of another readout, which its classifier was trained with.
         other_model = parts & _BACKBONE or (parts <= _NORMS and _NORMS & {_part(name) for name in surplus})
-        raise ValueError(
-            f"{path} lacks {_first(lacking)}; {remedies.other_model if other_model else remedies.other_head}"
-        )
+        remedy = remedies.other_model if other_model else remedies.other_head
+        raise ValueError(f"{source} lacks {_first(lacking)}; {remedy}")
     if surplus:
         remedy = remedies.other_model
-        if all(name.endswith(_TABLE) for name in surplus):
-            remedy = remedies.other_bias.format(kind="separable" if surplus[0].endswith(_SEPARABLE_TABLE) else "bias")
-        raise ValueError(f"{path} has {_first(surplus)}, which this model does not; {remedy}")
+        if all(name.endswith(TABLE) for name in surplus):
+            remedy = remedies.other_bias.format(kind="separable" if surplus[0].endswith(SEPARABLE_TABLE) else "bias")
+        raise ValueError(f"{source} has {_first(surplus)}, which this model does not; {remedy}")
 
-    model.load_state_dict({name: value for name, value in found.items() if name in own}, strict=False)
-    return Report(
-        loaded=tuple(name for name in own if name in found),
-        resized=tuple(resized),
-        missing=tuple(missing),
-        unexpected=(*unexpected, *unused_head, *outside),
+
+def _compare(theirs: Json, ours: Json, weights: Weights, ignore_head: bool, remedies: Remedies) -> None:
+    """Raise `ValueError` where the file's model computes something else, or was trained on something else."""
+    if found := settings.differences(theirs, ours, ignore_head=ignore_head):
+        raise ValueError(f"{weights.source} is of a model with {'; '.join(found)}; {remedies.other_model}")
+    if not ignore_head and (classes := settings.other_classes(theirs, ours)) is not None:
+        raise ValueError(f"{weights.source} classifies into other classes: {classes}; {remedies.other_head}")
+    for name in ("mean", "std"):
+        if name in theirs and name in ours and any(
+            abs(a - b) > 1e-6 for a, b in zip(theirs[name], ours[name], strict=True)
+        ):  # fmt: skip
+            their, our = (",".join(f"{value:g}" for value in one[name]) for one in (theirs, ours))
+            remedy = remedies.other_images.format(
+                **{key: ",".join(f"{value:g}" for value in theirs.get(key) or ours[key]) for key in ("mean", "std")}
+            )
+            raise ValueError(
+                f"{weights.source} was trained on images normalised with data.{name}={their}, and here it is {our}; "
+                f"{remedy}"
+            )
+
+
+def _resize(
+    found: dict[str, Tensor], own: Mapping[str, Tensor], theirs: Json, model: VisionTransformer, weights: Weights,
+    remedies: Remedies,
+) -> list[str]:  # fmt: skip
+    """Interpolate, in `found`, what lies on the file's patch grid to the model's; returns the names of these."""
+    grid, new = settings.grid_of(theirs), model.grid_size
+    resized = []
+    for name in [name for name in found if name in own and (name == "pos_embed" or name.endswith(TABLE))]:
+        if found[name].shape == own[name].shape and grid in (None, new):
+            continue
+        num_placed = own[name].shape[1] - model.num_patches if name == "pos_embed" else 0
+        value = None if grid is None else grids.resize(name, found[name], grid, new, num_placed)
+        if value is None and found[name].shape == own[name].shape and grid is not None:
+            raise ValueError(
+                f"{weights.source} tells of {grid[0]} x {grid[1]} patches, and its {name} is not of so many; restore it"
+            )
+        if value is None:
+            raise ValueError(_other_shape(name, found[name], own[name], weights.source, set(), remedies))
+        found[name] = value
+        resized.append(name)
+    return resized
+
+
+def _other_shape(name: str, value: Tensor, target: Tensor, source: str, heads: set[str], remedies: Remedies) -> str:
+    if _part(name) in heads and value.ndim:
+        return (
+            f"{source} classifies into {value.shape[0]} classes, the model into {target.shape[0]}; "
+            f"{remedies.other_head}"
+        )
+    return (
+        f"{source} has {name} of shape {tuple(value.shape)}, the model needs {tuple(target.shape)}; "
+        f"{remedies.other_model}"
     )
-
-
-def _read(path: Path, remedies: Remedies) -> Mapping[str, Any]:
-    """The content of a weights file."""
-    if not path.is_file():
-        raise ValueError(f"there is no weights file {path}; {remedies.no_file}")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            # Training scripts leave their settings in the file; these two types hold plain values and are not needed.
-            with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # bytes that are no pickle fail the reader in any way they like
-        raise ValueError(
-            f"{path} cannot be read as plain weights: it is damaged, or holds Python objects other than tensors "
-            "(then save its state dict alone, as safetensors)"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors; save a state dict")
-    return content
-
-
-def _plain_names(content: Mapping[str, Any], path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The ViT's tensors without wrappers and name prefixes, and the names of the tensors that are not part of it."""
-    while wrapper := next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None):
-        content = content[wrapper]
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    anchors = [name.removesuffix(_ANCHOR) for name in tensors if name.endswith(_ANCHOR)]
-    prefix = next((prefix for prefix in anchors if _PREFIXES.issuperset(prefix.split(".")[:-1])), None)
-    if prefix is None:
-        raise ValueError(f"{path} holds no Vision Transformer: {_ANCHOR} is not among its {len(tensors)} tensors")
-    inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return inside, [name for name in tensors if not name.startswith(prefix)]
 
 
 def _our_names(found: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
@@ -294,7 +323,7 @@ def _our_names(found: dict[str, Tensor], model: VisionTransformer) -> dict[str, 
     }
     if _SHARED_TABLE in ours:
         table = ours.pop(_SHARED_TABLE)
-        ours |= {f"blocks.{number}.attn.{_TABLE}": table for number in range(len(model.blocks))}
+        ours |= {f"blocks.{number}.attn.{TABLE}": table for number in range(len(model.blocks))}
 
     own = model.state_dict()
     for attention in [name.removesuffix("qkv.weight") for name in ours if name.endswith("attn.qkv.weight")]:
@@ -305,30 +334,6 @@ def _our_names(found: dict[str, Tensor], model: VisionTransformer) -> dict[str, 
             q_bias = ours.pop(q)
             ours[joint] = torch.cat((q_bias, torch.zeros_like(q_bias), ours.pop(v)))
     return ours
-
-
-def _resize(
-    name: str, value: Tensor, target: Tensor, model: VisionTransformer, path: str | Path, remedies: Remedies
-) -> Tensor:
-    """A tensor that depends on the patch grid, interpolated from a square grid to the model's."""
-    if name == "pos_embed" and value.ndim == 3 and value.shape[2] == target.shape[2]:
-        num_prefix = target.shape[1] - model.num_patches
-        side = math.isqrt(max(0, value.shape[1] - num_prefix))
-        if side and side * side + num_prefix == value.shape[1]:
-            resized: Tensor = resample_abs_pos_embed(value, model.grid_size, (side, side), num_prefix)
-            return resized
-    elif name.endswith(_TABLE) and value.ndim == 2 and value.shape[1] == target.shape[1]:
-        old_side = _table_side(value)
-        if old_side is not None:
-            return relpos.resize_table(value, (old_side, old_side), model.grid_size)
-    elif _part(name) in _HEADS | set(model.own_heads):
-        raise ValueError(
-            f"{path} classifies into {value.shape[0]} classes, the model into {target.shape[0]}; {remedies.other_head}"
-        )
-    raise ValueError(
-        f"{path} has {name} of shape {tuple(value.shape)}, the model needs {tuple(target.shape)}; "
-        f"{remedies.other_model}"
-    )
 
 
 def _part(name: str) -> str:

@@ -18,6 +18,7 @@ from pss import methods
 from pss.config import Config
 from pss.inference.accuracy import accuracy
 from pss.methods import DenseTargets, Method, Phase, Progress, Step
+from pss.models.settings import TrainedOn
 from pss.models.weights import Remedies, Report, start_from
 from pss.runtime.precision import autocast
 from pss.runtime.processes import Vote, World
@@ -36,6 +37,7 @@ _REMEDIES = Remedies(
     other_head="--set model.own_head=true starts with a new classifier",
     other_model="--set model.name=NAME, and the other settings of model, describe the one that it belongs to",
     other_bias="--set model.rel_pos={kind} gives it one",
+    other_images="--set data.mean={mean} --set data.std={std}",
 )
 
 
@@ -70,6 +72,7 @@ class Trainer:
         self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
         seed_generator(seed)  # the same on every process: they must begin with the same weights
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch)
+        self.method.model.trained_on = TrainedOn(tuple(classes), config.data.mean, config.data.std)
         check_phases(self.method)
         if self.sharded:
             self._check_shards()

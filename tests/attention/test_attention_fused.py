@@ -195,6 +195,21 @@ def test_nothing_of_all_pairs_of_tokens_is_kept_for_the_backward_pass(monkeypatc
 
 
 @runs_kernels
+def test_no_images_and_undefined_gradients() -> None:
+    from pss.attention.fused import fused_attention
+
+    qkv, table, where, _ = case((2, 3), 1, None, torch.float32, 16, 0)
+    leaves = [qkv.permute(2, 0, 3, 1, 4).requires_grad_(), table.requires_grad_()]
+    out = fused_attention(leaves[0][:, :0], leaves[1], where[:, :1])[0]
+    assert out.shape[0] == 0
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), leaves))
+    out, lse = fused_attention(*leaves, where)
+    assert not lse.requires_grad
+    undefined = torch._C._functions.UndefinedGrad()(out)
+    assert torch.autograd.grad(undefined, leaves, torch.zeros_like(out), allow_unused=True) == (None, None)
+
+
+@runs_kernels
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_very_large_logits_stay_finite(sign: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks reach beyond the last token, where the table is looked up too: at rows that differ by 500 here."""

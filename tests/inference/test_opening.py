@@ -36,6 +36,7 @@ def published_names(model: VisionTransformer, *, shared: bool = False) -> dict[s
     state = {
         name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
         for name, value in model.state_dict().items()
+        if name != "_extra_state"
     }
     tables = [name for name in state if name.endswith(".relative_position_bias_table")]
     for name in tables:
