@@ -85,9 +85,10 @@ def test_none_is_empty():
 COMPUTED = {
     "cli/errors.py": "the standard output, as the system's error has it",
     "cli/outputs.py": "what the main process found, on the others; and all failed writes in one sentence",
-    "pipelines/augment/policy.py": "a variable of the line above",
     "pipelines/settings.py": "a sentence made of the errors of the schema library",
     "pss/runs/checkpoint.py": "a sentence with what is free on the disk",
+    "pss/models/weights.py": "what is said of a tensor of another shape, from two places",
+    "pipelines/rand_augment.py": "a variable of the line above",
     "pss/runs/log.py": "the system's error, of a row that was written in part",
     "pss/runs/lock.py": "what the main process found, on the others",
     "tools/benchmarks/loader.py": "what another process has said",
@@ -106,6 +107,7 @@ PARTS = {
     "larger than {...} MiB": "follows the name of the image",
     "its archive ends before it does": "follows the name of the image",
     "not four bytes": "is caught three lines below",
+    "write a name, of at most 4,096 printable characters": "follows the setting's name and value",
 }
 """What is put into a sentence by the one that catches it, and how."""
 OBVIOUS = {

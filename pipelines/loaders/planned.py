@@ -94,7 +94,9 @@ class PlannedLoader(ABC):
     def set_parts(self, parts: int) -> None:
         """Have every batch consist of the batches of `parts` ranks; see `Loader`."""
         if parts < 1 or self.batch_size % parts:
-            raise ValueError(f"a batch of {self.batch_size} images cannot be {parts} equal parts (train.accumulate)")
+            raise ValueError(
+                f"a batch of {self.batch_size} images cannot be {parts} equal parts; change train.accumulate"
+            )
         if self.train and self.batch_size // parts % self.config.decode_once:
             raise ValueError(
                 f"data.decode_once is {self.config.decode_once} and a batch of {self.batch_size} has {parts} parts "

@@ -2,7 +2,6 @@
 
 `attend` and `attend_packed` are the only place that chooses an implementation; everything that computes attention goes
 through them. With a bias table there are three, which agree:
-
 * reference: plain tensor operations, in any dtype, on any device (`attend_explicitly`);
 * materialised: the bias looked up into a buffer (`pss.attention.materialised`); the choice on a CPU;
 * fused: the bias looked up inside a Triton kernel (`pss.attention.fused`); the choice on a CUDA device.
@@ -30,8 +29,7 @@ from pss.attention.relpos import Grid
 RelPos = Literal["none", "bias", "separable", "rope"]
 Implementation = Literal["reference", "materialised", "fused"]
 
-# Head widths beyond this one do not fit into the fused kernels' registers.
-_MAX_FUSED_WIDTH = 128
+_MAX_FUSED_WIDTH = 128  # of a head; more does not fit into the fused kernels' registers
 
 
 def attend(

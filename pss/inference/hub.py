@@ -215,7 +215,9 @@ def load(source: str | Path) -> Published:
             _check_within(folder, name)
         return _read(folder)
     except RecursionError:
-        raise ValueError(f"{source} is no model that pss published ({_CONFIG} is nested too deeply)") from None
+        raise ValueError(
+            f"{source} is no model that pss published ({_CONFIG} is nested too deeply); restore it"
+        ) from None
     except (OSError, ValueError) as error:
         reason = str(error)  # which may repeat whatever the file holds
         reason = reason if len(reason) < 400 else f"{reason[:200]} … {reason[-100:]}"
@@ -292,7 +294,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{_CONFIG} is larger than {_MOST_BYTES >> 20} MiB; restore it")
 
     def refuse(constant: str) -> Any:
-        raise ValueError(f"it holds {constant}")
+        raise ValueError(f"it holds {constant}; restore it")
 
     try:
         config = json.loads(path.read_bytes().decode("utf-8"), parse_constant=refuse)
@@ -339,7 +341,9 @@ def _check_fits(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Ten
         raise ValueError(f"{_WEIGHTS} {where}; it belongs to another {_CONFIG}")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{_WEIGHTS} has {name} of shape {tuple(tensors[name].shape)} and {_CONFIG} wants {shape}")
+            raise ValueError(
+                f"{_WEIGHTS} has {name} of shape {tuple(tensors[name].shape)} and {_CONFIG} wants {shape}; restore them"
+            )
 
 
 def _fetch(name: str) -> Path:

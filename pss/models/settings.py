@@ -195,13 +195,13 @@ def decode(carried: Any) -> Json:
     """
     if isinstance(carried, Tensor):
         if carried.dtype != torch.uint8 or carried.ndim != 1 or carried.numel() > _MOST_BYTES:
-            raise ValueError("the model's settings beside the weights are damaged; restore the file")
+            raise ValueError("the settings beside the weights (pss_settings) are damaged; restore the file")
         carried = bytes(carried.cpu().numpy())
     if isinstance(carried, str | bytes):
         try:
             carried = json.loads(carried)
         except (ValueError, RecursionError):
-            raise ValueError("the model's settings beside the weights are damaged; restore the file") from None
+            raise ValueError("the settings beside the weights (pss_settings) are damaged; restore the file") from None
     if not isinstance(carried, Mapping):
         raise ValueError(
             f"the model's settings beside the weights are a {type(carried).__name__}, not names and values"

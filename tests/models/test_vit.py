@@ -425,7 +425,7 @@ def test_distilled_model_averages_its_heads() -> None:
         ("vit_tiny_patch16_224", {"img_size": (224, 100)}, "100.* multiple .*16"),
         ("vit_tiny_patch16_224", {"colour": "red"}, "colour"),
         ("vit_tiny_patch16_224", {"num_heads": 5}, "divisible by num_heads"),
-        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate .* rho"),
+        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate .* ρ"),
         ("vit_tiny_patch16_224", {"dynamic_img_size": True}, "dynamic_img_size"),
         ("vit_tiny_patch16_224", {"rel_pos": "alibi"}, "rel_pos .* 'alibi'"),
         ("vit_tiny_patch16_224", {"rel_pos": "rope", "embed_dim": 18}, "multiple of 4 wide, got 6"),
