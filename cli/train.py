@@ -211,8 +211,9 @@ def _plan(
         num_images, num_classes = sum(dataset.per_class["train"]), len(dataset.classes)
     if loader_rate is None and (gpu_rate is not None or (gpus, nodes) != (1, 1)):
         raise ValueError("--gpu-rate, --gpus and --nodes describe where to simulate the run; add --loader-rate")
+    if steps_per_epoch := num_images // config.train.batch_size:
+        check_steps(config, steps_per_epoch)
     planned = plan(config, num_images=num_images, num_classes=num_classes)
-    check_steps(config, planned.steps_per_epoch)
     show(config, planned, "" if data else " (ImageNet-1k's; --data counts yours)")
     if loader_rate is not None:
         show_machine(config, planned, gpus=gpus, nodes=nodes, loader_rate=loader_rate, gpu_rate=gpu_rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -113,7 +114,9 @@ def test_accuracy_does_not_depend_on_batch_size_or_loader(trained, image_root, t
 
 def test_auto_says_what_it_took_and_a_resumed_run_keeps_it(trained, image_root, tmp_path, capsys):
     assert train(image_root, tmp_path / "run", "train.epochs=1", options=("--loader", "auto")) in (0, None)
-    assert "--loader auto: " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--loader auto: " in told
+    assert re.search(r"^digits: starting, .*\nρ: cyclic 0.2→1.0 within each epoch of 3 steps$", told, re.MULTILINE)
     shutil.copytree(trained, tmp_path / "begun")
     again = ["train.epochs=2", "train.ema_decay=0.9"]
     assert train(image_root, tmp_path / "begun", *again, options=("--resume",)) in (0, None)

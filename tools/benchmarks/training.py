@@ -213,7 +213,7 @@ def measured(arguments: argparse.Namespace) -> Result:
         "model.weights=none",  # which weights it starts from is nothing to the speed
         "optim.lr_batch=none",  # nor are rates, which may not suit the batch
     ]
-    config = recipes.get(arguments.recipe).with_settings([*usual, *arguments.set])
+    config = recipes.get(arguments.recipe).with_settings(usual).with_settings(arguments.set)
     loaders, classes, last_step = build_loaders(arguments, config, device)
     try:
         timed = Timed(loaders[0], device, arguments.cycle_steps, last_step, arguments.seconds)
