@@ -92,6 +92,11 @@ def read(path: Path, *, ema: bool = False, no_file: str = "name a file that exis
     """
     if not path.is_file():
         raise ValueError(f"there is no weights file {path}; {no_file}")
+    if path.suffix in (".pt2", ".onnx"):
+        raise ValueError(
+            f"{path} is for programs without pss, which does not read it back; name the run, checkpoint or published "
+            "folder that it was made of"
+        )
     beside: Any = None
     try:
         if path.suffix == ".safetensors":
