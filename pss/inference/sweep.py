@@ -27,6 +27,7 @@ from pss.inference.opening import Run
 from pss.inference.plots import plot_sweep
 from pss.inference.timing import Spread, latencies, loader_rates, peak_memory, rates
 from pss.methods import Point, mean_tokens
+from pss.models.settings import KEY
 from pss.runtime.precision import autocast
 from pss.runtime.processes import World
 
@@ -91,7 +92,7 @@ def sweep(
 
     rows: list[Row] = []
     for name, one, own, (accuracies, with_loader, _) in zip(names, runs, points_of, found, strict=True):
-        weights = sum(weight.nbytes for weight in one.method.state_dict().values() if isinstance(weight, Tensor))
+        weights = sum(value.nbytes for name, value in one.method.state_dict().items() if not name.endswith(KEY))
         for place, point in enumerate(own):
             result, timed = accuracies[place], len(rows)
             extra = memory[timed]
