@@ -27,6 +27,7 @@ from pss.inference.opening import Run
 from pss.inference.plots import plot_sweep
 from pss.inference.timing import Spread, latencies, loader_rates, peak_memory, rates
 from pss.methods import Point, mean_tokens
+from pss.models.files import found_at
 from pss.models.settings import KEY
 from pss.runtime.precision import autocast
 from pss.runtime.processes import World
@@ -256,7 +257,7 @@ def show(rows: Sequence[Row]) -> None:
 
 def distinct_names(sources: Sequence[str | Path]) -> list[str]:
     """Each source's own name, or as many of its last parts as it takes to tell the sources apart."""
-    paths = [Path(source).resolve() if Path(source).exists() else Path(str(source)) for source in sources]
+    paths = [Path(source).resolve() if found_at(source) else Path(str(source)) for source in sources]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):

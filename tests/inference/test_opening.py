@@ -131,6 +131,9 @@ def test_what_a_file_does_not_tell_is_refused(
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for source in ("nowhere", "a" * 300):
+        with pytest.raises(ValueError, match="not found; name the --output folder of a pss-train run"):
+            open_run(source, CPU)
     with pytest.raises(ValueError, match=r"there is no weights file .*nowhere\.pth; name one, as in NAME=FILE"):
         open_run(f"{NAME}={tmp_path / 'nowhere.pth'}", CPU)
 
