@@ -331,7 +331,7 @@ def test_files_without_a_vit_are_refused(tmp_path: Path) -> None:
             start_from(tiny(0), str(tmp_path / name))
     for name in ("model.pt2", "model.onnx"):
         (tmp_path / name).touch()
-        with pytest.raises(ValueError, match="for programs without pss.*name the run"):
+        with pytest.raises(ValueError, match=r"for programs without pss.*name the run"):
             load_weights(tiny(0), tmp_path / name)
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
     with pytest.raises(ValueError, match="holds no Vision Transformer"):
