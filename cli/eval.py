@@ -146,13 +146,13 @@ def evaluate(
             raise ValueError(f"{demand.option or '--export'} is for one process; start it without torchrun")
         outputs.agree(world, check_targets)
         loaded = [open_run(source, world.device, ema=ema, best=best, sort=sort) for source in runs]
-        for note in (note for one in loaded for note in one.notes if world.is_main):
-            typer.echo(note, err=True)
         for point in (rhos or ()) if len(loaded) == 1 else ():  # beside others, a method without a knob has one row
             loaded[0].method.check_point(point)
         if dataset is not None:
             for one, source in zip(loaded, runs, strict=True):
                 check_classes(one, source, dataset.root, dataset.classes)
+        for note in (note for one in loaded for note in one.notes if world.is_main):
+            typer.echo(note, err=True)
         options: dict[str, Any] = {
             "batch_size": batch_size,
             "train": False,

@@ -73,8 +73,9 @@ class ModelConfig(Section, section="model"):
     drop_path_rate: Always[Below1] = 0.0
     """Stochastic depth, rising linearly to this rate at the last block."""
     weights: Always[Text | None] = None
-    """Where training starts: a weights file, the folder of a run, or timm:NAME for a model of timm's with its
-    pretrained weights; None starts from random ones."""
+    """Where training starts: a weights file, the folder of a run or one that pss-eval pushed, or timm:NAME for a model
+    of timm's with its pretrained weights; None starts from random ones. FILE#ema and RUN#ema take the moving average,
+    and RUN#best the checkpoint of the best validation."""
     own_head: Annotated[bool, ReadIf(lambda at: at.own.weights is not None, "model.weights")] = False
     """Start with a new classifier, whatever the weights hold: for other classes, or weights without one."""
 

@@ -27,7 +27,7 @@ from pipelines.base import DataConfig
 from pss.inference.text import markdown
 from pss.models import settings as about
 from pss.models.create import create_model
-from pss.models.files import PSS, check_values, read
+from pss.models.files import PSS, check_values, found_at, read
 from pss.models.settings import TrainedOn
 from pss.models.vit import VisionTransformer
 from pss.runtime import files
@@ -82,7 +82,7 @@ class Published:
 
 def is_model(folder: Path) -> bool:
     """Whether a folder has the layout of the hub."""
-    return (folder / _CONFIG).is_file() and (folder / _WEIGHTS).is_file()
+    return all(found_at(folder / name) == "file" for name in (_CONFIG, _WEIGHTS))
 
 
 def save(folder: Path, published: Published, card: str) -> None:

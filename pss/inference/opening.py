@@ -15,7 +15,7 @@ from pss.config import Config, ModelConfig, check_same_run
 from pss.inference import hub
 from pss.methods import Method
 from pss.models.create import check_name, create_model
-from pss.models.files import read, settings_told
+from pss.models.files import found_at, read, settings_told
 from pss.models.sampling import Sort
 from pss.models.settings import TrainedOn
 from pss.models.vit import VisionTransformer
@@ -94,8 +94,10 @@ def open_run(
     Raises:
         ValueError: nothing of that kind is there, or there is no moving average, or no validation yet.
     """
-    path = Path(source)
-    if not source.startswith(hub.PREFIX) and not hub.is_model(path) and (path.exists() or not _names_weights(source)):
+    path, there = Path(source), found_at(source) is not None
+    if not source.startswith(hub.PREFIX) and not hub.is_model(path) and (there or not _names_weights(source)):
+        if not there:
+            raise ValueError(f"{source[:200]} not found; name the --output folder of a pss-train run")
         return load_run(path, device, ema=ema, best=best, sort=sort)
     weighs_file = "=" in source and not source.startswith(hub.PREFIX) and not hub.is_model(path)
     if best or (ema and not weighs_file):

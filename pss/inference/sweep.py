@@ -30,6 +30,8 @@ from pss.inference.plots import plot_sweep
 from pss.inference.text import printable
 from pss.inference.timing import Spread, enough_memory, latencies, loader_rates, peak_memory, rates
 from pss.methods import Point, mean_tokens
+from pss.models.files import found_at
+from pss.models.settings import KEY
 from pss.runtime import files
 from pss.runtime.precision import autocast
 from pss.runtime.processes import World
@@ -103,7 +105,7 @@ def sweep(
 
     rows: list[Row] = []
     for name, one, own, (accuracies, with_loader, _) in zip(names, runs, points_of, found, strict=True):
-        weights = sum(weight.nbytes for weight in one.method.state_dict().values() if isinstance(weight, Tensor))
+        weights = sum(value.nbytes for name, value in one.method.state_dict().items() if not name.endswith(KEY))
         for place, point in enumerate(own):
             result, timed = accuracies[place], len(rows)
             extra = memory[timed]
@@ -297,7 +299,7 @@ def show(rows: Sequence[Row]) -> None:
 
 def distinct_names(sources: Sequence[str | Path]) -> list[str]:
     """Each source's own name, or as many of its last parts as it takes to tell the sources apart, all printable."""
-    paths = [Path(source).resolve() if Path(source).exists() else Path(str(source)) for source in sources]
+    paths = [Path(source).resolve() if found_at(source) else Path(str(source)) for source in sources]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = [printable("/".join(path.parts[-depth:])) for path in paths]
         if len(set(names)) == len(names):

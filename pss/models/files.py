@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -84,14 +84,27 @@ class Weights:
     """Whether the file holds a moving average beside them."""
 
 
+def found_at(path: str | Path) -> Literal["file", "folder"] | None:
+    """What there is at a path; None, and no error, also for what can be no path, such as a name that is too long."""
+    try:
+        return "folder" if Path(path).is_dir() else "file" if Path(path).is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
 def read(path: Path, *, ema: bool = False, no_file: str = "name a file that exists") -> Weights:
     """The weights in a file, or the average of them.
 
     Raises:
         ValueError: it is not there (with the remedy `no_file`), cannot be read as plain weights, or holds no ViT.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no weights file {path}; {no_file}")
+    if found_at(path) != "file":
+        raise ValueError(f"there is no weights file {str(path)[:200]}; {no_file}")
+    if path.suffix in (".pt2", ".onnx"):
+        raise ValueError(
+            f"{path} is for programs without pss, which does not read it back; name the run, checkpoint or published "
+            "folder that it was made of"
+        )
     beside: Any = None
     try:
         if path.suffix == ".safetensors":

@@ -27,7 +27,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor
 
 from pss.models import grids, settings
-from pss.models.files import Remedies, Weights, check_values, read, settings_assumed, settings_told, unwrap
+from pss.models.files import Remedies, Weights, check_values, found_at, read, settings_assumed, settings_told, unwrap
 from pss.models.grids import SEPARABLE_TABLE, TABLE
 from pss.models.settings import Json, TrainedOn
 from pss.models.vit import VisionTransformer
@@ -95,9 +95,9 @@ def start_from(
         return fill(model, _weights_of_timm(where.removeprefix("timm:")), ignore_head, remedies)
     name, ema, best = _split(where)
     path = Path(name)
-    if path.is_dir() and (path / "model.safetensors").is_file():
+    if found_at(path / "model.safetensors") == "file":
         path = path / "model.safetensors"
-    if not path.is_dir():
+    if found_at(path) != "folder":
         if best:
             raise ValueError(f"{path} is one file; #best is for the folder of a run, leave it out")
         return fill(model, read(path, ema=ema, no_file=remedies.no_file), ignore_head, remedies)
@@ -116,7 +116,7 @@ def start_from(
 def _split(where: str) -> tuple[str, bool, bool]:
     """What `where` names without `#ema` and `#best`, and whether they are there."""
     asked: set[str] = set()
-    while not Path(where).exists() and where.endswith(("#ema", "#best")):
+    while found_at(where) is None and where.endswith(("#ema", "#best")):
         where, _, last = where.rpartition("#")
         asked.add(last)
     return where, "ema" in asked, "best" in asked

@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from memory_loader import MemoryLoader
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pss import recipes
 from pss.inference import hub
 from pss.inference.opening import Run, open_run
 from pss.models.create import create_model
+from pss.models.settings import TrainedOn
 from pss.models.vit import VisionTransformer
+from pss.runtime.processes import World
+from pss.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 NAME = "deit_tiny_patch16_224"
@@ -126,6 +131,9 @@ def test_what_a_file_does_not_tell_is_refused(
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for source in ("nowhere", "a" * 300):
+        with pytest.raises(ValueError, match="not found; name the --output folder of a pss-train run"):
+            open_run(source, CPU)
     with pytest.raises(ValueError, match=r"there is no weights file .*nowhere\.pth; name one, as in NAME=FILE"):
         open_run(f"{NAME}={tmp_path / 'nowhere.pth'}", CPU)
 
@@ -137,3 +145,76 @@ def test_safetensors_are_read_alike(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
         assert torch.equal(run.method.predict(images), model(images))
+
+
+def test_the_average_that_a_file_holds_can_be_evaluated(tmp_path: Path) -> None:
+    plain = trained()
+    average = {name: value * 0.5 for name, value in published_names(plain).items()}
+    file = tmp_path / "both.pth"
+    torch.save({"state_dict": published_names(plain), "state_dict_ema": average}, file)
+    images = torch.randn(1, 3, 224, 224)
+    usual, averaged = (open_run(f"{NAME}={file}", CPU, ema=ema) for ema in (False, True))
+    assert torch.equal(averaged.method.model.head.weight, 0.5 * usual.method.model.head.weight)  # type: ignore[arg-type, operator]
+    with torch.inference_mode():
+        assert torch.equal(usual.method.predict(images), plain(images))
+    assert any("there is a moving average too" in note for note in usual.notes)
+    assert any("; the moving average of the weights" in note for note in averaged.notes)
+    torch.save({"state_dict": published_names(plain)}, file)
+    with pytest.raises(ValueError, match="leave out --ema"):
+        open_run(f"{NAME}={file}", CPU, ema=True)
+
+
+def test_what_was_taken_to_be_so_is_said(tmp_path: Path) -> None:
+    (note,) = opened(tmp_path, published_names(trained())).notes
+    assert note.endswith(f"normalised as the weights of {NAME} in timm, mean 0.485,0.456,0.406".replace(",0", ", 0"))
+    size, _ = opened(tmp_path, published_names(trained(img_size=288))).notes
+    assert size.endswith(f"made for images of 288 pixels, taking its patches for a square, where {NAME} has 224")
+    model = trained(img_size=(192, 192), rel_pos="rope", num_heads=4)
+    model.trained_on = TrainedOn(("a", "b", "c", "d", "e"), (0.1,) * 3, (0.2,) * 3)
+    run = opened(tmp_path, model.state_dict())
+    (size,) = run.notes
+    assert "images of 192 pixels, as its settings say" in size
+    assert (run.classes, run.config.data.mean) == (["a", "b", "c", "d", "e"], (0.1,) * 3)
+    images = torch.randn(1, 3, 192, 192)
+    with torch.inference_mode():
+        assert torch.equal(run.method.predict(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"img_size": (64, 144)}, "64 x 144 pixels; pss-eval takes square"),
+        ({"act_layer": "relu"}, "mlp.act ReLU, not GE"),
+    ],
+)
+def test_what_a_file_tells_and_cannot_be_is_refused(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        opened(tmp_path, trained(**settings).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("classes", "mean", "words"),
+    [
+        ("abdc", 0.3, "other classes: the same ones in another order; --set model.own_head=true"),
+        ("abcx", 0.3, "other classes: 'x' where the model has 'd'; --set model.own_head=true"),
+        ("abcd", 0.5, "--set data.mean=0.5,0.5,0.5 --set data.std=0.35,0.35,0.35"),
+    ],
+)
+def test_a_run_starts_from_weights_of_what_it_is_trained_on(
+    tmp_path: Path, classes: str, mean: float, words: str
+) -> None:
+    small = ["model.embed_dim=24", "model.depth=1", "optim.warmup_epochs=0", "train.epochs=1"]
+    config = recipes.get("digits").with_settings([*small, f"model.weights={tmp_path / 'weights.pt'}"])
+    source = create_model(config.model.name, num_classes=4, img_size=32, **config.model.overrides())
+    source.trained_on = TrainedOn(tuple(classes), (mean,) * 3, (0.35,) * 3)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+
+    def begun(config: Any) -> Trainer:
+        loaders = MemoryLoader(), MemoryLoader(train=False)
+        return Trainer(config, *loaders, classes=list("abcd"), output=tmp_path / "run", world=World(0, 1, CPU))
+
+    with pytest.raises(ValueError, match=words):
+        begun(config)
+    remedied = [word for word in words.replace("--set ", "").split("; ")[-1].split() if "=" in word]
+    trainer = begun(config.with_settings(remedied))
+    assert trainer.method.model.trained_on == TrainedOn(tuple("abcd"), (mean,) * 3, (0.35,) * 3)

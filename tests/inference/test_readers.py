@@ -25,7 +25,7 @@ from pss.inference.export import export
 from pss.inference.opening import Run, open_run
 from pss.models.create import create_model
 from pss.models.vit import VisionTransformer
-from pss.models.weights import load_weights
+from pss.models.weights import load_weights, start_from
 from pss.runs import checkpoint
 from pss.runtime.processes import World
 from pss.training.trainer import Trainer
@@ -148,8 +148,7 @@ def by_pss(kind: str, path: Path) -> Callable[[Tensor], Tensor]:
 
 def by_pss_as_plain(kind: str, path: Path) -> Callable[[Tensor], Tensor]:
     model = built("class token")
-    path = path / "model.safetensors" if path.is_dir() else path
-    load_weights(model, path)
+    start_from(model, str(path))
     return model
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,7 +284,7 @@ def walk(names: list[str]) -> None:
     for name in names:
         with torch.device("meta"):
             if said := sentence_of(lambda name=name: create_model(name, depth=1, img_size=None)):
-                assert "is not a plain Vision Transformer" in said or "multiple of the patch size" in said, name
+                assert re.search("is not a plain Vision Transformer|is not a multiple of the patch size", said), name
                 continue
             model = create_model(name, depth=1, img_size=None)
             for rho in (1.0, 0.5):

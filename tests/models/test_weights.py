@@ -324,8 +324,15 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
 
 
 def test_files_without_a_vit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no weights file"):
-        load_weights(tiny(0), tmp_path / "weights.pt")
+    for name in ("weights.pt", "a" * 300, "a\0b"):
+        with pytest.raises(ValueError, match="there is no weights file"):
+            load_weights(tiny(0), tmp_path / name)
+        with pytest.raises(ValueError, match="there is no weights file"):
+            start_from(tiny(0), str(tmp_path / name))
+    for name in ("model.pt2", "model.onnx"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=r"for programs without pss.*name the run"):
+            load_weights(tiny(0), tmp_path / name)
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
     with pytest.raises(ValueError, match="holds no Vision Transformer"):
         load_weights(tiny(0), tmp_path / "linear.pt")
