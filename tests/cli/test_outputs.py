@@ -8,12 +8,13 @@ import shutil
 import sys
 
 import pytest
+import torch
 import warm
 from conftest import write_folder
 from test_cli import call, mistake, train
 
 import cli.eval
-from pss.inference import sweep
+from pss.inference import choose, sweep
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 WRITTEN = ("rho.json", "rho.csv", "rho.png", "report.html")
@@ -164,13 +165,28 @@ def test_a_table_that_nobody_can_read_is_written(run_folder, image_root, tmp_pat
     assert {"rho.json", "rho.csv", "rho.png"} <= set(contents(tmp_path / "out"))
 
 
-def test_a_batch_too_large_is_told_before_the_split_is_evaluated(run_folder, image_root, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+    ids=["gpu", "cpu", "host"],
+)
+def test_a_batch_too_large_is_told_before_the_split_is_evaluated(
+    run_folder, image_root, capsys, tmp_path, monkeypatch, error
+):
+    def predict(*_):
+        raise error
+
     monkeypatch.setattr(sweep, "_evaluate", lambda *_: pytest.fail("it was evaluated"))
+    monkeypatch.setattr(sweep, "predict", predict)
+    monkeypatch.setattr(choose, "predict", predict)
     words = ["--data", image_root, "--rho", "1", "--loader", "torch", "--output", tmp_path / "out"]
-    for option in ("--batch-size", "--batch"):
-        more = words if option == "--batch-size" else ["--budget-ms", "1"]
-        sentence = mistake(capsys, cli.eval.app, run_folder, *more, option, 10**15)
-        assert f"batches of 1000000000000000 images ({option}) take more memory than there is here" in sentence
+    for option, more in (("--batch-size", words), ("--batch", ["--budget-ms", "1"])):
+        sentence = mistake(capsys, cli.eval.app, run_folder, *more, option, 5)
+        assert f"batches of 5 images ({option}) take more memory than there is here; make them smaller" in sentence
     assert list(tmp_path.iterdir()) == []
 
 
