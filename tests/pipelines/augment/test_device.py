@@ -76,7 +76,7 @@ def test_the_view_is_of_the_prepared_images(share: float, train: bool, mirrored:
 
 def test_a_batch_without_a_view_has_none_to_complete() -> None:
     transform = DeviceTransform(CONFIG, seed=0, train=True)
-    with pytest.raises(ValueError, match="the batch has no view"):
+    with pytest.raises(ValueError, match=r"batch\.view is None"):
         transform.with_view(_batch(2), 0)
     assert len(transform(_batch(2), 0)) == 2
 

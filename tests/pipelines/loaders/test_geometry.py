@@ -125,7 +125,7 @@ def test_scaled_boxes_cover_the_same_region(pairs: list[tuple[int, int]], stored
     train=st.booleans(),
     img_size=st.integers(1, 512),
     crop_pct=st.floats(0.1, 1.0),
-    ratio=st.sampled_from([(3 / 4, 4 / 3), (1e-3, 1e3)]),
+    ratio=st.sampled_from([(3 / 4, 4 / 3), (0.01, 100.0)]),
 )
 def test_windows_lie_inside(
     pairs: list[tuple[int, int]],
