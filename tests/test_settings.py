@@ -274,7 +274,7 @@ def trains_resumes_and_evaluates(config, output):
             assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("examples", [6, pytest.param(300, marks=EXHAUSTIVE)])
+@pytest.mark.parametrize("examples", [6, pytest.param(60, marks=EXHAUSTIVE)])
 def test_settings_of_all_fields_are_refused_in_a_sentence_or_train(examples, tmp_path_factory, capsys):
     counts = Counter()
 

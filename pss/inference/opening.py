@@ -173,7 +173,9 @@ def load_run(
         ) from error
     method = method.deployed()
     method.model.trained_on = TrainedOn(tuple(state["classes"]), config.data.mean, config.data.std)
-    return Run(folder.name, config, state["classes"], state["step"], method.to(device).eval(), folder, averaged=ema)
+    notes = (f"the best is step {state['step']}, its {'moving average' if ema else 'weights'}",) if best else ()
+    found_at = folder.name, config, state["classes"], state["step"], method.to(device).eval(), folder
+    return Run(*found_at, averaged=ema, notes=notes)
 
 
 def _names_weights(source: str) -> bool:

@@ -73,8 +73,8 @@ def exhausted(loader: Loader) -> None:
 LEFT = [broken_off, failed, dropped, never_begun, two_at_once, exhausted]
 
 
-@pytest.mark.parametrize("prefetch", [False, True])
-@pytest.mark.parametrize("kind", ["folder", "converted"])
+@pytest.mark.parametrize("prefetch", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("converted", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_threads_end_with_the_iterator(
     backend: str, kind: str, prefetch: bool, image_root: Path, converted_root: Path
