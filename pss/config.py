@@ -169,9 +169,9 @@ class Config(RunSettings):
             raise ValueError(f"{path} not found; name the --output folder of a pss-train run") from None
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({in_words(error)}); name the --output folder of a run") from None
+        except records.LaterVersion:
+            raise
         except ValueError as error:
-            if "later version" in str(error):
-                raise
             reason = str(error).removeprefix(f"{path} ")
             raise ValueError(
                 f"{path} is no run configuration of this version of pss ({reason}); use the version that wrote it"

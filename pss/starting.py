@@ -12,8 +12,10 @@ from pss import overrides
 from pss.config import Config, ModelConfig, unread_in
 from pss.models.create import create_model
 from pss.plugins import is_plugin
+from pss.runs.lock import CHECKPOINTS, CONFIG, LOCK, SUMMARY
+from pss.runs.log import BOARD, LOG
 
-_OF_A_RUN = ("config.json", "log.jsonl", "summary.json", "checkpoints", "tensorboard", ".lock")
+_OF_A_RUN = {CONFIG, LOG, SUMMARY, CHECKPOINTS, BOARD, LOCK}
 _SCHEDULERS = (".out", ".err", ".log")  # what a job's output may be written to, beside the run's own files
 
 
@@ -88,7 +90,7 @@ def check_folders(data: Path, output: Path) -> None:
         return
     names = sorted(path.name for path in folder.iterdir())
     others = [name for name in names if not name.startswith(".") and not name.endswith(_SCHEDULERS)]
-    if others and not set(names) & set(_OF_A_RUN):
+    if others and not set(names) & _OF_A_RUN:
         shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise ValueError(f"--output {output} is no run and holds other things ({shown}); name a new folder")
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.loaders.watched import stalled
+from pipelines.storage.reading import join
 
-_JOIN_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 
 Task = Callable[[], None]
@@ -112,7 +112,4 @@ def _stop(tasks: SimpleQueue[Task | None], threads: list[threading.Thread], stop
     stopping.set()
     for _ in threads:
         tasks.put(None)
-    deadline = time.monotonic() + _JOIN_SECONDS
-    for thread in threads:
-        if thread is not threading.current_thread():  # which may be where the garbage collector runs
-            thread.join(max(0.0, deadline - time.monotonic()))
+    join(threads)

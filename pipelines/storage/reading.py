@@ -88,6 +88,11 @@ def _end(
         ended.set()
         for _ in threads:
             tasks.put(None)
+    join(threads)
+
+
+def join(threads: list[threading.Thread]) -> None:
+    """Wait for threads that were told to end, for a few seconds in all."""
     deadline = time.monotonic() + _JOIN_SECONDS
     for thread in threads:
         if thread is not threading.current_thread():  # which may be where the garbage collector runs

@@ -245,9 +245,9 @@ def read_best(folder: Path) -> records.Best | None:
         noted: records.Best = records.read(path, records.Best, remedy="the next validation writes it anew")
     except FileNotFoundError:
         return None
+    except records.LaterVersion:
+        raise
     except ValueError as error:
-        if "later version" in str(error):
-            raise
         _log.warning("%s", error)
         return None
     name = noted["file"]

@@ -20,7 +20,7 @@ CONFIG = "config.json"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 
-_LOCK = ".lock"
+LOCK = ".lock"
 _PATIENCE_SECONDS = 5.0  # a run that was asked to stop may still be writing its last checkpoint
 
 
@@ -89,7 +89,7 @@ def _clean(folder: Path, before: set[Path]) -> None:
     if (checkpoints.is_dir() and any(checkpoints.iterdir())) or any(row["kind"] == "step" for row in read_rows(folder)):
         return
     with suppress(OSError):
-        for path in {folder / name for name in (CONFIG, SUMMARY, LOG, _LOCK)} - before:
+        for path in {folder / name for name in (CONFIG, SUMMARY, LOG, LOCK)} - before:
             path.unlink(missing_ok=True)
         if folder / BOARD not in before:
             for path in (folder / BOARD).glob(PATTERN):
@@ -104,7 +104,7 @@ def _hold(folder: Path, say: Callable[[str], None]) -> IO[str] | None:
     deadline, told = time.monotonic() + _PATIENCE_SECONDS, False
     while True:
         try:
-            file = (folder / _LOCK).open("a+", encoding="utf-8")
+            file = (folder / LOCK).open("a+", encoding="utf-8")
         except FileNotFoundError:
             raise ValueError(f"{folder} was removed by somebody else just now; start again") from None
         try:
@@ -125,7 +125,7 @@ def _hold(folder: Path, say: Callable[[str], None]) -> IO[str] | None:
         except OSError:
             file.close()
             return None
-        if _is_at(file, folder / _LOCK):
+        if _is_at(file, folder / LOCK):
             break
         file.close()  # the run before removed its lock with its folder, or its first file; this is another one's
     with suppress(OSError):  # it is held, whether or not there is room to say by whom

@@ -77,6 +77,10 @@ class Row(TypedDict):
     step: _Natural
 
 
+class LaterVersion(ValueError):
+    """A file was written by a later version; it is neither damaged nor edited."""
+
+
 def check(raw: Any, kind: Any, path: str | Path, *, remedy: str) -> Any:
     """`raw`, which was read from `path`, if it is of a kind that this version knows.
 
@@ -97,10 +101,10 @@ def check(raw: Any, kind: Any, path: str | Path, *, remedy: str) -> Any:
 
 
 def refuse_later(raw: Mapping[Any, Any], path: str | Path) -> None:
-    """Raise `ValueError` for what a later version wrote."""
+    """Raise `LaterVersion` for what one wrote."""
     number = raw.get("format", FORMAT)
     if isinstance(number, int) and number > FORMAT:
-        raise ValueError(
+        raise LaterVersion(
             f"{path} was written by a later version of pss ({raw.get('version', 'unknown')}, format {number}; this is "
             f"{__version__}, format {FORMAT}); update pss to read it"
         )

@@ -144,7 +144,7 @@ class Reporter:
             meter.reset()
             self._meter.reset()
 
-    def has_told(self) -> Row | None:
+    def told(self) -> Row | None:
         """The row of the epoch that is pending, if it is in the log already. On the main process."""
         pending = self.pending
         assert pending is not None

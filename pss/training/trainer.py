@@ -140,7 +140,7 @@ class Trainer:
             self.vote = Vote(self.world, num_questions=3)
             with catch_signals() as stop:
                 if self.reporter.pending is not None:
-                    self._conclude(stop)  # the run was stopped between an epoch and the end of its validation
+                    self._conclude_resumed(stop)
                 first_epoch = 0
                 for number, phase in enumerate(self.method.phases()):
                     end_epoch = first_epoch + phase.epochs
@@ -290,20 +290,28 @@ class Trainer:
         self._save()  # whatever becomes of its validation, the epoch has been trained
         self._conclude(stop)
 
-    def _conclude(self, stop: list[int]) -> None:
-        """Validate what is saved, and report on it, unless a run that was stopped here has done both."""
-        pending = self.reporter.pending
-        assert pending is not None
-        told = self.reporter.has_told() if self.world.is_main else None
+    def _conclude_resumed(self, stop: list[int]) -> None:
+        """Conclude the epoch that the checkpoint ends with, unless the run was stopped after its row was written."""
+        told = self.reporter.told() if self.world.is_main else None
         if self.world.broadcast("told" if told is not None else None) is None:
-            complete = pending["complete"]
-            where = f"epoch {self.epoch}/{self.epochs}" if complete else f"step {self.step}/{self.total_steps}"
-            told = self.reporter.epoch(self._validate(stop), where)
+            self._conclude(stop)
+            return
         self.reporter.pending = None
         if told is not None:
-            self.row = told
-            score, weights = score_of(told)
-            self.saver.note_best(step=self.step, score=score, weights=weights)
+            self._settle(told)
+
+    def _conclude(self, stop: list[int]) -> None:
+        """Validate what is saved, and report on it."""
+        pending = self.reporter.pending
+        assert pending is not None
+        complete = pending["complete"]
+        where = f"epoch {self.epoch}/{self.epochs}" if complete else f"step {self.step}/{self.total_steps}"
+        self._settle(self.reporter.epoch(self._validate(stop), where))
+
+    def _settle(self, row: dict[str, Any]) -> None:
+        self.row = row
+        score, weights = score_of(row)
+        self.saver.note_best(step=self.step, score=score, weights=weights)
 
     def _check_delivered(self) -> None:
         """Every sample of the plan, each as often as planned, also where the epoch was resumed in the middle."""
