@@ -106,7 +106,7 @@ FILES: dict[str, tuple[Callable[[], bytes | None], str, str, str]] = {
     "PNG cut short": (lambda: encoded("PNG")[:2000], NAMED, NAMED, NAMED),
     "WebP cut short": (lambda: encoded("WEBP")[:300], NAMED, NAMED, NAMED),
     "32-bit pixels": (lambda: encoded("TIFF", photograph().convert("F")), NAMED, NAMED, NAMED),
-    "GIF": (lambda: encoded("GIF"), RIGHT, RIGHT, NAMED),
+    "GIF": (lambda: encoded("GIF"), RIGHT, RIGHT, RIGHT),
     "PNG": (lambda: encoded("PNG"), RIGHT, RIGHT, RIGHT),
     "WebP": (lambda: encoded("WEBP", lossless=True), RIGHT, RIGHT, RIGHT),
     "BMP": (lambda: encoded("BMP"), RIGHT, RIGHT, RIGHT),
