@@ -93,7 +93,6 @@ def train(
         missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
         raise ValueError(f"give {' and '.join(missing)}; only --plan needs neither")
     import pipelines
-    from pipelines.loaders.prefetch import Prefetcher
     from pss.runs import records
     from pss.runs.lock import CONFIG, claim
     from pss.runtime import processes as dist
@@ -128,8 +127,6 @@ def train(
         train_loader = pipelines.build(
             data, "train", train=True, loader=loader, label_maps=config.data.label_maps, **options
         )
-        if config.train.prefetch_mb:
-            train_loader = Prefetcher(train_loader, round(config.train.prefetch_mb * 2**20), world.device)
         val_loader = None
         try:
             # Accuracy is measured on the original bytes, which FFCV's files do not hold.

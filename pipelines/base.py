@@ -1,6 +1,7 @@
 """The contract every data loader fulfils, and the settings they share.
 
-A loader turns one split of a data set into uint8 batches on its device. What it delivers is a pure function of
+A loader turns one split of a data set into uint8 batches, which lie where they were decoded: on the host, in pinned
+memory if they are meant for a GPU, or on that. What it delivers is a pure function of
 (data set, settings, seed, epoch, rank, world size): order, crops and flips do not depend on the number of threads,
 on the back end or on where an interrupted run was resumed. Everything after the crop (flip, normalisation, mixing)
 happens once, for all back ends, in `pipelines.augment.device`.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 from annotated_types import Ge, Le
@@ -33,6 +34,7 @@ from pipelines.settings import (
 )
 
 if TYPE_CHECKING:  # conversion, and the processes it starts, need no torch
+    import torch
     from torch import Tensor
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -262,6 +264,18 @@ class Batch:
         It is `index` for copy 0 of every sample, and another number for each further copy.
         """
         return self.index if self.copy is None else self.index | self.copy << COPY_SHIFT
+
+    def to(self, device: torch.device) -> Batch:
+        """Images, labels and label maps on `device`, all else where it is. Nothing waits for a GPU: what is copied to
+        it goes from pinned memory, in the order of this thread's stream."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
+        maps = None if self.maps is None else moved(self.maps)
+        return replace(self, images=moved(self.images), labels=moved(self.labels), maps=maps)
 
 
 @runtime_checkable

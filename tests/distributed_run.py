@@ -42,14 +42,14 @@ def main() -> None:
         trainer = Trainer(
             config, *loaders, classes=list(pipelines.open_dataset(data).classes), output=output, world=world
         )
-        inputs = trainer._inputs
+        prepare = trainer.inputs._prepare
 
-        def record(batch):
+        def record(batch, epoch, step):
             at = trainer._position()
             seen.append((trainer.method.stage(at).rho, batch.index.tolist()))
-            return inputs(batch)
+            return prepare(batch, epoch, step)
 
-        trainer._inputs = record
+        trainer.inputs._prepare = record
         forward = trainer.method.forward
 
         def faulty(images, targets, at, *dense):

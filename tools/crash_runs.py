@@ -221,9 +221,16 @@ def _disturb(process: subprocess.Popen[str], one: Round, draw: random.Random) ->
 
 
 def _kill_all(process: subprocess.Popen[str]) -> None:
-    """Of the session that was started, whatever is left."""
+    """Of the run that was started, whatever is left: torchrun's processes have sessions of their own, and outlive it
+    where they are stopped."""
+    assert isinstance(process.args, list)
+    output = str(process.args[-1]).encode()
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if output in (folder / "cmdline").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
+                os.kill(int(folder.name), signal.SIGKILL)
     process.communicate()
 
 

@@ -69,7 +69,7 @@ class PlannedLoader(ABC):
             raise ValueError(f"the number of workers is {num_workers}; it must be at least 0")
         self.table, self.config, self.train = table, config, train
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.device = torch.device(device)
+        self.device = with_index(device)
         self.num_workers = cores_of_this_rank() if num_workers is None else num_workers
         self.num_classes = len(table.classes)
         self.num_samples = table.num_samples
@@ -211,7 +211,7 @@ class PlannedLoader(ABC):
         return crop_boxes(heights, widths, keys, seed=self.seed, epoch=epoch, config=self.config, train=self.train)
 
     def _batch(self, images: torch.Tensor, epoch: int, keys: Int64) -> Batch:
-        """Put beside `images` what the plan knows of them. They go to the loader's device, with labels and label maps.
+        """Put beside `images` what the plan knows of them.
 
         Windows are planned anew, 2 us an image, and not handed over by the back ends: so they cannot differ.
         """
@@ -220,11 +220,10 @@ class PlannedLoader(ABC):
         maps = None
         if self.label_maps is not None:
             maps = self.label_maps.rows(index, pin_memory=self.device.type == "cuda")
-            maps = maps.to(self.device, non_blocking=True)
         copies = self.train and self.config.repeats * self.config.decode_once > 1
         return Batch(
-            images.to(self.device, non_blocking=True),
-            torch.from_numpy(self.table.labels[index]).to(self.device),
+            images,
+            torch.from_numpy(self.table.labels[index]),
             torch.from_numpy(index),
             torch.from_numpy(copy_numbers(keys)) if copies else None,
             View(crop, torch.zeros(len(keys), dtype=torch.bool)),
@@ -274,6 +273,12 @@ class PlannedLoader(ABC):
     def close(self) -> None:
         """Stop and join all threads and processes."""
         self._closed = True
+
+
+def with_index(device: str | torch.device) -> torch.device:
+    """`device`, with its number: "cuda" alone means another one in a thread that has not been told."""
+    named = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if str(named) == "cuda" else named
 
 
 def cores_of_this_rank() -> int:

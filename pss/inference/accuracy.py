@@ -12,15 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines import crng
-from pipelines.base import Batch, DataError, Loader
+from pipelines.augment.device import DeviceTransform
+from pipelines.base import Batch, DataConfig, DataError, Loader
+from pipelines.loaders.prefetch import Inputs
 from pss.methods import Point
 from pss.models.sampling import drawing
 from pss.runtime.processes import World
 from pss.runtime.seeds import forked_generator
 
 Predict = Callable[[Tensor, Point], Any]
-Prepare = Callable[[Batch, int], Tensor]
 Observe = Callable[[Batch, Tensor, list[Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A batch, and its images as a model takes them: float32 (B, 3, S, S), normalised. On the model's device."""
+
+    batch: Batch
+    images: Tensor
+
+
+def evaluation_inputs(loader: Loader, config: DataConfig, device: torch.device) -> Inputs[Shown]:
+    """What a model is evaluated on, made ready while the batch before is predicted."""
+    transform = DeviceTransform(config, seed=0, train=False)
+
+    def prepare(batch: Batch, epoch: int, step: int) -> Shown:
+        return Shown(batch, transform(batch, epoch))
+
+    return Inputs(loader, prepare, device, prefetch_bytes=0)
 
 
 @dataclass(frozen=True)
@@ -51,8 +70,7 @@ class MacsOfImages:
 
 def accuracy(
     predict: Predict,
-    loader: Loader,
-    prepare: Prepare,
+    inputs: Inputs[Shown],
     world: World,
     *,
     points: Sequence[Point],
@@ -62,7 +80,7 @@ def accuracy(
     with_cost: bool = False,
     between: Callable[[], None] = lambda: None,
 ) -> list[Accuracy]:
-    """Accuracy at each operating point, over every image of the loader's split once, on any number of processes.
+    """Accuracy at each operating point, over every image of a split once, on any number of processes.
 
     Each batch is decoded once and predicted at all of `points`; `observe` is shown the batch, the images as the model
     takes them, and the logits (B, classes) of every point. `predict` returns logits; `with_cost` also what each image
@@ -74,14 +92,14 @@ def accuracy(
         DataError: the processes together did not see exactly the split's images.
     """
     totals = torch.zeros(len(points), 3, dtype=torch.float64, device=world.device)  # right, right in five, loss
-    costs = torch.zeros(len(points), loader.num_samples if with_cost else 0, dtype=torch.float64)
+    costs = torch.zeros(len(points), inputs.num_samples if with_cost else 0, dtype=torch.float64)
     seen = torch.zeros(1, dtype=torch.int64, device=world.device)
-    loader.set_epoch(0)
-    most = -(-loader.num_samples // (loader.batch_size * world.size))  # batches of a process
+    inputs.set_epoch(0)
+    most = -(-inputs.num_samples // (inputs.batch_size * world.size))  # batches of a process
     # What a sharded model gathers in inference mode it would keep for training, which cannot use it.
     with torch.no_grad() if in_step else torch.inference_mode():
-        for batch in loader:
-            images, labels = prepare(batch, 0), batch.labels
+        for shown in inputs:
+            batch, images, labels = shown.batch, shown.images, shown.batch.labels
             predicted = []
             for number, (row, point) in enumerate(zip(totals, points, strict=True)):
                 with autocast, draws_of(batch.index, images.device):
@@ -99,7 +117,7 @@ def accuracy(
             if observe is not None:
                 observe(batch, images, predicted)
             between()
-        for _ in range(most - len(loader)):
+        for _ in range(most - len(inputs)):
             for point in points if in_step else ():
                 with autocast, draws_of(batch.index[:1], images.device):
                     predict(images[:1], point)
@@ -107,9 +125,9 @@ def accuracy(
     world.sum(totals)
     world.sum(seen)
     count = int(seen)
-    if count != loader.num_samples:
+    if count != inputs.num_samples:
         raise DataError(
-            f"evaluation saw {count} images of a split of {loader.num_samples}; the loader lost or repeated some"
+            f"evaluation saw {count} images of a split of {inputs.num_samples}; the loader lost or repeated some"
         )
     rows = (totals / count).tolist()
     every = world.sum(costs.to(world.device)).cpu() if with_cost else costs

@@ -21,9 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from pipelines.augment.device import DeviceTransform
 from pipelines.base import Batch, DataConfig, Loader
-from pss.inference.accuracy import Accuracy, accuracy
+from pss.inference.accuracy import Accuracy, accuracy, evaluation_inputs
 from pss.inference.exhibit import Curator, Exhibit
 from pss.inference.opening import Run
 from pss.inference.plots import plot_sweep
@@ -162,7 +161,7 @@ def _evaluate(
     name: str, one: Run, points: Sequence[Point], loader: Loader, world: World
 ) -> tuple[list[Accuracy], list[Spread], Exhibit]:
     """Accuracy, speed with the loader, and the exhibit of one run at every operating point."""
-    prepare = DeviceTransform(one.config.data, seed=0, train=False)
+    inputs = evaluation_inputs(loader, one.config.data, world.device)
     curator = Curator(
         one.method,
         points=points,
@@ -178,8 +177,7 @@ def _evaluate(
 
         accuracies = accuracy(
             one.method.predict_with_cost if one.method.costs_vary else one.method.predict,
-            loader,
-            prepare,
+            inputs,
             world,
             points=points,
             autocast=autocast(one.config, world.device),
@@ -188,7 +186,7 @@ def _evaluate(
         )
     exhibit = curator.exhibit()
     calls = [partial(predict, one, point=point) for point in points]
-    return accuracies, loader_rates(calls, loader, prepare, device=world.device), exhibit
+    return accuracies, loader_rates(calls, inputs, device=world.device), exhibit
 
 
 def _gflops(one: Run, point: Point, result: Accuracy) -> Row:

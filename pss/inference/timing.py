@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.base import Batch, Loader
-
-Prepare = Callable[[Batch, int], Tensor]
+from pipelines.loaders.prefetch import Inputs
+from pss.inference.accuracy import Shown
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|calculation overflowed")
 
@@ -91,8 +90,7 @@ def latencies(calls: Sequence[Callable[[], Any]], *, device: torch.device, round
 @torch.inference_mode()
 def loader_rates(
     predicts: Sequence[Callable[[Tensor], Any]],
-    loader: Loader,
-    prepare: Prepare,
+    inputs: Inputs[Shown],
     *,
     device: torch.device,
     rounds: int = 3,
@@ -105,15 +103,15 @@ def loader_rates(
     """
 
     def rate(predict: Callable[[Tensor], Any]) -> float:
-        loader.set_epoch(0)
+        inputs.set_epoch(0)
         count, began = 0, time.perf_counter()
-        for number, batch in enumerate(loader):
-            predict(prepare(batch, 0))
-            if number == 0 and len(loader) > 1:
+        for number, shown in enumerate(inputs):
+            predict(shown.images)
+            if number == 0 and len(inputs) > 1:
                 _synchronize(device)
                 began = time.perf_counter()
                 continue
-            count += len(batch.labels)
+            count += len(shown.images)
             if time.perf_counter() - began > round_seconds:
                 break
         _synchronize(device)

@@ -12,12 +12,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.augment.device import DeviceTransform
-from pipelines.base import Batch, DataError, Loader
+from pipelines.base import DataError, Loader
+from pipelines.loaders.prefetch import Inputs
 from pss import methods
 from pss.config import Config
-from pss.inference.accuracy import accuracy
-from pss.methods import DenseTargets, Method, Phase, Progress, Step
+from pss.inference.accuracy import accuracy, evaluation_inputs
+from pss.methods import Method, Phase, Progress, Step
 from pss.models.settings import TrainedOn
 from pss.models.weights import Remedies, Report, start_from
 from pss.runtime.precision import autocast
@@ -25,6 +25,7 @@ from pss.runtime.processes import Vote, World
 from pss.runtime.seeds import seed_generator
 from pss.runtime.shards import whole
 from pss.training.guard import Guard, Statistics, skipping, update_average
+from pss.training.inputs import StepInputs, TrainingInputs
 from pss.training.optim import build_optimizer, set_rates
 from pss.training.parts import Parts
 from pss.training.reporting import Reporter, score_of
@@ -68,8 +69,6 @@ class Trainer:
         self.sharded = config.train.parallel == "fsdp" and world.size > 1
         self.autocast = autocast(config, world.device, keep_copies=not self.sharded)
         seed = config.train.seed
-        self.prepare = DeviceTransform(config.data, seed=seed, train=True)
-        self.prepare_val = DeviceTransform(config.data, seed=seed, train=False)
         seed_generator(seed)  # the same on every process: they must begin with the same weights
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch)
         self.method.model.trained_on = TrainedOn(tuple(classes), config.data.mean, config.data.std)
@@ -91,7 +90,14 @@ class Trainer:
             )
         self.compiled = not self.sharded and compile_levels(self.method, config.compile, world.device, self.total_steps)
         pixels = self.method.mixes(config) == "pixels"
-        self.mixing = build_mixing(config, len(classes), world.rank) if pixels else None
+        mixing = build_mixing(config, len(classes), world.rank) if pixels else None
+        self.inputs = Inputs(
+            train_loader,
+            TrainingInputs(config, self.method, mixing, self.steps_per_epoch),
+            world.device,
+            prefetch_bytes=round(config.train.prefetch_mb * 2**20),
+        )
+        self.val_inputs = evaluation_inputs(val_loader, config.data, world.device)
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
         self.guard = Guard(world.device, config.train.max_skipped)
@@ -150,6 +156,8 @@ class Trainer:
             self._finish()
             self._check_learnt()
         finally:
+            self.inputs.rest()
+            self.val_inputs.rest()
             self.reporter.close()
             self.saver.close()
         return self.row
@@ -173,17 +181,16 @@ class Trainer:
         """The loop: one epoch, or what is left of it."""
         engine.train()
         self.method.begin_epoch(self._position())
-        self.train_loader.set_epoch(self.epoch, self.step - self.epoch * self.steps_per_epoch)
+        self.inputs.set_epoch(self.epoch, self.step - self.epoch * self.steps_per_epoch)
         self.reporter.begin_epoch(resumed=self.step > self.epoch * self.steps_per_epoch)
-        batches = iter(self.train_loader)
+        every_inputs = iter(self.inputs)
         while self.step < min((self.epoch + 1) * self.steps_per_epoch, self.last_step):
-            batch, waited = self._next(batches)
+            inputs, waited = self._next(every_inputs)
             at = self._position()
             set_rates(self.optimizer, self.lr_schedule, self.step - first_step, self.method.lr_factors(at))
-            images, targets, dense = self._inputs(batch)
             statistics = Statistics(self.method)
             self.method.begin_step(at)
-            out = self._gradients(engine, images, targets, at, dense)
+            out = self._gradients(engine, inputs, at)
             self.method.mask_gradients(at)
             norm = whole(nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None]))
             skip, measured = self.guard.judge(out["loss"], norm, phase.optim.clip_grad)
@@ -201,7 +208,7 @@ class Trainer:
             self.method.zero_grad(set_to_none=True)  # also of what no optimizer has
             self.step += 1
             self.guard.look((p for p in self.method.parameters() if p.requires_grad), self.step)
-            self._report_step(images, measured, waited, at, out)
+            self._report_step(inputs.images, measured, waited, at, out)
             self._stop_or_save(stop)
         self._end_epoch(stop)
 
@@ -209,38 +216,23 @@ class Trainer:
         seed, rank = self.config.train.seed, self.world.rank
         return Progress(self.step, self.total_steps, self.epoch, self.epochs, seed, rank, self.phase)
 
-    def _next(self, batches: Iterator[Batch]) -> tuple[Batch, float]:
-        """The next batch, and the seconds it was waited for."""
+    def _next(self, every_inputs: Iterator[StepInputs]) -> tuple[StepInputs, float]:
+        """What the next step takes, and the seconds it was waited for."""
         began = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            raise DataError(f"the {self.train_loader.backend} loader ended at step {self.step}, before its epoch did")
-        return batch, time.perf_counter() - began
+        inputs = next(every_inputs, None)
+        if inputs is None:
+            raise DataError(f"the {self.inputs.backend} loader ended at step {self.step}, before its epoch did")
+        return inputs, time.perf_counter() - began
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, DenseTargets | None]:
-        """Augmented images and their targets, mixed where the loop mixes, and what a dense loss needs."""
-        wants, dense = self.method.wants(self.config), None
-        if wants:
-            images, view = self.prepare.with_view(batch, self.epoch)
-            dense = DenseTargets(view if "view" in wants else None, batch.maps if "maps" in wants else None)
-        else:
-            images = self.prepare(batch, self.epoch)
-        targets = batch.labels
-        if self.mixing is not None:
-            images, targets = self.mixing(images, targets, self.step)
-        return images, targets, dense
-
-    def _gradients(
-        self, engine: nn.Module, images: Tensor, targets: Tensor, at: Progress, dense: DenseTargets | None
-    ) -> dict[str, Tensor]:
+    def _gradients(self, engine: nn.Module, inputs: StepInputs, at: Progress) -> dict[str, Tensor]:
         """Forward and backward, in `train.accumulate` parts; returns the means of what the method returns for them.
 
         A part is what the process would compute that had it as its batch, were there as many: it draws the same random
         numbers, and sees buffers as that process would.
         """
         parts, sums = self.config.train.accumulate, dict[str, Tensor]()
-        extras = [()] * parts if dense is None else [(some,) for some in dense.chunk(parts)]
-        pieces = zip(images.chunk(parts), targets.chunk(parts), extras, strict=True)
+        extras = [()] * parts if inputs.dense is None else [(some,) for some in inputs.dense.chunk(parts)]
+        pieces = zip(inputs.images.chunk(parts), inputs.targets.chunk(parts), extras, strict=True)
         buffers = Parts(self.method, parts)
         for number, (some, their_targets, extra) in enumerate(pieces):
             rank = at.rank * parts + number
@@ -285,7 +277,7 @@ class Trainer:
             epoch=self.epoch,
             complete=complete,
             skipped=self.guard.check(self.step),
-            delivered_hash=self.train_loader.delivered_hash,
+            delivered_hash=self.inputs.delivered_hash,
         )
         self._save()  # whatever becomes of its validation, the epoch has been trained
         self._conclude(stop)
@@ -315,7 +307,7 @@ class Trainer:
 
     def _check_delivered(self) -> None:
         """Every sample of the plan, each as often as planned, also where the epoch was resumed in the middle."""
-        delivered, planned = self.train_loader.delivered_hash, self.train_loader.planned_hash(self.epoch)
+        delivered, planned = self.inputs.delivered_hash, self.inputs.planned_hash(self.epoch)
         if delivered != planned:
             raise DataError(
                 f"the {self.train_loader.backend} loader delivered other samples in epoch {self.epoch} than planned "
@@ -342,8 +334,7 @@ class Trainer:
             varying = self.method.costs_vary
             (result,) = accuracy(
                 model.predict_with_cost if varying else model.predict,
-                self.val_loader,
-                self.prepare_val,
+                self.val_inputs,
                 self.world,
                 points=self.method.points()[:1],
                 autocast=self.autocast,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from pss import methods, recipes
 from pss.inference import hub, sweep
-from pss.inference.accuracy import accuracy
+from pss.inference.accuracy import accuracy, evaluation_inputs
 from pss.inference.exhibit import Curator
 from pss.inference.opening import Run, checkpoint, load_run, open_run
 from pss.inference.timing import rates
@@ -127,11 +127,11 @@ def test_validation_draws_as_evaluation_does(folder):
         seen.append(torch.rand(1).item())  # what a method draws for itself
         return logits
 
-    prepare = sweep.DeviceTransform(run.config.data, seed=0, train=False)
     options = {"points": [0.5], "autocast": contextlib.nullcontext()}
     for _ in range(2):
         torch.rand(7)
-        accuracy(predict, MemoryLoader(train=False, batch_size=16), prepare, HERE, **options)
+        inputs = evaluation_inputs(MemoryLoader(train=False, batch_size=16), run.config.data, HERE.device)
+        accuracy(predict, inputs, HERE, **options)
     assert seen[:3] == seen[3:]
     assert len(set(seen)) == 3
 

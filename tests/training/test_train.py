@@ -13,7 +13,6 @@ from memory_loader import MemoryLoader
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.base import DataError
-from pipelines.loaders.prefetch import Prefetcher
 from pss import recipes
 from pss.attention import attend as attention
 from pss.runs import checkpoint
@@ -29,7 +28,7 @@ HERE = World(rank=0, size=1, device=torch.device("cpu"))
 SETTINGS = [
     "model.embed_dim=24", "model.depth=2", "model.drop_path_rate=0.2", "model.sort=random", "loss.mixup=0.8",
     "loss.cutmix=1.0", "train.epochs=4", "train.batch_size=8", "optim.warmup_epochs=1", "optim.clip_grad=1.0",
-    "train.log_every_steps=2", "train.ema_decay=0.9", "data.flip=0.5",
+    "train.log_every_steps=2", "train.ema_decay=0.9", "data.flip=0.5", "train.prefetch_mb=0",
 ]  # fmt: skip
 
 
@@ -313,7 +312,7 @@ def test_a_loader_that_delivers_other_samples_than_planned_is_an_error(tmp_path)
 
 def test_a_loader_that_loses_an_image_fails_validation(tmp_path):
     run = trainer(tmp_path)
-    run.val_loader.num_samples += 1
+    run.val_inputs.num_samples += 1
     with pytest.raises(DataError, match="saw 40 images of a split of 41"):
         run.fit()
 
@@ -456,21 +455,19 @@ def test_the_host_waits_for_the_gpu_at_the_log_only(tmp_path, mode):
         [*SETTINGS, f"compile.mode={mode}", "model.depth=1", "train.epochs=2", "train.log_every_steps=5"]
     )
     world = World(rank=0, size=1, device=torch.device("cuda", 0))
-    loaders = [Prefetcher(MemoryLoader(train=split == "train"), 1 << 24, "cuda") for split in ("train", "val")]
+    loaders = [MemoryLoader(train=split == "train") for split in ("train", "val")]
     run = Trainer(config, *loaders, classes=CLASSES, output=tmp_path, world=world)
-    prepare = run.prepare
+    begin_step = run.method.begin_step
 
-    def watched(batch, epoch):
+    def watched(at):
         forbid(run.step)
-        return prepare(batch, epoch)
+        begin_step(at)
 
-    run.prepare = watched
+    run.method.begin_step = watched
     try:
         assert run.fit()["step"] == 10
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        for loader in loaders:
-            loader.close()
 
 
 GROWING = ["data.progressive.start_size=16", "data.progressive.begin_epoch=2", "data.progressive.end_epoch=2"]

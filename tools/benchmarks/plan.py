@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pipelines.base import Batch
-from pipelines.loaders.prefetch import Prefetcher
+from pipelines.loaders.prefetch import bytes_of
 from pss import recipes
 from pss.config import Config
 from pss.planning.plan import plan, simulate
@@ -61,19 +61,14 @@ def configured(arguments: argparse.Namespace) -> Config:
 
 def trained(arguments: argparse.Namespace, batch_seconds: float, capacity: int) -> dict[str, Any]:
     """The last epoch's row of the log of a run with a loader that takes `batch_seconds` for a batch."""
-    config = configured(arguments)
     here = World(rank=0, size=1, device=torch.device("cpu"))
     loader = TimedLoader(arguments.batch, arguments.steps, batch_seconds)
-    queue = Prefetcher(loader, capacity * loader.images.nbytes)
+    room = (capacity + 0.5) * bytes_of(next(iter(TimedLoader(arguments.batch, 1, 0.0))))
+    config = configured(arguments).with_settings([f"train.prefetch_mb={room / 2**20}"])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
-        try:
-            validation = TimedLoader(arguments.batch, 1, 0.0)
-            Trainer(
-                config, queue, validation, classes=[str(i) for i in range(CLASSES)], output=output, world=here
-            ).fit()
-        finally:
-            queue.close()
+        validation = TimedLoader(arguments.batch, 1, 0.0)
+        Trainer(config, loader, validation, classes=[str(i) for i in range(CLASSES)], output=output, world=here).fit()
         row: dict[str, Any] = read_rows(output, "epoch")[-1]
         return row
 

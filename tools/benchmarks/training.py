@@ -34,12 +34,13 @@ import torch
 
 import pipelines
 from pipelines import Batch
-from pipelines.loaders.prefetch import Prefetcher
+from pipelines.loaders.prefetch import Inputs
 from pipelines.probe import probe
 from pss import recipes
 from pss.config import Config
 from pss.methods import Stage, mean_tokens
 from pss.runtime.processes import World
+from pss.training.inputs import StepInputs
 from pss.training.setup import position_of
 from pss.training.trainer import Trainer
 from tools.benchmarks.measure import Result, cells, conclude, parser, peak_tflops, spread, table, told
@@ -102,25 +103,27 @@ class Handout:
 
 
 class Timed:
-    """A loader that notes when it hands out batches, and ends the run after `last_step`, or `seconds` after `warm`."""
+    """A run's inputs, noting when they are handed out; ends the run after `last_step`, or `seconds` after `warm`."""
 
-    def __init__(self, loader: Any, device: torch.device, warm: int, last_step: int | None, seconds: float) -> None:
-        self.loader, self.device, self.warm, self.last_step, self.seconds = loader, device, warm, last_step, seconds
+    def __init__(
+        self, inputs: Inputs[StepInputs], device: torch.device, warm: int, last_step: int | None, seconds: float
+    ) -> None:
+        self.inputs, self.device, self.warm, self.last_step, self.seconds = inputs, device, warm, last_step, seconds
         self.handouts: list[Handout] = []
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
+        return getattr(self.inputs, name)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         self.epoch = epoch
-        self.loader.set_epoch(epoch, start_step)
+        self.inputs.set_epoch(epoch, start_step)
 
-    def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.loader)
+    def __iter__(self) -> Iterator[StepInputs]:
+        every = iter(self.inputs)
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
+            given_inputs = next(every, None)
+            if given_inputs is None:
                 return
             event = None
             if self.device.type == "cuda":
@@ -132,7 +135,7 @@ class Timed:
                 raise Enough
             if step > self.warm and given - self.handouts[self.warm].given > self.seconds:
                 raise Enough
-            yield batch
+            yield given_inputs
 
 
 class Utilisation:
@@ -198,8 +201,7 @@ def build_loaders(
         pipelines.build(arguments.data, split, train=split == "train", loader=backend, **options)
         for split in ("train", "val")
     )
-    ahead = Prefetcher(train, round(config.train.prefetch_mb * 2**20), device)
-    return [ahead, val], list(pipelines.open_dataset(arguments.data).classes), None
+    return [train, val], list(pipelines.open_dataset(arguments.data).classes), None
 
 
 def measured(arguments: argparse.Namespace) -> Result:
@@ -216,11 +218,12 @@ def measured(arguments: argparse.Namespace) -> Result:
     config = recipes.get(arguments.recipe).with_settings(usual).with_settings(arguments.set)
     loaders, classes, last_step = build_loaders(arguments, config, device)
     try:
-        timed = Timed(loaders[0], device, arguments.cycle_steps, last_step, arguments.seconds)
         with tempfile.TemporaryDirectory() as folder, Utilisation(device) as utilisation:
             world = World(rank=0, size=1, device=device)
             options: dict[str, Any] = {"classes": classes, "output": Path(folder), "world": world}
-            trainer = Trainer(config, timed, loaders[1], **options)  # type: ignore[arg-type]
+            trainer = Trainer(config, loaders[0], loaders[1], **options)
+            timed = Timed(trainer.inputs, device, arguments.cycle_steps, last_step, arguments.seconds)
+            trainer.inputs = timed  # type: ignore[assignment]
             with contextlib.suppress(Enough):
                 trainer.fit()
             if device.type == "cuda":

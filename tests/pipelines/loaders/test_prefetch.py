@@ -15,9 +15,9 @@ from memory_loader import MemoryLoader
 from test_loaders import same
 
 from pipelines import Batch, DataConfig, DataError, Loader, build
-from pipelines.loaders.prefetch import Prefetcher
+from pipelines.loaders.prefetch import Inputs, Prefetcher, bytes_of, tensors_of
 
-BATCH_BYTES = 8 * 3 * 32 * 32
+BATCH_BYTES = bytes_of(next(iter(MemoryLoader())))
 
 
 class Hashed(MemoryLoader):
