@@ -71,7 +71,11 @@ class Watch:
 
     def complain(self, what: str) -> None:
         place = next(
-            (f"{frame.filename}:{frame.lineno}" for frame in reversed(traceback.extract_stack()) if "/pipelines/" in frame.filename),
+            (
+                f"{frame.filename}:{frame.lineno}"
+                for frame in reversed(traceback.extract_stack())
+                if "/pipelines/" in frame.filename
+            ),
             "",
         )
         self.violations.append(f"{what} (in {threading.current_thread().name}, {place})")
@@ -172,26 +176,46 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     """Within, "cuda" devices are watched ones; afterwards there must be no violation."""
     global _watch
     watch = _watch = Watch()
-    pinned: weakref.WeakSet[Any] = weakref.WeakSet()
-    to, is_pinned = torch.Tensor.to, torch.Tensor.is_pinned
+    if not torch.cuda.is_available():
+        torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]  # which does nothing, and asks no driver
+    to = torch.Tensor.to
 
     def pin(tensor: torch.Tensor) -> torch.Tensor:
         copy = tensor.clone()
-        pinned.add(copy)
+        copy.page_locked = True  # type: ignore[attr-defined]
         return copy
+
+    def is_pinned(tensor: torch.Tensor) -> bool:
+        return getattr(tensor, "page_locked", False)
 
     def moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         device = next((one for one in (*args, kwargs.get("device")) if isinstance(one, torch.device | str)), None)
-        if device is None or torch.device(device).type != "cuda" or isinstance(tensor, OnDevice):
+        if device is None or torch.device(device).type != "cuda":
             return to(tensor, *args, **kwargs)
-        if tensor not in pinned or not kwargs.get("non_blocking"):
+        if isinstance(tensor, OnDevice):
+            others = [one for one in args if one is not device]
+            kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+            return to(tensor, *others, **kwargs) if others or kwargs.keys() - {"non_blocking"} else tensor
+        if not is_pinned(tensor) or not kwargs.get("non_blocking"):
             watch.complain("a copy to the device waits, as it is not from pinned memory or not non_blocking")
         copy = OnDevice.of(tensor.clone())
         watch.launch("copy to the device", [], [copy.memory])
         return copy
 
+    def made_there(make: Any) -> Any:
+        def on_device(*args: Any, **kwargs: Any) -> Any:
+            if (device := kwargs.get("device")) is None or torch.device(device).type != "cuda":
+                return make(*args, **kwargs)
+            made = OnDevice.of(make(*args, **{**kwargs, "device": "cpu"}))
+            watch.launch(make.__name__, [], [made.memory])
+            return made
+
+        return on_device
+
+    for name in ("arange", "empty", "full", "ones", "zeros"):
+        monkeypatch.setattr(torch, name, made_there(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor in pinned or is_pinned(tensor))
+    monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)
     monkeypatch.setattr(torch.Tensor, "to", moved)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", watch.on)

@@ -101,6 +101,11 @@ class _Queue(Generic[Item]):
             self.changed.notify_all()
             return entry
 
+    def reserve(self, num_bytes: int) -> None:
+        with self.changed:
+            self.reserved = num_bytes
+            self.changed.notify_all()
+
     def stop(self) -> None:
         with self.changed:
             self.stopping = True
@@ -297,7 +302,8 @@ class Prefetcher(_Ahead[Batch]):
 
     def reserve(self, num_bytes: int) -> None:
         """Count so much of the capacity as used by what others made of the batches."""
-        self._reserved = self._queue.reserved = num_bytes
+        self._reserved = num_bytes
+        self._queue.reserve(num_bytes)
 
     def _new_queue(self) -> _Queue[Batch]:
         queue = super()._new_queue()
@@ -341,6 +347,8 @@ class Inputs(_Ahead[Item]):
         super().__init__(source, 1, device, timeout + 10)
         self.overlap = self.device.type == "cuda" if overlap is None else overlap
         self._prepare = prepare
+        if self.overlap and isinstance(source, Prefetcher):
+            source.reserve(prefetch_bytes)  # until it is known how large prepared batches are
 
     def _make(self, batch: Batch, epoch: int, step: int) -> Item:
         item = self._prepare(batch.to(self.device), epoch, step)

@@ -15,7 +15,7 @@ from memory_loader import MemoryLoader
 from test_loaders import same
 
 from pipelines import Batch, DataConfig, DataError, Loader, build
-from pipelines.loaders.prefetch import Inputs, Prefetcher, bytes_of, tensors_of
+from pipelines.loaders.prefetch import Prefetcher, bytes_of
 
 BATCH_BYTES = bytes_of(next(iter(MemoryLoader())))
 
