@@ -169,7 +169,7 @@ def ffcv_case(data: Path, root: Path, config: DataConfig, arguments: argparse.Na
 def device_case(root: Path, config: DataConfig, arguments: argparse.Namespace) -> Case:
     """What the recipe does to a batch after any of our loaders, over and over to one batch."""
     recipe = replace(config, rand_augment=SPEC, erasing=0.25)
-    batch = next(our_case(root, config, "torch", arguments).batches())
+    batch = next(our_case(root, config, "torch", arguments).batches()).to(torch.device(arguments.device))
     transform = DeviceTransform(recipe, seed=0, train=True)
     mixing = Mixing(MixingConfig(mixup_alpha=0.8, cutmix_alpha=1.0), NUM_CLASSES, seed=0, rank=0, label_smoothing=0.1)
     steps = count()

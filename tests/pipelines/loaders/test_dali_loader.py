@@ -201,8 +201,8 @@ def test_dali_accepts_the_graph_for_a_gpu(
 def test_on_a_gpu_it_shows_the_same_images(split: str, decoding: GpuDecoding, converted_root: Path, make: Make) -> None:
     loader = make(DaliLoader, split, device="cuda", config=replace(CONFIG, gpu_decoding=decoding))
     batches = list(loader)
-    assert all(batch.images.is_cuda and batch.labels.is_cuda for batch in batches)
-    on_host = [replace(batch, images=batch.images.cpu(), labels=batch.labels.cpu()) for batch in batches]
+    assert all(batch.images.is_cuda for batch in batches)
+    on_host = [replace(batch, images=batch.images.cpu()) for batch in batches]
     assert differences(on_host, reference(converted_root, split)).mean() < 2.0
 
 

@@ -321,15 +321,16 @@ def _damage_beton(path: Path, sample: int, damage: str) -> None:
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(("backend", "tolerance"), [("torch", 0.0), ("dali", 3.0), ("ffcv", 6.0)])
 def test_batches_reach_the_gpu(backend: str, tolerance: float, split: str, make: Make) -> None:
-    """The reference's samples and crops, kept intact while the GPU is busy and further batches arrive."""
+    """The reference's samples and crops, kept intact while the GPU is busy and further batches are made ready."""
     if reason := missing(backend):
         pytest.skip(reason)
     reference = epoch_of(make("torch", split), 1)
     busy = torch.zeros(4096, 4096, device="cuda")
     loader = make(backend, split, device="cuda", num_workers=2)
     copies = []
-    loader.set_epoch(1)
-    for batch in loader:
+    inputs = Inputs(loader, lambda batch, epoch, step: batch, "cuda", prefetch_bytes=1 << 20)
+    inputs.set_epoch(1)
+    for batch in inputs:
         assert batch.images.device.type == batch.labels.device.type == "cuda"
         assert batch.index.device.type == "cpu"
         for _ in range(20):
@@ -373,7 +374,8 @@ def test_a_killed_trainer_leaves_nothing_behind(backend: str, converted_root: Pa
 
 def test_decoding_threads_leave_torchs_threads_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each runs its operators alone; the caller's setting, and that of threads to come, stays."""
-    from pipelines.loaders.torch_loader import Decoder
+    from pipelines.loaders.prefetch import Inputs
+from pipelines.loaders.torch_loader import Decoder
 
     inside, later = [], []
     decode = Decoder.decode

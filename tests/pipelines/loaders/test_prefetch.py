@@ -197,19 +197,3 @@ def test_an_iteration_left_early_leaves_nothing_behind() -> None:
 def test_a_capacity_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="capacity is 0"):
         Prefetcher(Hashed(), 0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_batches_are_on_the_device_when_they_arrive() -> None:
-    maps = np.arange(80)
-    expected = list(Hashed(80))
-    for batch, wanted in zip(Prefetcher(Hashed(80, maps=maps), 3 * BATCH_BYTES, "cuda"), expected, strict=True):
-        assert batch.images.is_cuda
-        assert batch.labels.is_cuda
-        assert not batch.index.is_cuda
-        assert torch.equal(batch.images.cpu(), wanted.images)
-        assert torch.equal(batch.labels.cpu(), wanted.labels)
-        assert batch.maps is not None
-        assert batch.maps.is_cuda
-        assert torch.equal(batch.maps.cpu(), wanted.index)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipelines import Batch, DataConfig, DataError, Loader, View, build
 from pipelines.augment.device import DeviceTransform
-from pipelines.loaders.prefetch import Prefetcher
+from pipelines.loaders.prefetch import Inputs, Prefetcher
 
 NUM_TRAIN, NUM_VAL = 37, 19
 SHORTEST = MAX_SIZE * 160 // 260
@@ -259,10 +259,15 @@ def test_a_resumed_run_has_the_label_maps_it_was_started_with(maps: Path, tmp_pa
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_on_a_gpu_maps_and_the_complete_view_are_there(backend: str, ahead: bool, maps: Path, make: Make) -> None:
     reference = epoch_of(make("torch", label_maps=maps), 1)
-    loader = make(backend, label_maps=maps, device="cuda")
-    loader = Prefetcher(loader, 1 << 20, "cuda") if ahead else loader
+    inputs = Inputs(
+        make(backend, label_maps=maps, device="cuda"),
+        lambda batch, epoch, step: batch,
+        "cuda",
+        prefetch_bytes=1 << 20 if ahead else 0,
+    )
     transform = DeviceTransform(CONFIG, seed=9, train=True)
-    for batch, expected in zip(epoch_of(loader, 1), reference, strict=True):
+    inputs.set_epoch(1)
+    for batch, expected in zip(inputs, reference, strict=True):
         assert batch.view is not None
         assert batch.maps is not None
         assert expected.maps is not None
@@ -274,4 +279,4 @@ def test_on_a_gpu_maps_and_the_complete_view_are_there(backend: str, ahead: bool
         assert values.device == view.crop.device == view.flipped.device == batch.images.device
         assert torch.equal(view.crop.cpu(), on_host.crop)
         assert torch.equal(view.flipped.cpu(), on_host.flipped)
-    loader.close()
+    inputs.close()
