@@ -31,6 +31,7 @@ from torchvision.transforms import v2
 from pipelines import Batch, DataConfig, DataError, Loader, build, choose_backend, open_dataset
 from pipelines.base import Progressive
 from pipelines.conversion.convert import PROFILES
+from pipelines.loaders.prefetch import Inputs
 from pipelines.storage.beton import JPEG, RAW
 from pipelines.storage.manifest import read_manifest
 
@@ -374,8 +375,7 @@ def test_a_killed_trainer_leaves_nothing_behind(backend: str, converted_root: Pa
 
 def test_decoding_threads_leave_torchs_threads_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each runs its operators alone; the caller's setting, and that of threads to come, stays."""
-    from pipelines.loaders.prefetch import Inputs
-from pipelines.loaders.torch_loader import Decoder
+    from pipelines.loaders.torch_loader import Decoder
 
     inside, later = [], []
     decode = Decoder.decode
