@@ -1,0 +1,100 @@
+"""Augmentation of a batch on a GPU in a few launches; see `pipelines.augment.kernels` for how.
+
+Needs Triton and a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1), which runs the kernels on a CPU, slowly.
+Everything happens on the current stream of the batch's device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton  # type: ignore[import-untyped,unused-ignore]
+from torch import Tensor
+
+from pipelines.augment import kernels as kernels
+from pipelines.augment.plan import HEAD, LAYER, NEEDS_COUNTS, NEEDS_TABLES
+
+_COUNTS = 3 * 256 + 1
+_BLOCK, _COUNTED_BLOCKS = 512, 8
+"""Pixels that a program changes, and such blocks whose levels a program counts."""
+EXACT = {"enable_fp_fusion": False}
+"""A multiplication and an addition are two roundings, as torch's are."""
+
+
+@torch.library.custom_op("pss::augment", mutates_args=())
+def augment(
+    images: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    passes: Sequence[int],
+    scale: Sequence[float],
+    shift: Sequence[float],
+    fill: Sequence[int],
+    bicubic: bool,
+) -> Tensor:
+    """A batch, augmented and normalised.
+
+    Args:
+        images: uint8 (B, 3, S, S) in any layout.
+        table, passes: The two parts of a `pipelines.augment.plan.Plan`, the table on the device of `images`.
+        noise: `RandomErasing.noise_table`, float32 (2^16,); None where nothing is erased.
+        scale, shift: For each channel, what grey levels are multiplied by and what is then added.
+        fill: Grey levels of R, G, B that come in from outside the image.
+        bicubic: Whether moved pixels are interpolated so; bilinear otherwise.
+
+    Returns:
+        float32 (B, 3, S, S), contiguous.
+    """
+    num_images, _, side, _ = images.shape
+    out = images.new_empty(images.shape, dtype=torch.float32)
+    if not num_images:  # there is no launching nothing
+        return out
+    num_layers, num_pixels = len(passes), side * side
+    # Layers write the two buffers in turn, and the last one the result.
+    buffers = [images.new_empty(images.shape) for _ in range(min(num_layers - 1, 2))] or [images]
+    num_counted = sum(bool(needs & NEEDS_COUNTS) for needs in passes)
+    counts = iter(table.new_zeros((num_counted, num_images, _COUNTS)) if num_counted else ())
+    tables = images.new_empty((num_images, 3, 256))
+    num_words, strides = table.shape[1], images.stride()
+    with _on_device_of(images):
+        for number, needs in enumerate(passes):
+            layer, last = HEAD + LAYER * number, number == num_layers - 1
+            source = buffers[(number - 1) % len(buffers)]
+            own = table  # read by no kernel
+            if needs & NEEDS_COUNTS:
+                own = next(counts)
+                kernels.count_levels[(triton.cdiv(num_pixels, _BLOCK * _COUNTED_BLOCKS) * num_images,)](
+                    images, source, table, own, num_words, layer, side, *strides,
+                    BLOCK=_BLOCK, NUM_BLOCKS=_COUNTED_BLOCKS, num_warps=4, **EXACT,
+                )  # fmt: skip
+            if needs & NEEDS_TABLES:
+                kernels.write_tables[(3 * num_images,)](
+                    table, own, tables, num_words, layer, num_pixels, num_warps=1, **EXACT
+                )
+            kernels.apply_layer[(triton.cdiv(num_pixels, _BLOCK) * num_images,)](
+                images, source, out if last else buffers[number % len(buffers)], table, tables,
+                out if noise is None else noise, num_words, layer, side, *strides, *fill, *scale, *shift,
+                BICUBIC=bicubic, LAST=last, BLOCK=_BLOCK, num_warps=4, **EXACT,
+            )  # fmt: skip
+    return out
+
+
+@augment.register_fake
+def _(
+    images: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    passes: Sequence[int],
+    scale: Sequence[float],
+    shift: Sequence[float],
+    fill: Sequence[int],
+    bicubic: bool,
+) -> Tensor:
+    return images.new_empty(images.shape, dtype=torch.float32)
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors' is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
