@@ -14,7 +14,7 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
 from pipelines.augment import kernels as kernels
-from pipelines.augment.plan import HEAD, LAYER, NEEDS_COUNTS, NEEDS_TABLES
+from pipelines.augment.plan import HEAD, LAYER, batched_ends
 
 _COUNTS = 3 * 256 + 1
 _BLOCK, _COUNTED_BLOCKS = 512, 8
@@ -28,7 +28,7 @@ def augment(
     images: Tensor,
     table: Tensor,
     noise: Tensor | None,
-    passes: Sequence[int],
+    ends: Sequence[int],
     scale: Sequence[float],
     shift: Sequence[float],
     fill: Sequence[int],
@@ -38,7 +38,7 @@ def augment(
 
     Args:
         images: uint8 (B, 3, S, S) in any layout.
-        table, passes: The two parts of a `pipelines.augment.plan.Plan`, the table on the device of `images`.
+        table, ends: The two parts of a `pipelines.augment.plan.Plan`, the table on the device of `images`.
         noise: `RandomErasing.noise_table`, float32 (2^16,); None where nothing is erased.
         scale, shift: For each channel, what grey levels are multiplied by and what is then added.
         fill: Grey levels of R, G, B that come in from outside the image.
@@ -51,33 +51,37 @@ def augment(
     out = images.new_empty(images.shape, dtype=torch.float32)
     if not num_images:  # there is no launching nothing
         return out
-    num_layers, num_pixels = len(passes), side * side
+    layers, num_pixels = batched_ends(ends), side * side
     # Layers write the two buffers in turn, and the last one the result.
-    buffers = [images.new_empty(images.shape) for _ in range(min(num_layers - 1, 2))] or [images]
-    num_counted = sum(bool(needs & NEEDS_COUNTS) for needs in passes)
+    buffers = [images.new_empty(images.shape) for _ in layers[1:3]] or [images]
+    num_counted = sum(counted > 0 for counted, *_ in layers)
     counts = iter(table.new_zeros((num_counted, num_images, _COUNTS)) if num_counted else ())
     tables = images.new_empty((num_images, 3, 256))
     num_words, strides = table.shape[1], images.stride()
     with _on_device_of(images):
-        for number, needs in enumerate(passes):
-            layer, last = HEAD + LAYER * number, number == num_layers - 1
+        for number, (counted, tabled, pointwise, gathered) in enumerate(layers):
+            layer, last = HEAD + LAYER * number, number == len(layers) - 1
             source = buffers[(number - 1) % len(buffers)]
+            target = out if last else buffers[number % len(buffers)]
             own = table  # read by no kernel
-            if needs & NEEDS_COUNTS:
+            if counted:
                 own = next(counts)
-                kernels.count_levels[(triton.cdiv(num_pixels, _BLOCK * _COUNTED_BLOCKS) * num_images,)](
+                kernels.count_levels[(triton.cdiv(num_pixels, _BLOCK * _COUNTED_BLOCKS) * counted,)](
                     images, source, table, own, num_words, layer, side, *strides,
                     BLOCK=_BLOCK, NUM_BLOCKS=_COUNTED_BLOCKS, num_warps=4, **EXACT,
                 )  # fmt: skip
-            if needs & NEEDS_TABLES:
-                kernels.write_tables[(3 * num_images,)](
+            if tabled:
+                kernels.write_tables[(3 * tabled,)](
                     table, own, tables, num_words, layer, num_pixels, num_warps=1, **EXACT
                 )
-            kernels.apply_layer[(triton.cdiv(num_pixels, _BLOCK) * num_images,)](
-                images, source, out if last else buffers[number % len(buffers)], table, tables,
-                out if noise is None else noise, num_words, layer, side, *strides, *fill, *scale, *shift,
-                BICUBIC=bicubic, LAST=last, BLOCK=_BLOCK, num_warps=4, **EXACT,
-            )  # fmt: skip
+            for first, end, gather in ((0, pointwise, False), (pointwise, gathered, True)):
+                if first == end:
+                    continue
+                kernels.apply_layer[(3 * triton.cdiv(num_pixels, _BLOCK) * (end - first),)](
+                    images, source, target, table, tables, out if noise is None else noise,
+                    first, num_words, layer, side, *strides, *fill, *scale, *shift,
+                    BICUBIC=bicubic, GATHERED=gather, LAST=last, BLOCK=_BLOCK, num_warps=4, **EXACT,
+                )  # fmt: skip
     return out
 
 
@@ -86,7 +90,7 @@ def _(
     images: Tensor,
     table: Tensor,
     noise: Tensor | None,
-    passes: Sequence[int],
+    ends: Sequence[int],
     scale: Sequence[float],
     shift: Sequence[float],
     fill: Sequence[int],

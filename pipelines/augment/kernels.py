@@ -3,8 +3,7 @@
 `plan` is the table of `pipelines.augment.plan`, one row of `num_words` per image; `layer` is the first word of a layer
 in it. `images` are the loader's pixels, uint8 (B, 3, S, S) with the strides given; `source` and `target` are what the
 layer before has left and what this one leaves, contiguous. A program works on one image, so that the choice of its
-operation is a branch that all of its threads take together; images that have no step in a layer cost a few programs
-that end at once.
+step is a branch that all of its threads take together, and a launch on a part of the layer's list of images.
 
 Results equal those of `point`, `geometric` and `neighbourhood`, which hold the reasons. To the last bit where
 multiplications and additions are not fused: launch with `enable_fp_fusion=False`.
@@ -19,7 +18,7 @@ import triton.language as tl
 from pipelines.augment import plan as plans
 from pipelines.augment.operations import Op
 
-_HEAD = tl.constexpr(plans.HEAD)
+_LIST = tl.constexpr(plans.LAYER - 1)
 _FRESH = tl.constexpr(plans.FRESH)
 _AUTO_CONTRAST = tl.constexpr(int(Op.AUTO_CONTRAST))
 _EQUALIZE = tl.constexpr(int(Op.EQUALIZE))
@@ -32,7 +31,6 @@ _CONTRAST = tl.constexpr(int(Op.CONTRAST))
 _COLOR = tl.constexpr(int(Op.COLOR))
 _SHARPNESS = tl.constexpr(int(Op.SHARPNESS))
 _BLUR_ROWS = tl.constexpr(int(Op.BLUR))
-_BLUR_COLUMNS = tl.constexpr(plans.BLUR_COLUMNS)
 _SHIFT_ROWS = tl.constexpr(int(Op.SHEAR_X))
 _SHIFT_COLUMNS = tl.constexpr(int(Op.SHEAR_Y))
 _ROTATE = tl.constexpr(int(Op.ROTATE))
@@ -41,7 +39,13 @@ _FLAT = tl.constexpr(2.0**-10)  # as in `geometric`
 _COUNTS = tl.constexpr(3 * 256 + 1)  # per image: of each level of each channel, and the sum of the grey values
 
 # Numbers that differ between layers, image sizes and memory formats: each would compile the kernels again.
-_VARYING = ("num_words", "layer", "side", "stride_image", "stride_channel", "stride_row", "stride_column")
+_VARYING = ("num_words", "first_image", "layer", "side", "stride_image", "stride_channel", "stride_row", "stride_column")
+
+
+@triton.jit
+def _image(plan, index, num_words, layer):
+    """Number `index` of the images listed for a layer."""
+    return tl.load(plan + index * num_words + layer + _LIST)
 
 
 @triton.jit
@@ -96,7 +100,7 @@ def count_levels(
     Sums of whole numbers: no order of the additions changes them.
     """
     num_parts = tl.cdiv(side * side, BLOCK * NUM_BLOCKS)
-    image = (tl.program_id(0) // num_parts).to(tl.int64)
+    image = _image(plan, tl.program_id(0) // num_parts, num_words, layer)
     first = tl.program_id(0) % num_parts * (BLOCK * NUM_BLOCKS)
     row = plan + image * num_words
     word = tl.load(row + layer).to(tl.int32)
@@ -116,7 +120,7 @@ def count_levels(
             blue = tl.load(place + 2 * channel, mask=there, other=0).to(tl.int32)
             total += _luma(red, green, blue)
         tl.atomic_add(own + 768, tl.sum(total, 0).to(tl.int64), sem="relaxed")
-    elif (step == _AUTO_CONTRAST) | (step == _EQUALIZE):
+    else:  # auto-contrast and equalisation
         levels = tl.arange(0, 256)
         for number in range(3):
             histogram = tl.zeros((256,), tl.int32)
@@ -133,7 +137,7 @@ def count_levels(
 @triton.jit(do_not_specialize=("num_words", "layer", "num_pixels"))
 def write_tables(plan, counts, tables, num_words, layer, num_pixels):
     """What becomes of every grey level of one image's channel: `tables`, uint8 (B, 3, 256)."""
-    image = (tl.program_id(0) // 3).to(tl.int64)
+    image = _image(plan, tl.program_id(0) // 3, num_words, layer)
     number = tl.program_id(0) % 3
     row = plan + image * num_words
     step = tl.load(row + layer).to(tl.int32) % _FRESH
@@ -154,7 +158,7 @@ def write_tables(plan, counts, tables, num_words, layer, num_pixels):
         total = tl.load(counts + image * _COUNTS + 768)
         mean = ((2 * total + num_pixels) // (2 * num_pixels)).to(tl.float32)
         value = _blend(mean, levels.to(tl.float32), argument.to(tl.float32))
-    elif (step == _AUTO_CONTRAST) | (step == _EQUALIZE):
+    else:  # auto-contrast and equalisation
         histogram = tl.load(counts + image * _COUNTS + number * 256 + levels).to(tl.int32)
         low = tl.min(tl.where(histogram > 0, levels, 255), 0)
         high = tl.max(tl.where(histogram > 0, levels, 0), 0)
@@ -169,13 +173,12 @@ def write_tables(plan, counts, tables, num_words, layer, num_pixels):
             darker = tl.cumsum(histogram, 0) - histogram
             even = tl.minimum((darker + width // 2) // tl.maximum(width, 1), 255)
             value = tl.where(width > 0, even, levels)
-    if (step >= _AUTO_CONTRAST) & (step <= _CONTRAST):
-        tl.store(tables + tl.program_id(0) * 256 + levels, value.to(tl.uint8))
+    tl.store(tables + (image * 3 + number) * 256 + levels, value.to(tl.uint8))
 
 
 @triton.jit
-def _looked_up(table, place):
-    return tl.load(table + tl.load(place).to(tl.int32)).to(tl.int32)
+def _of_channel(number, red, green, blue):
+    return tl.where(number == 0, red, tl.where(number == 1, green, blue))
 
 
 @triton.jit
@@ -228,7 +231,8 @@ def _weights(fraction, BICUBIC: tl.constexpr):
 
 
 @triton.jit
-def _shifted(start, stride, first, side, weights, BICUBIC: tl.constexpr):
+def _shifted(start, stride, first, side, fraction, BICUBIC: tl.constexpr):
+    weights = _weights(fraction, BICUBIC)
     value = tl.full(first.shape, _FLAT, tl.float32)
     for tap in tl.static_range(4 if BICUBIC else 2):
         where = tl.minimum(tl.maximum(first + tap - (1 if BICUBIC else 0), 0), side - 1)
@@ -237,7 +241,8 @@ def _shifted(start, stride, first, side, weights, BICUBIC: tl.constexpr):
 
 
 @triton.jit
-def _turned(start, line, column, first_y, first_x, side, weights_y, weights_x, BICUBIC: tl.constexpr):
+def _turned(start, line, column, first_y, first_x, side, fraction_y, fraction_x, BICUBIC: tl.constexpr):
+    weights_y, weights_x = _weights(fraction_y, BICUBIC), _weights(fraction_x, BICUBIC)
     value = tl.full(first_x.shape, _FLAT, tl.float32)
     for down in tl.static_range(4 if BICUBIC else 2):
         y = tl.minimum(tl.maximum(first_y + down - (1 if BICUBIC else 0), 0), side - 1)
@@ -273,6 +278,7 @@ def apply_layer(
     plan,
     tables,
     noise,
+    first_image,
     num_words,
     layer,
     side,
@@ -290,100 +296,82 @@ def apply_layer(
     shift_green,
     shift_blue,
     BICUBIC: tl.constexpr,
+    GATHERED: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One step of `BLOCK` pixels of an image; the last one also normalises and erases, into float32."""
+    """One step of `BLOCK` pixels of an image's channel; the last one also normalises and erases, into float32.
+
+    Three channels at a time would need so many registers for the heaviest steps that few threads had room.
+    """
+    number = tl.program_id(0) % 3
     num_blocks = tl.cdiv(side * side, BLOCK)
-    image = (tl.program_id(0) // num_blocks).to(tl.int64)
+    image = _image(plan, first_image + tl.program_id(0) // (3 * num_blocks), num_words, layer)
     row = plan + image * num_words
     word = tl.load(row + layer).to(tl.int32)
     step = word % _FRESH
-    if LAST or step > 0:
-        pixel = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
-        there = pixel < side * side
-        pixel = tl.minimum(pixel, side * side - 1)
-        y, x = pixel // side, pixel % side
-        base, channel, line, column = _pixels(
-            images, source, row, image, word, side, stride_image, stride_channel, stride_row, stride_column
-        )
-        green_base, blue_base = base + channel, base + 2 * channel
+    pixel = tl.program_id(0) // 3 % num_blocks * BLOCK + tl.arange(0, BLOCK)
+    there = pixel < side * side
+    pixel = tl.minimum(pixel, side * side - 1)
+    y, x = pixel // side, pixel % side
+    base, channel, line, column = _pixels(
+        images, source, row, image, word, side, stride_image, stride_channel, stride_row, stride_column
+    )
+    place = y * line + x * column
+    first, second = _parameter(row, layer, 0), _parameter(row, layer, 1)
+    factor, near, far = first.to(tl.float32), second.to(tl.float32), _parameter(row, layer, 2).to(tl.float32)
+    plane = base + number * channel
+    if GATHERED:
         if step == _ROTATE:
-            cosine, sine = _parameter(row, layer, 0), _parameter(row, layer, 1)
             middle = (side - 1).to(tl.float64) / 2
             across, down = x.to(tl.float64) - middle, y.to(tl.float64) - middle
-            first_x, fraction_x = _position(cosine * across + middle, -sine * down)
-            first_y, fraction_y = _position(sine * across, cosine * down + middle)
-            nearest_x = first_x + (fraction_x >= 0.5).to(tl.int32)
-            nearest_y = first_y + (fraction_y >= 0.5).to(tl.int32)
+            start_x, fraction_x = _position(first * across + middle, -second * down)
+            start_y, fraction_y = _position(second * across, first * down + middle)
+            nearest_x = start_x + (fraction_x >= 0.5).to(tl.int32)
+            nearest_y = start_y + (fraction_y >= 0.5).to(tl.int32)
             inside = (nearest_x >= 0) & (nearest_x < side) & (nearest_y >= 0) & (nearest_y < side)
-            weights_x, weights_y = _weights(fraction_x, BICUBIC), _weights(fraction_y, BICUBIC)
-            red = _turned(base, line, column, first_y, first_x, side, weights_y, weights_x, BICUBIC)
-            green = _turned(green_base, line, column, first_y, first_x, side, weights_y, weights_x, BICUBIC)
-            blue = _turned(blue_base, line, column, first_y, first_x, side, weights_y, weights_x, BICUBIC)
-            red = tl.where(inside, red, fill_red)
-            green = tl.where(inside, green, fill_green)
-            blue = tl.where(inside, blue, fill_blue)
+            value = _turned(plane, line, column, start_y, start_x, side, fraction_y, fraction_x, BICUBIC)
+            value = tl.where(inside, value, _of_channel(number, fill_red, fill_green, fill_blue))
         elif (step == _SHIFT_ROWS) | (step == _SHIFT_COLUMNS):
             by_row = step == _SHIFT_ROWS
             across, along = tl.where(by_row, y, x), tl.where(by_row, x, y)
-            start = across * tl.where(by_row, line, column)
-            stride = tl.where(by_row, column, line)
-            shift = _parameter(row, layer, 0) * (across.to(tl.float64) + 0.5) + _parameter(row, layer, 1)
+            start = plane + across * tl.where(by_row, line, column)
+            shift = first * (across.to(tl.float64) + 0.5) + second
             whole = tl.floor(shift)
             nearest = along + tl.floor(shift + 0.5).to(tl.int32)
+            fraction = (shift - whole).to(tl.float32)
+            position = along + whole.to(tl.int32)
+            value = _shifted(start, tl.where(by_row, column, line), position, side, fraction, BICUBIC)
             inside = (nearest >= 0) & (nearest < side)
-            first = along + whole.to(tl.int32)
-            weights = _weights((shift - whole).to(tl.float32), BICUBIC)
-            red = tl.where(inside, _shifted(base + start, stride, first, side, weights, BICUBIC), fill_red)
-            green = tl.where(inside, _shifted(green_base + start, stride, first, side, weights, BICUBIC), fill_green)
-            blue = tl.where(inside, _shifted(blue_base + start, stride, first, side, weights, BICUBIC), fill_blue)
-        elif (step == _BLUR_ROWS) | (step == _BLUR_COLUMNS):
+            value = tl.where(inside, value, _of_channel(number, fill_red, fill_green, fill_blue))
+        elif step == _SHARPNESS:
+            inner = (y > 0) & (y < side - 1) & (x > 0) & (x < side - 1)
+            value = _sharpened(plane + place, line, column, inner, factor)
+        else:  # half a blur
             by_row = step == _BLUR_ROWS
+            start = plane + tl.where(by_row, y * line, x * column)
             position = tl.where(by_row, x, y)
-            start = tl.where(by_row, y * line, x * column)
-            stride = tl.where(by_row, column, line)
-            full, near = _parameter(row, layer, 0).to(tl.float32), _parameter(row, layer, 1).to(tl.float32)
-            far = _parameter(row, layer, 2).to(tl.float32)
-            red = _blurred(base + start, stride, position, side, full, near, far)
-            green = _blurred(green_base + start, stride, position, side, full, near, far)
-            blue = _blurred(blue_base + start, stride, position, side, full, near, far)
-        else:
-            place = base + y * line + x * column
-            if (step >= _AUTO_CONTRAST) & (step <= _CONTRAST):
-                table = tables + image * 768
-                red = _looked_up(table, place)
-                green = _looked_up(table + 256, place + channel)
-                blue = _looked_up(table + 512, place + 2 * channel)
-            elif step == _SHARPNESS:
-                factor = _parameter(row, layer, 0).to(tl.float32)
-                inner = (y > 0) & (y < side - 1) & (x > 0) & (x < side - 1)
-                red = _sharpened(place, line, column, inner, factor)
-                green = _sharpened(place + channel, line, column, inner, factor)
-                blue = _sharpened(place + 2 * channel, line, column, inner, factor)
-            else:
-                red = tl.load(place).to(tl.int32)
-                green = tl.load(place + channel).to(tl.int32)
-                blue = tl.load(place + 2 * channel).to(tl.int32)
-                if step == _COLOR:
-                    factor = _parameter(row, layer, 0).to(tl.float32)
-                    grey = _luma(red, green, blue).to(tl.float32)
-                    red = _blend(grey, red.to(tl.float32), factor)
-                    green = _blend(grey, green.to(tl.float32), factor)
-                    blue = _blend(grey, blue.to(tl.float32), factor)
-        target += image * 3 * side * side + pixel
-        if LAST:
-            red = red.to(tl.float32) * scale_red + shift_red
-            green = green.to(tl.float32) * scale_green + shift_green
-            blue = blue.to(tl.float32) * scale_blue + shift_blue
-            height = tl.load(row + 3)
-            if height > 0:
-                top, left, width = tl.load(row + 1), tl.load(row + 2), tl.load(row + 4)
-                erased = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-                bits = _mix((tl.load(row + 5) ^ pixel.to(tl.int64)).to(tl.uint64, bitcast=True))
-                red = tl.where(erased, tl.load(noise + (bits & 0xFFFF)), red)
-                green = tl.where(erased, tl.load(noise + ((bits >> 16) & 0xFFFF)), green)
-                blue = tl.where(erased, tl.load(noise + ((bits >> 32) & 0xFFFF)), blue)
-        tl.store(target, red.to(target.dtype.element_ty), mask=there)
-        tl.store(target + side * side, green.to(target.dtype.element_ty), mask=there)
-        tl.store(target + 2 * side * side, blue.to(target.dtype.element_ty), mask=there)
+            value = _blurred(start, tl.where(by_row, column, line), position, side, factor, near, far)
+    else:
+        value = tl.load(plane + place).to(tl.int32)
+        if step == _COLOR:
+            red = tl.load(base + place).to(tl.int32)
+            green = tl.load(base + channel + place).to(tl.int32)
+            blue = tl.load(base + 2 * channel + place).to(tl.int32)
+            value = _blend(_luma(red, green, blue).to(tl.float32), value.to(tl.float32), factor)
+        elif step > 0:
+            value = tl.load(tables + image * 768 + number * 256 + value).to(tl.int32)
+    result = target + (image * 3 + number) * side * side + pixel
+    if LAST:
+        scale = _of_channel(number, scale_red, scale_green, scale_blue)
+        value = value.to(tl.float32) * scale + _of_channel(number, shift_red, shift_green, shift_blue)
+        height = tl.load(row + 3)
+        if height > 0:
+            top, left, width = tl.load(row + 1), tl.load(row + 2), tl.load(row + 4)
+            erased = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+            bits = _mix((tl.load(row + 5) ^ pixel.to(tl.int64)).to(tl.uint64, bitcast=True))
+            entry = (bits >> (16 * number).to(tl.uint64)) & 0xFFFF
+            value = tl.where(erased, tl.load(noise + entry, mask=erased, other=0), value)
+        tl.store(result, value, mask=there)
+    else:
+        tl.store(result, value.to(tl.uint8), mask=there)

@@ -2,8 +2,9 @@
 
 A row of the table belongs to an image and holds 64-bit words, whole numbers or the bits of float64. It begins with
 `HEAD` words: whether the image is flipped; top, left, height and width of what is erased (height 0: nothing); the key of
-the noise. Then each layer has `LAYER` words: the step it takes, plus `FRESH` where it is the image's first; and three
-parameters of the step.
+the noise. Then each layer has `LAYER` words: the step that the image takes, plus `FRESH` where it is its first; three
+parameters of the step; and the number of another image, which makes the column a list of the batch in the order of
+`Kind`. A kernel is launched for the part of that list that needs it.
 
 Layers in which an image takes no step come first, so that it enters at its own first step, straight from the pixels of
 the loader, and every image's last step is in the last layer, which also normalises and erases.
@@ -12,6 +13,7 @@ the loader, and every image's last step is in the last layer, which also normali
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -21,19 +23,33 @@ from pipelines.augment.neighbourhood import box_weights
 from pipelines.augment.operations import Op
 from pipelines.augment.point import Arguments
 
-HEAD, LAYER = 6, 4
+HEAD, LAYER = 6, 5
 """Words of a row before its layers, and of a layer."""
 FRESH = 1 << 8
 """Added to the step of a layer that reads the loader's pixels instead of what the layer before has left."""
 BLUR_COLUMNS = len(Op)
 """A blur is two steps: along the rows, which is `Op.BLUR`, and along the columns."""
 
-POINT_OPS = tuple(range(Op.AUTO_CONTRAST, Op.CONTRAST + 1))
-"""Steps that look every grey level up in a table."""
-COUNTED_OPS = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.CONTRAST)
-"""Steps that must have counted the image's grey levels before."""
-NEEDS_TABLES, NEEDS_COUNTS = 1, 2
-"""Bits of `Plan.passes`."""
+
+class Kind(IntEnum):
+    """What an image needs in a layer."""
+
+    COUNTED = 0
+    """Its grey levels counted, then a table of what becomes of each, then each looked up."""
+    TABLED = 1
+    """The same without the count."""
+    POINTWISE = 2
+    """Arithmetic on each pixel."""
+    GATHERED = 3
+    """Several pixels for each."""
+    IDLE = 4
+
+
+_KINDS = np.full(BLUR_COLUMNS + 1, Kind.GATHERED)
+_KINDS[[Op.INVERT, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD, Op.BRIGHTNESS]] = Kind.TABLED
+_KINDS[[Op.AUTO_CONTRAST, Op.EQUALIZE, Op.CONTRAST]] = Kind.COUNTED
+_KINDS[[Op.COLOR]] = Kind.POINTWISE
+_KINDS[[Op.NONE]] = Kind.IDLE
 
 
 @dataclass(frozen=True)
@@ -42,14 +58,22 @@ class Plan:
 
     table: NDArray[np.int64]
     """(B, HEAD + LAYER * layers)."""
-    passes: tuple[int, ...]
-    """For every layer `NEEDS_TABLES` and `NEEDS_COUNTS`, where any image does."""
+    ends: tuple[int, ...]
+    """For each layer four numbers: how many images of its list are `COUNTED`; up to `TABLED`; `POINTWISE`; `GATHERED`."""
 
     @property
     def num_launches(self) -> int:
         """Kernels that carry it out, one that clears the counts included; the copy of the table is not."""
-        counts = sum(bool(needs & NEEDS_COUNTS) for needs in self.passes)
-        return len(self.passes) + sum(bool(needs & NEEDS_TABLES) for needs in self.passes) + counts + bool(counts)
+        launches, counts = 0, 0
+        for counted, tabled, pointwise, gathered in batched_ends(self.ends):
+            counts += counted > 0
+            launches += (tabled > 0) + (pointwise > 0) + (gathered > pointwise)
+        return launches + counts + (counts > 0)
+
+
+def batched_ends(ends: Any) -> list[tuple[int, int, int, int]]:
+    """`Plan.ends` by layer."""
+    return list(zip(*(ends[kind :: Kind.IDLE] for kind in range(Kind.IDLE)), strict=True))
 
 
 def make_plan(
@@ -68,7 +92,9 @@ def make_plan(
         flips: Which images are flipped, before everything else, (B,).
         erased: Places in the batch, rectangles and noise keys, as `RandomErasing.draw` returns them.
     """
-    steps, parameters = _steps(num_images, operations, arguments)
+    if operations is None or arguments is None or not len(operations):
+        operations, arguments = np.zeros((1, num_images), dtype=np.int64), np.zeros((1, num_images))
+    steps, parameters = _ordered(*_steps(operations, arguments))
     num_layers = len(steps)
     table = np.zeros((num_images, HEAD + LAYER * num_layers), dtype=np.int64)
     if flips is not None:
@@ -77,50 +103,45 @@ def make_plan(
         places, rectangles, keys = erased
         table[places, 1:5], table[places, 5] = rectangles, keys
     layers = table[:, HEAD:].reshape(num_images, num_layers, LAYER)
-    num_idle = np.minimum((steps == Op.NONE).sum(axis=0), num_layers - 1)
     layers[:, :, 0] = steps.T
+    num_idle = np.minimum((steps == Op.NONE).sum(axis=0), num_layers - 1)
     layers[np.arange(num_images), num_idle, 0] += FRESH
-    layers[:, :, 1:] = parameters.view(np.int64).transpose(1, 0, 2)
-    passes = NEEDS_TABLES * _any_of(steps, POINT_OPS) + NEEDS_COUNTS * _any_of(steps, COUNTED_OPS)
-    return Plan(table, tuple(passes.tolist()))
+    layers[:, :, 1:4] = parameters.view(np.int64).transpose(1, 0, 2)
+    kinds = _KINDS[steps]
+    np.copyto(kinds[-1], Kind.POINTWISE, where=kinds[-1] == Kind.IDLE)  # at least normalised
+    layers[:, :, 4] = kinds.argsort(axis=1, kind="stable").T
+    ends = (kinds[:, None, :] <= np.arange(Kind.IDLE)[:, None]).sum(axis=2)  # (layers, 4)
+    return Plan(table, tuple(ends.ravel().tolist()))
 
 
-def _any_of(steps: NDArray[np.int64], chosen: tuple[int, ...]) -> NDArray[np.int64]:
-    """For every layer 1 where an image takes one of the `chosen` steps in it, else 0."""
-    member = np.zeros(BLUR_COLUMNS + 1, dtype=np.int64)
-    member[list(chosen)] = 1
-    return member[steps].max(axis=1, initial=0)
-
-
-def _steps(
-    num_images: int, operations: NDArray[np.int64] | None, arguments: Arguments | None
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Steps (layers, B) and their parameters (layers, B, 3), with all that is idle at the front; at least one layer."""
-    if operations is None or arguments is None or not len(operations):
-        return np.zeros((1, num_images), dtype=np.int64), np.zeros((1, num_images, 3))
+def _steps(operations: NDArray[np.int64], arguments: Arguments) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The kernels' steps (layers, B) and their parameters (layers, B, 3)."""
     steps, parameters = operations.copy(), np.zeros((*operations.shape, 3))
     parameters[:, :, 0] = arguments
-
-    def put(chosen: NDArray[np.bool_], step: int, *values: Any) -> None:
-        steps[chosen] = step
-        parameters[chosen] = np.stack(np.broadcast_arrays(*values), axis=-1)
-
     # A row is shifted by parameter 0 for each pixel of its height, plus parameter 1.
-    moved = {name: operations == name for name in (Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE, Op.POSTERIZE, Op.BLUR)}
     for translation, shear in ((Op.TRANSLATE_X, Op.SHEAR_X), (Op.TRANSLATE_Y, Op.SHEAR_Y)):
-        put(moved[translation], shear, 0.0, arguments[moved[translation]], 0.0)
-    angles = np.radians(arguments[moved[Op.ROTATE]])
-    put(moved[Op.ROTATE], Op.ROTATE, np.cos(angles), np.sin(angles), 0.0)
-    put(moved[Op.POSTERIZE], Op.POSTERIZE, 256 - 2 ** (8 - arguments[moved[Op.POSTERIZE]]), 0.0, 0.0)
-    blurred = moved[Op.BLUR]
-    if blurred.any():
-        parameters[blurred] = box_weights(arguments[blurred])
-        columns = np.where(blurred, BLUR_COLUMNS, steps)
-        rows = np.where(blurred, steps, Op.NONE)
-        twice = blurred.any(axis=1)
-        pairs = [pair[1 - both :] for *pair, both in zip(rows, columns, twice, strict=True)]
-        steps = np.stack([layer for pair in pairs for layer in pair])
-        parameters = np.repeat(parameters, 1 + twice, axis=0)
+        moved = operations == translation
+        steps[moved] = shear
+        parameters[moved, 0], parameters[moved, 1] = 0, arguments[moved]
+    turned = operations == Op.ROTATE
+    angles = np.radians(arguments[turned])
+    parameters[turned, 0], parameters[turned, 1] = np.cos(angles), np.sin(angles)
+    posterized = operations == Op.POSTERIZE
+    parameters[posterized, 0] = 256 - 2 ** (8 - arguments[posterized])  # the bits kept
+    blurred = operations == Op.BLUR
+    if not blurred.any():
+        return steps, parameters
+    parameters[blurred] = box_weights(arguments[blurred])
+    first, second = np.where(blurred, Op.BLUR, Op.NONE), np.where(blurred, BLUR_COLUMNS, steps)
+    twice = np.repeat(np.arange(len(steps)), 1 + blurred.any(axis=1))  # the layer that each new one is of
+    begins = np.append(twice[:-1] == twice[1:], False)
+    return np.where(begins[:, None], first[twice], second[twice]), parameters[twice]
+
+
+def _ordered(
+    steps: NDArray[np.int64], parameters: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """With what is idle at the front, and without layers where everything is, the last one apart."""
     order = np.argsort(steps != Op.NONE, axis=0, kind="stable")
     steps = np.take_along_axis(steps, order, axis=0)
     parameters = np.take_along_axis(parameters, order[:, :, None], axis=0)
