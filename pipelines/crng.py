@@ -16,7 +16,7 @@ from torch import Tensor
 
 UInt64 = NDArray[np.uint64]
 
-CROP, FLIP, PATCHES = 0, 1, 6
+CROP, FLIP, RAND_AUGMENT, THREE_AUGMENT, ERASING, ERASING_NOISE, PATCHES = range(7)
 """Streams: unrelated draws for the same sample and epoch. Numbers once used keep their meaning."""
 
 _GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

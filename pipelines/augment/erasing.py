@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import crng
-from pipelines.augment.streams import ERASING, ERASING_NOISE
 from pipelines.augment.transfer import host_index, to_device
 
 ErasingMode = Literal["pixel", "const"]
@@ -29,7 +28,7 @@ def draw_rectangles(
     index: NDArray[np.int64], *, probability: float, img_size: int, seed: int, epoch: int
 ) -> NDArray[np.int64]:
     """What is erased of each sample: (B, 4) of top, left, height, width; height 0 for nothing."""
-    keys = crng.key(seed, epoch, index, ERASING)
+    keys = crng.key(seed, epoch, index, crng.ERASING)
     rectangles = np.zeros((len(index), 4), dtype=np.int64)
     pending = np.flatnonzero(crng.u01(keys, 0) < probability)
     # One attempt is mostly enough, and all further ones of the few others cost as much as one.
@@ -79,7 +78,7 @@ class RandomErasing:
             index, probability=self.probability, img_size=img_size, seed=self.seed, epoch=epoch
         )
         erased = np.flatnonzero(rectangles[:, 2])
-        keys = crng.key(self.seed, epoch, index[erased], ERASING_NOISE).view(np.int64)
+        keys = crng.key(self.seed, epoch, index[erased], crng.ERASING_NOISE).view(np.int64)
         return erased, rectangles[erased], keys
 
     def noise_table(self, device: torch.device) -> Tensor:

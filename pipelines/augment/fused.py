@@ -13,12 +13,14 @@ import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
-from pipelines.augment import kernels as kernels
+from pipelines.augment import kernels, mixing_kernels
 from pipelines.augment.plan import HEAD, LAYER, batched_ends
 
 _COUNTS = 3 * 256 + 1
-_BLOCK, _COUNTED_BLOCKS = 512, 8
-"""Pixels that a program changes, and such blocks whose levels a program counts."""
+_BLOCK, _GATHERED_BLOCK, _MIXED_BLOCK = 512, 256, 1024
+"""Pixels of a program: two or four for each thread, so that its registers leave room for many threads."""
+_COUNTED_BLOCKS = 8
+"""Blocks whose levels a program counts."""
 EXACT = {"enable_fp_fusion": False}
 """A multiplication and an addition are two roundings, as torch's are."""
 
@@ -74,13 +76,14 @@ def augment(
                 kernels.write_tables[(3 * tabled,)](
                     table, own, tables, num_words, layer, num_pixels, num_warps=1, **EXACT
                 )
-            for first, end, gather in ((0, pointwise, False), (pointwise, gathered, True)):
+            parts = ((0, pointwise, False, _BLOCK), (pointwise, gathered, True, _GATHERED_BLOCK))
+            for first, end, gather, block in parts:
                 if first == end:
                     continue
-                kernels.apply_layer[(3 * triton.cdiv(num_pixels, _BLOCK) * (end - first),)](
+                kernels.apply_layer[(3 * triton.cdiv(num_pixels, block) * (end - first),)](
                     images, source, target, table, tables, out if noise is None else noise,
                     first, num_words, layer, side, *strides, *fill, *scale, *shift,
-                    BICUBIC=bicubic, GATHERED=gather, LAST=last, BLOCK=_BLOCK, num_warps=4, **EXACT,
+                    BICUBIC=bicubic, GATHERED=gather, LAST=last, BLOCK=block, num_warps=4, **EXACT,
                 )  # fmt: skip
     return out
 
@@ -97,6 +100,44 @@ def _(
     bicubic: bool,
 ) -> Tensor:
     return images.new_empty(images.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("pss::mix", mutates_args=("images",))
+def mix(
+    images: Tensor, labels: Tensor, table: Tensor, num_pairs: int, num_classes: int, right: float, wrong: float
+) -> Tensor:
+    """Mixes a batch in place and makes its targets.
+
+    Args:
+        images: float32 (B, 3, S, S), contiguous.
+        labels: int64 (B,).
+        table: int64 (B, 8), see `pipelines.augment.mixing_kernels`.
+        num_pairs: Pairs of images to be mixed.
+        num_classes: Classes of the targets.
+        right, wrong: The target of a label's class, and of the others.
+
+    Returns:
+        float32 (B, classes).
+    """
+    num_images, side = len(images), images.shape[-1]
+    targets = images.new_empty((num_images, num_classes))
+    with _on_device_of(images):
+        if num_pairs:
+            blocks = triton.cdiv(3 * side * side, _MIXED_BLOCK)
+            mixing_kernels.mix_images[(blocks * num_pairs,)](images, table, side, BLOCK=_MIXED_BLOCK, **EXACT)
+        if num_images:
+            blocks = triton.cdiv(num_classes, _MIXED_BLOCK)
+            mixing_kernels.mix_targets[(blocks * num_images,)](
+                labels.contiguous(), table, targets, num_classes, right, wrong, BLOCK=_MIXED_BLOCK, **EXACT
+            )
+    return targets
+
+
+@mix.register_fake
+def _(
+    images: Tensor, labels: Tensor, table: Tensor, num_pairs: int, num_classes: int, right: float, wrong: float
+) -> Tensor:
+    return images.new_empty((len(images), num_classes))
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from pipelines import crng
 from pipelines.augment.operations import Op, apply
 from pipelines.augment.point import Arguments
-from pipelines.augment.streams import RAND_AUGMENT, THREE_AUGMENT
 from pipelines.augment.transfer import host_index
 from pipelines.base import Interpolation
 from pipelines.rand_augment import MAX_LEVEL, RandAugmentSpec
@@ -49,7 +48,7 @@ def draw_rand_augment(
     spec: RandAugmentSpec, index: NDArray[np.int64], *, seed: int, epoch: int, img_size: int
 ) -> tuple[Operations, Arguments]:
     """Operations and their arguments, each (num_ops, B); `Op.NONE` where one is not carried out."""
-    keys = crng.key(seed, epoch, index, RAND_AUGMENT)
+    keys = crng.key(seed, epoch, index, crng.RAND_AUGMENT)
     numbers = np.arange(_DRAWS_PER_OPERATION * spec.num_ops).reshape(spec.num_ops, _DRAWS_PER_OPERATION).T
     which, carried_out, radius, angle, sign = crng.u01(keys, numbers[:, :, None])  # (num_ops, B) each
     operations = _RAND_AUGMENT_OPS[(which * len(RAND_AUGMENT_OPS)).astype(np.int64)]
@@ -110,7 +109,7 @@ def draw_three_augment(
     index: NDArray[np.int64], *, jitter: float, seed: int, epoch: int
 ) -> tuple[Operations, Arguments]:
     """Operations and their arguments, each (4, B): one of grey, solarise and blur, then the colour jitter."""
-    draws = crng.u01(crng.key(seed, epoch, index, THREE_AUGMENT), np.arange(6)[:, None])  # (6, B)
+    draws = crng.u01(crng.key(seed, epoch, index, crng.THREE_AUGMENT), np.arange(6)[:, None])  # (6, B)
     primary = _PRIMARY[(draws[0] * len(_PRIMARY)).astype(np.int64)]
     sigma = 0.1 + 1.9 * draws[1]
     strength = np.where(primary == Op.BLUR, sigma, np.where(primary == Op.SOLARIZE, 128.0, 0.0))  # colour 0 is grey
