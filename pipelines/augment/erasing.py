@@ -83,8 +83,9 @@ class RandomErasing:
 
     def noise_table(self, device: torch.device) -> Tensor:
         """The values that noise is looked up among, on `device`: float32 (2^16,)."""
-        self._normal = self._normal.to(device)
-        return self._normal
+        normal: Tensor = self._normal.to(device)
+        self._normal = normal
+        return normal
 
     def __call__(self, images: Tensor, index: Tensor | NDArray[np.int64], epoch: int) -> Tensor:
         """`images`, float (B, 3, S, S), normalised, changed in place; `index` (B,) lies on the host."""

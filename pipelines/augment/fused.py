@@ -14,7 +14,7 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
 from pipelines.augment import kernels, mixing_kernels
-from pipelines.augment.plan import HEAD, LAYER, batched_ends
+from pipelines.augment.plan import HEAD, LAYER, layers_of
 
 _COUNTS = 3 * 256 + 1
 _BLOCK, _GATHERED_BLOCK, _MIXED_BLOCK = 512, 256, 1024
@@ -53,7 +53,7 @@ def augment(
     out = images.new_empty(images.shape, dtype=torch.float32)
     if not num_images:  # there is no launching nothing
         return out
-    layers, num_pixels = batched_ends(ends), side * side
+    layers, num_pixels = layers_of(ends), side * side
     # Layers write the two buffers in turn, and the last one the result.
     buffers = [images.new_empty(images.shape) for _ in layers[1:3]] or [images]
     num_counted = sum(counted > 0 for counted, *_ in layers)

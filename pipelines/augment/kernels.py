@@ -39,16 +39,8 @@ _FLAT = tl.constexpr(2.0**-10)  # as in `geometric`
 _COUNTS = tl.constexpr(3 * 256 + 1)  # per image: of each level of each channel, and the sum of the grey values
 
 # Numbers that differ between layers, image sizes and memory formats: each would compile the kernels again.
-_VARYING = (
-    "num_words",
-    "first_image",
-    "layer",
-    "side",
-    "stride_image",
-    "stride_channel",
-    "stride_row",
-    "stride_column",
-)
+_STRIDES = ("stride_image", "stride_channel", "stride_row", "stride_column")
+_VARYING = ("first_image", "num_words", "layer", "side", *_STRIDES)
 
 
 @triton.jit

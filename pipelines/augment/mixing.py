@@ -145,7 +145,9 @@ class Mixing:
         table, num_pairs = self._table(len(images), images.shape[-1], step)
         wrong = self.label_smoothing / self.num_classes
         right = 1 - self.label_smoothing + wrong
-        return fused.mix(images, labels, to_device(table, images.device), num_pairs, self.num_classes, right, wrong)
+        table_there = to_device(table, images.device)
+        targets: Tensor = fused.mix(images, labels, table_there, num_pairs, self.num_classes, right, wrong)
+        return targets
 
     def _table(self, num_images: int, img_size: int, step: int) -> tuple[NDArray[np.int64], int]:
         """What `pipelines.augment.mixing_kernels` wants to know, and how many pairs of images are to be mixed."""

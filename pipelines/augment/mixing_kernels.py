@@ -1,8 +1,8 @@
 """Triton kernels that mix a normalised batch with itself, in place, and make its targets.
 
-A row of `plan`, int64 (B, 8), belongs to an image. It holds the image's partner; the share of the partner in it, outside
-and as it counts in the target (bits of float64); top, bottom, left and right of the rectangle in which all is the
-partner's; and the number of another image, which makes the column a list of the first image of each pair.
+A row of `plan`, int64 (B, 8), belongs to an image. It holds the number of the image's partner; the partner's share in
+the image (bits of float64); the image's own in the target; top, bottom, left and right of the rectangle in which all is
+the partner's; and the number of another image, which makes the column a list of the first image of each pair.
 """
 
 # mypy: ignore-errors

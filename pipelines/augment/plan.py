@@ -1,8 +1,8 @@
 """What a batch goes through on a GPU, as one table that a single copy brings there.
 
 A row of the table belongs to an image and holds 64-bit words, whole numbers or the bits of float64. It begins with
-`HEAD` words: whether the image is flipped; top, left, height and width of what is erased (height 0: nothing); the key of
-the noise. Then each layer has `LAYER` words: the step that the image takes, plus `FRESH` where it is its first; three
+`HEAD` words: whether the image is flipped; top, left, height and width of what is erased (height 0: nothing); the
+noise's key. Then each layer has `LAYER` words: the step that the image takes, plus `FRESH` where it is its first; three
 parameters of the step; and the number of another image, which makes the column a list of the batch in the order of
 `Kind`. A kernel is launched for the part of that list that needs it.
 
@@ -12,9 +12,9 @@ the loader, and every image's last step is in the last layer, which also normali
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,19 +59,19 @@ class Plan:
     table: NDArray[np.int64]
     """(B, HEAD + LAYER * layers)."""
     ends: tuple[int, ...]
-    """For each layer four numbers: how many images of its list are `COUNTED`; up to `TABLED`; `POINTWISE`; `GATHERED`."""
+    """For each layer four places in its list: where those `COUNTED`, `TABLED`, `POINTWISE` and `GATHERED` end."""
 
     @property
     def num_launches(self) -> int:
         """Kernels that carry it out, one that clears the counts included; the copy of the table is not."""
         launches, counts = 0, 0
-        for counted, tabled, pointwise, gathered in batched_ends(self.ends):
+        for counted, tabled, pointwise, gathered in layers_of(self.ends):
             counts += counted > 0
             launches += (tabled > 0) + (pointwise > 0) + (gathered > pointwise)
         return launches + counts + (counts > 0)
 
 
-def batched_ends(ends: Any) -> list[tuple[int, int, int, int]]:
+def layers_of(ends: Sequence[int]) -> list[tuple[int, int, int, int]]:
     """`Plan.ends` by layer."""
     return list(zip(*(ends[kind :: Kind.IDLE] for kind in range(Kind.IDLE)), strict=True))
 
