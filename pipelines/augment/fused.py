@@ -17,7 +17,7 @@ from pipelines.augment import kernels, mixing_kernels
 from pipelines.augment.plan import HEAD, LAYER, layers_of
 
 _COUNTS = 3 * 256 + 1
-_BLOCK, _GATHERED_BLOCK, _MIXED_BLOCK = 512, 256, 1024
+_BLOCK, _GATHERED_BLOCK, _MIXED_BLOCK = 512, 256, 512
 """Pixels of a program: two or four for each thread, so that its registers leave room for many threads."""
 _COUNTED_BLOCKS = 8
 """Blocks whose levels a program counts."""

@@ -20,12 +20,15 @@ def _share(plan, image, number):
 
 
 @triton.jit
-def _mixed(own, other, plan, image, y, x):
+def _mixed(own, other, plan, image, value, side):
     """As `torch.lerp`: from the nearer end."""
     row = plan + image * _WORDS
     top, bottom, left, right = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-    share = tl.where(inside, 1.0, _share(plan, image, 1))
+    share = tl.zeros(own.shape, tl.float32) + _share(plan, image, 1)
+    if bottom > top:
+        y, x = value // side % side, value % side
+        inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+        share = tl.where(inside, 1.0, share)
     near = share < 0.5
     return tl.fma(tl.where(near, share, share - 1), other - own, tl.where(near, own, other))
 
@@ -38,12 +41,11 @@ def mix_images(images, plan, side, BLOCK: tl.constexpr):
     second = tl.load(plan + first * _WORDS)
     value = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
     there = value < 3 * side * side
-    y, x = value // side % side, value % side
     size = (3 * side * side).to(tl.int64)
     one, two = images + first * size + value, images + second * size + value
     a, b = tl.load(one, mask=there, other=0.0), tl.load(two, mask=there, other=0.0)
-    tl.store(one, _mixed(a, b, plan, first, y, x), mask=there)
-    tl.store(two, _mixed(b, a, plan, second, y, x), mask=there)
+    tl.store(one, _mixed(a, b, plan, first, value, side), mask=there)
+    tl.store(two, _mixed(b, a, plan, second, value, side), mask=there)
 
 
 @triton.jit(do_not_specialize=("num_classes",))

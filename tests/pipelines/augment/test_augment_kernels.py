@@ -343,14 +343,16 @@ def test_a_batch_is_one_copy_and_one_operation() -> None:
             self.names: list[str] = []
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.names.append(str(func))
+            if not str(func).startswith(("prim.", "aten.lift_fresh")):  # what a tensor is, not what is done
+                self.names.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    index = torch.arange(64)
+    index, numbers = torch.arange(64), np.arange(64)
     transform = DeviceTransform(replace(CONFIGS["RandAugment"], img_size=32), seed=0, train=True)
     mix = Mixing(MixingConfig(**BOTH), 10, seed=0, rank=0)
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True):
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)  # no pinned memory without a GPU
+        patch.setattr(device, "host_index", lambda _: numbers)  # torch calls every tensor fake here
         images = torch.empty((64, 3, 32, 32), dtype=torch.uint8, device="cuda")
         labels = torch.empty(64, dtype=torch.int64, device="cuda")
         transform(Batch(images, labels, index), 0)  # the table of noise is copied once
@@ -404,8 +406,8 @@ SOME = [
     ("write_tables", 1, {}),
     _layer(True, False, True),
     _layer(True, True, True),
-    ("mix_images", 4, {"BLOCK": 1024}),
-    ("mix_targets", 4, {"BLOCK": 1024}),
+    ("mix_images", 4, {"BLOCK": 512}),
+    ("mix_targets", 4, {"BLOCK": 512}),
 ]
 OTHERS = [
     _layer(bicubic, gathered, last)
