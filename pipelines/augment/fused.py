@@ -56,8 +56,10 @@ def augment(
     layers, num_pixels = layers_of(ends), side * side
     # Layers write the two buffers in turn, and the last one the result.
     buffers = [images.new_empty(images.shape) for _ in layers[1:3]] or [images]
-    num_counted = sum(counted > 0 for counted, *_ in layers)
-    counts = iter(table.new_zeros((num_counted, num_images, _COUNTS)) if num_counted else ())
+    num_counted = [counted for counted, *_ in layers]
+    counts = (
+        table.new_zeros((sum(num_counted), _COUNTS)).split(num_counted) if any(num_counted) else [table] * len(layers)
+    )
     tables = images.new_empty((num_images, 3, 256))
     num_words, strides = table.shape[1], images.stride()
     with _on_device_of(images):
@@ -65,16 +67,14 @@ def augment(
             layer, last = HEAD + LAYER * number, number == len(layers) - 1
             source = buffers[(number - 1) % len(buffers)]
             target = out if last else buffers[number % len(buffers)]
-            own = table  # read by no kernel
             if counted:
-                own = next(counts)
                 kernels.count_levels[(triton.cdiv(num_pixels, _BLOCK * _COUNTED_BLOCKS) * counted,)](
-                    images, source, table, own, num_words, layer, side, *strides,
+                    images, source, table, counts[number], num_words, layer, side, *strides,
                     BLOCK=_BLOCK, NUM_BLOCKS=_COUNTED_BLOCKS, num_warps=4, **EXACT,
                 )  # fmt: skip
             if tabled:
                 kernels.write_tables[(3 * tabled,)](
-                    table, own, tables, num_words, layer, num_pixels, num_warps=1, **EXACT
+                    table, counts[number], tables, num_words, layer, num_pixels, num_warps=1, **EXACT
                 )
             parts = ((0, pointwise, False, _BLOCK), (pointwise, gathered, True, _GATHERED_BLOCK))
             for first, end, gather, block in parts:

@@ -96,12 +96,14 @@ def count_levels(
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ):
-    """Adds to `counts` (B, 769), int64, what this layer's step needs; a program looks at `NUM_BLOCKS` blocks of pixels.
+    """Adds to `counts`, int64, a row of 769 for each image listed, what its step needs; a program looks at `NUM_BLOCKS`
+    blocks of pixels.
 
     Sums of whole numbers: no order of the additions changes them.
     """
     num_parts = tl.cdiv(side * side, BLOCK * NUM_BLOCKS)
-    image = _image(plan, tl.program_id(0) // num_parts, num_words, layer)
+    index = tl.program_id(0) // num_parts
+    image = _image(plan, index, num_words, layer)
     first = tl.program_id(0) % num_parts * (BLOCK * NUM_BLOCKS)
     row = plan + image * num_words
     word = tl.load(row + layer).to(tl.int32)
@@ -109,7 +111,7 @@ def count_levels(
     base, channel, line, column = _pixels(
         images, source, row, image, word, side, stride_image, stride_channel, stride_row, stride_column
     )
-    own = counts + image * _COUNTS
+    own = counts + index * _COUNTS
     if step == _CONTRAST:
         total = tl.zeros((BLOCK,), tl.int32)
         for block in range(NUM_BLOCKS):
@@ -138,7 +140,8 @@ def count_levels(
 @triton.jit(do_not_specialize=("num_words", "layer", "num_pixels"))
 def write_tables(plan, counts, tables, num_words, layer, num_pixels):
     """What becomes of every grey level of one image's channel: `tables`, uint8 (B, 3, 256)."""
-    image = _image(plan, tl.program_id(0) // 3, num_words, layer)
+    index = tl.program_id(0) // 3
+    image = _image(plan, index, num_words, layer)
     number = tl.program_id(0) % 3
     row = plan + image * num_words
     step = tl.load(row + layer).to(tl.int32) % _FRESH
@@ -156,11 +159,11 @@ def write_tables(plan, counts, tables, num_words, layer, num_pixels):
     elif step == _BRIGHTNESS:
         value = _blend(0.0, levels.to(tl.float32), argument.to(tl.float32))
     elif step == _CONTRAST:
-        total = tl.load(counts + image * _COUNTS + 768)
+        total = tl.load(counts + index * _COUNTS + 768)
         mean = ((2 * total + num_pixels) // (2 * num_pixels)).to(tl.float32)
         value = _blend(mean, levels.to(tl.float32), argument.to(tl.float32))
     else:  # auto-contrast and equalisation
-        histogram = tl.load(counts + image * _COUNTS + number * 256 + levels).to(tl.int32)
+        histogram = tl.load(counts + index * _COUNTS + number * 256 + levels).to(tl.int32)
         low = tl.min(tl.where(histogram > 0, levels, 255), 0)
         high = tl.max(tl.where(histogram > 0, levels, 0), 0)
         if step == _AUTO_CONTRAST:

@@ -61,19 +61,19 @@ class Plan:
     ends: tuple[int, ...]
     """For each layer four places in its list: where those `COUNTED`, `TABLED`, `POINTWISE` and `GATHERED` end."""
 
-    @property
-    def num_launches(self) -> int:
-        """Kernels that carry it out, one that clears the counts included; the copy of the table is not."""
-        launches, counts = 0, 0
-        for counted, tabled, pointwise, gathered in layers_of(self.ends):
-            counts += counted > 0
-            launches += (tabled > 0) + (pointwise > 0) + (gathered > pointwise)
-        return launches + counts + (counts > 0)
-
 
 def layers_of(ends: Sequence[int]) -> list[tuple[int, int, int, int]]:
     """`Plan.ends` by layer."""
     return list(zip(*(ends[kind :: Kind.IDLE] for kind in range(Kind.IDLE)), strict=True))
+
+
+def num_launches(ends: Sequence[int]) -> int:
+    """Kernels that carry out a plan, one that clears the counts included; the copy of the table is not."""
+    launches, counts = 0, 0
+    for counted, tabled, pointwise, gathered in layers_of(ends):
+        counts += counted > 0
+        launches += (tabled > 0) + (pointwise > 0) + (gathered > pointwise)
+    return launches + counts + (counts > 0)
 
 
 def make_plan(
