@@ -7,6 +7,7 @@ functions return the same bits; torch has no unsigned 64-bit arithmetic, so its 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,13 @@ def key(seed: int, epoch: int, index: ArrayLike, stream: int) -> UInt64:
     """One key per sample, in the shape of `index`; all arguments are at least 0."""
     samples = np.asarray(index, dtype=np.uint64)
     # The stream is hashed in like the rest: merely combined by xor, stream s draw n would be stream n draw s.
-    return mix(mix(mix(mix(seed) ^ np.uint64(epoch)) ^ samples) ^ np.uint64(stream))
+    return mix(mix(_of_epoch(seed, epoch) ^ samples) ^ np.uint64(stream))
+
+
+@lru_cache(maxsize=16)
+def _of_epoch(seed: int, epoch: int) -> UInt64:
+    """Remembered, for numpy takes as long for one number as for a thousand."""
+    return mix(mix(seed) ^ np.uint64(epoch))
 
 
 def u01(k: UInt64, n: ArrayLike) -> NDArray[np.float64]:

@@ -45,11 +45,12 @@ class Kind(IntEnum):
     IDLE = 4
 
 
-_KINDS = np.full(BLUR_COLUMNS + 1, Kind.GATHERED)
+_KINDS = np.full(BLUR_COLUMNS + 1, Kind.GATHERED, dtype=np.int8)  # numpy sorts small numbers in linear time
 _KINDS[[Op.INVERT, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD, Op.BRIGHTNESS]] = Kind.TABLED
 _KINDS[[Op.AUTO_CONTRAST, Op.EQUALIZE, Op.CONTRAST]] = Kind.COUNTED
 _KINDS[[Op.COLOR]] = Kind.POINTWISE
 _KINDS[[Op.NONE]] = Kind.IDLE
+_ENDING = np.arange(Kind.IDLE, dtype=np.int8)[:, None]
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def make_plan(
     kinds = _KINDS[steps]
     np.copyto(kinds[-1], Kind.POINTWISE, where=kinds[-1] == Kind.IDLE)  # at least normalised
     layers[:, :, 4] = kinds.argsort(axis=1, kind="stable").T
-    ends = (kinds[:, None, :] <= np.arange(Kind.IDLE)[:, None]).sum(axis=2)  # (layers, 4)
+    ends = (kinds[:, None, :] <= _ENDING).sum(axis=2)  # (layers, 4)
     return Plan(table, tuple(ends.ravel().tolist()))
 
 
@@ -142,8 +143,12 @@ def _ordered(
     steps: NDArray[np.int64], parameters: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """With what is idle at the front, and without layers where everything is, the last one apart."""
-    order = np.argsort(steps != Op.NONE, axis=0, kind="stable")
-    steps = np.take_along_axis(steps, order, axis=0)
-    parameters = np.take_along_axis(parameters, order[:, :, None], axis=0)
-    num_unused = min(int((steps == Op.NONE).all(axis=1).sum()), len(steps) - 1)
-    return steps[num_unused:], parameters[num_unused:]
+    active, num_images = steps != Op.NONE, steps.shape[1]
+    later = active[::-1].cumsum(axis=0)[::-1]  # steps of an image from this layer on
+    num_layers = max(1, int(later[0].max(initial=0)))
+    ordered, with_parameters = np.zeros((num_layers, num_images), dtype=np.int64), np.zeros((num_layers, num_images, 3))
+    chosen = np.flatnonzero(active)
+    where = (num_layers - later.ravel()[chosen]) * num_images + chosen % num_images
+    ordered.reshape(-1)[where] = steps.reshape(-1)[chosen]
+    with_parameters.reshape(-1, 3)[where] = parameters.reshape(-1, 3)[chosen]
+    return ordered, with_parameters

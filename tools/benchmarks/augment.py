@@ -34,6 +34,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import auto_augment, mixup, random_erasing
 from torch import Tensor
@@ -78,9 +79,13 @@ def deit_mixing() -> Mixing:
 @contextmanager
 def without_kernels(choice: bool = False) -> Iterator[None]:
     """Torch's operations everywhere; with `choice` the kernels everywhere."""
+
+    def serve(_: Tensor) -> bool:
+        return choice
+
     with ExitStack() as patches:
         for module in (augment_device, augment_mixing):
-            patches.enter_context(mock.patch.object(module, "kernels_serve", lambda _: choice))
+            patches.enter_context(mock.patch.object(module, "kernels_serve", serve))
         yield
 
 
@@ -243,11 +248,15 @@ def launches(config: DataConfig, batch: int, kernels: bool, step: int = 1) -> di
     """Of a step by part: the copies of tables included, and what is allocated not."""
     index, numbers = torch.arange(batch), np.arange(batch)
     transform, mixing, found = DeviceTransform(config, seed=0, train=True), deit_mixing(), {}
+
+    def on_the_host(_: Tensor) -> NDArray[np.int64]:
+        return numbers
+
     with ExitStack() as stack:
         stack.enter_context(without_kernels(kernels))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor))  # there is none to be had
         for module in (augment_device, policy, erasing):  # torch would call the index fake, too
-            stack.enter_context(mock.patch.object(module, "host_index", lambda _: numbers))
+            stack.enter_context(mock.patch.object(module, "host_index", on_the_host))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         images = torch.empty((batch, 3, config.img_size, config.img_size), dtype=torch.uint8, device="cuda")
         labels = torch.empty(batch, dtype=torch.int64, device="cuda")
