@@ -14,9 +14,8 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
 from pipelines.augment import kernels, mixing_kernels
-from pipelines.augment.plan import HEAD, LAYER, layers_of
+from pipelines.augment.plan import COUNTS, HEAD, LAYER, layers_of
 
-_COUNTS = 3 * 256 + 1
 _BLOCK, _GATHERED_BLOCK, _MIXED_BLOCK = 512, 256, 512
 """Pixels of a program: two or four for each thread, so that its registers leave room for many threads."""
 _COUNTED_BLOCKS = 8
@@ -56,10 +55,8 @@ def augment(
     layers, num_pixels = layers_of(ends), side * side
     # Layers write the two buffers in turn, and the last one the result.
     buffers = [images.new_empty(images.shape) for _ in layers[1:3]] or [images]
-    num_counted = [counted for counted, *_ in layers]
-    counts = (
-        table.new_zeros((sum(num_counted), _COUNTS)).split(num_counted) if any(num_counted) else [table] * len(layers)
-    )
+    num_counted = sum(counted for counted, *_ in layers)
+    counts = table.new_zeros((num_counted, COUNTS)) if num_counted else table  # which is not read then
     tables = images.new_empty((num_images, 3, 256))
     num_words, strides = table.shape[1], images.stride()
     with _on_device_of(images):
@@ -69,13 +66,15 @@ def augment(
             target = out if last else buffers[number % len(buffers)]
             if counted:
                 kernels.count_levels[(triton.cdiv(num_pixels, _BLOCK * _COUNTED_BLOCKS) * counted,)](
-                    images, source, table, counts[number], num_words, layer, side, *strides,
+                    images, source, table, counts, num_words, layer, side, *strides,
                     BLOCK=_BLOCK, NUM_BLOCKS=_COUNTED_BLOCKS, num_warps=4, **EXACT,
                 )  # fmt: skip
             if tabled:
                 kernels.write_tables[(3 * tabled,)](
-                    table, counts[number], tables, num_words, layer, num_pixels, num_warps=1, **EXACT
+                    table, counts, tables, num_words, layer, num_pixels, num_warps=1, **EXACT
                 )
+            if counted:
+                counts = counts[counted:]
             parts = ((0, pointwise, False, _BLOCK), (pointwise, gathered, True, _GATHERED_BLOCK))
             for first, end, gather, block in parts:
                 if first == end:

@@ -36,7 +36,7 @@ _SHIFT_COLUMNS = tl.constexpr(int(Op.SHEAR_Y))
 _ROTATE = tl.constexpr(int(Op.ROTATE))
 
 _FLAT = tl.constexpr(2.0**-10)  # as in `geometric`
-_COUNTS = tl.constexpr(3 * 256 + 1)  # per image: of each level of each channel, and the sum of the grey values
+_COUNTS = tl.constexpr(plans.COUNTS)
 
 # Numbers that differ between layers, image sizes and memory formats: each would compile the kernels again.
 _STRIDES = ("stride_image", "stride_channel", "stride_row", "stride_column")
@@ -96,7 +96,7 @@ def count_levels(
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ):
-    """Adds to `counts`, int64, a row of 769 for each image listed, what its step needs; a program looks at `NUM_BLOCKS`
+    """Adds to `counts`, int64, a row for each image listed, what its step needs; a program looks at `NUM_BLOCKS`
     blocks of pixels.
 
     Sums of whole numbers: no order of the additions changes them.

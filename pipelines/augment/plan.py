@@ -29,6 +29,9 @@ FRESH = 1 << 8
 """Added to the step of a layer that reads the loader's pixels instead of what the layer before has left."""
 BLUR_COLUMNS = len(Op)
 """A blur is two steps: along the rows, which is `Op.BLUR`, and along the columns."""
+COUNTS = 3 * 256 + 2
+"""Numbers kept of an image that is counted: how often each level of each channel occurs; the sum of its grey values;
+one more, so that those of every image begin at a multiple of 16 bytes."""
 
 
 class Kind(IntEnum):

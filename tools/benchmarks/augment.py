@@ -302,7 +302,7 @@ def interpreter_ms(config: DataConfig, batch: int, kernels: bool, steps: Iterato
             from pipelines.augment import fused
 
             driver.set_active(NoDriver())
-            stack.enter_context(mock.patch.object(fused, "_COUNTS", 1))  # on a GPU, clearing them is no work of the CPU
+            stack.enter_context(mock.patch.object(fused, "COUNTS", 1))  # on a GPU, clearing them is no work of the CPU
         for part, work in parts.items():
             work(0)
             begun = time.thread_time()
