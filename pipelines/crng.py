@@ -7,6 +7,7 @@ functions return the same bits; torch has no unsigned 64-bit arithmetic, so its 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 UInt64 = NDArray[np.uint64]
 
-CROP, FLIP, PATCHES = 0, 1, 6
+CROP, FLIP, RAND_AUGMENT, THREE_AUGMENT, ERASING, ERASING_NOISE, PATCHES = range(7)
 """Streams: unrelated draws for the same sample and epoch. Numbers once used keep their meaning."""
 
 _GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -26,22 +27,35 @@ _TO_UNIT = 1.0 / (1 << 53)
 @np.errstate(over="ignore")  # wrapping is the arithmetic meant; numpy warns about it for scalars only
 def mix(value: ArrayLike) -> UInt64:
     """The splitmix64 hash of each uint64."""
-    z: UInt64 = np.asarray(value, dtype=np.uint64) + np.uint64(_GOLDEN)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MULTIPLY_1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MULTIPLY_2)
-    return np.asarray(z ^ (z >> np.uint64(31)))
+    z: UInt64 = np.asarray(np.asarray(value, dtype=np.uint64) + np.uint64(_GOLDEN))
+    shifted = np.empty_like(z)
+    for shift, multiplier in ((30, _MULTIPLY_1), (27, _MULTIPLY_2), (31, 1)):  # in place: memory costs most here
+        np.bitwise_xor(z, np.right_shift(z, np.uint64(shift), out=shifted), out=z)
+        if multiplier != 1:
+            np.multiply(z, np.uint64(multiplier), out=z)
+    return z
 
 
 def key(seed: int, epoch: int, index: ArrayLike, stream: int) -> UInt64:
     """One key per sample, in the shape of `index`; all arguments are at least 0."""
     samples = np.asarray(index, dtype=np.uint64)
     # The stream is hashed in like the rest: merely combined by xor, stream s draw n would be stream n draw s.
-    return mix(mix(mix(mix(seed) ^ np.uint64(epoch)) ^ samples) ^ np.uint64(stream))
+    return mix(mix(_of_epoch(seed, epoch) ^ samples) ^ np.uint64(stream))
 
 
-def u01(k: UInt64, n: int) -> NDArray[np.float64]:
-    """Draw number `n` of each key, uniform on [0, 1) in steps of 2^-53."""
-    return (mix(k ^ mix(n)) >> np.uint64(11)).astype(np.float64) * _TO_UNIT
+@lru_cache(maxsize=16)
+def _of_epoch(seed: int, epoch: int) -> UInt64:
+    """Remembered, for numpy takes as long for one number as for a thousand."""
+    return mix(mix(seed) ^ np.uint64(epoch))
+
+
+def u01(k: UInt64, n: ArrayLike) -> NDArray[np.float64]:
+    """Draw number `n` of each key, uniform on [0, 1) in steps of 2^-53.
+
+    `n` may be an array that is broadcast with `k`: numbers (D, 1) and keys (B,) make draws (D, B).
+    """
+    draws = mix(k ^ mix(n))
+    return np.multiply(np.right_shift(draws, np.uint64(11), out=draws), _TO_UNIT, dtype=np.float64)
 
 
 def _signed(value: int) -> int:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipelines import crng
 from pipelines.augment import RandAugment, RandAugmentSpec, RandomErasing, ThreeAugment
-from pipelines.augment.transfer import host_index, to_device
+from pipelines.augment.plan import make_plan
+from pipelines.augment.transfer import host_index, kernels_serve, to_device
 from pipelines.base import Batch, DataConfig, View
 
 
@@ -35,6 +36,7 @@ class DeviceTransform:
         # (x / 255 - mean) / std as one multiplication and one addition
         self._scale = 1 / (255 * torch.tensor(config.std)).view(3, 1, 1)
         self._shift = -(torch.tensor(config.mean) / torch.tensor(config.std)).view(3, 1, 1)
+        self._normalisation = self._scale.flatten().tolist(), self._shift.flatten().tolist()
 
     def __call__(self, batch: Batch, epoch: int) -> Tensor:
         return self._prepare(batch, epoch, self._flips(batch, epoch))
@@ -61,6 +63,30 @@ class DeviceTransform:
         return crng.u01(crng.key(self.seed, epoch, keys, crng.FLIP), 0) < self.flip
 
     def _prepare(self, batch: Batch, epoch: int, flips: NDArray[np.bool_] | None) -> Tensor:
+        one_way = self._by_kernels if kernels_serve(batch.images) else self._by_torch
+        return one_way(batch, epoch, flips)
+
+    def _by_kernels(self, batch: Batch, epoch: int, flips: NDArray[np.bool_] | None) -> Tensor:
+        """In a few launches and one copy, on the current stream of the images' device."""
+        from pipelines.augment import fused
+
+        images, side = batch.images, batch.images.shape[-1]
+        keys = host_index(batch.draw_keys)
+        operations, arguments = (None, None) if self._augment is None else self._augment.draw(keys, epoch, side)
+        erased = None if self._erase is None else self._erase.draw(keys, epoch, side)
+        plan = make_plan(len(images), operations, arguments, flips, erased)
+        result: Tensor = fused.augment(
+            images,
+            to_device(plan.table, images.device),
+            None if self._erase is None else self._erase.noise_table(images.device),
+            plan.ends,
+            *self._normalisation,
+            (0, 0, 0) if self._augment is None else self._augment.fill,
+            self._augment is not None and self._augment.interpolation == "bicubic",
+        )
+        return result
+
+    def _by_torch(self, batch: Batch, epoch: int, flips: NDArray[np.bool_] | None) -> Tensor:
         images = batch.images  # uint8 (B, 3, S, S)
         if flips is not None:
             flipped = to_device(flips, images.device).view(-1, 1, 1, 1)

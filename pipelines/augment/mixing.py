@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment.transfer import to_device
+from pipelines.augment.transfer import kernels_serve, to_device
 
 MixingMode = Literal["batch", "elem"]
 
@@ -115,6 +115,8 @@ class Mixing:
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Images, float (B, 3, S, S), changed in place; targets, float32 (B, classes), from `labels` int64 (B,)."""
+        if kernels_serve(images) and images.dtype == torch.float32 and images.is_contiguous():
+            return images, self._mix_by_kernels(images, labels, step)
         targets = [
             self._mix(some, their_labels, step, self.rank * self.parts + number)
             for number, (some, their_labels) in enumerate(
@@ -135,6 +137,42 @@ class Mixing:
             _mix_batch(images, float(share[0]), rectangle[0].tolist())
         shares = to_device(share.astype(np.float32), labels.device).unsqueeze(1)
         return mixed_targets(labels, shares, self.num_classes, self.label_smoothing)
+
+    def _mix_by_kernels(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        """The same in two launches and one copy."""
+        from pipelines.augment import fused
+
+        table, num_pairs = self._table(len(images), images.shape[-1], step)
+        wrong = self.label_smoothing / self.num_classes
+        right = 1 - self.label_smoothing + wrong
+        table_there = to_device(table, images.device)
+        targets: Tensor = fused.mix(images, labels, table_there, num_pairs, self.num_classes, right, wrong)
+        return targets
+
+    def _table(self, num_images: int, img_size: int, step: int) -> tuple[NDArray[np.int64], int]:
+        """What `pipelines.augment.mixing_kernels` wants to know, and how many pairs of images are to be mixed."""
+        table = np.zeros((num_images, 8), dtype=np.int64)
+        shares = table.view(np.float64)
+        size = max(1, -(-num_images // self.parts))  # as `Tensor.chunk` does
+        for number, start in enumerate(range(0, num_images, size)):
+            end = min(start + size, num_images)
+            share, rectangle = draw_mixing(
+                self.config,
+                end - start if self.config.mode == "elem" else 1,
+                img_size=img_size,
+                seed=self.seed,
+                step=step,
+                rank=self.rank * self.parts + number,
+            )
+            extends = rectangle[:, 1::2] > rectangle[:, ::2]
+            cut = extends.any(axis=1) if self.config.mode == "elem" else extends.all(axis=1)
+            table[start:end, 0] = np.arange(end - 1, start - 1, -1)
+            shares[start:end, 1], shares[start:end, 2] = np.where(cut, 0, 1 - share), share
+            table[start:end, 3:7] = rectangle
+        firsts = np.flatnonzero(np.arange(num_images) < table[:, 0])
+        table[: len(firsts), 7] = firsts
+        mixed = shares[:, 1].any() or (table[:, 4:7:2] > table[:, 3:6:2]).all(axis=1).any()
+        return table, len(firsts) if mixed else 0
 
 
 def _mix_batch(images: Tensor, share: float, rectangle: list[int]) -> None:

@@ -35,7 +35,7 @@ def sharpness(images: Tensor, factor: Arguments) -> Tensor:
     return blend(smooth, values, per_image(factor, images))
 
 
-def _box_weights(sigma: Arguments) -> NDArray[np.float32]:
+def box_weights(sigma: Arguments) -> NDArray[np.float32]:
     """Weights (G, 3) at distance 0, 1 and 2 of the box that, applied three times, stands for a Gaussian.
 
     The box has a fractional width: its outermost weights are smaller. (Gwosdek et al., Theoretical foundations of
@@ -52,7 +52,7 @@ def _box_weights(sigma: Arguments) -> NDArray[np.float32]:
 
 def blur(images: Tensor, sigma: Arguments) -> Tensor:
     """Gaussian blur; `sigma` (G,) in pixels."""
-    weights = _box_weights(sigma)
+    weights = box_weights(sigma)
     reach = 2 if weights[:, 2].any() else 1
     centre, *others = to_device(weights, images.device).view(-1, 3, 1, 1, 1).unbind(1)
     side = images.shape[3]

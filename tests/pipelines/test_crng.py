@@ -37,6 +37,17 @@ def test_torch_twin_agrees(seed: int, epoch: int, index: list[int], n: int) -> N
     assert np.array_equal(crng.u01_torch(twin, n).numpy(), crng.u01(keys, n))
 
 
+def test_several_draws_at_once_are_those_of_one_at_a_time() -> None:
+    keys = crng.key(7, 8, np.arange(100), crng.FLIP)
+    before = keys.copy()
+    numbers = np.array([[3, 0], [70, 1]])
+    draws = crng.u01(keys, numbers[:, :, None])
+    assert draws.shape == (2, 2, 100)
+    for place, number in np.ndenumerate(numbers):
+        assert np.array_equal(draws[place], crng.u01(keys, int(number)))
+    assert np.array_equal(keys, before)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_torch_twin_agrees_on_the_gpu() -> None:

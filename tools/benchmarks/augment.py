@@ -1,6 +1,7 @@
 """What augmentation costs: a whole batch at once on its device, beside timm's transforms of one Pillow image at a time.
 
     python -m tools.benchmarks.augment --threads 2 --rounds 9 [--images imagenet-sample.tar] [--device cuda]
+    python -m tools.benchmarks.augment --host 256 1024  # launches and interpreter time of a step on a GPU, without one
 
 The DeiT chain is RandAugment (rand-m9-mstd0.5-inc1-n2, bicubic), flip, normalisation, random erasing (0.25, noise per
 pixel), mixup 0.8 or CutMix 1.0. Both sides start from decoded 224 x 224 images in memory: one uint8 batch for ours,
@@ -9,6 +10,10 @@ Pillow images for timm's. Timm's run in a pool of threads (Pillow releases the i
 Everything runs in one process. A round times every chain once, every other round backwards, so that whatever else the
 machine does falls on all of them. Prints a table of medians and quartiles over the rounds: images per second, and CPU
 time of the process per image, which on a GPU is what is left on the host.
+
+With --host it says instead what a step asks of the interpreter, for batches of these sizes: launches (operations on
+fake CUDA tensors that are no views, with the kernels inside ours), and CPU time of the thread, with images of a few
+pixels and everything as on a GPU but for the driver: neither the copies to pinned memory nor the calls that launch.
 """
 
 from __future__ import annotations
@@ -19,26 +24,69 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import auto_augment, mixup, random_erasing
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from pipelines import Batch, DataConfig
-from pipelines.augment import Mixing, MixingConfig, RandAugment, RandAugmentSpec, RandomErasing, ThreeAugment
+from pipelines.augment import (
+    Mixing,
+    MixingConfig,
+    RandAugment,
+    RandAugmentSpec,
+    ThreeAugment,
+    erasing,
+    operations,
+    policy,
+)
+from pipelines.augment import device as augment_device
+from pipelines.augment import mixing as augment_mixing
 from pipelines.augment.device import DeviceTransform
-from tools.benchmarks.measure import Result, cells, conclude, in_turns, page, parser, wait_for
+from pipelines.augment.plan import num_launches
+from tools.benchmarks.measure import Result, cells, conclude, in_turns, page, parser, spread, wait_for
 
 SPEC = "rand-m9-mstd0.5-inc1-n2"
 FILL = (124, 116, 104)
 CLASSES = 1000
 SIDE = 224
+
+
+RECIPES = {
+    "RandAugment": DataConfig(rand_augment=SPEC, erasing=0.25),
+    "3-Augment": DataConfig(three_augment=True),
+}
+"""What the host's cost is measured of, both with mixup or CutMix."""
+
+
+def deit_mixing() -> Mixing:
+    return Mixing(MixingConfig(mixup_alpha=0.8, cutmix_alpha=1.0), CLASSES, seed=0, rank=0, label_smoothing=0.1)
+
+
+@contextmanager
+def without_kernels(choice: bool = False) -> Iterator[None]:
+    """Torch's operations everywhere; with `choice` the kernels everywhere."""
+
+    def serve(_: Tensor) -> bool:
+        return choice
+
+    with ExitStack() as patches:
+        for module in (augment_device, augment_mixing):
+            patches.enter_context(mock.patch.object(module, "kernels_serve", serve))
+        yield
 
 
 def unpacked(archive: Path) -> Iterator[tuple[str, bytes]]:
@@ -69,22 +117,23 @@ def batch_chains(pictures: list[Image.Image], device: torch.device) -> dict[str,
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
     labels = torch.arange(len(pictures), device=device) % CLASSES
     index = torch.arange(len(pictures))
-    device_index = index.to(device)
     rand_augment = RandAugment(RandAugmentSpec.parse(SPEC), seed=0, fill=FILL, interpolation="bicubic")
     three_augment = ThreeAugment(seed=0)
-    normalise = DeviceTransform(DataConfig(), seed=0, train=True)
-    erase = RandomErasing(0.25, seed=0)
-    mixing = Mixing(MixingConfig(mixup_alpha=0.8, cutmix_alpha=1.0), CLASSES, seed=0, rank=0, label_smoothing=0.1)
+    transform, mixing = DeviceTransform(RECIPES["RandAugment"], seed=0, train=True), deit_mixing()
+    batch = Batch(images, labels, index)
 
     def chain(step: int) -> tuple[Tensor, Tensor]:
-        augmented = Batch(rand_augment(images, index, step), labels, device_index)
-        return mixing(erase(normalise(augmented, step), index, step), labels, step)
+        return mixing(transform(batch, step), labels, step)
+
+    def chain_of_torch(step: int) -> tuple[Tensor, Tensor]:
+        with without_kernels():
+            return chain(step)
 
     return {
-        "RandAugment, batch": lambda step: rand_augment(images, index, step),
-        "3-Augment, batch": lambda step: three_augment(images, index, step),
-        "DeiT chain, batch": chain,
-    }
+        "RandAugment, torch": lambda step: rand_augment(images, index, step),
+        "3-Augment, torch": lambda step: three_augment(images, index, step),
+        "DeiT chain, torch": chain_of_torch,
+    } | ({"DeiT chain, kernels": chain} if device.type == "cuda" else {})
 
 
 def image_chains(pictures: list[Image.Image], pool: ThreadPoolExecutor) -> dict[str, Callable[[int], object]]:
@@ -150,6 +199,165 @@ def measured(arguments: argparse.Namespace) -> Result:
         return {"rounds": in_turns(cases, arguments.rounds)}
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations that would launch something on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith("pss.augment."):
+            self.count += num_launches(args[3])
+        elif name.startswith("pss.mix."):
+            self.count += 1 + (args[3] > 0)
+        elif not func.is_view and not name.startswith(("prim.", "aten.lift_fresh", "aten.empty", "aten.new_empty")):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class NoDriver:
+    """What Triton needs of a driver to compile for an H100; it launches nothing."""
+
+    def __init__(self) -> None:
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_properties(self, _: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+    def load_binary(self, *_: object) -> tuple[int, int, int, int, int]:
+        return 0, 0, 0, 0, 1024
+
+    def launcher_cls(self, *_: object) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def launches(config: DataConfig, batch: int, kernels: bool, step: int = 1) -> dict[str, int]:
+    """Of a step by part: the copies of tables included, and what is allocated not."""
+    index, numbers = torch.arange(batch), np.arange(batch)
+    transform, mixing, found = DeviceTransform(config, seed=0, train=True), deit_mixing(), {}
+
+    def on_the_host(_: Tensor) -> NDArray[np.int64]:
+        return numbers
+
+    with ExitStack() as stack:
+        stack.enter_context(without_kernels(kernels))
+        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor))  # there is none to be had
+        for module in (augment_device, policy, erasing):  # torch would call the index fake, too
+            stack.enter_context(mock.patch.object(module, "host_index", on_the_host))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        images = torch.empty((batch, 3, config.img_size, config.img_size), dtype=torch.uint8, device="cuda")
+        labels = torch.empty(batch, dtype=torch.int64, device="cuda")
+        there = Batch(images, labels, index)
+        values = transform(there, 0)  # what is copied once is copied now
+        for part, work in {
+            "augmentation": lambda: transform(there, step),
+            "mixing": lambda: mixing(values, labels, step),
+        }.items():
+            with Launches() as counted:
+                work()
+            found[part] = counted.count
+    return found
+
+
+def interpreter_ms(config: DataConfig, batch: int, kernels: bool, steps: Iterator[int], num_steps: int) -> Result:
+    """CPU time of this thread, by part, in milliseconds a step; "draws" is a part of "augmentation"."""
+    config = replace(config, img_size=4)
+    images = torch.zeros((batch, 3, 4, 4), dtype=torch.uint8)
+    labels, index, numbers = torch.zeros(batch, dtype=torch.int64), torch.arange(batch), np.arange(batch)
+    transform, mixing, here = DeviceTransform(config, seed=0, train=True), deit_mixing(), Batch(images, labels, index)
+    values = torch.zeros(images.shape)
+
+    def draws(step: int) -> None:
+        transform._flips(here, step)
+        assert transform._augment is not None
+        transform._augment.draw(numbers, step, 224)
+        if transform._erase is not None:
+            transform._erase.draw(numbers, step, 224)
+
+    parts = {
+        "draws": draws,
+        "augmentation": lambda step: transform(here, step),
+        "mixing": lambda step: mixing(values, labels, step),
+    }
+    found = {}
+    with ExitStack() as stack:
+        stack.enter_context(without_kernels(kernels))
+        stack.enter_context(mock.patch.object(operations, "_CPU_IMAGES", operations._GPU_IMAGES))
+        if kernels:
+            from triton.runtime import driver
+
+            from pipelines.augment import fused
+
+            driver.set_active(NoDriver())
+            stack.enter_context(mock.patch.object(fused, "COUNTS", 1))  # on a GPU, clearing them is no work of the CPU
+        for part, work in parts.items():
+            work(0)
+            begun = time.thread_time()
+            for step in islice(steps, num_steps):
+                work(step)
+            found[part] = 1e3 * (time.thread_time() - begun) / num_steps
+    return found
+
+
+def host_costs(batches: Sequence[int], rounds: int, num_steps: int = 8) -> Result:
+    """Launches and interpreter time of a step by recipe, batch size and form."""
+    shapes = [(name, batch, kernels) for name in RECIPES for batch in batches for kernels in (False, True)]
+    cases = {
+        (name, batch, kernels): partial(interpreter_ms, RECIPES[name], batch, kernels, count(1), num_steps)
+        for name, batch, kernels in shapes
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = in_turns(cases, rounds)
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "host": [
+            {
+                "recipe": name,
+                "batch": batch,
+                "form": "kernels" if kernels else "torch",
+                "launches": launches(RECIPES[name], batch, kernels),
+                "ms": {
+                    part: [one[part] for one in times[name, batch, kernels]] for part in times[name, batch, kernels][0]
+                },
+            }
+            for name, batch, kernels in shapes
+        ]
+    }
+
+
+def host_report(result: Result) -> str:
+    """The result of `host_costs` as markdown."""
+    parts = ("augmentation", "mixing", "draws")
+    rows = [
+        " | ".join(
+            (
+                f"{case['recipe']}, {case['form']} | {case['batch']}",
+                *(str(case["launches"][part]) for part in parts[:2]),
+                *(spread(case["ms"][part], ".2f") for part in parts),
+            )
+        )
+        for case in result["host"]
+    ]
+    head = "recipe | batch | launches: augmentation | mixing | CPU ms a step: augmentation | mixing | of it, draws"
+    return page(result, f"What a step asks of the interpreter; {result['settings']['rounds']} rounds", head, rows)
+
+
 def report(result: Result) -> str:
     """The result as markdown."""
     settings, rows = result["settings"], []
@@ -166,7 +374,11 @@ def main(argv: Sequence[str] | None = None) -> Result:
     command.add_argument("--images", type=Path, help="tar of JPEGs; smooth random images where it is left out")
     command.add_argument("--batch", type=int, default=64)
     command.add_argument("--batches", type=int, default=4, help="batches per chain and round")
-    return conclude(command.parse_args(argv), measured, report, "pillow")
+    command.add_argument("--host", type=int, nargs="+", metavar="BATCH", help="what a GPU's step asks of the host")
+    arguments = command.parse_args(argv)
+    if arguments.host:
+        return conclude(arguments, lambda given: host_costs(given.host, given.rounds), host_report, "pillow")
+    return conclude(arguments, measured, report, "pillow")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from timm.data import mixup as timm_mixup
 from timm.data.random_erasing import RandomErasing as TimmErasing
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipelines import crng
 from pipelines.augment import Mixing, MixingConfig, RandAugment, RandAugmentSpec, RandomErasing, ThreeAugment
 from pipelines.augment.erasing import draw_rectangles
 from pipelines.augment.mixing import MixingMode, draw_mixing
@@ -41,6 +43,28 @@ def test_share_of_erased_images(probability: float) -> None:
 def test_rectangles_lie_inside(side: int, seed: int, epoch: int) -> None:
     top, left, height, width = rectangles(50, side=side, seed=seed, epoch=epoch).T
     assert ((top >= 0) & (top + height <= side) & (left >= 0) & (left + width <= side)).all()
+
+
+@pytest.mark.parametrize("side", [2, 3, 5, 64])
+def test_rectangles_are_the_first_that_fit(side: int) -> None:
+    """Of ten attempts, each with four draws of its own, as plain numbers say; small images often need several."""
+    attempts = []
+    for number, rectangle in enumerate(rectangles(400, 0.7, side, 3, 2)):
+        key = crng.key(3, 2, number, crng.ERASING)
+        expected, attempt = [0] * 4, 0
+        while float(crng.u01(key, 0)) < 0.7 and attempt < 10 and not expected[2]:
+            area, log_aspect, top, left = (float(crng.u01(key, 1 + 4 * attempt + draw)) for draw in range(4))
+            area = (0.02 + (1 / 3 - 0.02) * area) * side**2
+            aspect = np.exp(math.log(0.3) * (1 - 2 * log_aspect))
+            height, width = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+            if height < side and width < side:
+                expected = [int(top * (side - height + 1)), int(left * (side - width + 1)), height, width]
+                if not height:
+                    break
+            attempt += 1
+        attempts.append(attempt)
+        assert rectangle.tolist() == expected
+    assert max(attempts) > (1 if side < 64 else 0)
 
 
 def test_rectangles_are_distributed_like_timms() -> None:
