@@ -48,7 +48,9 @@ def augment(
     Returns:
         float32 (B, 3, S, S), contiguous.
     """
-    num_images, _, side, _ = images.shape
+    num_images, side = len(images), images.shape[-1]
+    assert images.dtype == torch.uint8
+    assert images.shape[1:] == (3, side, side)
     out = images.new_empty(images.shape, dtype=torch.float32)
     if not num_images:  # there is no launching nothing
         return out
@@ -119,6 +121,9 @@ def mix(
         float32 (B, classes).
     """
     num_images, side = len(images), images.shape[-1]
+    assert images.dtype == torch.float32
+    assert images.is_contiguous()
+    assert images.shape[1:] == (3, side, side)
     targets = images.new_empty((num_images, num_classes))
     with _on_device_of(images):
         if num_pairs:
