@@ -66,7 +66,7 @@ def show_machine(
         processes=gpus * nodes,
         images_per_second=gpu_rate * gpus * nodes,
         loader_images_per_second=loader_rate * nodes,
-        queue_bytes=round(config.train.prefetch_mb * 2**20),
+        queue_bytes=config.data.prefetch_bytes,
     )
     simulated = run_on(planned, machine, config.data.img_size)
     how = f"assumed, {_TFLOPS:.0f} TFLOP/s; --gpu-rate says what yours does" if assumed else "as given"

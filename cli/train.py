@@ -128,8 +128,8 @@ def train(
         train_loader = pipelines.build(
             data, "train", train=True, loader=loader, label_maps=config.data.label_maps, **options
         )
-        if config.train.prefetch_mb:
-            train_loader = Prefetcher(train_loader, round(config.train.prefetch_mb * 2**20), world.device)
+        if config.data.prefetch_bytes:
+            train_loader = Prefetcher(train_loader, config.data.prefetch_bytes, world.device)
         val_loader = None
         try:
             # Accuracy is measured on the original bytes, which FFCV's files do not hold.

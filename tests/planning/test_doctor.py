@@ -38,7 +38,7 @@ def test_every_level_is_measured():
 )
 def test_the_verdict_follows_from_the_rates(capsys, loader_rate, bounds, words):
     """A model of 1,000 images/s at rho = 1, where time goes with arithmetic."""
-    chosen = config("train.prefetch_mb=0.2", "train.epochs=4")
+    chosen = config("data.prefetch_gb=0.0002", "train.epochs=4")
     planned = plan(chosen, num_images=1600, num_classes=4)
     rates = {level: 1000 * planned.dense.training / level.cost.training for level in planned.levels}
     found = diagnose(chosen, planned, rates, loader_rate)
