@@ -98,7 +98,7 @@ def show(
     enough = found.loader_rate >= wanted
     typer.echo(
         f"\non average training takes in {wanted:,.0f} images/s: the loader "
-        f"{'is fast enough for that' if enough else 'is too slow for that'}; "
+        f"{'is fast enough for that' if enough else 'is too slow for that'};\n"
         f"the run would wait for data {found.simulated.data_wait:.1%} of the time"
     )
     if found.simulated.data_wait <= 0.01:

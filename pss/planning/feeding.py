@@ -42,7 +42,7 @@ class Feed:
 
     @property
     def backend(self) -> str:
-        return self.name.split()[0]
+        return self.name.split()[0].rstrip(",")
 
 
 @dataclass(frozen=True)
