@@ -10,7 +10,7 @@ import torch
 import typer
 
 import pipelines
-from cli.feeding import show_feeding
+from cli.feeding import print_wrapped, show_feeding
 from pipelines.base import Backend, DataError
 from pipelines.probe import images_per_second
 from pss.config import Config
@@ -118,7 +118,7 @@ def _show_cures(
     config: Config, planned: Plan, found: Diagnosis, *, enough: bool, backend: Backend, device: str
 ) -> None:
     for remedy in remedies(config, planned, found.machine):
-        typer.echo(f"  cure: {remedy.what}, after which it waits {remedy.data_wait:.1%}")
+        print_wrapped(f"cure: {remedy.what}, after which it waits {remedy.data_wait:.1%}", "  ")
     if not enough:
         if device.startswith("cuda") and backend != "dali":
             typer.echo("  try: --loader dali, which decodes on the GPU")

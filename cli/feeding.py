@@ -66,7 +66,8 @@ def show_feeding(
 
 def print_wrapped(text: str, indent: str = "") -> None:
     """A paragraph of at most 100 columns."""
-    for line in textwrap.wrap(text, 98, initial_indent=indent, subsequent_indent=" " * len(indent)):
+    indents = {"initial_indent": indent, "subsequent_indent": " " * len(indent)}
+    for line in textwrap.wrap(text, 98, **indents, break_on_hyphens=False):
         typer.echo(line)
 
 

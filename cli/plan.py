@@ -187,7 +187,7 @@ def _show_waiting(config: Config, planned: Plan, machine: Machine, simulated: Si
     )
     typer.echo(f"it waits for data {simulated.data_wait:.1%} of the time ({shares})")
     for remedy in remedies(config, planned, machine):
-        typer.echo(f"  cure: {remedy.what}, after which it waits {remedy.data_wait:.1%}")
+        print_wrapped(f"cure: {remedy.what}, after which it waits {remedy.data_wait:.1%}", "  ")
 
 
 def show_gpu(config: Config, planned: Plan, num_classes: int, wanted: Wanted, host: Host) -> None:
