@@ -3,21 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import typer
 
+import pipelines
+from cli.feeding import hours, print_wrapped, show_feeding
 from pss.config import Config
-from pss.planning.plan import Plan
-from pss.planning.simulation import Machine, queue_batches, remedies, run_on
+from pss.planning.feeding import Feed, assumed_feeds
+from pss.planning.gpu import CARDS, Card, Host, Parts, Work, assumptions, predict, read_host, works
+from pss.planning.plan import IMAGENET_CLASSES, IMAGENET_IMAGES, Plan, plan
+from pss.planning.simulation import Machine, Simulated, queue_batches, remedies, run_on
+from pss.starting import check_steps
 
 _WIDTH = 72
 _TFLOPS = 290.0  # what an H200 sustains at the rates that `tools.benchmarks.step` aims at
+_CORES = 16  # of a GPU's node, for each GPU
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The machine that a plan is for, as the command line describes it."""
+
+    gpu: str | None = None
+    """One of `pss.planning.gpu.CARDS`."""
+    gpus: int = 1
+    nodes: int = 1
+    cores: int | None = None
+    """Of a node."""
+    loader: str = "auto"
+    loader_rate: float | None = None
+    """Images per second that a node decodes."""
+    gpu_rate: float | None = None
+    """Images per second that a GPU trains at rho = 1."""
+    measured: tuple[Path, ...] = ()
+    """Files with figures of the host."""
+
+    def check(self) -> None:
+        """Raise `ValueError` for what does not go together."""
+        for name, rate in (("--loader-rate", self.loader_rate), ("--gpu-rate", self.gpu_rate)):
+            if rate is not None and not 1e-3 <= rate <= 1e12:
+                raise ValueError(f"{name} is {rate}; give images per second, from 0.001 to 1e12")
+        if self.gpu is not None and self.gpu_rate is not None:
+            raise ValueError("--gpu predicts what a GPU trains and --gpu-rate says it; give one of them")
+        if self.gpu is None and self.measured:
+            raise ValueError("--measured holds figures for a prediction; add --gpu, or leave it out")
+        if self.gpu is None and self.loader_rate is None and self != Wanted(loader=self.loader):
+            raise ValueError(
+                "--gpu-rate, --gpus, --nodes and --cores describe where to simulate the run; add --loader-rate, or "
+                "--gpu"
+            )
+
+    @property
+    def processes(self) -> int:
+        return self.gpus * self.nodes
+
+    @property
+    def node_cores(self) -> int:
+        return self.cores or _CORES * self.gpus
+
+    def feeds(self, gpu_decodes: float, crops: int) -> tuple[list[Feed], Feed]:
+        """The loaders to compare, and the one that is chosen."""
+        feeds = assumed_feeds(self.node_cores, self.gpus, self.nodes, gpu_decodes, crops)
+        wanted = "dali" if self.loader == "auto" else self.loader
+        if self.loader_rate is None:
+            return feeds, next(feed for feed in feeds if feed.backend == wanted)
+        given = Feed(f"{wanted} (--loader-rate)", self.loader_rate * self.nodes, "given")
+        return [given, *feeds], given
+
+
+def show_plan(config: Config, data: Path | None, wanted: Wanted) -> None:
+    """All of `--plan`, on ImageNet-1k's number of images where there is no data. Raises `ValueError`."""
+    wanted.check()
+    host = read_host(wanted.measured)
+    num_images, num_classes = IMAGENET_IMAGES, IMAGENET_CLASSES
+    if data is not None:
+        dataset = pipelines.open_dataset(data)
+        num_images, num_classes = sum(dataset.per_class["train"]), len(dataset.classes)
+    if steps_per_epoch := num_images // config.train.batch_size:
+        check_steps(config, steps_per_epoch)
+    planned = plan(config, num_images=num_images, num_classes=num_classes)
+    show(config, planned, "" if data else " (ImageNet-1k's; --data counts yours)")
+    if wanted.gpu is not None:
+        show_gpu(config, planned, num_classes, wanted, host)
+    elif wanted.loader_rate is not None:
+        show_machine(config, planned, wanted)
+    else:
+        typer.echo(
+            "\n--gpu h100 predicts the run on one, and which loaders keep up with it;\n--loader-rate says how one "
+            "keeps up (see tools.benchmarks.loader), on --gpus and --nodes"
+        )
 
 
 def show(config: Config, planned: Plan, whose: str = "") -> None:
     """The run by levels, its arithmetic, what it asks of the loader, and a drawing of rho; `whose`: the images."""
     epochs = f"{config.train.epochs:,} epochs of {planned.steps_per_epoch:,} steps"
-    typer.echo(f"{config.recipe}: {planned.num_images:,} images{whose}, {epochs}, {planned.batch_size:,} images a step")
+    print_wrapped(
+        f"{config.recipe}: {planned.num_images:,} images{whose}, {epochs}, {planned.batch_size:,} images a step"
+    )
     typer.echo(planned.course)
     typer.echo(f"\n{'ρ':>6} {'pixels':>7} {'steps':>9} {'tokens':>8} {'GMACs':>9} {'of dense':>9}")
     for level in planned.levels:
@@ -55,10 +139,10 @@ def draw(rhos: Sequence[float]) -> None:
     typer.echo("     └" + "─" * width)
 
 
-def show_machine(
-    config: Config, planned: Plan, *, gpus: int, nodes: int, loader_rate: float, gpu_rate: float | None
-) -> None:
+def show_machine(config: Config, planned: Plan, wanted: Wanted) -> None:
     """The run on a machine: how long it takes, how long it waits for data at each level, and what would cure that."""
+    gpus, nodes, loader_rate, gpu_rate = wanted.gpus, wanted.nodes, wanted.loader_rate, wanted.gpu_rate
+    assert loader_rate is not None
     assumed = gpu_rate is None
     if gpu_rate is None:
         gpu_rate = 1e12 * _TFLOPS / (2 * planned.dense.training)
@@ -66,7 +150,7 @@ def show_machine(
         processes=gpus * nodes,
         images_per_second=gpu_rate * gpus * nodes,
         loader_images_per_second=loader_rate * nodes,
-        queue_bytes=round(config.train.prefetch_mb * 2**20),
+        queue_bytes=config.data.prefetch_bytes,
     )
     simulated = run_on(planned, machine, config.data.img_size)
     how = f"assumed, {_TFLOPS:.0f} TFLOP/s; --gpu-rate says what yours does" if assumed else "as given"
@@ -83,7 +167,16 @@ def show_machine(
     )
     if simulated.data_wait <= 0.01:
         typer.echo(f"it waits for data {simulated.data_wait:.1%} of the time: the loader keeps up")
-        return
+    else:
+        _show_waiting(config, planned, machine, simulated)
+    feeds, chosen = wanted.feeds(0, config.data.decode_once)
+    dense_step = planned.batch_size / machine.images_per_second
+    seconds = [dense_step * level.cost.training / planned.dense.training for level in planned.levels]
+    show_feeding(config, planned, feeds, chosen, lambda _: seconds, wanted.processes)
+    typer.echo(f"decoding on {wanted.node_cores} cores a node, by rates per core of 16 that work together")
+
+
+def _show_waiting(config: Config, planned: Plan, machine: Machine, simulated: Simulated) -> None:
     by_level = [0.0 for _ in planned.levels]
     for number, waited in zip(planned.level_of_step, simulated.waited, strict=True):
         by_level[number] += waited
@@ -94,11 +187,65 @@ def show_machine(
     )
     typer.echo(f"it waits for data {simulated.data_wait:.1%} of the time ({shares})")
     for remedy in remedies(config, planned, machine):
-        typer.echo(f"  cure: {remedy.what}, after which it waits {remedy.data_wait:.1%}")
+        print_wrapped(f"cure: {remedy.what}, after which it waits {remedy.data_wait:.1%}", "  ")
 
 
-def hours(seconds: float) -> str:
-    """As a person says it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+def show_gpu(config: Config, planned: Plan, num_classes: int, wanted: Wanted, host: Host) -> None:
+    """What bounds each level on a card that is not at hand, how long the run takes, and which loaders keep up."""
+    assert wanted.gpu is not None
+    card = CARDS[wanted.gpu]
+    *levels, dense = works(config, planned, num_classes, host)
+    feeds, chosen = wanted.feeds(card.decodes, config.data.decode_once)
+
+    def parts(work: Work, feed: Feed) -> Parts:
+        return _parts(work, card, host, feed, planned.batch_size, wanted.processes)
+
+    where = f"{wanted.nodes} x {wanted.gpus} " if wanted.processes > 1 else "one "
+    batch = f"{planned.batch_size / wanted.processes:,.0f} images a step" + " on each" * (wanted.processes > 1)
+    typer.echo(f"\nA PREDICTION for {where}{wanted.gpu.upper()}, {batch}, {chosen.name}; nothing of it is measured")
+    typer.echo(" " * 36 + "milliseconds of a step")
+    names = ("compute", "memory", "launches", "host", "loader")
+    typer.echo(
+        f"{'ρ':>6} {'pixels':>7} {'tokens':>8} "
+        + " ".join(f"{name:>8}" for name in names)
+        + "  bound by  if fed      img/s"
+    )
+    for level, work in zip(planned.levels, levels, strict=True):
+        found = parts(work, chosen)
+        milliseconds = " ".join(f"{1e3 * getattr(found, name):>8.1f}" for name in names)
+        rate = planned.batch_size / found.fed
+        typer.echo(
+            f"{level.rho:>6.3g} {level.img_size:>7} {level.tokens:>8,} {milliseconds}  {found.bound:<9} "
+            f"{replace(found, loader=0).bound:<9} {rate:>7,.0f}"
+        )
+
+    def seconds(feed: Feed) -> list[float]:
+        return [parts(work, feed).step for work in levels]
+
+    of_level = seconds(chosen)
+    run = sum(of_level[number] for number in planned.level_of_step)
+    alone = planned.total_steps * parts(dense, chosen).step
+    epochs = planned.total_steps / planned.steps_per_epoch
+    typer.echo(
+        f"with data always there: {run / epochs / 60:.1f} min an epoch, {hours(run)} in all; dense "
+        f"{alone / epochs / 60:.1f} min and {hours(alone)}: {1 - run / alone:.1%} saved"
+    )
+    show_feeding(config, planned, feeds, chosen, seconds, wanted.processes)
+    typer.echo("\nassumed, and not measured:")
+    for line in (
+        *assumptions(card, host),
+        f"decoding on {wanted.node_cores} cores a node, by rates per core of 16 that work together, at 224 px; "
+        f"{card.decodes:,.0f} images/s on a GPU, published for an A100",
+    ):
+        print_wrapped(line, "- ")
+
+
+def _parts(work: Work, card: Card, host: Host, feed: Feed, batch_size: int, processes: int) -> Parts:
+    return predict(
+        work,
+        card,
+        host,
+        batch=max(1, batch_size // processes),
+        backend=feed.backend,
+        decodes=feed.images_per_second / processes,
+    )

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-_DOCTOR_SECONDS = 5.0
 _MOST_MACHINES = 10**5  # GPUs of a node, or nodes
 _STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "run again"
 
@@ -72,6 +71,16 @@ def train(
         float | None,
         typer.Option(help="Images per second a GPU trains at rho = 1; by default an H200's share."),
     ] = None,
+    gpu: Annotated[
+        Literal["h100", "h200", "a100"] | None, typer.Option(help="Predict the run on such a GPU, with --plan.")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(help="What tools.benchmarks.host_cost or launches wrote, for --gpu; repeatable."),
+    ] = None,
+    cores: Annotated[
+        int | None, typer.Option(help="Processor cores of a node; 16 a GPU by default.", min=1, max=_MOST_MACHINES)
+    ] = None,
     gpus: Annotated[int, typer.Option(help="GPUs of a node.", min=1, max=_MOST_MACHINES)] = 1,
     nodes: Annotated[int, typer.Option(help="Nodes.", min=1, max=_MOST_MACHINES)] = 1,
 ) -> None:
@@ -82,12 +91,20 @@ def train(
     config = recipes.get(recipe).with_settings(settings or [])
     check_shapes(config)
     if plan:
-        _plan(config, data, gpus=gpus, nodes=nodes, loader_rate=loader_rate, gpu_rate=gpu_rate)
+        from cli.plan import Wanted, show_plan
+
+        files = tuple(measured or ())
+        show_plan(config, data, Wanted(gpu, gpus, nodes, cores, loader, loader_rate, gpu_rate, files))
         return
-    if loader_rate is not None or gpu_rate is not None or (gpus, nodes) != (1, 1):
-        raise ValueError("--loader-rate, --gpu-rate, --gpus and --nodes are for --plan; add it, or leave them out")
+    if (gpu, gpus, nodes, cores, loader_rate, gpu_rate, measured or None) != (None, 1, 1, None, None, None, None):
+        raise ValueError(
+            "--gpu, --loader-rate, --gpu-rate, --gpus, --nodes, --cores and --measured are for --plan; add it, or "
+            "leave them out"
+        )
     if doctor:
-        _doctor(config, data, loader)
+        from cli.doctor import examine
+
+        examine(config, data, loader)
         return
     if data is None or output is None:
         missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
@@ -188,74 +205,6 @@ def _admit(output: Path, config: Config, resume: bool) -> None:
             f"--resume: the run in {output} has other settings (saved, now): {'; '.join(changed)}; "
             "repeat its --set options, or choose another --output"
         )
-
-
-def _plan(
-    config: Config, data: Path | None, *, gpus: int, nodes: int, loader_rate: float | None, gpu_rate: float | None
-) -> None:
-    """Show what the run would cost, on ImageNet-1k's number of images where there is no data."""
-    import pipelines
-    from cli.plan import show, show_machine
-    from pss.planning.plan import IMAGENET_CLASSES, IMAGENET_IMAGES, plan
-    from pss.starting import check_steps
-
-    for name, rate in (("--loader-rate", loader_rate), ("--gpu-rate", gpu_rate)):
-        if rate is not None and not 1e-3 <= rate <= 1e12:
-            raise ValueError(f"{name} is {rate}; give images per second, from 0.001 to 1e12")
-    num_images, num_classes = IMAGENET_IMAGES, IMAGENET_CLASSES
-    if data is not None:
-        dataset = pipelines.open_dataset(data)
-        num_images, num_classes = sum(dataset.per_class["train"]), len(dataset.classes)
-    if loader_rate is None and (gpu_rate is not None or (gpus, nodes) != (1, 1)):
-        raise ValueError("--gpu-rate, --gpus and --nodes describe where to simulate the run; add --loader-rate")
-    if steps_per_epoch := num_images // config.train.batch_size:
-        check_steps(config, steps_per_epoch)
-    planned = plan(config, num_images=num_images, num_classes=num_classes)
-    show(config, planned, "" if data else " (ImageNet-1k's; --data counts yours)")
-    if loader_rate is not None:
-        show_machine(config, planned, gpus=gpus, nodes=nodes, loader_rate=loader_rate, gpu_rate=gpu_rate)
-    else:
-        typer.echo(
-            "\n--loader-rate says how a loader keeps up with it (see tools.benchmarks.loader), on --gpus and --nodes"
-        )
-
-
-def _doctor(config: Config, data: Path | None, loader: Any) -> None:
-    """Measure both sides on one process; of the loader the batches that it would deliver."""
-    if data is None:
-        raise ValueError("--doctor measures the loader; give --data")
-    import pipelines
-    from cli.doctor import show
-    from pipelines.probe import images_per_second
-    from pss.planning.doctor import diagnose, measure_training
-    from pss.planning.plan import plan
-    from pss.runtime import processes as dist
-
-    dataset = pipelines.open_dataset(data)
-    planned = plan(config, num_images=sum(dataset.per_class["train"]), num_classes=len(dataset.classes))
-    with dist.start() as world:
-        if world.size > 1:
-            raise ValueError("--doctor looks at one process; run it without torchrun")
-        if loader == "auto":
-            loader, _ = _choose_loader(data, None, config, world)
-        built = pipelines.build(
-            data,
-            "train",
-            train=True,
-            loader=loader,
-            config=config.data,
-            batch_size=config.train.batch_size // config.train.accumulate,
-            seed=config.train.seed,
-            device=str(world.device),
-            num_workers=config.train.num_workers,
-        )
-        try:
-            loader_rate = images_per_second(built, _DOCTOR_SECONDS)
-        finally:
-            built.close()
-        rates = measure_training(config, planned, len(dataset.classes), world.device)
-    found = diagnose(config, planned, rates, loader_rate)
-    show(config, planned, found, backend=built.backend, device=str(world.device))
 
 
 def _choose_loader(data: Path, resumed: Path | None, config: Config, world: World) -> tuple[Any, str]:

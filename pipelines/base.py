@@ -188,6 +188,10 @@ class DataConfig(Section, section="data"):
     label_maps: Annotated[Text | None, _BY_DENSE_LOSSES] = None
     """Training: a .npy file with a label map for each training image, in the order of the split, for methods that learn
     from them."""
+    # The largest is more than any machine has.
+    prefetch_gb: Always[Annotated[float, Ge(0), Le(1 << 14)]] = 0.5
+    """Training: decoded batches kept ready per process, in GB (10^9 bytes), so that short steps can draw on what long
+    ones left time for; 0 keeps none. `--plan` and `--doctor` say what more of it buys."""
     progressive: Progressive = Progressive()
     """Smaller images in the first epochs (training)."""
     gpu_decoding: GpuDecoding = GpuDecoding()
@@ -208,6 +212,11 @@ class DataConfig(Section, section="data"):
             raise ValueError(
                 f"data.repeats is {self.repeats} and data.decode_once {self.decode_once}; set one of them to 1"
             )
+
+    @property
+    def prefetch_bytes(self) -> int:
+        """`prefetch_gb` as a number of bytes."""
+        return round(self.prefetch_gb * 1e9)
 
     def train_size(self, epoch: int) -> int:
         """Side of the training images of `epoch`, in pixels: `img_size`, or what progressive resizing makes of it."""

@@ -50,9 +50,9 @@ __all__ = [
 _MAY_DIFFER = (
     "compile.",
     "data.gpu_decoding.",
+    "data.prefetch_gb",
     "train.max_steps",
     "train.num_workers",
-    "train.prefetch_mb",
     "train.log_every_steps",
     "train.checkpoint_every_minutes",
     "train.keep_checkpoints",
@@ -146,6 +146,7 @@ class Config(RunSettings):
         """What `to_dict` returned. Raises `ValueError`."""
         if not isinstance(raw, dict):
             raise ValueError(f"the configuration is {str(raw)[:40]!r}; it must be an object of sections")
+        raw = _with_present_names(raw)
         method = raw.get("method", "sampled")
         kinds = {kind.section: kind for kind in methods.find(method).sections}
         names = [part.name for part in dataclasses.fields(cls) if part.name not in _HIDDEN]
@@ -201,8 +202,23 @@ def _tree(run: RunSettings) -> Json:
     return tree | {section.section: as_dict(section) for section in run.own}
 
 
+def _with_present_names(raw: Json) -> Json:
+    """What a file says, under the names that settings have now: `data.prefetch_gb` was `train.prefetch_mb`, in MiB."""
+    train, data = raw.get("train"), raw.get("data", {})
+    if not isinstance(train, dict) or not isinstance(data, dict) or "prefetch_mb" not in train:
+        return raw
+    mebibytes = train["prefetch_mb"]
+    moved = {"prefetch_gb": mebibytes * 2**20 / 1e9} if isinstance(mebibytes, float | int) else {}
+    return raw | {
+        "train": {name: value for name, value in train.items() if name != "prefetch_mb"},
+        "data": moved | data,
+    }
+
+
 def _whose(method: str, key: str) -> str | None:
-    """What to say of a setting that `method` does not have and another one has; None if none has it."""
+    """What to say of a setting that `method` does not have: which one has it, or its name now; None if none has it."""
+    if key == "train.prefetch_mb":
+        return "; it is data.prefetch_gb now, in GB"
     owners = [
         name for name, one in methods.METHODS.items() if key.split(".")[0] in {kind.section for kind in one.sections}
     ]

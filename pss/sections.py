@@ -237,9 +237,6 @@ class TrainConfig(Section, section="train"):
     """Decay of the moving average of the weights, per step; 0 keeps none."""
     num_workers: Always[Annotated[int, Ge(0), Le(1024)] | None] = None
     """Decoding threads or processes of the loader per rank; None takes the cores at hand."""
-    prefetch_mb: Always[Annotated[float, Ge(0), Le(1 << 20)]] = 512.0
-    """Decoded batches kept ready per process, in MiB (on the GPU where there is one), so that short steps can draw on
-    what long ones left time for; 0 keeps none."""
     log_every_steps: Always[Positive] = 50
     """Steps between two rows of `log.jsonl`."""
     checkpoint_every_minutes: Always[Annotated[float, Gt(0), Le(1e6)]] = 15.0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import timm
 
 from pss import methods, recipes
-from pss.config import Config, ScheduleConfig, differing_fields
+from pss.config import Config, ScheduleConfig, changes_of_run, differing_fields
 from pss.planning.plan import IMAGENET_IMAGES
 from pss.training.optim import peak_lr
 
@@ -131,3 +133,16 @@ def test_images_must_reach_their_full_size_within_the_run():
     with pytest.raises(ValueError, match=r"end_epoch is 10 and train.epochs 10; .*--set data.progressive.end_epoch=8"):
         recipes.get("deit-s-224").with_settings([*grow, "train.epochs=10"])
     recipes.get("deit-s-224").with_settings([*grow, "train.epochs=11"])
+
+
+def test_a_file_of_a_run_from_before_the_queue_was_a_data_setting_is_read():
+    raw = Config.from_dict(recipes.get("digits").to_dict()).to_dict()
+    del raw["data"]["prefetch_gb"]
+    raw["train"]["prefetch_mb"] = 1024.0
+    former = Config.from_dict(raw)
+    assert former.data.prefetch_bytes == 2**30
+    assert former.data == replace(recipes.get("digits").data, prefetch_gb=2**30 / 1e9)
+    assert changes_of_run(former, recipes.get("digits")) == []
+    assert "prefetch_mb" in raw["train"]  # what was read is left as it was
+    with pytest.raises(ValueError, match=r"no key 'train\.prefetch_mb'; it is data\.prefetch_gb now, in GB"):
+        recipes.get("digits").with_settings(["train.prefetch_mb=512"])

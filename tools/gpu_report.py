@@ -29,7 +29,8 @@ def report(title: str, environment: dict[str, Any], parts: Iterable[str], kept: 
     statuses = []
     for name in parts:
         result = kept.get(name, {"status": "not run yet", "reason": None})
-        status = (result["status"] + (f": {result['reason']}" if result["reason"] else "")).replace("|", "/")
+        said = [*result.get("notes", ()), *([result["reason"]] if result["reason"] else [])]
+        status = (result["status"] + (f": {'; '.join(said)}" if said else "")).replace("|", "/")
         statuses.append(f"{name} | {status} | {result.get('seconds', '–')} | {result.get('commit', '–')}")
     lines = [f"# {title}", "", ", ".join(f"{key} {value}" for key, value in environment.items()), ""]
     lines += table("part | figure | goal | reached | met", goals)

@@ -1,11 +1,16 @@
-"""Everything that wants a GPU, in one command, in parts that are kept: tests, benchmarks, rates, a minute of training.
+"""Everything that wants a GPU, in one command, in parts that are kept: tests, rates, a minute of training, benchmarks.
 
-    python -m tools.gpu_suite --images imagenet-sample.tar
+    python -m tools.gpu_suite --images imagenet-sample.tar --archive gpu.tar.gz
 
-Every part runs in a process of its own and leaves `<output>/<part>.json`, whole or not at all; a run takes up those
-that are missing or failed (`--again` all), and `--parts` chooses. A part that fails, or cannot run here, says why and
-stops nothing. No part is begun that might not end within `--minutes`; run the command again for the rest. The report,
-`<output>/report.md`, sets what was measured beside the goals.
+Parts come in the order of what they teach (`tools.gpu_parts`): whether the tests pass, what deit-s-224 reaches, a
+minute of training with the loader, then all else. Two calls of six minutes answer the first three. Every part runs in a
+process of its own and leaves `<output>/<part>.json`, whole or not at all; a call takes up those that are missing or
+failed (`--again` all), and `--parts` chooses. A part that fails, or cannot run here, says why and stops nothing; a batch
+that does not fit the GPU is halved, and the result says so. No part is begun that might not end within `--minutes`; one
+that was too slow before gets all that is left of them. The report, `<output>/report.md`, sets what was measured beside
+the goals. `--archive` holds the report and all results after every part, so that a call that is killed leaves one too.
+
+Where results must outlive the machine, unpack the archive of one call before the next: its folder is `gpu/`.
 
 `--images` is a tar of JPEG files in class folders. `--dry-run` runs every part on the CPU with tiny shapes, Triton
 kernels in their interpreter: its figures mean nothing, only that the suite works.
@@ -23,224 +28,93 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from tools.benchmarks.augment import unpacked
 from tools.benchmarks.measure import environment
+from tools.gpu_parts import ROOT, Part, Parts, halved
 from tools.gpu_report import report
 
-ROOT = Path(__file__).parent.parent
 TAIL = 2000  # characters kept of what a failed part said last
-
-MODELS = {
-    "deit-s-224": ("deit-s-224", "deit_small_patch16_224", 224, 1024),
-    "vit-b-224": ("vit-b-simmim", "vit_base_patch16_224", 224, 512),
-    "deit-s-384": ("deit-s-384", "deit_small_patch16_224", 384, 256),
-}
-"""Recipe, timm's model of that size, pixels and batch size, by the name in parts and goals. All three fit into 139 GiB
-at once."""
-
-TINY = ("deit-s-224", "vit_tiny_patch16_224", 32, 4)
-
-VARIANTS = {"aligned": "model.token_counts=aligned", "cuda-graphs": "compile.cuda_graphs=true"}
-"""Settings to compare, on the first model, with what is usual."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One step of the suite."""
-
-    commands: Callable[[Path], list[list[str]]]
-    """Modules and their arguments, given the folder for what they write; several run side by side."""
-    limit_seconds: float
-    """Longest it may take."""
-    obstacle: Callable[[], str | None] = lambda: None
-    """Why it cannot run here."""
+MOST_BYTES = 16 << 20  # of an archive
+TOO_LONG = "not done within"
 
 
 class Suite:
-    """The parts, as the arguments want them, and where their results are."""
+    """The parts, and where their results are."""
 
     def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
         self.arguments, self.scratch = arguments, scratch
+        self.made = Parts(arguments, scratch)
         self.dry: bool = arguments.dry_run
-        self.device = "cpu" if self.dry else "cuda"
-        self.models = {"tiny": TINY} if self.dry else MODELS
         self.output: Path = arguments.output
 
     def parts(self) -> dict[str, Part]:
-        """By name, in the order of their importance, but that what is compiled first serves those after it."""
-        parts = {"tests": Part(self._tests, 150, _obstacle_to_tests)}
-        if len(self.models) > 1:  # side by side, to fill the compiler's cache
-            parts["compile"] = Part(lambda _: [self._rates(name, None) for name in self.models], 280)
-        for name in self.models:
-            parts[f"rates-{name}"] = Part(lambda folder, name=name: [self._rates(name, folder)], 240)
-        parts["train"] = Part(self._train, 180, self._obstacle_to_images)
-        parts["attention"] = Part(self._attention, 90)
-        for name in self.models:
-            parts[f"step-{name}"] = Part(lambda folder, name=name: [self._step(name, folder)], 90)
-        parts["loaders"] = Part(self._loaders, 300, self._obstacle_to_images)
-        parts["augment"] = Part(self._augment, 60)
-        first = next(iter(self.models))
-        for name, setting in VARIANTS.items():
-            parts[f"rates-{first}-{name}"] = Part(
-                lambda folder, setting=setting: [self._rates(first, folder, setting)],
-                240,
-                lambda: "its figures are for a GPU to compare" if self.dry else None,
-            )
-        return parts
+        """By name, the first ones first."""
+        return self.made.all()
 
-    # What the parts run.
-
-    def _tests(self, _: Path) -> list[list[str]]:
-        files = ["tests/pipelines/test_crng.py"] if self.dry else []
-        return [["pytest", "-m", "gpu", "-q", "-rs", "--no-header", "-p", "no:cacheprovider", *files]]
-
-    def _rates(self, name: str, folder: Path | None, *settings: str) -> list[str]:
-        recipe, _, _, batch = self.models[name]
-        words = ["tools.benchmarks.training", "--device", self.device, "--recipe", recipe, "--batch", str(batch)]
-        words += self._set(*settings)
-        if folder is None:
-            return [*words, "--cycles", "0", "--cycle-steps", "9"]
-        brief = ["--cycles", "1", "--cycle-steps", "3"] if self.dry else []
-        return [*words, "--json", str(folder / "rates.json"), *brief]
-
-    def _train(self, folder: Path) -> list[list[str]]:
-        recipe, _, _, batch = next(iter(self.models.values()))
-        words = ["tools.benchmarks.training", "--device", self.device, "--recipe", recipe, "--batch", str(batch)]
-        words += ["--data", str(self.images), *self._set()]
-        words += ["--seconds", "0.1" if self.dry else "60", "--cycle-steps", "2" if self.dry else "125"]
-        return [[*words, "--json", str(folder / "train.json")]]
-
-    def _set(self, *settings: str) -> list[str]:
-        if self.dry:
-            settings += (f"model.name={TINY[1]}", f"data.img_size={TINY[2]}")
-            settings += ("model.patch_size=16", "model.embed_dim=16", "model.depth=1", "model.num_heads=1")
-            settings += ("compile.mode=on", "compile.backend=aot_eager", "data.rand_augment=none", "schedule.low=0.8")
-        return [word for setting in settings for word in ("--set", setting)]
-
-    def _attention(self, folder: Path) -> list[list[str]]:
-        words = ["tools.benchmarks.attention", "--device", self.device, "--json", str(folder / "attention.json")]
-        if self.dry:
-            return [[*words, "--lengths", "39", "--batch", "1", "--heads", "1", "--width", "16", "--rounds", "1"]]
-        return [[*words, "--batch", "256", "--dtype", "bfloat16", "--rounds", "10"]]
-
-    def _step(self, name: str, folder: Path) -> list[str]:
-        _, model, img_size, batch = self.models[name]
-        words = ["tools.benchmarks.step", "--device", self.device, "--model", model, "--img-size", str(img_size)]
-        words += ["--json", str(folder / "step.json")]
-        if self.dry:
-            return [*words, "--batch", "1", "--rounds", "1", "--beside", "none", "naive"]
-        return [*words, "--batch", str(batch // 8), "--rounds", "5", "--bf16", "--beside", "none", "naive"]
-
-    def _loaders(self, folder: Path) -> list[list[str]]:
-        words = ["tools.benchmarks.loader", "--data", str(self.images), "--json", str(folder / "loaders.json")]
-        if self.dry:
-            return [[*words, "--img-size", "32", "--batch", "12", "--batches", "16", "--rounds", "1", "--threads", "1"]]
-        threads = len(os.sched_getaffinity(0))
-        batches = max(48, 8 * threads)  # four times what timm's workers decode ahead
-        words += ["--device", "cuda", "--batch", "128", "--batches", str(batches), "--rounds", "2"]
-        return [[*words, "--threads", str(threads)]]
-
-    def _augment(self, _: Path) -> list[list[str]]:
-        words = ["tools.benchmarks.augment", "--device", self.device]
-        if self.dry:
-            return [[*words, "--batch", "2", "--rounds", "2", "--batches", "1"]]
-        return [[*words, "--batch", "1024", "--rounds", "5", "--batches", "4"]]
-
-    # Images.
-
-    def _obstacle_to_images(self) -> str | None:
-        if self.dry or self.arguments.images is not None:
-            return None
-        return "there are no images; name a tar of JPEG files in class folders with --images"
-
-    @cached_property
-    def images(self) -> Path:
-        """The pictures as train|val/<class>/*, each several times, so that an epoch is not over at once."""
-        folder = self.scratch / "images"
-        copies = 16 if self.dry else 170  # of 750 photographs: 124 batches of 1024
-        for member, content in _drawn() if self.dry else unpacked(self.arguments.images):
-            first = folder / "val" / member
-            first.parent.mkdir(parents=True, exist_ok=True)
-            first.write_bytes(content)
-            train = folder / "train" / Path(member).parent
-            train.mkdir(parents=True, exist_ok=True)
-            for copy in range(copies):
-                (train / f"{copy}-{first.name}").hardlink_to(first)
-        if not self.dry:
-            return folder
-        # As tars, so that the benchmark of the loaders does not write FFCV files first.
-        converted = self.scratch / "converted"
-        command = [sys.executable, "-m", "cli.convert", str(folder), str(converted), "--format", "dali"]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        return converted
-
-    # Running them.
-
-    def run(self, name: str, part: Part) -> dict[str, Any]:
-        """Run a part, keep its result, and return it."""
+    def run(self, name: str, part: Part, limit_seconds: float) -> dict[str, Any]:
+        """Run a part for at most so long, keep its result, and return it."""
         began = time.monotonic()
         result: dict[str, Any] = {"part": name, "dry_run": self.dry, "status": "failed", "commit": self.commit}
-        reason, told, tables = part.obstacle(), "", {}
+        reason, told, tables, notes = part.obstacle(), "", {}, list[str]()
         if reason is not None:
             result["status"] = "impossible"
         else:
             with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
                 try:
-                    commands = part.commands(Path(folder))
-                    reason, told = self._execute(commands, part.limit_seconds)
+                    command: list[str] = part.command(Path(folder))
+                    while True:
+                        reason, told = self._execute(command, began + limit_seconds - time.monotonic())
+                        smaller = halved(command) if reason is not None and "out of memory" in told.lower() else None
+                        if smaller is None:
+                            break
+                        command, before, after = smaller
+                        notes.append(f"a batch of {before} did not fit, {after} was taken")
                 except (OSError, subprocess.SubprocessError, tarfile.TarError) as error:
                     reason = f"{type(error).__name__}: {error}"
                 tables = {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
             if reason is None:
                 result["status"] = "done"
+        if reason is not None and reason.startswith(TOO_LONG):
+            reason = f"{TOO_LONG} {limit_seconds:.0f} s"
         result |= {"reason": reason, "seconds": round(time.monotonic() - began, 1), "environment": self.environment}
-        result |= {"told": told, "measured": tables}
-        write(self.output / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        result |= {"notes": notes, "told": told, "measured": tables}
+        write(self.output / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
         return result
 
-    def _execute(self, commands: list[list[str]], limit: float) -> tuple[str | None, str]:
-        """What went wrong, and what the commands printed."""
-        running = []
-        for command in commands:
-            environ = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-            if self.dry:
-                environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-                if command[0] == "tools.benchmarks.training":
-                    environ["PSS_ATTENTION"] = "fused"
-            words = [sys.executable, "-m", *command]
-            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            running.append(subprocess.Popen(words, cwd=ROOT, env=environ, text=True, **pipes))
-        deadline, reasons, told = time.monotonic() + limit, [], []
-        for process in running:
-            try:
-                printed, complained = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                printed, complained = process.communicate()
-                reasons.append(f"not done within {limit:.0f} s")
-            else:
-                if process.returncode:
-                    lines = (complained.strip() or printed.strip() or "it said nothing").splitlines()
-                    reasons.append(f"exit code {process.returncode}: {lines[-1]}")
-            told.append(printed if process.returncode == 0 else (printed + complained)[-TAIL:])
-        return ("; ".join(reasons) or None), "\n".join(told)
+    def _execute(self, command: list[str], limit: float) -> tuple[str | None, str]:
+        """What went wrong, and what the command printed."""
+        environ = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        if self.dry:
+            environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+            if command[0] == "tools.benchmarks.training":
+                environ["PSS_ATTENTION"] = "fused"
+        words = [sys.executable, "-m", *command]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(words, cwd=ROOT, env=environ, text=True, **pipes)
+        reason = None
+        try:
+            printed, complained = process.communicate(timeout=max(0.1, limit))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            printed, complained = process.communicate()
+            reason = TOO_LONG
+        else:
+            if process.returncode:
+                lines = (complained.strip() or printed.strip() or "it said nothing").splitlines()
+                reason = f"exit code {process.returncode}: {lines[-1]}"
+        return reason, printed if process.returncode == 0 else (printed + complained)[-TAIL:]
 
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Where and with what."""
-        return environment(torch.device(self.device)) | {"commit": self.commit}
+        return environment(torch.device(self.made.device)) | {"commit": self.commit}
 
     @cached_property
     def commit(self) -> str | None:
@@ -257,30 +131,41 @@ class Suite:
                 found[name] = json.loads(path.read_text())
         return found
 
-    def report(self) -> str:
-        """All that was measured, as markdown."""
+    def publish(self) -> None:
+        """Write the report, and the archive where one is wanted."""
         title = "A dry run on a CPU: its figures mean nothing" if self.dry else "What a GPU reaches"
-        return report(title, self.environment, self.parts(), self.kept())
+        kept = self.kept()
+        text = report(title, self.environment, self.parts(), kept).encode()
+        write(self.output / "report.md", text)
+        if self.arguments.archive is not None:
+            files = {"report.md": text}
+            files |= {f"{name}.json": (self.output / f"{name}.json").read_bytes() for name in kept}
+            write(self.arguments.archive, archived(files, MOST_BYTES))
 
 
-def _obstacle_to_tests() -> str | None:
-    return None if find_spec("pytest") and find_spec("hypothesis") else "pytest or hypothesis is not installed"
+def archived(files: Mapping[str, bytes], most_bytes: int) -> bytes:
+    """The files as `gpu/*` in a compressed tar. What is too much is left out, the last ones first, and listed."""
+    names, left_out = list(files), list[str]()
+    while True:
+        chosen = {name: files[name] for name in names}
+        if left_out:
+            chosen["left_out.txt"] = ("\n".join(left_out) + "\n").encode()
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+            for name, content in chosen.items():
+                member = tarfile.TarInfo(f"gpu/{name}")
+                member.size, member.mtime = len(content), int(time.time())
+                tar.addfile(member, io.BytesIO(content))
+        if packed.tell() <= most_bytes or not names:
+            return packed.getvalue()
+        left_out.append(names.pop())
 
 
-def _drawn() -> Iterable[tuple[str, bytes]]:
-    """Twelve small pictures of two classes."""
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
-    for number, coarse in enumerate(pixels):
-        file = io.BytesIO()
-        Image.fromarray(coarse).resize((48, 40)).save(file, "JPEG")
-        yield f"{'ab'[number % 2]}/{number}.jpg", file.getvalue()
-
-
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: bytes) -> None:
     """Write a file in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     partial.replace(path)
 
 
@@ -295,22 +180,25 @@ def run(arguments: argparse.Namespace) -> int:
             raise SystemExit(f"there is no part {unknown[0]!r}; parts are {', '.join(parts)}")
         todo = [name for name in wanted if arguments.again or kept.get(name, {}).get("status") != "done"]
         if suite.dry and {"train", "loaders"} & set(todo):
-            suite.images  # noqa: B018 (made before the parts that want them run side by side)
+            suite.made.images  # noqa: B018 (made before the parts that want them run side by side)
         reporting = threading.Lock()
 
         def attempt(name: str) -> bool:
-            if time.monotonic() + parts[name].limit_seconds > deadline:
-                print(f"{name}: put off, it may take {parts[name].limit_seconds:.0f} s; run again", flush=True)
+            limit, left = parts[name].limit_seconds, deadline - time.monotonic()
+            if limit > left:
+                print(f"{name}: put off, it may take {limit:.0f} s; run again", flush=True)
                 return True
-            result = suite.run(name, parts[name])
+            slow = str(kept.get(name, {}).get("reason")).startswith(TOO_LONG)
+            result = suite.run(name, parts[name], left if slow else limit)
             with reporting:
-                write(suite.output / "report.md", suite.report())
-            print(f"{name}: {result['status']} in {result['seconds']} s {result['reason'] or ''}", flush=True)
+                suite.publish()
+            said = "; ".join([*result["notes"], *([result["reason"]] if result["reason"] else [])])
+            print(f"{name}: {result['status']} in {result['seconds']} s {said}".rstrip(), flush=True)
             return bool(result["status"] != "failed")
 
         with ThreadPoolExecutor(2 if suite.dry else 1) as pool:  # on a GPU, nothing beside what is timed
             succeeded = list(pool.map(attempt, todo))
-        write(suite.output / "report.md", suite.report())
+        suite.publish()
     print(f"report: {suite.output / 'report.md'}")
     return succeeded.count(False)
 
@@ -320,13 +208,16 @@ def main() -> int:
     sample = os.environ.get("PSS_IMAGENET_SAMPLE")
     parser.add_argument("--images", type=Path, default=Path(sample) if sample else None, help="tar of JPEG files")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/results/gpu", help="where results are kept")
+    parser.add_argument("--archive", type=Path, help="a .tar.gz of at most 16 MiB with all results there are")
     parser.add_argument("--parts", nargs="+", help="only these")
     parser.add_argument("--again", action="store_true", help="also parts whose results are there")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing that might not end by then")
+    parser.add_argument("--minutes", type=float, help="begin nothing that might not end by then; 6 on a GPU")
     parser.add_argument("--commit", help="of the code, where the folder is no git checkout")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     arguments = parser.parse_args()
     arguments.output = arguments.output.resolve()
+    if arguments.minutes is None:
+        arguments.minutes = 60.0 if arguments.dry_run else 6.0
     if not arguments.dry_run and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --dry-run tries the suite on the CPU")
     if arguments.dry_run and arguments.output == ROOT / "docs/results/gpu":

@@ -250,7 +250,8 @@ class PlannedLoader(ABC):
     def _deciding_settings(self) -> dict[str, Any]:
         """The configuration, less what changes pixels no more than another version of a library."""
         settings = asdict(self.config)
-        del settings["gpu_decoding"], settings["label_maps"]  # the state has the maps' fingerprint
+        for other in ("gpu_decoding", "prefetch_gb", "label_maps"):  # the state has the maps' fingerprint
+            del settings[other]
         if self.config.progressive.start_size is None:  # as runs have it that know of no other sizes
             del settings["progressive"]
         return settings

@@ -47,7 +47,7 @@ def diagnose(config: Config, planned: Plan, train_rates: dict[Level, float], loa
         processes=1,
         images_per_second=planned.mean_cost / seconds,
         loader_images_per_second=loader_rate,
-        queue_bytes=round(config.train.prefetch_mb * 2**20),
+        queue_bytes=config.data.prefetch_bytes,
     )
     seconds_of = [planned.batch_size / train_rates[level] for level in planned.levels]
     steps = [seconds_of[number] for number in planned.level_of_step]

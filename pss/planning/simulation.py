@@ -48,7 +48,9 @@ def simulate(step_seconds: Sequence[float], batch_seconds: float, capacity: int)
     return Simulated(now, tuple(waited))
 
 
-_WAIT = 0.01  # the share of waiting that a remedy may leave
+KEPT_UP = 0.01
+"""The share of waiting up to which a loader counts as keeping up."""
+
 _SHOWN_STEPS = 20_000  # simulated for a remedy; more of the same cycles would not change the share
 
 
@@ -110,17 +112,17 @@ def remedies(config: Config, planned: Plan, machine: Machine) -> list[Remedy]:
         for section in config.own:
             for choices in section.evened(planned.steps_per_epoch) if len(planned.levels) > 1 else ():
                 for setting, even in choices:
-                    if (left := wait(shown(config.having(even)), machine)) <= _WAIT:
+                    if (left := wait(shown(config.having(even)), machine)) <= KEPT_UP:
                         found.append(Remedy(f"--set {setting}", left))
                         break
-        for mebibytes in (2**power for power in range(9, 18)):
-            larger = replace(machine, queue_bytes=mebibytes * 2**20)
-            if larger.queue_bytes > machine.queue_bytes and (left := wait(unchanged, larger)) <= _WAIT:
-                found.append(Remedy(f"--set train.prefetch_mb={mebibytes}", left))
+        for gigabytes in (2**power for power in range(10)):
+            larger = replace(machine, queue_bytes=gigabytes * 10**9)
+            if larger.queue_bytes > machine.queue_bytes and (left := wait(unchanged, larger)) <= KEPT_UP:
+                found.append(Remedy(f"--set data.prefetch_gb={gigabytes}", left))
                 break
     for factor in (1.05**power for power in range(1, 60)):
         faster = replace(machine, loader_images_per_second=max(demand, machine.loader_images_per_second) * factor)
-        if (left := wait(unchanged, faster)) <= _WAIT:
+        if (left := wait(unchanged, faster)) <= KEPT_UP:
             rate = faster.loader_images_per_second
             found.append(
                 Remedy(f"a loader of {rate:,.0f} images/s (another --format or more decoding on the GPU)", left)

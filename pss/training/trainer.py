@@ -95,7 +95,7 @@ class Trainer:
             train_loader,
             TrainingInputs(config, self.method, mixing, self.steps_per_epoch),
             world.device,
-            prefetch_bytes=round(config.train.prefetch_mb * 2**20),
+            prefetch_bytes=config.data.prefetch_bytes,
         )
         self.val_inputs = evaluation_inputs(val_loader, config.data, world.device)
         decay = config.train.ema_decay

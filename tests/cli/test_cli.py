@@ -22,6 +22,7 @@ import warm
 from conftest import free_port, missing, shared
 from safetensors.torch import load_file, save_file
 
+import cli.doctor
 import cli.eval
 import cli.train
 import pss.inference.report
@@ -124,7 +125,7 @@ def test_auto_says_what_it_took_and_a_resumed_run_keeps_it(trained, image_root, 
 
 
 def test_the_doctor_measures_and_trains_nothing(capsys, image_root, monkeypatch):
-    monkeypatch.setattr(cli.train, "_DOCTOR_SECONDS", 0.2)
+    monkeypatch.setattr(cli.doctor, "_SECONDS", 0.2)
     options = ["--data", image_root, "--loader", "torch", *settings()]
     assert call(cli.train.app, "digits", "--doctor", *options) in (0, None)
     told = capsys.readouterr().out

@@ -47,8 +47,8 @@ compile.backend=eager compile.cuda_graphs=5 train.epochs=0 train.epochs=10000000
 train.batch_size=0 train.batch_size=1000000000000000 train.batch_size=x train.seed=-1 train.seed=9223372036854775808
 train.seed=99999999999999999999999999 train.precision=fp16 train.parallel=dp train.accumulate=0
 train.checkpoint_activations=x train.max_skipped=0 train.timeout_seconds=0 train.timeout_seconds=inf train.ema_decay=1
-train.ema_decay=-0.5 train.num_workers=100000 train.num_workers=-1 train.prefetch_mb=inf train.prefetch_mb=-1
-train.log_every_steps=0 train.checkpoint_every_minutes=-1 train.checkpoint_every_minutes=0
+train.ema_decay=-0.5 train.num_workers=100000 train.num_workers=-1 data.prefetch_gb=inf data.prefetch_gb=-1
+train.prefetch_mb=512 train.log_every_steps=0 train.checkpoint_every_minutes=-1 train.checkpoint_every_minutes=0
 train.checkpoint_every_minutes=nan train.keep_checkpoints=0 train.max_steps=0 train.max_steps=-5 train.max_steps=all
 method=dnese method=a.b:C schedule.name=cyc schedule.name=list schedule.form=cut schedule.form=round schedule.low=0
 schedule.low=0.5 schedule.high=1.2 schedule.rho=0.4 schedule.rho=2 schedule.rhos=0.5,1 schedule.rhos=0.5,2

@@ -89,9 +89,9 @@ def test_the_simulation_is_a_queue_watched_tick_by_tick(steps: list[float], batc
     assert simulate(steps, batch, capacity).seconds == tick
 
 
-def machine(loader: float, queue_mib: int = 512) -> Machine:
+def machine(loader: float, queue_gb: float = 0.5) -> Machine:
     return Machine(
-        processes=8, images_per_second=80_000, loader_images_per_second=loader, queue_bytes=queue_mib * 2**20
+        processes=8, images_per_second=80_000, loader_images_per_second=loader, queue_bytes=round(queue_gb * 1e9)
     )
 
 
@@ -107,14 +107,14 @@ def test_remedies_are_tried_and_not_guessed() -> None:
     assert [remedy.what.split("=")[0] for remedy in found[:3]] == [
         "--set schedule.shuffle",
         "--set schedule.period_steps",
-        "--set train.prefetch_mb",
+        "--set data.prefetch_gb",
     ]
     for remedy in found[:2]:
         changed = config.with_settings([remedy.what.removeprefix("--set ")])
         assert run_on(plan(changed), starved, 224).data_wait <= 0.012
-    mebibytes = int(found[2].what.split("=")[1])
-    assert run_on(planned, machine(140_000, mebibytes), 224).data_wait <= 0.012
-    assert queue_batches(planned, machine(1, mebibytes), 224) * 1024 * 3 * 224**2 <= mebibytes * 2**20 * 8
+    gigabytes = int(found[2].what.split("=")[1])
+    assert run_on(planned, machine(140_000, gigabytes), 224).data_wait <= 0.012
+    assert queue_batches(planned, machine(1, gigabytes), 224) * 1024 * 3 * 224**2 <= gigabytes * 10**9 * 8
     slow = remedies(config, planned, machine(60_000))
     assert [remedy.what.split()[1] for remedy in slow] == ["loader"]
 

@@ -28,7 +28,7 @@ HERE = World(rank=0, size=1, device=torch.device("cpu"))
 SETTINGS = [
     "model.embed_dim=24", "model.depth=2", "model.drop_path_rate=0.2", "model.sort=random", "loss.mixup=0.8",
     "loss.cutmix=1.0", "train.epochs=4", "train.batch_size=8", "optim.warmup_epochs=1", "optim.clip_grad=1.0",
-    "train.log_every_steps=2", "train.ema_decay=0.9", "data.flip=0.5", "train.prefetch_mb=0",
+    "train.log_every_steps=2", "train.ema_decay=0.9", "data.flip=0.5", "data.prefetch_gb=0",
 ]  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def trained(arguments: argparse.Namespace, batch_seconds: float, capacity: int) 
     here = World(rank=0, size=1, device=torch.device("cpu"))
     loader = TimedLoader(arguments.batch, arguments.steps, batch_seconds)
     room = (capacity + 0.5) * bytes_of(next(iter(TimedLoader(arguments.batch, 1, 0.0))))
-    config = configured(arguments).with_settings([f"train.prefetch_mb={room / 2**20}"])
+    config = configured(arguments).with_settings([f"data.prefetch_gb={room / 1e9}"])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
         validation = TimedLoader(arguments.batch, 1, 0.0)

@@ -209,7 +209,7 @@ def measured(arguments: argparse.Namespace) -> Result:
     device = torch.device(arguments.device)
     usual = [
         f"train.batch_size={arguments.batch}",
-        f"train.prefetch_mb={arguments.prefetch_mb}",
+        f"data.prefetch_gb={arguments.prefetch_gb}",
         f"schedule.period_steps={arguments.cycle_steps}",
         "schedule.cooldown_epochs=0",
         "model.weights=none",  # which weights it starts from is nothing to the speed
@@ -334,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     command.add_argument("--cycles", type=int, default=3, help="cycles to count, without --data; 0 only compiles")
     command.add_argument("--data", type=Path, help="a folder of images, or a converted data set, to train on")
     command.add_argument("--seconds", type=float, default=60.0, help="how long to count, with --data")
-    command.add_argument("--prefetch-mb", type=float, default=8192.0, help="decoded batches kept ready, with --data")
+    command.add_argument("--prefetch-gb", type=float, default=8.0, help="decoded batches kept ready, with --data")
     command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the recipe")
     return conclude(command.parse_args(argv), measured, report)
 
