@@ -136,10 +136,8 @@ def _steps(operations: NDArray[np.int64], arguments: Arguments) -> tuple[NDArray
     if not blurred.any():
         return steps, parameters
     parameters[blurred] = box_weights(arguments[blurred])
-    first, second = np.where(blurred, Op.BLUR, Op.NONE), np.where(blurred, BLUR_COLUMNS, steps)
-    twice = np.repeat(np.arange(len(steps)), 1 + blurred.any(axis=1))  # the layer that each new one is of
-    begins = np.append(twice[:-1] == twice[1:], False)
-    return np.where(begins[:, None], first[twice], second[twice]), parameters[twice]
+    twice = np.stack((np.where(blurred, Op.BLUR, Op.NONE), np.where(blurred, BLUR_COLUMNS, steps)), axis=1)
+    return twice.reshape(-1, steps.shape[1]), parameters.repeat(2, axis=0)
 
 
 def _ordered(
