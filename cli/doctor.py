@@ -21,7 +21,7 @@ from pss.planning.simulation import remedies
 from pss.runtime import processes as dist
 
 _SECONDS = 4.0
-_NAMES: dict[Backend, str] = {"torch": "torch", "dali": "dali", "ffcv": "ffcv (the file at hand)"}
+_NAMES: dict[Backend, str] = {"torch": "torch", "dali": "dali", "ffcv": "ffcv (as stored)"}
 
 
 def examine(config: Config, data: Path | None, loader: Backend) -> None:

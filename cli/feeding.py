@@ -66,9 +66,9 @@ def show_feeding(
 
 def print_wrapped(text: str, indent: str = "") -> None:
     """A paragraph of at most 100 columns."""
-    indents = {"initial_indent": indent, "subsequent_indent": " " * len(indent)}
-    for line in textwrap.wrap(text, 98, **indents, break_on_hyphens=False):
-        typer.echo(line)
+    for line in textwrap.wrap(text, 98 - len(indent), break_on_hyphens=False):
+        typer.echo(indent + line)
+        indent = " " * len(indent)
 
 
 def hours(seconds: float) -> str:

@@ -5,10 +5,11 @@
 Parts come in the order of what they teach (`tools.gpu_parts`): whether the tests pass, what deit-s-224 reaches, a
 minute of training with the loader, then all else. Two calls of six minutes answer the first three. Every part runs in a
 process of its own and leaves `<output>/<part>.json`, whole or not at all; a call takes up those that are missing or
-failed (`--again` all), and `--parts` chooses. A part that fails, or cannot run here, says why and stops nothing; a batch
-that does not fit the GPU is halved, and the result says so. No part is begun that might not end within `--minutes`; one
-that was too slow before gets all that is left of them. The report, `<output>/report.md`, sets what was measured beside
-the goals. `--archive` holds the report and all results after every part, so that a call that is killed leaves one too.
+failed (`--again` all), and `--parts` chooses. A part that fails, or cannot run here, says why and stops nothing; a
+batch that does not fit the GPU is halved, and the result says so. No part is begun that might not end within
+`--minutes`; one that was too slow before gets all that is left of them. The report, `<output>/report.md`, sets what was
+measured beside the goals. `--archive` holds the report and all results after every part, so that a call that is killed
+leaves one too.
 
 Where results must outlive the machine, unpack the archive of one call before the next: its folder is `gpu/`.
 

@@ -5,7 +5,8 @@
 
 The first line, where there is a registry, fetches what the trainer, the GPU suite and the tests import that is not in
 `THERE`, in the versions of constraints.txt, for that Python on x86-64 Linux. The second installs, on the machine
-itself, what it lacks; pip leaves alone what is there already. DALI, FFCV and all that only conversion and export need stay out.
+itself, what it lacks; pip leaves alone what is there already. DALI, FFCV and what only conversion and export need stay
+out.
 """
 
 from __future__ import annotations

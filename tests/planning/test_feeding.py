@@ -96,7 +96,7 @@ def test_several_crops_of_an_image_save_its_decoding() -> None:
     assert rates[0] == pytest.approx(1000)
     assert rates[2] == pytest.approx(1610, rel=0.01)  # measured
     assert rates[3] < 1000 / (1 - 0.57)
-    assert crops_at_once(Feed("ffcv (the file at hand)", 1000, "measured"), 3) is None
+    assert crops_at_once(Feed("ffcv (as stored)", 1000, "measured"), 3) is None
 
 
 def test_rates_go_with_cores_and_cards() -> None:
@@ -116,7 +116,7 @@ def test_what_is_not_at_hand_is_estimated_in_proportion() -> None:
     assert {feed.name: feed.images_per_second for feed in found} == {
         name: 2 * rate for name, rate in CORE_RATES.items() if name != "torch"
     }
-    assert estimated_feeds([Feed("ffcv (the file at hand)", 5.0, "measured")]) == []
+    assert estimated_feeds([Feed("ffcv (as stored)", 5.0, "measured")]) == []
 
 
 def test_the_table_marks_what_trains_and_fits_a_terminal(capsys) -> None:
