@@ -11,8 +11,8 @@ import io
 import mmap
 import os
 import resource
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.base import DataError, choose_loader, in_words
+from pipelines.storage.checksums import differing, differing_at
 from pipelines.storage.manifest import (
     MANIFEST,
     SPLIT_ALIASES,
@@ -30,7 +31,7 @@ from pipelines.storage.manifest import (
     hash_file,
     read_manifest,
 )
-from pipelines.storage.reading import Readers
+from pipelines.storage.reading import DiskWaits, Readers
 from pipelines.storage.unreadable import UNREADABLE, has_stray_marker, unreadable
 
 Bytes = NDArray[np.uint8]
@@ -121,7 +122,10 @@ class ConvertedTable:
 
 
 class TarSource(ConvertedTable):
-    """The original bytes of a converted split: the tars are mapped into memory and the table says where to look."""
+    """The original bytes of a converted split: the tars are mapped into memory and the table says where to look.
+
+    Batches are looked up in columns of the table: a row of it as a Python object costs ten times as much as all else.
+    """
 
     def __init__(self, root: Path, split: str, check_bytes: bool = True) -> None:
         super().__init__(root, split)
@@ -134,46 +138,92 @@ class TarSource(ConvertedTable):
         for shard in self.entry.shards:
             self.check_size(shard)
         _allow_open_files(len(self.entry.shards))
+        self._shard, self._offset, self._length, self._crc32 = (
+            np.ascontiguousarray(self._rows[name]) for name in ("shard", "offset", "length", "crc32")
+        )
         self._maps: dict[int, mmap.mmap] = {}
+        self._tars = [np.zeros(0, np.uint8)] * len(self.entry.shards)  # their bytes, once they are mapped
+        self._tar_bytes = np.zeros(len(self.entry.shards), dtype=np.int64)  # 0: not mapped yet
+        self._tar_address = np.zeros(len(self.entry.shards), dtype=np.int64)
         self._unchecked = np.full(self.num_samples, check_bytes)  # a sample is checked when it is first read
+        self._waiting = DiskWaits()
+        self._readers = Readers(_READ_THREADS)
 
     def read(self, i: int) -> Bytes:
-        mapped, offset, length = self._locate(i)
-        encoded = np.frombuffer(mapped, dtype=np.uint8, count=length, offset=offset)
+        (shard,), (first,), _ = self._located(np.array([i]))
+        encoded = self._tars[shard][first : first + self._length[i]]
         if self._unchecked[i]:
-            if zlib.crc32(encoded.data) != self._rows[i]["crc32"]:
-                raise DataError(f"{self.name(i)} has been damaged since the conversion; copy the file again")
-            self._unchecked[i] = False
+            self._check(np.array([i]), partial(differing, [encoded]))
         return encoded
 
     def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
-        for i in index:  # let the system fetch the whole batch while its first images are decoded
-            mapped, offset, length = self._locate(i)
-            page = offset - offset % mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_WILLNEED, page, offset - page + length)
-        return [self.read(i) for i in index]
+        shards, first, length = self._located(index)
+        self._fetch(shards, first, length)
+        tars = self._tars
+        bounds = zip(shards.tolist(), first.tolist(), (first + length).tolist(), strict=True)
+        encoded = [tars[shard][begin:end] for shard, begin, end in bounds]
+        if (new := np.flatnonzero(self._unchecked[index])).size:
+            self._check(index[new], partial(differing, [encoded[place] for place in new.tolist()]))
+        return encoded
 
-    def _locate(self, i: int) -> tuple[mmap.mmap, int, int]:
-        row = self._rows[i]
-        shard = int(row["shard"])
-        mapped = self._maps.get(shard)
-        if mapped is None:
-            with (self.root / self.entry.shards[shard]).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._maps[shard] = mapped
-        offset, length = int(row["offset"]), int(row["length"])
-        if offset < 0 or length < 1 or offset + length > len(mapped):
-            raise DataError(f"{self.name(i)} lies outside its file; copy the table and the tar again")
-        return mapped, offset, length
+    def locate(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Addresses and lengths in memory of the encoded images, each (len(index),), for code without the interpreter.
+
+        They are compared with their checksums like those of `read_many`, if `can_check_addresses`, and are there as
+        long as the source is.
+        """
+        shards, first, length = self._located(index)
+        self._fetch(shards, first, length)
+        address = self._tar_address[shards] + first
+        if (new := np.flatnonzero(self._unchecked[index])).size:
+            self._check(index[new], partial(differing_at, address[new], length[new]))
+        return address, length
+
+    def _check(self, index: NDArray[np.int64], search: Callable[..., int | None]) -> None:
+        """Raise `DataError` naming the first of `index` whose bytes are not those of the conversion."""
+        place = search(self._crc32[index], self._readers)
+        if place is not None:
+            raise DataError(f"{self.name(index[place])} has been damaged since the conversion; copy the file again")
+        self._unchecked[index] = False
+
+    def _located(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """Tar, first byte in it, and length of each image; the tars are mapped."""
+        shards, first, length = self._shard[index], self._offset[index], self._length[index]
+        if not self._tar_bytes[shards].all():
+            for shard in np.unique(shards).tolist():
+                self._map(shard)
+        outside = (first < 0) | (length < 1) | (first + length > self._tar_bytes[shards])
+        if outside.any():
+            name = self.name(index[outside.argmax()])
+            raise DataError(f"{name} lies outside its file; copy the table and the tar again")
+        return shards, first, length
+
+    def _map(self, shard: int) -> None:
+        if self._tar_bytes[shard]:
+            return
+        with (self.root / self.entry.shards[shard]).open("rb") as file:
+            mapped = self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._tars[shard] = np.frombuffer(mapped, dtype=np.uint8)
+        self._tar_address[shard] = self._tars[shard].ctypes.data
+        self._tar_bytes[shard] = len(mapped)  # last: other threads look here
+
+    def _fetch(self, shards: NDArray[np.int32], first: NDArray[np.int64], length: NDArray[np.int64]) -> None:
+        """Have the system read the whole batch while its first images are decoded, if it comes from a disk."""
+        if not self._waiting():
+            return
+        page = first - first % mmap.PAGESIZE
+        for shard, begin, size in zip(shards.tolist(), page.tolist(), (first - page + length).tolist(), strict=True):
+            self._maps[shard].madvise(mmap.MADV_WILLNEED, begin, size)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.root, self.split, self.check_bytes)
 
     def close(self) -> None:
-        """Nothing runs: the operating system unmaps the tars when the last view of them is gone."""
+        """The operating system unmaps the tars when the last view of them is gone."""
+        self._readers.stop()
 
     def name(self, i: int) -> str:
-        return f"{self.root / self.entry.shards[int(self._rows[i]['shard'])]}, member {i:08d}.jpg"
+        return f"{self.root / self.entry.shards[int(self._shard[i])]}, member {i:08d}.jpg"
 
 
 class FolderSource:
