@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ def differing(encoded: Sequence[NDArray[np.uint8]], expected: NDArray[np.uint32]
     sums = expected.tolist()
 
     def search(begin: int, end: int) -> int:
-        return next((place for place in range(begin, end) if zlib.crc32(encoded[place]) != sums[place]), -1)
+        return next((place for place in range(begin, end) if zlib.crc32(encoded[place].data) != sums[place]), -1)
 
     return _first(search, len(sums), readers)
 
@@ -79,5 +80,5 @@ def _first(search: Search, count: int, readers: Readers) -> int | None:
     if shares == 1:
         found = [search(0, count)]
     else:
-        found = readers.map(lambda share: search(*share), list(zip(bounds, bounds[1:], strict=False)))
+        found = readers.map(lambda share: search(*share), list(itertools.pairwise(bounds)))
     return next((place for place in found if place >= 0), None)

@@ -151,7 +151,7 @@ class TarSource(ConvertedTable):
 
     def read(self, i: int) -> Bytes:
         (shard,), (first,), _ = self._located(np.array([i]))
-        encoded = self._tars[shard][first : first + self._length[i]]
+        encoded: Bytes = self._tars[shard][first : first + self._length[i]]
         if self._unchecked[i]:
             self._check(np.array([i]), partial(differing, [encoded]))
         return encoded
