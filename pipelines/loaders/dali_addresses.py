@@ -67,17 +67,15 @@ class AddressReader:
         )
 
     @staticmethod
-    def inputs(address: NDArray[np.int64], length: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
-        """What DALI's graph is fed for images at these places, (B,): arrays (B, 1) of INPUTS."""
-        units, rest = np.divmod(length[:, None].astype(np.int32), np.int32(_UNIT))
-        return address[:, None], units, rest
+    def table(address: NDArray[np.int64], length: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What DALI's graph is fed for images at these places, (B,): (B, 3)."""
+        return np.stack([address, *np.divmod(length, _UNIT)], axis=1)
 
-    INPUTS = (types.INT64, types.INT32, types.INT32)
-
-    def __call__(self, address: Any, units: Any, rest: Any) -> Any:
-        """In a definition of a graph: the encoded images that its `inputs` are about."""
-        blanks = (fn.zeros(shape=shape, dtype=types.UINT8) for shape in (units, rest))
-        return self._copy(*blanks, address)[0]
+    def __call__(self, table: Any) -> Any:
+        """In a definition of a graph: the encoded images that the `table` is about."""
+        lengths = fn.cast(table[1:3], dtype=types.INT32)
+        blanks = (fn.zeros(shape=lengths[i : i + 1], dtype=types.UINT8) for i in range(2))
+        return self._copy(*blanks, table[:1])[0]
 
 
 @functools.cache

@@ -73,17 +73,17 @@ class ForDali:
             encoded[place] = image
         return encoded
 
-    def inputs(self, samples: NDArray[np.int64], reader: AddressReader | None) -> tuple[tuple[Any, ...], Any]:
+    def input(self, samples: NDArray[np.int64], reader: AddressReader | None) -> tuple[Any, Any]:
         """What DALI is fed for these images: what `reader` wants, or arrays where there is none; and what that is in.
 
         With a reader and tars, this takes a number of calls that does not grow with the batch.
         """
         if reader is None:
-            return (self.read(samples),), ()
+            return self.read(samples), ()
         if not isinstance(self._source, TarSource):
             encoded = self.read(samples)
             address, length = np.array([_place(image) for image in encoded], dtype=np.int64).T
-            return reader.inputs(address, length), encoded
+            return reader.table(address, length), encoded
         address, length = self._source.locate(samples)
         if (new := np.flatnonzero(self._kind[samples] == _UNKNOWN)).size:
             known = reader.which(address[new], length[new])
@@ -92,7 +92,7 @@ class ForDali:
         images = self._decoded(samples[others])
         for place, image in zip(others.tolist(), images, strict=True):
             address[place], length[place] = _place(image)
-        return reader.inputs(address, length), images
+        return reader.table(address, length), images
 
     def _decoded(self, samples: NDArray[np.int64]) -> Sequence[Bytes]:
         def decoded(i: int) -> Bytes:

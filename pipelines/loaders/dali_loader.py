@@ -11,7 +11,7 @@ import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,8 +85,8 @@ class DaliPipeline(ABC):
         """Define DALI's operators; returns its outputs."""
 
     @abstractmethod
-    def _inputs(self, keys: Keys) -> list[Any]:
-        """What the graph is fed for the batch `keys`: arrays, one row an image."""
+    def _numbers(self, keys: Keys) -> Keys | None:
+        """What the graph is fed for the batch `keys` besides its images, (images, 2 x pairs); None for no pairs."""
 
     @abstractmethod
     def next(self) -> torch.Tensor:
@@ -107,28 +107,27 @@ class DaliPipeline(ABC):
         self._in_flight.clear()
         self._epoch, self._to_feed = epoch, iter(batches)
 
-    def _external(self, *kinds: Any) -> Sequence[Any]:
-        """The graph's inputs: encoded images, then numbers of these types."""
-        encoded = (types.UINT8,) if self._reader is None else self._reader.INPUTS
-        inputs: Sequence[Any] = fn.external_source(
-            source=self._feed,
-            num_outputs=len(encoded) + len(kinds),
-            batch=True,
-            no_copy=True,
-            dtype=[*encoded, *kinds],
-            ndim=1,
+    def _external(self, pairs: int) -> tuple[Any, list[Any]]:
+        """The graph's inputs: encoded images, and so many pairs of numbers, int32.
+
+        All numbers are one array: each that DALI is fed costs it 0.1 us an image, with the interpreter's lock.
+        """
+        kinds = [types.UINT8 if self._reader is None else types.INT64, *[types.INT32] * (pairs > 0)]
+        encoded, *numbers = fn.external_source(
+            source=self._feed, num_outputs=len(kinds), batch=True, no_copy=True, dtype=kinds, ndim=1
         )
-        if self._reader is None:
-            return inputs
-        return [self._reader(*inputs[: len(encoded)]), *inputs[len(encoded) :]]
+        if self._reader is not None:
+            encoded = self._reader(encoded)
+        return encoded, [numbers[0][2 * pair : 2 * pair + 2] for pair in range(pairs)]
 
     def _feed(self) -> tuple[Any, ...]:
         """DALI's callback, run in the watched thread: the inputs of the next batch; StopIteration ends the epoch."""
         keys = next(self._to_feed)
         samples = sample_numbers(keys)[:: self.loader.crops_per_image]
         try:
-            encoded, kept = self.loader.files.inputs(samples, self._reader)
-            inputs = (*encoded, *map(np.ascontiguousarray, self._inputs(keys)))
+            encoded, kept = self.loader.files.input(samples, self._reader)
+            numbers = self._numbers(keys)
+            inputs = (encoded,) if numbers is None else (encoded, numbers.astype(np.int32))
         except DataError as failure:  # not DALI's to know, which has batches before this one to deliver
             self._unreadable, self._to_feed = failure, iter(())
             raise StopIteration from failure
@@ -192,16 +191,12 @@ class OnCpu(DaliPipeline):
     def _graph(self) -> list[Any]:
         decoding = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
         if not self.loader.train:
-            (encoded,) = self._external()
-            return [fn.decoders.image(encoded, **decoding)]
-        encoded, corner, extent = self._external(types.INT32, types.INT32)
+            return [fn.decoders.image(self._external(0)[0], **decoding)]
+        encoded, (corner, extent) = self._external(2)
         return [fn.decoders.image_slice(encoded, corner, extent, axes=[0, 1], **decoding)]
 
-    def _inputs(self, keys: Keys) -> list[Any]:
-        if not self.loader.train:
-            return []
-        bounds, _ = self._boxes(keys)
-        return [bounds[:, :2].astype(np.int32), bounds[:, 2:].astype(np.int32)]
+    def _numbers(self, keys: Keys) -> Keys | None:
+        return self._boxes(keys)[0] if self.loader.train else None
 
     def begin(self, epoch: int, batches: list[Keys]) -> None:
         self._stop_threads()
@@ -291,26 +286,22 @@ class InGraph(DaliPipeline):
             }
         resizing = {"interp_type": _FILTERS[config.interpolation], "antialias": True}
         if not self.loader.train:
-            encoded, size, corner = self._external(types.FLOAT, types.INT32)
-            whole = fn.resize(fn.decoders.image(encoded, **decoding), size=size, **resizing)
+            encoded, (size, corner) = self._external(2)
+            whole = fn.resize(fn.decoders.image(encoded, **decoding), size=fn.cast(size, dtype=types.FLOAT), **resizing)
             square = np.array([config.img_size, config.img_size], dtype=np.int32)
             return [fn.slice(whole, corner, square, axes=[0, 1])]
-        further = 2 * crops if crops > 1 else 0
-        encoded, side, corner, extent, *boxes = self._external(types.FLOAT, *[types.INT32] * (2 + further))
+        encoded, (side, corner, extent, *boxes) = self._external(3 + (2 * crops if crops > 1 else 0))
         decoded = fn.decoders.image_slice(encoded, corner, extent, axes=[0, 1], **decoding)
-        cut = [fn.slice(decoded, boxes[i], boxes[crops + i], axes=[0, 1]) for i in range(crops) if further]
-        return [fn.resize(crop, size=side, **resizing) for crop in cut or [decoded]]
+        cut = [fn.slice(decoded, *box, axes=[0, 1]) for box in zip(boxes[::2], boxes[1::2], strict=True)]
+        return [fn.resize(crop, size=fn.cast(side, dtype=types.FLOAT), **resizing) for crop in cut or [decoded]]
 
-    def _inputs(self, keys: Keys) -> list[Any]:
+    def _numbers(self, keys: Keys) -> Keys | None:
         if not self.loader.train:
-            sizes, corners = self._evaluation(keys)
-            return [sizes.astype(np.float32), corners.astype(np.int32)]
+            return np.concatenate(self._evaluation(keys), axis=1)
         bounds, crops = self._boxes(keys)
-        numbers = [bounds[:, :2], bounds[:, 2:]]
-        if self.loader.crops_per_image > 1:
-            numbers += [*crops[..., :2].swapaxes(0, 1), *crops[..., 2:].swapaxes(0, 1)]
-        side = np.full((len(bounds), 2), self.loader.side(self._epoch), dtype=np.float32)
-        return [side, *(array.astype(np.int32) for array in numbers)]
+        side = np.full((len(bounds), 2), self.loader.side(self._epoch))
+        further = [crops.reshape(len(crops), -1)] if self.loader.crops_per_image > 1 else []
+        return np.concatenate([side, bounds, *further], axis=1)
 
     def next(self) -> torch.Tensor:
         # DALI frees its memory in the order of torch's stream; without it, perhaps before torch has read it.

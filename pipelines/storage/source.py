@@ -76,7 +76,10 @@ class Source(Table, Protocol):
 
 
 class ConvertedTable:
-    """The sample table of one split of a converted data set."""
+    """The sample table of one split of a converted data set.
+
+    Batches are looked up in columns: a row of the table as a Python object costs ten times as much as all else.
+    """
 
     def __init__(self, root: Path, split: str) -> None:
         self.root, self.split = root, canonical_split(split)
@@ -86,6 +89,7 @@ class ConvertedTable:
         self.num_samples = self.entry.num_samples
         self._rows = self.load_table(self.entry.table)
         self.labels: NDArray[np.int64] = self._rows["label"].astype(np.int64)
+        self._height, self._width = (np.ascontiguousarray(self._rows[name]) for name in ("height", "width"))
 
     def load_table(self, name: str) -> NDArray[Any]:
         """Table `name` with a row per sample; `DataError` unless it has the checksum of the manifest.
@@ -111,8 +115,7 @@ class ConvertedTable:
             raise DataError(f"{path} has {found} bytes instead of {expected}; copy it again")
 
     def sizes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        rows = self._rows[index]
-        return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+        return self._height[index].astype(np.int64), self._width[index].astype(np.int64)
 
     def name(self, i: int) -> str:
         return f"{self.root / self.entry.table}, sample {i}"
@@ -122,10 +125,7 @@ class ConvertedTable:
 
 
 class TarSource(ConvertedTable):
-    """The original bytes of a converted split: the tars are mapped into memory and the table says where to look.
-
-    Batches are looked up in columns of the table: a row of it as a Python object costs ten times as much as all else.
-    """
+    """The original bytes of a converted split: the tars are mapped into memory and the table says where to look."""
 
     def __init__(self, root: Path, split: str, check_bytes: bool = True) -> None:
         super().__init__(root, split)
