@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import fn, types
 
-from pipelines.storage.checksums import can_check_addresses
+from pipelines.storage.unlocked import knows_addresses
 
 _log = logging.getLogger(__name__)
 _UNIT = 4096
@@ -82,7 +82,7 @@ class AddressReader:
 def address_reader(is_wanted: Callable[[Any], bool]) -> AddressReader | None:
     """The reader, compiled once for all loaders; None, and the log says so, where it cannot be had."""
     try:
-        if not can_check_addresses():
+        if not knows_addresses():
             raise ImportError("numba or libz.so.1 is missing")
         return AddressReader(is_wanted)
     except Exception as error:  # of whatever kind: versions of numba and DALI that do not fit each other

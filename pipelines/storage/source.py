@@ -11,6 +11,7 @@ import io
 import mmap
 import os
 import resource
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.base import DataError, choose_loader, in_words
-from pipelines.storage.checksums import differing, differing_at
 from pipelines.storage.manifest import (
     MANIFEST,
     SPLIT_ALIASES,
@@ -32,6 +32,7 @@ from pipelines.storage.manifest import (
     read_manifest,
 )
 from pipelines.storage.reading import DiskWaits, Readers
+from pipelines.storage.unlocked import differing, differing_at, fetch_at
 from pipelines.storage.unreadable import UNREADABLE, has_stray_marker, unreadable
 
 Bytes = NDArray[np.uint8]
@@ -141,6 +142,7 @@ class TarSource(ConvertedTable):
         self._shard, self._offset, self._length, self._crc32 = (
             np.ascontiguousarray(self._rows[name]) for name in ("shard", "offset", "length", "crc32")
         )
+        self._mapping = threading.Lock()
         self._maps: dict[int, mmap.mmap] = {}
         self._tars = [np.zeros(0, np.uint8)] * len(self.entry.shards)  # their bytes, once they are mapped
         self._tar_bytes = np.zeros(len(self.entry.shards), dtype=np.int64)  # 0: not mapped yet
@@ -158,7 +160,10 @@ class TarSource(ConvertedTable):
 
     def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
         shards, first, length = self._located(index)
-        self._fetch(shards, first, length)
+        if self._waiting():  # let the system fetch the whole batch while its first images are decoded
+            pages = first - first % mmap.PAGESIZE
+            for shard, begin, end in zip(shards.tolist(), pages.tolist(), (first + length).tolist(), strict=True):
+                self._maps[shard].madvise(mmap.MADV_WILLNEED, begin, end - begin)
         tars = self._tars
         bounds = zip(shards.tolist(), first.tolist(), (first + length).tolist(), strict=True)
         encoded = [tars[shard][begin:end] for shard, begin, end in bounds]
@@ -169,12 +174,13 @@ class TarSource(ConvertedTable):
     def locate(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Addresses and lengths in memory of the encoded images, each (len(index),), for code without the interpreter.
 
-        They are compared with their checksums like those of `read_many`, if `can_check_addresses`, and are there as
-        long as the source is.
+        For where `unlocked.knows_addresses`. They are compared with their checksums like those of `read_many`, and are
+        there as long as the source is.
         """
         shards, first, length = self._located(index)
-        self._fetch(shards, first, length)
         address = self._tar_address[shards] + first
+        if self._waiting():
+            fetch_at(address, length)
         if (new := np.flatnonzero(self._unchecked[index])).size:
             self._check(index[new], partial(differing_at, address[new], length[new]))
         return address, length
@@ -199,21 +205,14 @@ class TarSource(ConvertedTable):
         return shards, first, length
 
     def _map(self, shard: int) -> None:
-        if self._tar_bytes[shard]:
-            return
-        with (self.root / self.entry.shards[shard]).open("rb") as file:
-            mapped = self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._tars[shard] = np.frombuffer(mapped, dtype=np.uint8)
-        self._tar_address[shard] = self._tars[shard].ctypes.data
-        self._tar_bytes[shard] = len(mapped)  # last: other threads look here
-
-    def _fetch(self, shards: NDArray[np.int32], first: NDArray[np.int64], length: NDArray[np.int64]) -> None:
-        """Have the system read the whole batch while its first images are decoded, if it comes from a disk."""
-        if not self._waiting():
-            return
-        page = first - first % mmap.PAGESIZE
-        for shard, begin, size in zip(shards.tolist(), page.tolist(), (first - page + length).tolist(), strict=True):
-            self._maps[shard].madvise(mmap.MADV_WILLNEED, begin, size)
+        with self._mapping:  # a tar has one address
+            if self._tar_bytes[shard]:
+                return
+            with (self.root / self.entry.shards[shard]).open("rb") as file:
+                mapped = self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._tars[shard] = np.frombuffer(mapped, dtype=np.uint8)
+            self._tar_address[shard] = self._tars[shard].ctypes.data
+            self._tar_bytes[shard] = len(mapped)  # last: other threads look here
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.root, self.split, self.check_bytes)

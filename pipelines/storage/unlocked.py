@@ -1,6 +1,6 @@
-"""Checksums of encoded images, many at a time, in threads that do not wait for the interpreter.
+"""What is done to many encoded images at once, outside the interpreter's lock: checksums, and asking for their pages.
 
-Where the images are given by address, a thread's share is one loop, compiled by numba. Otherwise zlib is called once an
+Images that are given by address are gone through in loops that numba compiles. For arrays, zlib is called once an
 image: it works without the interpreter's lock but has to get it back each time, which a busy training thread may delay.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import mmap
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,18 +39,24 @@ def differing(encoded: Sequence[NDArray[np.uint8]], expected: NDArray[np.uint32]
 def differing_at(
     address: NDArray[np.int64], length: NDArray[np.int64], expected: NDArray[np.uint32], readers: Readers
 ) -> int | None:
-    """`differing` for images at places in memory, (B,); `can_check_addresses` says whether it can be had."""
-    compiled = _compiled()
+    """`differing` for images at places in memory, (B,), where `knows_addresses`."""
+    crc32, _ = _compiled()
 
     def search(begin: int, end: int) -> int:
-        found: int = compiled(address[begin:end], length[begin:end], expected[begin:end])
+        found: int = crc32(address[begin:end], length[begin:end], expected[begin:end])
         return found if found < 0 else begin + found
 
     return _first(search, len(address), readers)
 
 
-def can_check_addresses() -> bool:
-    """Whether numba and the zlib library are there for `differing_at`, which then is compiled: half a second."""
+def fetch_at(address: NDArray[np.int64], length: NDArray[np.int64]) -> None:
+    """Have the system read the pages of a mapped file at these places in memory, (B,), where `knows_addresses`."""
+    _, fetch = _compiled()
+    fetch(address, length)
+
+
+def knows_addresses() -> bool:
+    """Whether numba and the zlib library are there for the functions above, which then are compiled: half a second."""
     try:
         _compiled()
     except (ImportError, OSError):
@@ -58,12 +65,14 @@ def can_check_addresses() -> bool:
 
 
 @functools.cache
-def _compiled() -> Any:
+def _compiled() -> tuple[Any, Any]:
     import numba
 
-    crc32 = ctypes.CDLL("libz.so.1").crc32
     # An address is as large as a pointer, and numba makes none of a number.
+    crc32, madvise = ctypes.CDLL("libz.so.1").crc32, ctypes.CDLL(None).madvise
     crc32.restype, crc32.argtypes = ctypes.c_ulong, (ctypes.c_ulong, ctypes.c_size_t, ctypes.c_uint)
+    madvise.restype, madvise.argtypes = ctypes.c_int, (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+    page, needed = mmap.PAGESIZE, mmap.MADV_WILLNEED
 
     def search(address: Any, length: Any, expected: Any) -> int:
         for place in range(len(address)):
@@ -71,7 +80,15 @@ def _compiled() -> Any:
                 return place
         return -1
 
-    return numba.njit("int64(int64[::1], int64[::1], uint32[::1])", nogil=True)(search)
+    def fetch(address: Any, length: Any) -> None:
+        for place in range(len(address)):
+            before = address[place] % page
+            madvise(address[place] - before, before + length[place], needed)  # advice: it may be refused
+
+    return (
+        numba.njit("int64(int64[::1], int64[::1], uint32[::1])", nogil=True)(search),
+        numba.njit("void(int64[::1], int64[::1])", nogil=True)(fetch),
+    )
 
 
 def _first(search: Search, count: int, readers: Readers) -> int | None:
