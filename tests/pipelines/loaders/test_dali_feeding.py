@@ -24,6 +24,8 @@ from pipelines.storage.source import open_source
 if reason := missing("dali") or missing("ffcv"):  # FFCV brings numba
     pytest.skip(reason, allow_module_level=True)
 
+from nvidia.dali import fn, types
+
 from pipelines.loaders import dali_addresses, dali_formats, dali_loader
 from pipelines.loaders.dali_addresses import AddressReader, address_reader
 from pipelines.loaders.dali_formats import ForDali, dali_decodes
@@ -125,6 +127,22 @@ def test_compiled_or_not_the_same_images_are_for_dali() -> None:
     expected = [dali_decodes(one) for one in data]
     assert reader.which(*places).tolist() == expected
     assert 20 < sum(expected) < len(expected) - 20
+
+
+def test_dali_gets_every_byte_and_no_other() -> None:
+    reader = address_reader(dali_decodes)
+    assert reader is not None
+    lengths = [1, 2, 4095, 4096, 4097, 3 * 4096 - 1, 3 * 4096, 100_001]
+    data = np.random.default_rng(0).integers(0, 256, max(lengths) + len(lengths), dtype=np.uint8)
+    table = reader.table(data.__array_interface__["data"][0] + np.arange(len(lengths)), np.array(lengths))
+    pipe = Pipeline(batch_size=len(lengths), num_threads=2, device_id=None)
+    with pipe:
+        pipe.set_outputs(reader(fn.external_source(source=lambda: table, batch=True, dtype=types.INT64, ndim=1)))
+    pipe.build()
+    for _ in range(3):
+        (copies,) = pipe.run()
+        for i, length in enumerate(lengths):
+            assert np.array_equal(np.array(copies[i]), data[i : i + length])
 
 
 @pytest.mark.parametrize("form", ["folder", "set"])
