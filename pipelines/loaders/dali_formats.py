@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.base import DataError, choose_loader
-from pipelines.loaders.dali_addresses import AddressReader
+from pipelines.loaders.dali_memory import AddressReader
 from pipelines.loaders.torch_loader import decode
 from pipelines.storage.reading import Readers
 from pipelines.storage.source import Bytes, Source, TarSource

@@ -26,8 +26,8 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipelines.base import DataError
-from pipelines.loaders.dali_addresses import AddressReader, address_reader
 from pipelines.loaders.dali_formats import ForDali, dali_decodes, undecodable
+from pipelines.loaders.dali_memory import AddressReader, address_reader
 from pipelines.loaders.geometry import evaluation_resize, random_crops
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader

@@ -26,10 +26,10 @@ if reason := missing("dali") or missing("ffcv"):  # FFCV brings numba
 
 from nvidia.dali import fn, types
 
-from pipelines.loaders import dali_addresses, dali_formats, dali_loader
-from pipelines.loaders.dali_addresses import AddressReader, address_reader
+from pipelines.loaders import dali_formats, dali_loader, dali_memory
 from pipelines.loaders.dali_formats import ForDali, dali_decodes
 from pipelines.loaders.dali_loader import DaliLoader, InGraph, Pipeline
+from pipelines.loaders.dali_memory import AddressReader, address_reader
 
 CONFIG = DataConfig(img_size=48)
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
@@ -175,13 +175,13 @@ def test_without_numba_the_log_says_so_and_images_come_by_array(
     def unfit(reader: AddressReader, is_wanted: Any) -> None:
         raise AttributeError("module 'numba' has no attribute 'extending'\nand more")
 
-    monkeypatch.setattr(dali_loader, "address_reader", dali_addresses.address_reader.__wrapped__)
+    monkeypatch.setattr(dali_loader, "address_reader", dali_memory.address_reader.__wrapped__)
     monkeypatch.setattr(AddressReader, "__init__", unfit)
     loader = make(mixed / "set")
     assert readers(loader) == [None]
     assert "(AttributeError: module 'numba' has no attribute 'extending'); with a GPU, install numba" in caplog.text
     assert same(list(loader), expected)
-    monkeypatch.setattr(dali_addresses, "knows_addresses", lambda: False)
+    monkeypatch.setattr(dali_memory, "knows_addresses", lambda: False)
     assert readers(make(mixed / "set")) == [None]
     assert "numba or libz.so.1 is missing" in caplog.text
 
