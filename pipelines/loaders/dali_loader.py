@@ -8,11 +8,10 @@ decodes on the GPU, it also crops and resizes there; what it decodes on the CPU 
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,10 +24,10 @@ import torchvision
 from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
-from PIL import Image
 
-from pipelines.base import DataError, choose_loader
-from pipelines.loaders.dali_formats import ForDali
+from pipelines.base import DataError
+from pipelines.loaders.dali_formats import ForDali, dali_decodes, undecodable
+from pipelines.loaders.dali_memory import AddressReader, address_reader
 from pipelines.loaders.geometry import evaluation_resize, random_crops
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
@@ -36,7 +35,6 @@ from pipelines.loaders.resize import crop_and_resize, resize_and_crop
 from pipelines.loaders.threads import FilledBatch, Threads
 from pipelines.loaders.watched import WatchedThread
 from pipelines.storage.source import Source
-from pipelines.storage.unreadable import UNREADABLE, unreadable
 
 _PREFETCH = 2
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -51,20 +49,22 @@ class Fed:
     """A batch that DALI is working on, and the memory it reads without having copied it."""
 
     keys: Keys
-    inputs: tuple[Any, ...]
+    memory: tuple[Any, ...]
 
 
 class DaliPipeline(ABC):
     """One DALI pipeline and what it is fed: batches given as keys, each decoded whole, in their order."""
+
+    _reader: AddressReader | None = None  # without one, encoded images are handed over as arrays
 
     def __init__(self, loader: DaliLoader, max_images: int, device_id: int | None) -> None:
         self.loader = loader
         self._epoch = 0
         self._to_feed: Iterator[Keys] = iter(())
         self._in_flight: deque[Fed] = deque()
+        self._finishing: deque[tuple[Fed, list[Any]]] = deque()  # a GPU may still be at those
         self._unreadable: DataError | None = None  # what ended the feeding
         self._thread = WatchedThread("DALI")
-        self._files = ForDali(loader.source, loader.num_workers)
         self._max_images, self._device_id = max_images, device_id
         self._pipe: Any = self._defined()
         self._running = False
@@ -85,8 +85,8 @@ class DaliPipeline(ABC):
         """Define DALI's operators; returns its outputs."""
 
     @abstractmethod
-    def _inputs(self, keys: Keys) -> list[Any]:
-        """What the graph is fed for the batch `keys`: arrays, one row an image."""
+    def _numbers(self, keys: Keys) -> Keys | None:
+        """What the graph is fed for the batch `keys` besides its images, (images, 2 x pairs); None for no pairs."""
 
     @abstractmethod
     def next(self) -> torch.Tensor:
@@ -107,41 +107,55 @@ class DaliPipeline(ABC):
         self._in_flight.clear()
         self._epoch, self._to_feed = epoch, iter(batches)
 
-    def _external(self, *kinds: Any) -> Sequence[Any]:
-        """The graph's inputs: encoded images, then numbers of these types."""
-        inputs: Sequence[Any] = fn.external_source(
-            source=self._feed,
-            num_outputs=1 + len(kinds),
-            batch=True,
-            no_copy=True,
-            dtype=[types.UINT8, *kinds],
-            ndim=1,
+    def _external(self, pairs: int) -> tuple[Any, list[Any]]:
+        """The graph's inputs: encoded images, and so many pairs of numbers, int32.
+
+        All numbers are one array: each that DALI is fed costs it 0.1 us an image, with the interpreter's lock.
+        """
+        kinds = [types.UINT8 if self._reader is None else types.INT64, *[types.INT32] * (pairs > 0)]
+        encoded, *numbers = fn.external_source(
+            source=self._feed, num_outputs=len(kinds), batch=True, no_copy=True, dtype=kinds, ndim=1
         )
-        return inputs
+        if self._reader is not None:
+            encoded = self._reader(encoded)
+        return encoded, [numbers[0][2 * pair : 2 * pair + 2] for pair in range(pairs)]
 
     def _feed(self) -> tuple[Any, ...]:
         """DALI's callback, run in the watched thread: the inputs of the next batch; StopIteration ends the epoch."""
         keys = next(self._to_feed)
+        samples = sample_numbers(keys)[:: self.loader.crops_per_image]
         try:
-            encoded = self._files.read(sample_numbers(keys)[:: self.loader.crops_per_image])
-            inputs = (encoded, *map(np.ascontiguousarray, self._inputs(keys)))
+            encoded, kept = self.loader.files.input(samples, self._reader)
+            numbers = self._numbers(keys)
+            inputs = (encoded,) if numbers is None else (encoded, numbers.astype(np.int32))
         except DataError as failure:  # not DALI's to know, which has batches before this one to deliver
             self._unreadable, self._to_feed = failure, iter(())
             raise StopIteration from failure
-        self._in_flight.append(Fed(keys, inputs))
+        self._in_flight.append(Fed(keys, (inputs, kept)))
         return inputs
 
-    def _run(self, *arguments: Any) -> tuple[Keys, Any]:
+    def _streams(self) -> list[Any]:
+        """Those that wait for DALI's outputs."""
+        return []
+
+    def _run(self) -> tuple[Keys, Any]:
         """What DALI makes of the next batch."""
+        streams = self._streams()
         try:
-            outputs = self._thread.call(partial(self._pipe.run, *arguments), self.loader.stall_seconds)
+            outputs = self._thread.call(partial(self._pipe.run, *streams), self.loader.stall_seconds)
         except RuntimeError as error:
-            raise self._explain(error) from error
+            suspects = np.concatenate([fed.keys[:: self.loader.crops_per_image] for fed in self._in_flight])
+            raise undecodable(self.loader.source, sample_numbers(suspects), error) from error
         except StopIteration:
             if self._unreadable is not None:
                 raise self._unreadable from None
             raise
-        return self._in_flight.popleft().keys, outputs
+        fed = self._in_flight.popleft()
+        # A GPU's outputs are handed out before they are there: until then it may read what it was fed.
+        self._finishing.append((fed, [stream.record_event() for stream in streams]))
+        while self._finishing and all(event.query() for event in self._finishing[0][1]):
+            self._finishing.popleft()
+        return fed.keys, outputs
 
     def _boxes(self, keys: Keys) -> tuple[Keys, Keys]:
         """Training: what to decode of each image, (images, 4), and the crops within that, (images, crops, 4)."""
@@ -158,29 +172,12 @@ class DaliPipeline(ABC):
         """Evaluation: the size of the whole image resized, and the crop's corner in it, both (images, 2)."""
         return evaluation_resize(*self.loader.source.sizes(sample_numbers(keys)), self.loader.config)
 
-    def _explain(self, error: RuntimeError) -> DataError:
-        """DALI seldom says which image it could not decode: Pillow tries those it may have been."""
-        source, crops = self.loader.source, self.loader.crops_per_image
-        suspects = [int(i) for fed in self._in_flight for i in sample_numbers(fed.keys[::crops])]
-        for i in suspects:
-            encoded = source.read(i)
-            try:
-                with Image.open(io.BytesIO(encoded.data)) as image:
-                    image.load()
-            except UNREADABLE as reason:
-                return unreadable(source.name(i), len(encoded), reason)
-        names = ", ".join(source.name(i) for i in suspects[:3])
-        return DataError(
-            f"DALI cannot decode one of {len(suspects)} images ({names}, ...): {str(error).splitlines()[0]}; "
-            f"use {choose_loader('torch')}"
-        )
-
     def rest(self) -> None:
         """Stop all threads until `begin`."""
         self._thread.stop()
-        self._files.stop()
         self._pipe, self._running = None, False
         self._in_flight.clear()
+        self._finishing.clear()
 
 
 class OnCpu(DaliPipeline):
@@ -194,16 +191,12 @@ class OnCpu(DaliPipeline):
     def _graph(self) -> list[Any]:
         decoding = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
         if not self.loader.train:
-            (encoded,) = self._external()
-            return [fn.decoders.image(encoded, **decoding)]
-        encoded, corner, extent = self._external(types.INT32, types.INT32)
+            return [fn.decoders.image(self._external(0)[0], **decoding)]
+        encoded, (corner, extent) = self._external(2)
         return [fn.decoders.image_slice(encoded, corner, extent, axes=[0, 1], **decoding)]
 
-    def _inputs(self, keys: Keys) -> list[Any]:
-        if not self.loader.train:
-            return []
-        bounds, _ = self._boxes(keys)
-        return [bounds[:, :2].astype(np.int32), bounds[:, 2:].astype(np.int32)]
+    def _numbers(self, keys: Keys) -> Keys | None:
+        return self._boxes(keys)[0] if self.loader.train else None
 
     def begin(self, epoch: int, batches: list[Keys]) -> None:
         self._stop_threads()
@@ -272,7 +265,11 @@ class InGraph(DaliPipeline):
         device_id = None
         if device.type == "cuda":
             device_id = torch.cuda.current_device() if device.index is None else device.index
+        self._reader = address_reader(dali_decodes)
         super().__init__(loader, max_images, device_id)
+
+    def _streams(self) -> list[Any]:
+        return [torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []
 
     def _graph(self) -> list[Any]:
         config, crops = self.loader.config, self.loader.crops_per_image
@@ -289,34 +286,29 @@ class InGraph(DaliPipeline):
             }
         resizing = {"interp_type": _FILTERS[config.interpolation], "antialias": True}
         if not self.loader.train:
-            encoded, size, corner = self._external(types.FLOAT, types.INT32)
-            whole = fn.resize(fn.decoders.image(encoded, **decoding), size=size, **resizing)
+            encoded, (size, corner) = self._external(2)
+            whole = fn.resize(fn.decoders.image(encoded, **decoding), size=fn.cast(size, dtype=types.FLOAT), **resizing)
             square = np.array([config.img_size, config.img_size], dtype=np.int32)
             return [fn.slice(whole, corner, square, axes=[0, 1])]
-        further = 2 * crops if crops > 1 else 0
-        encoded, side, corner, extent, *boxes = self._external(types.FLOAT, *[types.INT32] * (2 + further))
+        encoded, (side, corner, extent, *boxes) = self._external(3 + (2 * crops if crops > 1 else 0))
         decoded = fn.decoders.image_slice(encoded, corner, extent, axes=[0, 1], **decoding)
-        cut = [fn.slice(decoded, boxes[i], boxes[crops + i], axes=[0, 1]) for i in range(crops) if further]
-        return [fn.resize(crop, size=side, **resizing) for crop in cut or [decoded]]
+        cut = [fn.slice(decoded, *box, axes=[0, 1]) for box in zip(boxes[::2], boxes[1::2], strict=True)]
+        return [fn.resize(crop, size=fn.cast(side, dtype=types.FLOAT), **resizing) for crop in cut or [decoded]]
 
-    def _inputs(self, keys: Keys) -> list[Any]:
+    def _numbers(self, keys: Keys) -> Keys | None:
         if not self.loader.train:
-            sizes, corners = self._evaluation(keys)
-            return [sizes.astype(np.float32), corners.astype(np.int32)]
+            return np.concatenate(self._evaluation(keys), axis=1)
         bounds, crops = self._boxes(keys)
-        numbers = [bounds[:, :2], bounds[:, 2:]]
-        if self.loader.crops_per_image > 1:
-            numbers += [*crops[..., :2].swapaxes(0, 1), *crops[..., 2:].swapaxes(0, 1)]
-        side = np.full((len(bounds), 2), self.loader.side(self._epoch), dtype=np.float32)
-        return [side, *(array.astype(np.int32) for array in numbers)]
+        side = np.full((len(bounds), 2), self.loader.side(self._epoch))
+        further = [crops.reshape(len(crops), -1)] if self.loader.crops_per_image > 1 else []
+        return np.concatenate([side, bounds, *further], axis=1)
 
     def next(self) -> torch.Tensor:
-        # DALI frees its memory in the order of this stream; without it, perhaps before torch has read it.
-        streams = [torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []
-        _, outputs = self._run(*streams)
+        # DALI frees its memory in the order of torch's stream; without it, perhaps before torch has read it.
+        _, outputs = self._run()
         crops = [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]  # each (images, S, S, 3)
         images: torch.Tensor = crops[0] if len(crops) == 1 else torch.stack(crops, dim=1).flatten(0, 1)
-        if streams and len(crops) == 1:
+        if self.device.type == "cuda" and len(crops) == 1:
             images = images.clone()
         return images.permute(0, 3, 1, 2)
 
@@ -332,7 +324,7 @@ class DaliLoader(PlannedLoader):
 
     def __init__(self, source: Source, **settings: Any) -> None:
         super().__init__(source, **settings)
-        self.source = source
+        self.source, self.files = source, ForDali(source, self.num_workers)
         wanted = self.config.gpu_decoding
         in_graph = self._decodes_in_graph()
         self._cpu_share = wanted.cpu_share if in_graph else 1.0
@@ -386,6 +378,7 @@ class DaliLoader(PlannedLoader):
 
     def _rest(self, ended: bool) -> None:
         self.source.close()
+        self.files.stop()
         if ended and self._decodes_in_graph():
             return  # the next epoch goes on with it: on a GPU a pipeline takes long to build
         for pipeline in itertools.chain(*self._lanes):

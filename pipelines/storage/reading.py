@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 import weakref
@@ -13,6 +14,25 @@ Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 _JOIN_SECONDS = 5.0
+_BATCHES_AFTER_A_WAIT = 16
+
+
+class DiskWaits:
+    """Whether this process has lately had to wait for pages of a file; to be asked once a batch.
+
+    To tell the system what will be needed costs a call an image, all of it with the interpreter's lock: too much where
+    the files are in memory, as they are from the second epoch on if they fit.
+    """
+
+    def __init__(self) -> None:
+        self._faults, self._left = -1, _BATCHES_AFTER_A_WAIT  # at first they are on the disk
+
+    def __call__(self) -> bool:
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        if faults != self._faults:
+            self._faults, self._left = faults, _BATCHES_AFTER_A_WAIT
+        self._left -= 1
+        return self._left >= 0
 
 
 class Readers:
@@ -22,7 +42,7 @@ class Readers:
     """
 
     def __init__(self, count: int, name: str = "read") -> None:
-        self._count, self._name = count, name
+        self.count, self._name = count, name
         self._lock = threading.Lock()
         self._tasks: SimpleQueue[Any] | None = None
         self._end: Callable[[], object] = lambda: None
@@ -59,7 +79,7 @@ class Readers:
             tasks: SimpleQueue[Any] = SimpleQueue()
             threads = [
                 threading.Thread(target=_work, args=(tasks,), name=f"pss-{self._name}-{i}", daemon=True)
-                for i in range(self._count)
+                for i in range(self.count)
             ]
             for thread in threads:
                 thread.start()

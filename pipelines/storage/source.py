@@ -11,8 +11,9 @@ import io
 import mmap
 import os
 import resource
-import zlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,8 @@ from pipelines.storage.manifest import (
     hash_file,
     read_manifest,
 )
-from pipelines.storage.reading import Readers
+from pipelines.storage.reading import DiskWaits, Readers
+from pipelines.storage.unlocked import differing, differing_at, fetch_at
 from pipelines.storage.unreadable import UNREADABLE, has_stray_marker, unreadable
 
 Bytes = NDArray[np.uint8]
@@ -75,7 +77,10 @@ class Source(Table, Protocol):
 
 
 class ConvertedTable:
-    """The sample table of one split of a converted data set."""
+    """The sample table of one split of a converted data set.
+
+    Batches are looked up in columns: a row of the table as a Python object costs ten times as much as all else.
+    """
 
     def __init__(self, root: Path, split: str) -> None:
         self.root, self.split = root, canonical_split(split)
@@ -85,6 +90,7 @@ class ConvertedTable:
         self.num_samples = self.entry.num_samples
         self._rows = self.load_table(self.entry.table)
         self.labels: NDArray[np.int64] = self._rows["label"].astype(np.int64)
+        self._height, self._width = (np.ascontiguousarray(self._rows[name]) for name in ("height", "width"))
 
     def load_table(self, name: str) -> NDArray[Any]:
         """Table `name` with a row per sample; `DataError` unless it has the checksum of the manifest.
@@ -110,8 +116,7 @@ class ConvertedTable:
             raise DataError(f"{path} has {found} bytes instead of {expected}; copy it again")
 
     def sizes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        rows = self._rows[index]
-        return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+        return self._height[index].astype(np.int64), self._width[index].astype(np.int64)
 
     def name(self, i: int) -> str:
         return f"{self.root / self.entry.table}, sample {i}"
@@ -134,46 +139,90 @@ class TarSource(ConvertedTable):
         for shard in self.entry.shards:
             self.check_size(shard)
         _allow_open_files(len(self.entry.shards))
+        self._shard, self._offset, self._length, self._crc32 = (
+            np.ascontiguousarray(self._rows[name]) for name in ("shard", "offset", "length", "crc32")
+        )
+        self._mapping = threading.Lock()
         self._maps: dict[int, mmap.mmap] = {}
+        self._tars = [np.zeros(0, np.uint8)] * len(self.entry.shards)  # their bytes, once they are mapped
+        self._tar_bytes = np.zeros(len(self.entry.shards), dtype=np.int64)  # 0: not mapped yet
+        self._tar_address = np.zeros(len(self.entry.shards), dtype=np.int64)
         self._unchecked = np.full(self.num_samples, check_bytes)  # a sample is checked when it is first read
+        self._waiting = DiskWaits()
+        self._readers = Readers(_READ_THREADS)
 
     def read(self, i: int) -> Bytes:
-        mapped, offset, length = self._locate(i)
-        encoded = np.frombuffer(mapped, dtype=np.uint8, count=length, offset=offset)
+        (shard,), (first,), _ = self._located(np.array([i]))
+        encoded: Bytes = self._tars[shard][first : first + self._length[i]]
         if self._unchecked[i]:
-            if zlib.crc32(encoded.data) != self._rows[i]["crc32"]:
-                raise DataError(f"{self.name(i)} has been damaged since the conversion; copy the file again")
-            self._unchecked[i] = False
+            self._check(np.array([i]), partial(differing, [encoded]))
         return encoded
 
     def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
-        for i in index:  # let the system fetch the whole batch while its first images are decoded
-            mapped, offset, length = self._locate(i)
-            page = offset - offset % mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_WILLNEED, page, offset - page + length)
-        return [self.read(i) for i in index]
+        shards, first, length = self._located(index)
+        if self._waiting():  # let the system fetch the whole batch while its first images are decoded
+            pages = first - first % mmap.PAGESIZE
+            for shard, begin, end in zip(shards.tolist(), pages.tolist(), (first + length).tolist(), strict=True):
+                self._maps[shard].madvise(mmap.MADV_WILLNEED, begin, end - begin)
+        tars = self._tars
+        bounds = zip(shards.tolist(), first.tolist(), (first + length).tolist(), strict=True)
+        encoded = [tars[shard][begin:end] for shard, begin, end in bounds]
+        if (new := np.flatnonzero(self._unchecked[index])).size:
+            self._check(index[new], partial(differing, [encoded[place] for place in new.tolist()]))
+        return encoded
 
-    def _locate(self, i: int) -> tuple[mmap.mmap, int, int]:
-        row = self._rows[i]
-        shard = int(row["shard"])
-        mapped = self._maps.get(shard)
-        if mapped is None:
+    def locate(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Addresses and lengths in memory of the encoded images, each (len(index),), for code without the interpreter.
+
+        For where `unlocked.knows_addresses`. They are compared with their checksums like those of `read_many`, and are
+        there as long as the source is.
+        """
+        shards, first, length = self._located(index)
+        address = self._tar_address[shards] + first
+        if self._waiting():
+            fetch_at(address, length)
+        if (new := np.flatnonzero(self._unchecked[index])).size:
+            self._check(index[new], partial(differing_at, address[new], length[new]))
+        return address, length
+
+    def _check(self, index: NDArray[np.int64], search: Callable[..., int | None]) -> None:
+        """Raise `DataError` naming the first of `index` whose bytes are not those of the conversion."""
+        place = search(self._crc32[index], self._readers)
+        if place is not None:
+            raise DataError(f"{self.name(index[place])} has been damaged since the conversion; copy the file again")
+        self._unchecked[index] = False
+
+    def _located(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """Tar, first byte in it, and length of each image; the tars are mapped."""
+        shards, first, length = self._shard[index], self._offset[index], self._length[index]
+        if not self._tar_bytes[shards].all():
+            for shard in np.unique(shards).tolist():
+                self._map(shard)
+        outside = (first < 0) | (length < 1) | (first + length > self._tar_bytes[shards])
+        if outside.any():
+            name = self.name(index[outside.argmax()])
+            raise DataError(f"{name} lies outside its file; copy the table and the tar again")
+        return shards, first, length
+
+    def _map(self, shard: int) -> None:
+        with self._mapping:  # a tar has one address
+            if self._tar_bytes[shard]:
+                return
             with (self.root / self.entry.shards[shard]).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._maps[shard] = mapped
-        offset, length = int(row["offset"]), int(row["length"])
-        if offset < 0 or length < 1 or offset + length > len(mapped):
-            raise DataError(f"{self.name(i)} lies outside its file; copy the table and the tar again")
-        return mapped, offset, length
+                mapped = self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._tars[shard] = np.frombuffer(mapped, dtype=np.uint8)
+            self._tar_address[shard] = self._tars[shard].ctypes.data
+            self._tar_bytes[shard] = len(mapped)  # last: other threads look here
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.root, self.split, self.check_bytes)
 
     def close(self) -> None:
-        """Nothing runs: the operating system unmaps the tars when the last view of them is gone."""
+        """The operating system unmaps the tars when the last view of them is gone."""
+        self._readers.stop()
 
     def name(self, i: int) -> str:
-        return f"{self.root / self.entry.shards[int(self._rows[i]['shard'])]}, member {i:08d}.jpg"
+        return f"{self.root / self.entry.shards[int(self._shard[i])]}, member {i:08d}.jpg"
 
 
 class FolderSource:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
+from pipelines import crng
 from pipelines.base import DataConfig
 from pipelines.loaders.geometry import as_shares, crop_boxes, evaluation_resize, random_crops, scale_boxes
 
@@ -47,6 +48,32 @@ def test_a_crop_depends_on_its_sample_alone() -> None:
         assert np.array_equal(alone[0], together[i])
     other = random_crops(heights, widths, index, seed=4, epoch=6, config=DataConfig())
     assert (other != together).any(axis=1).mean() > 0.9
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.7, 1.0)])
+def test_the_first_try_that_fits_is_taken(scale: tuple[float, float]) -> None:
+    """To the bit what trying one after the other gives, as torchvision does; 4 draws a try."""
+    rng, config = np.random.default_rng(0), DataConfig(crop_scale=scale)
+    heights, widths, index = rng.integers(20, 400, 400), rng.integers(20, 400, 400), rng.integers(0, 1 << 50, 400)
+    logs = np.log(config.crop_ratio)
+    found = random_crops(heights, widths, index, seed=2, epoch=3, config=config)
+    taken = np.zeros(400, np.int64)
+    for i, (h, w, k) in enumerate(zip(heights, widths, crng.key(2, 3, index, crng.CROP), strict=True)):
+        for attempt in range(10):
+            u = [float(crng.u01(k, 4 * attempt + draw)) for draw in range(4)]
+            area = h * w * (scale[0] + (scale[1] - scale[0]) * u[0])
+            ratio = np.exp(logs[0] + (logs[1] - logs[0]) * u[1])
+            crop_h, crop_w = round(np.sqrt(area / ratio)), round(np.sqrt(area * ratio))
+            if 0 < crop_h <= h and 0 < crop_w <= w:
+                box = [int(u[2] * (h - crop_h + 1)), int(u[3] * (w - crop_w + 1)), crop_h, crop_w]
+                assert found[i].tolist() == box
+                taken[i] = attempt + 1
+                break
+    for i in range(400):  # all that was found depends on no other image
+        one = slice(i, i + 1)
+        alone = random_crops(heights[one], widths[one], index[one], seed=2, epoch=3, config=config)
+        assert np.array_equal(alone[0], found[i])
+    assert {0, 1, 2, 5} <= set(taken.tolist())
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (100, 1000), (60, 40)], ids=lambda n: str(n))

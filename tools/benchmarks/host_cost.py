@@ -1,0 +1,400 @@
+"""What the interpreter costs: per image in each loader, and per step in augmentation and in the training thread.
+
+    python -m tools.benchmarks.host_cost --json host_cost.json [--data CONVERTED] [--batch 1024 256]
+
+One thread at a time runs Python, however many cores there are: a process that needs 10 us of the interpreter's lock for
+an image feeds at most 100,000 images a second, and training has to share that.
+
+Measured is the processor time of the threads that run Python, and no other, over whole epochs, less what they spend in
+calls that are known to work without the lock: decoders and kernels of torch, FFCV's compiled loop, checksums, the
+search through a batch's first bytes, and asking for its pages. Waiting costs nothing, so that a busy machine changes
+little. Of a call into torch, what it takes on the smallest input counts as the interpreter's. What is left is an upper
+bound: numpy and DALI, too, leave the lock where they work for long. Libraries' own threads decode and do not count.
+
+DALI is measured as it is fed on a GPU, with that graph's inputs and nothing behind them: on a GPU decoding is nobody's
+time here. `us` is the back end's own share; beside it stands what any loader adds to a batch (labels, windows). The
+first epoch compares checksums and finds out formats; the steady figure begins where files are no longer asked for ahead
+of time, since they are in memory. The ceiling is that of one process which does nothing else.
+
+Photographs are taken from the tar of class folders that PSS_IMAGENET_SAMPLE names, else generated, several times over.
+Launches of augmentation and mixing are counted on fake CUDA tensors; milliseconds of a step are those of one thread on
+tiny images (augmentation) and on a model with next to no arithmetic (the step).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.io import ImageReadMode
+
+from pipelines import Batch, DataConfig, DataError, build
+from pipelines.augment.device import DeviceTransform
+from pipelines.loaders import resize
+from pipelines.loaders.planned import PlannedLoader
+from pipelines.storage import unlocked
+from pipelines.storage.source import open_source
+from pss import methods, recipes
+from pss.config import Config
+from pss.methods.vocabulary import Progress
+from pss.training.setup import build_mixing
+from tools.benchmarks.measure import Result, conclude, parser, table, told
+
+RECIPE = "deit-s-224"
+BACKENDS = ("dali", "ffcv", "torch")
+SETTLED = 20
+"""Batches after which a source has stopped asking for pages that are in memory; see `DiskWaits`."""
+NUM_CLASSES = 1000
+
+
+@dataclass
+class Account:
+    """Processor time of the threads that run Python, and what of it is not the interpreter's."""
+
+    calls: Counter[tuple[str, int]] = field(default_factory=Counter)  # nanoseconds by kind and thread, which writes it
+    before: dict[threading.Thread, int] = field(default_factory=dict)
+    now: dict[threading.Thread, int] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Count from here."""
+        self.calls.clear()
+        self.now.clear()
+        self.look()
+        self.before = dict(self.now)
+
+    def look(self) -> None:
+        """To be called often enough that no thread ends unseen that has done much since."""
+        self.apart("looking", self._look)()
+
+    def _look(self) -> None:
+        for thread in threading.enumerate():
+            path = Path(f"/proc/self/task/{thread.native_id}/schedstat")
+            if path.exists():
+                self.now[thread] = int(path.read_text(encoding="utf-8").split()[0])
+
+    def microseconds(self, kind: str) -> float:
+        """Since `begin`, in calls of that kind."""
+        return sum(spent for (of, _), spent in self.calls.items() if of == kind) / 1e3
+
+    def rest(self) -> float:
+        """Microseconds since `begin` in no such call."""
+        whole = sum(spent - self.before.get(thread, 0) for thread, spent in self.now.items())
+        return max(0.0, whole - sum(self.calls.values())) / 1e3
+
+    def apart(self, kind: str, function: Callable[..., Any], entry_ns: int = 0) -> Callable[..., Any]:
+        """`function`, whose time less `entry_ns` a call is kept under `kind`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.thread_time_ns()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.calls[kind, threading.get_ident()] += max(0, time.thread_time_ns() - began - entry_ns)
+
+        return call
+
+
+def entry_ns(call: Callable[[], Any]) -> int:
+    """What `call`, into torch with the smallest input, takes."""
+    taken = []
+    for _ in range(200):
+        began = time.thread_time_ns()
+        call()
+        taken.append(time.thread_time_ns() - began)
+    return int(median(taken))
+
+
+@contextmanager
+def calls_apart(account: Account) -> Iterator[None]:
+    """Within, calls that work without the interpreter's lock are accounted for as such, and `_batch` as it is."""
+    encoded = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(encoded, "JPEG")
+    tiny = torch.frombuffer(bytearray(encoded.getvalue()), dtype=torch.uint8)
+    decode = torch.ops.image.decode_jpeg
+    rgb = ImageReadMode.RGB.value
+    pixel = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+    kernels = {
+        name: account.apart(
+            "unlocked", kernel, entry_ns(lambda kernel=kernel: kernel(pixel, [1, 1], False, None, None, out=pixel))
+        )
+        for name, kernel in resize._KERNELS.items()
+    }
+    with ExitStack() as exits:
+
+        def patch(place: Any, name: str, stand_in: Any) -> None:
+            exits.enter_context(mock.patch.object(place, name, stand_in))
+
+        apart = account.apart("unlocked", decode, entry_ns(lambda: decode(tiny, rgb, False)))
+        patch(torch.ops.image, "decode_jpeg", apart)
+        exits.enter_context(mock.patch.dict(resize._KERNELS, kernels))
+        patch(unlocked.zlib, "crc32", account.apart("unlocked", unlocked.zlib.crc32))
+        if unlocked.knows_addresses():
+            compiled = tuple(account.apart("unlocked", function) for function in unlocked._compiled())
+            patch(unlocked, "_compiled", lambda: compiled)
+        patch(PlannedLoader, "_batch", _kept(account, PlannedLoader._batch))
+        yield
+
+
+def _kept(account: Account, method: Callable[..., Any]) -> Callable[..., Any]:
+    timed = account.apart("batch", method)
+    return lambda loader, *args: timed(loader, *args)
+
+
+def loader_of(backend: str, root: Path, batch: int, threads: int, account: Account) -> Any:
+    """A training loader of the recipe's crops; DALI's without anything behind its inputs."""
+    config = DataConfig(img_size=224)
+    settings: dict[str, Any] = {"config": config, "batch_size": batch, "train": True, "num_workers": threads}
+    if backend == "dali":
+        return fed_dali(root, settings, account)
+    loader: Any = build(root, "train", loader=backend, **settings)  # type: ignore[arg-type]
+    if backend == "ffcv":
+        stages, outputs = loader._beton.code
+        loader._beton.code = [(account.apart("unlocked", code), made) for code, made in stages], outputs
+    return loader
+
+
+def fed_dali(root: Path, settings: dict[str, Any], account: Account) -> Any:
+    """A DALI loader whose graph takes what that of a GPU takes, and looks at one byte of each image."""
+    try:
+        from nvidia.dali import fn, types
+
+        from pipelines.loaders.dali_loader import DaliLoader, InGraph
+    except ImportError as error:
+        raise DataError(f"DALI cannot be imported: {error}") from error
+
+    class Fed(InGraph):
+        def _graph(self) -> list[Any]:
+            encoded, pairs = self._external(3)
+            sums = fn.cast(pairs[0] + pairs[1] + pairs[2], dtype=types.UINT8)
+            byte = fn.slice(encoded, np.int32([0]), np.int32([1]), axes=[0])
+            return [fn.reshape(fn.cat(byte, sums), shape=[1, 1, 3])]
+
+    class FedLoader(DaliLoader):
+        def _decodes_in_graph(self) -> bool:
+            return True
+
+    loader = FedLoader(open_source(root, "train"), **settings)
+    fed = Fed(loader, settings["batch_size"], loader.device)
+    loader._lanes = [[None, fed]]
+    if fed._reader is not None:
+        fed._reader.which = account.apart("unlocked", fed._reader.which)
+    return loader
+
+
+def loader_cost(backend: str, root: Path, batch: int, threads: int, epochs: int) -> dict[str, dict[str, float]]:
+    """Microseconds an image of the back end and of `_batch`, in the first epoch and steady."""
+    account = Account()
+    with calls_apart(account):
+        loader = loader_of(backend, root, batch, threads, account)
+        try:
+            warm_up = -(-SETTLED // loader.steps_per_epoch)
+            found = {"first": _epochs(loader, account, 0, 1)}
+            _epochs(loader, account, 1, warm_up)
+            rounds = [_epochs(loader, account, 1 + warm_up + i, 1) for i in range(epochs)]
+        finally:
+            loader.close()
+    return found | {"steady": {name: median(row[name] for row in rounds) for name in rounds[0]}}
+
+
+def _epochs(loader: Any, account: Account, first: int, count: int) -> dict[str, float]:
+    images = 0
+    account.begin()
+    for epoch in range(first, first + count):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            images += len(batch.labels)
+            account.look()
+    account.look()
+    return {
+        "us": account.rest() / images,
+        "batch_us": account.microseconds("batch") / images,
+        "unlocked_us": account.microseconds("unlocked") / images,
+    }
+
+
+class Launches(TorchDispatchMode):
+    """Counts what torch dispatches to a CUDA device and that computes something."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        on_device = any(isinstance(value, torch.Tensor) and value.is_cuda for value in (result, *args))
+        free = function.is_view or any(name in str(function) for name in ("empty", "detach", "unsafe_view"))
+        self.count += on_device and not free
+        return result
+
+
+def augmented(config: Config, batch: Batch, step: int) -> None:
+    """The device's part of a batch: augmentation and mixing as `config` wants them."""
+    images = DeviceTransform(config.data, seed=0, train=True)(batch, step)
+    mixing = build_mixing(config, NUM_CLASSES, rank=0)
+    if mixing is not None:
+        mixing(images, batch.labels, step)
+
+
+def batch_of(count: int, side: int, device: str) -> Batch:
+    """Images without content."""
+    images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
+    return Batch(images, torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count))
+
+
+def augment_launches(config: Config, count: int) -> int:
+    """Launches of augmentation and mixing for a batch of so many images, on fake CUDA tensors."""
+    launches = Launches()
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
+    ):
+        batch = batch_of(count, config.data.img_size, "cuda")
+        host = Batch(batch.images, batch.labels, np.arange(count))  # type: ignore[arg-type]  # real, since it is read
+        with launches:
+            augmented(config, host, 0)
+    return launches.count
+
+
+def augment_ms(config: Config, count: int, rounds: int) -> float:
+    """Milliseconds of one thread for augmentation and mixing of a batch of so many images, 4 pixels wide."""
+    batch = batch_of(count, 4, "cpu")
+    return milliseconds(lambda step: augmented(config, batch, step), rounds)
+
+
+def step_ms(config: Config, rounds: int) -> float:
+    """Milliseconds of one thread for forward, backward and optimizer of a model 8 wide a head, with four images."""
+    config = config.with_settings(["data.img_size=64", "model.embed_dim=48", "compile.mode=off"])
+    method = methods.build(config, 10, 100)
+    optimizer = torch.optim.AdamW(method.parameters(), foreach=True)
+    images, targets = torch.zeros(4, 3, 64, 64), torch.full((4, 10), 0.1)
+
+    def step(number: int) -> None:
+        method(images, targets, Progress(number, 100, 0, config.train.epochs, 0, 0))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return milliseconds(step, rounds)
+
+
+def milliseconds(work: Callable[[int], None], rounds: int) -> float:
+    """Processor time of this thread for a call of `work`, which gets its number; median, after three that warm up."""
+    taken = []
+    for number in range(rounds + 3):
+        began = time.thread_time()
+        work(number)
+        taken.append(1e3 * (time.thread_time() - began))
+    return median(taken[3:])
+
+
+def photographs() -> Iterator[tuple[str, bytes]]:
+    """Class and content of JPEGs: of the tar that PSS_IMAGENET_SAMPLE names, or generated."""
+    if tar_name := os.environ.get("PSS_IMAGENET_SAMPLE"):
+        with tarfile.open(tar_name) as tar:
+            for member in tar:
+                if member.isfile() and (content := tar.extractfile(member)) is not None:
+                    yield Path(member.name).parent.name, content.read()
+        return
+    draw = np.random.default_rng(0)
+    for number in range(200):
+        coarse = Image.fromarray(draw.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+        written = io.BytesIO()
+        coarse.resize((512, 384), Image.Resampling.BICUBIC).save(written, "JPEG", quality=95)
+        yield f"class{number % 10}", written.getvalue()
+
+
+def converted(folder: Path, samples: int) -> Path:
+    """A data set of so many samples, for DALI and, where it is installed, FFCV (raw pixels of 256)."""
+    pictures = list(photographs())
+    for number in range(samples):
+        name, content = pictures[number % len(pictures)]
+        (folder / "images" / "train" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "images" / "train" / name / f"{number:06d}.jpg").write_bytes(content)
+    formats = "dali,ffcv" if importlib.util.find_spec("ffcv") else "dali"
+    words = [str(folder / "images"), str(folder / "set"), "--format", formats]
+    words += ["--profile", "raw256"] if "ffcv" in formats else []
+    done = subprocess.run([sys.executable, "-m", "cli.convert", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DataError(done.stderr.strip())
+    shutil.rmtree(folder / "images")
+    return folder / "set"
+
+
+def measured(arguments: argparse.Namespace) -> Result:
+    """The figures of the JSON file, at the first of the batch sizes, and `table`: all of them by batch size."""
+    config = recipes.get(RECIPE)
+    rows: dict[int, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = arguments.data or converted(Path(scratch), max(arguments.samples, *arguments.batch))
+        for count in arguments.batch:
+            row = rows[count] = {"loaders": {}}
+            for backend in BACKENDS:
+                try:
+                    row["loaders"][backend] = loader_cost(backend, root, count, arguments.threads, arguments.rounds)
+                except DataError as error:
+                    print(f"no {backend}: {error}", file=sys.stderr)
+            row["augment_launches"] = augment_launches(config, count)
+            row["augment_ms_per_step"] = augment_ms(config, count, arguments.rounds)
+    first = rows[arguments.batch[0]]
+    steady = {
+        f"{backend}_us_per_image": first["loaders"][backend]["steady"]["us"] if backend in first["loaders"] else None
+        for backend in BACKENDS
+    }
+    figures = {name: first[name] for name in ("augment_launches", "augment_ms_per_step")}
+    return {**steady, **figures, "step_ms": step_ms(config, arguments.rounds), "table": rows}
+
+
+def report(result: Result) -> str:
+    """The result as markdown."""
+    loaders, steps = [], []
+    for count, row in result["table"].items():
+        for backend, cost in row["loaders"].items():
+            first, steady = cost["first"], cost["steady"]
+            both = steady["us"] + steady["batch_us"]
+            loaders.append(
+                f"{backend} | {count} | {first['us']:.1f} | {steady['us']:.2f} | {steady['batch_us']:.2f} | "
+                f"{steady['unlocked_us']:.1f} | {1e6 / max(steady['us'], 1e-3):,.0f} | {1e6 / max(both, 1e-3):,.0f}"
+            )
+        steps.append(
+            f"{count} | {row['augment_launches']:,} | {row['augment_ms_per_step']:.2f} | {result['step_ms']:.2f}"
+        )
+    head = (
+        "loader | batch | us/image, first epoch | steady | a batch's labels and windows | outside the lock | "
+        "images/s at most | with labels and windows"
+    )
+    title = "The interpreter's time per image, and per step of " + RECIPE
+    lines = [title, told(result), "", *table(head, loaders), ""]
+    return "\n".join([*lines, *table("batch | launches of augmentation | its ms a step | ms of a step", steps)])
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    """Run as the arguments say (the command line's if None), print and write the report, and return the result."""
+    command = parser(__doc__, rounds=5, threads=2)
+    command.add_argument("--data", type=Path, help="a converted data set in place of photographs several times over")
+    command.add_argument("--samples", type=int, default=3000, help="of what is made where --data is not given")
+    command.add_argument("--batch", type=int, nargs="+", default=[1024, 256], help="images per batch")
+    arguments = command.parse_args(argv)
+    return conclude(arguments, measured, report, "nvidia-dali-cuda130", "ffcv", "numba")
+
+
+if __name__ == "__main__":
+    main()
