@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipelines.base import Batch, DataError, Loader
-from pipelines.loaders.watched import stalled
+from pipelines.loaders.waiting import stalled
 
 _JOIN_SECONDS = 5.0
 
