@@ -39,7 +39,7 @@ def key(seed: int, epoch: int, index: ArrayLike, stream: int) -> UInt64:
     return mix(mix(mix(mix(seed) ^ np.uint64(epoch)) ^ samples) ^ np.uint64(stream))
 
 
-def u01(k: UInt64, n: int) -> NDArray[np.float64]:
+def u01(k: UInt64, n: ArrayLike) -> NDArray[np.float64]:
     """Draw number `n` of each key, uniform on [0, 1) in steps of 2^-53."""
     return (mix(k ^ mix(n)) >> np.uint64(11)).astype(np.float64) * _TO_UNIT
 

@@ -29,13 +29,15 @@ def random_crops(heights: Int64, widths: Int64, index: Int64, *, seed: int, epoc
     for attempt in range(_ATTEMPTS):
         k, h, w = keys[open_rows], heights[open_rows], widths[open_rows]
         first = attempt * _DRAWS
-        area = h * w * (low_area + (high_area - low_area) * crng.u01(k, first))
-        ratio = np.exp(low_log + (high_log - low_log) * crng.u01(k, first + 1))
+        # All at once: of a batch's microseconds, most are numpy's for each call.
+        drawn_area, drawn_ratio, drawn_top, drawn_left = crng.u01(k, np.arange(first, first + _DRAWS)[:, None])
+        area = h * w * (low_area + (high_area - low_area) * drawn_area)
+        ratio = np.exp(low_log + (high_log - low_log) * drawn_ratio)
         crop_w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         crop_h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
         fits = (crop_w > 0) & (crop_w <= w) & (crop_h > 0) & (crop_h <= h)
-        top = (crng.u01(k, first + 2) * (h - crop_h + 1)).astype(np.int64)
-        left = (crng.u01(k, first + 3) * (w - crop_w + 1)).astype(np.int64)
+        top = (drawn_top * (h - crop_h + 1)).astype(np.int64)
+        left = (drawn_left * (w - crop_w + 1)).astype(np.int64)
         boxes[open_rows[fits]] = np.stack([top, left, crop_h, crop_w], axis=1)[fits]
         open_rows = open_rows[~fits]
         if not len(open_rows):
