@@ -29,7 +29,7 @@ from pipelines.base import DataError, choose_loader
 from pipelines.loaders.geometry import scale_boxes
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
-from pipelines.loaders.waiting import Signs, WatchedThread, wait_for
+from pipelines.loaders.waiting import LONG_SECONDS, Signs, WatchedThread, wait_for
 from pipelines.storage.beton import RAW, damaged_frame, stored_path
 from pipelines.storage.ffcv_file import FFCV_VERSION, import_ffcv
 from pipelines.storage.reading import join
@@ -269,6 +269,8 @@ class FfcvLoader(PlannedLoader):
 
     backend = "ffcv"
     batches_ahead = _BATCHES_AHEAD + 1  # with the one that waits for room in the queue
+    compile_seconds = LONG_SECONDS
+    """How long its decoder may be compiled before the loader gives up with a `DataError`."""
 
     def __init__(self, root: Path, split: str, *, check_bytes: bool = True, **settings: Any) -> None:
         table = ConvertedTable(root, split)
@@ -317,7 +319,7 @@ class FfcvLoader(PlannedLoader):
 
         thread = WatchedThread("FFCV")
         try:
-            with self.signs.long_part(_COMPILATION):
+            with self.signs.long_part(_COMPILATION, self.compile_seconds):
                 return thread.call(compile_all, self.stall_seconds, self.signs)
         finally:
             thread.stop()

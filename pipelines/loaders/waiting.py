@@ -64,7 +64,7 @@ class Signs:
         return self._part
 
     @contextmanager
-    def long_part(self, what: str, seconds: float = LONG_SECONDS) -> Iterator[None]:
+    def long_part(self, what: str, seconds: float) -> Iterator[None]:
         """Within, `what` ("the compilation of ...") happens, which may take up to `seconds`, and nothing else need."""
         outer, self._part = self._part, _LongPart(what, seconds, time.monotonic())
         try:
