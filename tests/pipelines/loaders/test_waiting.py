@@ -8,18 +8,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_loaders import BACKENDS, Make, make
+from test_loaders import BACKENDS
 
-from pipelines import DataError
+from pipelines import DataConfig, DataError, build
 from pipelines.loaders import waiting
 from pipelines.loaders.threads import FilledBatch, Threads
 from pipelines.loaders.waiting import Signs, WatchedThread, wait_for
-
-__all__ = ["make"]
 
 
 class Clock:
@@ -139,9 +138,10 @@ def test_a_batch_whose_images_come_slowly_is_waited_for(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_loader_is_given_up_by_it(backend: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What says how long nothing happened is said in one place."""
-    loader, go_on = make(backend, num_workers=1), threading.Event()
+def test_every_loader_is_given_up_by_it(backend: str, converted_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"config": DataConfig(img_size=48), "batch_size": 4, "num_workers": 1, "train": True}
+    loader: Any = build(converted_root, "train", loader=backend, **settings)
+    go_on = threading.Event()
     monkeypatch.setattr("pipelines.storage.reading._JOIN_SECONDS", 0.1)
     monkeypatch.setattr(waiting, "stalled", lambda what, seconds: DataError(f"{what}, {seconds}"))
     monkeypatch.setattr(loader, "stall_seconds", 0.3)
