@@ -156,7 +156,12 @@ def test_compiling_without_end_is_called_that(make: Make, monkeypatch: pytest.Mo
     monkeypatch.setattr("pipelines.storage.reading._JOIN_SECONDS", 0.1)
     monkeypatch.setattr(FfcvLoader, "compile_seconds", 0.3)
     go_on = threading.Event()
-    monkeypatch.setattr(ffcv_loader, "BetonLoader", lambda *_, **__: go_on.wait(20))
+
+    def hang(*_: Any, **__: Any) -> None:
+        go_on.wait(20)
+        raise MemoryError("too late")
+
+    monkeypatch.setattr(ffcv_loader, "BetonLoader", hang)
     with pytest.raises(DataError, match=r"^the compilation of FFCV's decoder has not ended for 0\.3 s; see if"):
         make()
     go_on.set()
