@@ -32,8 +32,8 @@ from pipelines.loaders.geometry import evaluation_resize, random_crops
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
 from pipelines.loaders.resize import crop_and_resize, resize_and_crop
-from pipelines.loaders.threads import FilledBatch, Threads
-from pipelines.loaders.watched import WatchedThread
+from pipelines.loaders.threads import FilledBatch, LatestThreads, Threads
+from pipelines.loaders.waiting import WatchedThread
 from pipelines.storage.source import Source
 
 _PREFETCH = 2
@@ -41,7 +41,7 @@ _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 Keys = NDArray[np.int64]
 Fill = Callable[[torch.Tensor, int, torch.Tensor], None]
-"""Makes row (an int) of a batch from decoded pixels, (3, H, W), and writes it, (3, S, S)."""
+"""Makes row (an int) of a batch from decoded pixels, (3, H, W), and writes it, (1, 3, S, S)."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,7 @@ class OnCpu(DaliPipeline):
     """DALI decodes; threads cut and resize, as the torch loader does, while DALI decodes the next batch."""
 
     def __init__(self, loader: DaliLoader, max_images: int) -> None:
+        self._latest = LatestThreads(max(1, loader.num_workers), "resize")
         self._threads: Threads | None = None
         self._ahead: deque[FilledBatch] = deque()
         super().__init__(loader, max_images, None)
@@ -199,10 +200,10 @@ class OnCpu(DaliPipeline):
         return self._boxes(keys)[0] if self.loader.train else None
 
     def begin(self, epoch: int, batches: list[Keys]) -> None:
-        self._stop_threads()
+        self._latest.stop()
         super().begin(epoch, batches)
         self._ahead.clear()
-        self._threads = Threads(max(1, self.loader.num_workers), "resize")
+        self._threads = self._latest.start()
         self._begin_next()
 
     def next(self) -> torch.Tensor:
@@ -231,7 +232,7 @@ class OnCpu(DaliPipeline):
 
         def fill_rows(number: int) -> None:
             for row in range(number * crops, (number + 1) * crops):
-                fill(pixels[number], row, batch.images[row])
+                fill(pixels[number], row, batch.rows[row])
 
         assert self._threads is not None
         for number in range(len(decoded)):
@@ -246,13 +247,8 @@ class OnCpu(DaliPipeline):
         interpolation = self.loader.config.interpolation
         return lambda pixels, row, into: resize_and_crop(pixels, sizes[row], corners[row], into, interpolation)
 
-    def _stop_threads(self) -> None:
-        if self._threads is not None:
-            self._threads.stop()
-            self._threads = None
-
     def rest(self) -> None:
-        self._stop_threads()
+        self._latest.stop()
         super().rest()
         self._ahead.clear()
 

@@ -1,8 +1,9 @@
 """FFCV as decoder and resizer, for nodes with few cores: it reads re-encoded images from one .beton file.
 
-FFCV's loop runs a decoder of ours, compiled by numba, that takes image and crop of each place from an array filled
-before the epoch and notes there what the JPEG library refuses. Order, crops and labels are those of the other back
-ends; pixels differ, because images were scaled down and encoded again, and because FFCV always averages areas.
+FFCV's loop runs a decoder of ours, compiled by numba, that takes image, crop and destination of each place of a batch
+from an array filled before, and notes there what became of it. It writes into the tensor that is delivered. Order,
+crops and labels are those of the other back ends; pixels differ, because images were scaled down and encoded again,
+and because FFCV always averages areas.
 
 FFCV 1.0.2 reads damaged files without complaint, shows another sample's picture, or crashes. So whatever it reads is
 compared with what the conversion noted of it: pointers and sizes before it opens the file, each image when first used.
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
-import zlib
+import sys
 from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from queue import Empty
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,10 @@ from pipelines.base import DataError, choose_loader
 from pipelines.loaders.geometry import scale_boxes
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
-from pipelines.loaders.watched import stalled
+from pipelines.loaders.waiting import LONG_SECONDS, Signs, WatchedThread, wait_for
 from pipelines.storage.beton import RAW, damaged_frame, stored_path
 from pipelines.storage.ffcv_file import FFCV_VERSION, import_ffcv
+from pipelines.storage.reading import join
 from pipelines.storage.source import ConvertedTable
 
 import_ffcv()
@@ -40,12 +43,13 @@ from ffcv.loader import Loader as BetonLoader  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
+from ffcv.utils import cast_int_to_byte_ptr  # noqa: E402
+from numba.np.ufunc.parallel import get_thread_id  # noqa: E402
 
 _log = logging.getLogger(__name__)
-_POLL = 1.0  # seconds between looks at whether FFCV's thread still lives
-_STOP_SECONDS = 10.0  # a thread that has not ended by then is left behind
 _BATCHES_AHEAD = 3
-_DONE, _FAILED = 1, 2  # what became of a place
+_COMPILATION = "the compilation of FFCV's decoder"
+_DONE, _FAILED, _CHANGED, _LEFT = 1, 2, 3, 4  # what became of a place
 
 EVALUATION_WARNING = (
     "evaluating on re-encoded, downscaled images: the accuracy is not comparable with that on the original ones"
@@ -56,36 +60,69 @@ _PLACE = np.dtype(
     [
         ("ptr", "<u8"),  # of the stored image, in the file
         ("size", "<u8"),
+        ("into", "<u8"),  # the address of the pixels that the place is filled with
+        ("crc32", "<u4"),
+        ("unchecked", "<i4"),  # whether the stored image is to be compared with that
         ("mode", "<i4"),
         ("height", "<i4"),
         ("width", "<i4"),
         ("box", "<i4", 4),  # top, left, height, width of the crop in it
-        ("side", "<i4"),  # of the result, at most that of the loader's memory
-        ("outcome", "<i4"),  # written by the decoder
+        ("side", "<i4"),  # of the result
+        ("outcome", "<i4"),  # written by the decoder, which passes by what has one
     ]
 )
-"""What the decoder is told about one place of the epoch."""
+"""What the decoder is told about one place of a batch."""
 
 
 class _PlannedCrops(SimpleRGBImageDecoder):  # type: ignore[misc]
-    """Fills the places of an epoch as their rows of `_PLACE` say, decoding once per `crops` places.
+    """Fills the places of a batch as their rows of `_PLACE` say, decoding once per `crops` places.
 
-    FFCV hands compiled code a field's metadata, one row per sample. It gets the plan in their stead, which may change
-    between epochs, and whose `outcome` becomes `_DONE`, or `_FAILED` if the JPEG library refuses the image.
+    FFCV hands compiled code a field's metadata, one row per sample. It gets the plan of the batch in their stead.
     """
 
-    def __init__(self, side: int, crops: int) -> None:
+    def __init__(self, crops: int) -> None:
         super().__init__()
-        self.side, self.crops = side, crops
+        self.crops = crops
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
-        pixels, whole = (self.side, self.side, 3), np.dtype(np.uint8)
-        largest = int(self.metadata["height"].max()) * int(self.metadata["width"].max()) * 3
-        state = previous_state.__class__(jit_mode=True, device=previous_state.device, shape=pixels, dtype=whole)
-        return state, (AllocationQuery(pixels, whole), AllocationQuery((largest,), whole))
+        """FFCV insists on giving memory for the result, and would use it again for later batches: it is not used."""
+        shape, dtype = (1,), np.dtype(np.uint8)
+        state = previous_state.__class__(jit_mode=True, device=previous_state.device, shape=shape, dtype=dtype)
+        return state, AllocationQuery(shape, dtype)
 
     def generate_code(self) -> Callable[..., Any]:
         return _decoder(Compiler.num_threads > 1, self.crops)
+
+
+def _crc32_tables(count: int) -> NDArray[np.uint32]:
+    """What a byte does to a CRC-32 that is followed by 0, 1, ... further bytes; (count, 256), most of them first."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, (table >> 1) ^ np.uint32(0xEDB88320), table >> 1)
+    tables = [table]
+    while len(tables) < count:
+        tables.append((tables[-1] >> 8) ^ table[tables[-1] & 0xFF])
+    return np.stack(tables[::-1])
+
+
+_TABLES = _crc32_tables(16)
+
+
+@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+def crc32(data: Any) -> Any:
+    """`zlib.crc32` of a uint8 array in compiled code, 16 bytes at once (Kounavis and Berry, 2005)."""
+    crc, whole = np.uint32(0xFFFFFFFF), len(data) // 16 * 2
+    words = data[: 8 * whole].view(np.uint64)
+    for first in range(0, whole, 2):
+        word, crc = words[first] ^ np.uint64(crc), np.uint32(0)
+        for half in range(2):
+            if half:
+                word = words[first + 1]
+            for byte in range(8):
+                crc ^= _TABLES[8 * half + byte, np.uint8(word >> np.uint64(8 * byte))]
+    for byte in data[8 * whole :]:
+        crc = _TABLES[15, np.uint8(crc ^ byte)] ^ (crc >> np.uint32(8))
+    return np.uint32(~crc)
 
 
 @functools.cache
@@ -95,35 +132,78 @@ def _decoder(parallel: bool, crops: int) -> Callable[..., Any]:
     decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
 
     def decode(batch: Any, memory: Any, plan: Any, storage: Any) -> Any:
-        out, scratch = memory
+        largest = 0
+        for row in range(len(batch)):
+            if plan[row]["mode"] != RAW:
+                largest = max(largest, 3 * plan[row]["height"] * plan[row]["width"])
+        scratch = np.empty((numba.get_num_threads(), largest), dtype=np.uint8)
         for image in each(len(batch) // crops):
-            row = image * crops
-            place = plan[batch[row]]
+            first = image * crops
+            place = plan[first]
+            if place["outcome"] != 0:
+                continue
             encoded = storage[0][place["ptr"] : place["ptr"] + place["size"]]
             height, width = np.uint32(place["height"]), np.uint32(place["width"])
-            pixels = scratch[row][: 3 * height * width].reshape(height, width, 3)
-            outcome = _DONE
-            if place["mode"] == RAW:
-                pixels[:] = encoded.reshape(height, width, 3)
-            elif decode_jpeg(encoded, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                outcome = _FAILED
-            for crop in range(crops):
-                place = plan[batch[row + crop]]
-                top, left, crop_height, crop_width = place["box"]
-                side = place["side"]
-                small = out[row + crop].reshape(-1)[: side * side * 3].reshape(side, side, 3)
-                resize(pixels, top, top + crop_height, left, left + crop_width, small)
-                place["outcome"] = outcome
-        return out[: len(batch)]
+            outcome, address = _DONE, encoded.ctypes.data
+            if place["unchecked"] != 0 and crc32(encoded) != place["crc32"]:
+                outcome = _CHANGED
+            elif place["mode"] != RAW:
+                pixels = scratch[get_thread_id()]
+                address = pixels.ctypes.data
+                if decode_jpeg(encoded, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+                    outcome = _FAILED
+            if outcome == _DONE:
+                whole = numba.carray(cast_int_to_byte_ptr(address), (height, width, 3))
+                for row in range(first, first + crops):
+                    top, left, crop_height, crop_width = plan[row]["box"]
+                    side = plan[row]["side"]
+                    into = numba.carray(cast_int_to_byte_ptr(plan[row]["into"]), (side, side, 3))
+                    resize(whole, top, top + crop_height, left, left + crop_width, into)
+            for row in range(first, first + crops):
+                plan[row]["outcome"] = outcome
+        return memory[: len(batch)]
 
     decode.is_parallel = True  # type: ignore[attr-defined]
     return decode
 
 
+@dataclass
+class _Batch:
+    """A batch on its way through FFCV."""
+
+    keys: NDArray[np.int64]
+    plan: NDArray[Any]  # (B,), whose field f0, which is FFCV's name for the first field, is of _PLACE
+    side: int
+    images: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # uint8 (B, 3, S, S), channels last in memory
+
+    @property
+    def places(self) -> NDArray[Any]:
+        """The rows of _PLACE."""
+        places: NDArray[Any] = self.plan["f0"]
+        return places
+
+    def allocate(self, pin_memory: bool) -> None:
+        """Make the tensor, and have the plan fill it."""
+        shape = (len(self.keys), self.side, self.side, 3)
+        stored = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+        self.images = stored.permute(0, 3, 1, 2)
+        self.places["into"] = stored.data_ptr() + 3 * self.side**2 * np.arange(len(self.keys), dtype=np.uint64)
+
+
 class _Epoch(EpochIterator):  # type: ignore[misc]
-    """FFCV's thread, which keeps what stopped it instead of printing it and leaving its reader waiting."""
+    """FFCV's thread, which fills the batches put into `planned` and owns what it writes into while it does.
+
+    It keeps what stopped it instead of printing it and leaving its reader waiting.
+    """
 
     failure: BaseException | None = None
+
+    def __init__(self, loader: BetonLoader, num_batches: int, pin_memory: bool) -> None:
+        self.planned: SimpleQueue[_Batch | None] = SimpleQueue()
+        self._pin_memory = pin_memory
+        self._filling: _Batch | None = None
+        self._stopping = False
+        super().__init__(loader, range(num_batches * loader.batch_size))  # of which FFCV makes one piece a batch
 
     def run(self) -> None:
         try:
@@ -131,30 +211,53 @@ class _Epoch(EpochIterator):  # type: ignore[misc]
         except BaseException as error:
             self.failure = error
 
-    def next_batch(self, stall_seconds: float) -> tuple[Any, ...]:
-        """Views into memory that FFCV will use again. `DataError` if the thread has ended or does nothing."""
-        began = time.monotonic()
-        while True:
-            if time.monotonic() - began > stall_seconds:
-                raise stalled("FFCV delivered nothing", stall_seconds)
+    def run_pipeline(self, number: int, places: range, slot: int, event: Any) -> _Batch:
+        if (batch := self.planned.get()) is None:
+            raise StopIteration
+        self.fill(batch, slot)
+        return batch
+
+    def fill(self, batch: _Batch, slot: int = 0) -> None:
+        """Run the decoder on `batch`."""
+        batch.allocate(self._pin_memory)
+        self._filling, self.metadata = batch, batch.plan
+        if self._stopping:
+            raise StopIteration
+        super().run_pipeline(0, np.arange(len(batch.keys), dtype=np.uint64), slot, None)
+
+    def next_batch(self, stall_seconds: float, signs: Signs) -> _Batch:
+        """`DataError` if the thread has ended or does nothing."""
+
+        def arrived(timeout: float) -> _Batch | None:
             alive = self.is_alive()  # asked first: what it put before it ended must not be missed
             try:
-                _, result = self.output_queue.get(timeout=min(_POLL, stall_seconds) if alive else 0)
-                views: tuple[Any, ...] = result
-                return views
+                _, batch = self.output_queue.get(timeout=timeout if alive else 0)
+                filled: _Batch = batch
+                return filled
             except Empty:
-                if not alive:
-                    reason = str(self.failure).split("\n")[0]
-                    raise DataError(f"FFCV stopped in mid-epoch: {reason}") from self.failure
+                if alive:
+                    return None
+            reason = str(self.failure).split("\n")[0]
+            raise DataError(f"FFCV stopped in mid-epoch: {reason}") from self.failure
+
+        return wait_for(arrived, "FFCV delivered nothing", stall_seconds, signs=signs, progress=self._filled)
+
+    def _filled(self) -> tuple[int, int]:
+        """Which batch is being filled, and how many of its places are."""
+        batch = self._filling
+        return id(batch), 0 if batch is None else int(np.count_nonzero(batch.places["outcome"]))
 
     def stop(self) -> None:
         """End the thread and wait for it. FFCV's own `close` lets it go on while its queue has room."""
+        self._stopping = True
         self.iter_ixes = iter(())
-        deadline = time.monotonic() + _STOP_SECONDS
-        while self.is_alive() and time.monotonic() < deadline:
-            while not self.output_queue.empty():
-                self.output_queue.get()
-            self.join(0.05)
+        self.planned.put(None)
+        if self._filling is not None:
+            self._filling.places["outcome"] = _LEFT
+        with self.output_queue.mutex:  # in which the thread may wait for room
+            self.output_queue.maxsize = sys.maxsize
+            self.output_queue.not_full.notify()
+        join([self])
         self.close()
 
 
@@ -166,6 +269,8 @@ class FfcvLoader(PlannedLoader):
 
     backend = "ffcv"
     batches_ahead = _BATCHES_AHEAD + 1  # with the one that waits for room in the queue
+    compile_seconds = LONG_SECONDS
+    """How long its decoder may be compiled before the loader gives up with a `DataError`."""
 
     def __init__(self, root: Path, split: str, *, check_bytes: bool = True, **settings: Any) -> None:
         table = ConvertedTable(root, split)
@@ -177,94 +282,89 @@ class FfcvLoader(PlannedLoader):
         super().__init__(table, **settings)
         table.check_size(table.entry.beton)
         self._path = root / table.entry.beton
-        self._rows = table.load_table(stored_path(self._path).name)
-        if part := damaged_frame(self._path, self._rows, table.labels, table.manifest.made["options"]["max_size"]):
+        rows = table.load_table(stored_path(self._path).name)
+        if part := damaged_frame(self._path, rows, table.labels, table.manifest.made["options"]["max_size"]):
             raise DataError(f"{self._path}, {part}: it is damaged or belongs to another data set; copy it again")
-        self._stored = np.stack([self._rows["height"], self._rows["width"]], axis=1).astype(np.int64)  # (N, 2)
-        self._content = np.memmap(self._path, dtype=np.uint8, mode="r")
+        self._rows: NDArray[Any] = np.asarray(rows)
         self._unchecked = np.full(self.num_samples, check_bytes)
-        places = self.steps_per_epoch * self.batch_size  # of an epoch on this rank
-        self._plan = np.zeros(places, dtype=[("f0", _PLACE)])  # f0: FFCV's name of the first field, the image
-        decoder = _PlannedCrops(self.config.img_size, self.crops_per_image)
         self._threads = min(max(1, self.num_workers), numba.config.NUMBA_NUM_THREADS)
-        self._beton = BetonLoader(
-            str(self._path),
-            batch_size=self.batch_size,
-            num_workers=self._threads,
-            os_cache=True,
-            pipelines={"image": [decoder], "index": None, "label": None},
-            batches_ahead=_BATCHES_AHEAD,
-        )
-        self._beton.reader.metadata = self._plan
+        self._beton = self._compiled()
         self._running: _Epoch | None = None
-        self._compile()
         self.warning = None if self.train else EVALUATION_WARNING
         if self.warning:
             _log.warning("%s: %s", self._path, self.warning)
 
-    def _compile(self) -> None:
-        """Have all code compiled that an epoch runs, by running it on no places.
+    def _compiled(self) -> BetonLoader:
+        """FFCV's loader, with all code compiled that an epoch runs, whatever its images' size, by running it on no
+        places.
 
         numba compiles what is first called: half a minute and more where the cores are busy, which is no stall. So it
-        happens here, where nobody watches, and leaves no files, which an unprivileged user may have no folder for.
+        happens here, under a limit of its own, and leaves no files, which an unprivileged user may have no folder for.
         """
-        Compiler.set_num_threads(self._threads)
-        nothing = np.zeros(0, dtype=np.uint64)
-        epoch = _Epoch(self._beton, nothing)
-        epoch.join()
-        epoch.run_pipeline(0, nothing, 0, None)
-        epoch.close()
+
+        def compile_all() -> BetonLoader:
+            loader = BetonLoader(
+                str(self._path),
+                batch_size=self.batch_size,
+                num_workers=self._threads,
+                os_cache=True,
+                pipelines={"image": [_PlannedCrops(self.crops_per_image)], "index": None, "label": None},
+                batches_ahead=_BATCHES_AHEAD,
+            )
+            epoch = _Epoch(loader, 0, pin_memory=False)
+            join([epoch])
+            epoch.fill(self._planned(0, np.zeros(0, dtype=np.int64)))
+            epoch.close()
+            return loader
+
+        thread = WatchedThread("FFCV")
+        try:
+            with self.signs.long_part(_COMPILATION, self.compile_seconds):
+                return thread.call(compile_all, self.stall_seconds, self.signs)
+        finally:
+            thread.stop()
 
     def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
-        self._stop()  # the crops may change only when nobody reads them
+        self._stop()
         if not steps:
             return
-        keys = np.concatenate(steps)
-        plan = self._plan["f0"][: len(keys)]
-        for name in ("ptr", "size", "mode", "height", "width"):
-            plan[name] = self._rows[name][sample_numbers(keys)]
-        side = self.side(epoch)
-        plan["box"], plan["side"], plan["outcome"] = self._crops(epoch, keys), side, 0
-        Compiler.set_num_threads(self._threads)
-        running = self._running = _Epoch(self._beton, np.arange(len(keys), dtype=np.uint64))
-        first = 0
+        running = self._running = _Epoch(self._beton, len(steps), self.device.type == "cuda")
+        to_plan = iter(steps)
+        wanted = self.batches_ahead + 2  # with the one that is being filled, and one for the thread to take next
         try:
-            for step in steps:
-                self._check(sample_numbers(step))  # meanwhile FFCV works ahead
-                (pixels,) = running.next_batch(self.stall_seconds)
-                outcome = plan["outcome"][first : first + len(step)]
-                first += len(step)
-                if (bad := sample_numbers(step[outcome != _DONE])).size:
-                    raise DataError(
-                        f"{self._path}, sample {bad[0]} cannot be decoded; copy the file again or convert anew"
-                    )
-                yield self._copy(pixels, side), step
+            for _ in steps:
+                # While FFCV works, and no more than it may soon need: a whole epoch would be 66 MB for ImageNet.
+                for keys in islice(to_plan, wanted):
+                    running.planned.put(self._planned(epoch, keys))
+                wanted = 1
+                batch = running.next_batch(self.stall_seconds, self.signs)
+                self._examine(batch)
+                yield batch.images, batch.keys
         finally:
             running.stop()
 
-    def _check(self, samples: NDArray[np.int64]) -> None:
-        """Raise `DataError` if the stored bytes of one of `samples` have changed since the conversion."""
-        new = np.unique(samples[self._unchecked[samples]])
-        for i, (ptr, size, crc32) in zip(new.tolist(), self._rows[new][["ptr", "size", "crc32"]].tolist(), strict=True):
-            if zlib.crc32(self._content[ptr : ptr + size].data) != crc32:
-                raise DataError(f"{self._path}, sample {i} has been damaged since the conversion; copy the file again")
-        self._unchecked[new] = False
-
-    def _crops(self, epoch: int, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Boxes in the stored copies; (len(keys), 4)."""
+    def _planned(self, epoch: int, keys: NDArray[np.int64]) -> _Batch:
+        """What FFCV's thread is told of a batch."""
+        samples = sample_numbers(keys)
+        batch = _Batch(keys, np.zeros(len(keys), dtype=[("f0", _PLACE)]), self.side(epoch))
+        places, rows = batch.places, self._rows[samples]
+        for name in ("ptr", "size", "crc32", "mode", "height", "width"):
+            places[name] = rows[name]
+        places["unchecked"], places["side"] = self._unchecked[samples], batch.side
         boxes, sizes = self._crop_boxes(epoch, keys)
-        return scale_boxes(boxes, sizes, self._stored[sample_numbers(keys)])
+        stored = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
+        places["box"] = scale_boxes(boxes, sizes, stored)
+        return batch
 
-    def _copy(self, pixels: NDArray[np.uint8], side: int) -> torch.Tensor:
-        """Out of the memory that FFCV will use again; uint8 (B, 3, S, S), channels last in memory.
-
-        Smaller images than the loader's largest fill the beginning of their place.
-        """
-        places = torch.from_numpy(pixels).flatten(1)
-        images = places[:, : 3 * side**2].view(len(places), side, side, 3)
-        on_gpu = self.device.type == "cuda"
-        images = images.contiguous().pin_memory() if on_gpu else images.clone(memory_format=torch.contiguous_format)
-        return images.permute(0, 3, 1, 2)
+    def _examine(self, batch: _Batch) -> None:
+        """Raise `DataError` if one of the images was not to be had."""
+        outcomes, samples = batch.places["outcome"], sample_numbers(batch.keys)
+        for place in np.flatnonzero(outcomes != _DONE):
+            name = f"{self._path}, sample {samples[place]}"
+            if outcomes[place] == _CHANGED:
+                raise DataError(f"{name} has been damaged since the conversion; copy the file again")
+            raise DataError(f"{name} cannot be decoded; copy the file again or convert anew")
+        self._unchecked[samples] = False
 
     def library_versions(self) -> dict[str, str]:
         return {"ffcv": FFCV_VERSION}

@@ -29,6 +29,7 @@ from pipelines.loaders.order import (
     train_batches,
     train_steps,
 )
+from pipelines.loaders.waiting import Signs
 from pipelines.storage.maps import LabelMaps
 from pipelines.storage.source import Table
 
@@ -90,6 +91,8 @@ class PlannedLoader(ABC):
         self._iteration = 0
         self._delivered = 0
         self._closed = False
+        self.signs = Signs()
+        """Of life, for whoever waits for a batch from another thread."""
 
     def set_parts(self, parts: int) -> None:
         """Have every batch consist of the batches of `parts` ranks; see `Loader`."""

@@ -27,14 +27,13 @@ from torch import Tensor
 
 from pipelines.base import Batch, DataError, Loader
 from pipelines.loaders.planned import with_index
-from pipelines.loaders.watched import stalled
+from pipelines.loaders.waiting import Signs, wait_for
+from pipelines.storage.reading import join
 
 Item = TypeVar("Item")
 
 Prepare = Callable[[Batch, int, int], Item]
 """Makes of a batch, on the device, what a step takes; given its epoch, and its number in that. A pure function."""
-
-_JOIN_SECONDS = 5.0
 
 
 def tensors_of(item: Any) -> Iterator[Tensor]:
@@ -147,8 +146,7 @@ def _stop(queue: _Queue[Any], thread: threading.Thread, source: Loader | _Ahead[
     queue.stop()
     if isinstance(source, _Ahead):  # which the thread may be waiting for
         source.rest()
-    if thread is not threading.current_thread():  # which may be where the garbage collector runs
-        thread.join(_JOIN_SECONDS)
+    join([thread])
 
 
 class _Ahead(ABC, Generic[Item]):
@@ -167,6 +165,8 @@ class _Ahead(ABC, Generic[Item]):
         self.device = with_index(device)
         self.backend, self.num_classes, self.num_samples = source.backend, source.num_classes, source.num_samples
         self.batch_size, self.steps_per_epoch = source.batch_size, source.steps_per_epoch
+        self.signs: Signs | None = getattr(source, "signs", None)
+        """What those who wait for the loader see of its work, if it tells."""
         self.seconds_waited = 0.0
         """How long readers have waited for items, in all."""
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -256,15 +256,20 @@ class _Ahead(ABC, Generic[Item]):
                 self._stop()
 
     def _next(self, queue: _Queue[Item]) -> _Entry[Item]:
-        began = time.perf_counter()
-        entry = queue.get(self.timeout)
-        self.seconds_waited += time.perf_counter() - began
-        if entry is None:
-            if queue.stopping:
+        def attempt(timeout: float) -> _Entry[Item] | None:
+            entry = queue.get(timeout)
+            if entry is None and queue.stopping:
                 raise RuntimeError("this loader has been iterated anew; only its latest iterator goes on")
+            return entry
+
+        began = time.perf_counter()
+        try:
+            return wait_for(attempt, f"the {self.backend} loader delivered nothing", self.timeout, signs=self.signs)
+        except DataError:
             self.close()
-            raise stalled(f"the {self.backend} loader delivered nothing", self.timeout)
-        return entry
+            raise
+        finally:
+            self.seconds_waited += time.perf_counter() - began
 
     def state_dict(self) -> dict[str, Any]:
         """That of the loader; see `Loader`."""

@@ -7,7 +7,6 @@ dies, start at once, and share the source's memory.
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -17,10 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.loaders.watched import stalled
+from pipelines.loaders.waiting import Signs, wait_for
 from pipelines.storage.reading import join
-
-_POLL_SECONDS = 0.2
 
 Task = Callable[[], None]
 
@@ -32,14 +29,16 @@ class FilledBatch:
         self.keys = keys
         with torch.inference_mode(False):  # the caller's mode: threads outside it could not write into the batch
             stored = torch.empty((len(keys), side, side, 3), dtype=torch.uint8, pin_memory=pin_memory)
-        self.images: Tensor = stored.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory like decoded images
+            self.images: Tensor = stored.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory like decoded ones
+            self.rows = self.images[:, None].unbind()
+            """Views of `images`, each (1, 3, S, S): made for all at once, they cost least."""
         self._missing = count
         self._done = threading.Event()
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
 
-    def attempt(self, task: Task, *, fills_image: bool = True) -> None:
-        """Run `task`, which may fill an image; whatever it raises is for the reader of this batch."""
+    def attempt(self, task: Task, *, fills: int = 1) -> None:
+        """Run `task`, which fills so many images; whatever it raises is for the reader of this batch."""
         if self._failure is not None:
             return
         try:
@@ -47,9 +46,9 @@ class FilledBatch:
         except BaseException as failure:
             self.fail(failure)
             return
-        if fills_image:
+        if fills:
             with self._lock:
-                self._missing -= 1
+                self._missing -= fills
                 if self._missing == 0:
                     self._done.set()
 
@@ -58,17 +57,19 @@ class FilledBatch:
         self._failure = failure
         self._done.set()
 
-    def wait(self, threads: Threads, stall_seconds: float, what: str) -> Tensor:
+    def wait(self, threads: Threads, stall_seconds: float, what: str, signs: Signs | None = None) -> Tensor:
         """The images; raises what a task raised, and `DataError` if none is filled for `stall_seconds`. `what` the
         threads wait for then."""
-        before, since = self._missing, time.monotonic()
-        while not self._done.wait(min(stall_seconds, _POLL_SECONDS)):
+
+        def done(timeout: float) -> bool | None:
+            if self._done.wait(timeout):
+                return True
             if not threads.stop.alive:
                 raise RuntimeError("the threads that were to fill a batch have been stopped")  # as when Python exits
-            if self._missing != before:
-                before, since = self._missing, time.monotonic()
-            elif time.monotonic() - since >= stall_seconds:
-                raise stalled(f"the threads wait for {what}, and no image was decoded", stall_seconds)
+            return None
+
+        nothing = f"the threads wait for {what}, and no image was decoded"
+        wait_for(done, nothing, stall_seconds, signs=signs, progress=lambda: self._missing)
         if self._failure is not None:
             raise self._failure
         return self.images
@@ -96,6 +97,22 @@ class Threads:
     def submit(self, task: Task) -> None:
         """Have `task` run; it must not raise."""
         self._tasks.put(task)
+
+
+class LatestThreads:
+    """The threads of an iteration, which end when the next one begins."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._count, self._name = count, name
+        self.stop: Callable[[], object] = lambda: None
+        """End them; they need not run."""
+
+    def start(self) -> Threads:
+        """New ones."""
+        self.stop()
+        threads = Threads(self._count, self._name)
+        self.stop = threads.stop
+        return threads
 
 
 def _work(tasks: SimpleQueue[Task | None], stopping: threading.Event, begun: threading.Barrier) -> None:

@@ -21,26 +21,38 @@ from pipelines.loaders.geometry import evaluation_resize, random_crops
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
 from pipelines.loaders.resize import crop_and_resize, resize_and_crop
-from pipelines.loaders.threads import FilledBatch, Threads
+from pipelines.loaders.threads import FilledBatch, LatestThreads, Threads
 from pipelines.storage.source import Bytes, Source
 from pipelines.storage.unreadable import UNREADABLE, unreadable
 
 _JPEG_MAGIC = b"\xff\xd8"
+_JPEG_DECODER = torch.ops.image.decode_jpeg.default
+_RGB = torchvision.io.ImageReadMode.RGB.value
 _BATCHES_AT_ONCE = 3
+_IMAGES_AT_ONCE = 8
 
 
 def decode(encoded: Bytes, name: str) -> Tensor:
     """An image as RGB, uint8 (3, H, W), EXIF orientation ignored; `DataError` naming it if it is damaged."""
-    if encoded[:2].tobytes() == _JPEG_MAGIC:
-        writable = encoded if encoded.flags.writeable else encoded.copy()
-        try:
-            # The operator itself: its Python wrapper announces its own retirement on every call.
-            pixels: Tensor = torch.ops.image.decode_jpeg(
-                torch.from_numpy(writable), torchvision.io.ImageReadMode.RGB.value, False
-            )
-            return pixels
-        except (RuntimeError, AttributeError):
-            pass  # Pillow reads some that torchvision refuses, and says better what is wrong with the others
+    pixels = _decode_jpeg(encoded)
+    return _decode_other(encoded, name) if pixels is None else pixels
+
+
+def _decode_jpeg(encoded: Bytes) -> Tensor | None:
+    """torchvision's decoder; None for what is no JPEG, or one that it refuses."""
+    if encoded[:2].tobytes() != _JPEG_MAGIC:
+        return None
+    writable = encoded if encoded.flags.writeable else encoded.copy()
+    try:
+        # The operator itself: its Python wrapper announces its own retirement on every call.
+        pixels: Tensor = _JPEG_DECODER(torch.from_numpy(writable), _RGB, False)
+        return pixels
+    except (RuntimeError, AttributeError):
+        return None  # Pillow reads some that torchvision refuses, and says better what is wrong with the others
+
+
+def _decode_other(encoded: Bytes, name: str) -> Tensor:
+    """Pillow's decoder."""
     try:
         with Image.open(io.BytesIO(encoded.data)) as image:
             deep = image.mode.startswith("I;16")  # Pillow's conversion would clip it instead of scaling it
@@ -62,7 +74,7 @@ class DecodedStep(FilledBatch):
 
 
 class Decoder:
-    """Turns sample numbers into a uint8 batch: `open` once, then `decode` for every image, from any thread."""
+    """Turns sample numbers into a uint8 batch: `open` once, then `decode` for all images, from any threads."""
 
     def __init__(self, source: Source, config: DataConfig, train: bool, seed: int) -> None:
         self.source, self.config, self.train, self.seed = source, config, train, seed
@@ -78,16 +90,20 @@ class Decoder:
             sizes, corners = evaluation_resize(heights, widths, self.config)
             step.geometry = np.concatenate([sizes, corners], axis=1).tolist()
 
-    def decode(self, step: DecodedStep, number: int) -> None:
-        """Decode image `number` of the batch and fill its rows."""
-        interpolation = self.config.interpolation
-        whole = decode(step.encoded[number], self.source.name(int(step.images_to_decode[number])))
-        for row in range(number * step.crops_per_image, (number + 1) * step.crops_per_image):
-            if self.train:
-                crop_and_resize(whole, step.geometry[row], step.images[row], interpolation)
-            else:
-                height, width, *corner = step.geometry[row]
-                resize_and_crop(whole, (height, width), corner, step.images[row], interpolation)
+    def decode(self, step: DecodedStep, numbers: range) -> None:
+        """Decode these images of the batch and fill their rows."""
+        interpolation, crops = self.config.interpolation, step.crops_per_image
+        for number in numbers:
+            whole = _decode_jpeg(step.encoded[number])
+            if whole is None:
+                name = self.source.name(int(step.images_to_decode[number]))
+                whole = _decode_other(step.encoded[number], name)
+            for row in range(number * crops, (number + 1) * crops):
+                if self.train:
+                    crop_and_resize(whole, step.geometry[row], step.rows[row], interpolation)
+                else:
+                    height, width, *corner = step.geometry[row]
+                    resize_and_crop(whole, (height, width), corner, step.rows[row], interpolation)
 
 
 class TorchLoader(PlannedLoader):
@@ -100,19 +116,17 @@ class TorchLoader(PlannedLoader):
         super().__init__(source, **settings)
         self.source = source
         self._decoder = Decoder(source, self.config, self.train, self.seed)
-        self._threads: Threads | None = None
+        self._threads = LatestThreads(self.num_workers, "decode")
 
     def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
-        self._stop_threads()
         if self.num_workers == 0:
             for keys in steps:
                 step = self._step(epoch, keys)
                 self._decoder.open(step)
-                for number in range(len(step.images_to_decode)):
-                    self._decoder.decode(step, number)
+                self._decoder.decode(step, range(len(step.images_to_decode)))
                 yield step.images, keys
             return
-        threads = self._threads = Threads(self.num_workers, "decode")
+        threads = self._threads.start()
         ahead: deque[DecodedStep] = deque()
         to_submit = deque(steps)
         try:
@@ -123,17 +137,22 @@ class TorchLoader(PlannedLoader):
                 step = ahead.popleft()
                 first = self.source.name(int(step.images_to_decode[0]))
                 waiting_for = f"one of {len(step.images_to_decode)} images from {first} on"
-                yield step.wait(threads, self.stall_seconds, waiting_for), step.keys
+                yield step.wait(threads, self.stall_seconds, waiting_for, self.signs), step.keys
         finally:
             threads.stop()
 
     def _submit(self, threads: Threads, step: DecodedStep) -> None:
+        count = len(step.images_to_decode)
+        # As many at once as leaves every thread several turns at the batch, so that none waits long for the last.
+        share = min(_IMAGES_AT_ONCE, max(1, count // (4 * self.num_workers)))
+
         def open_and_decode() -> None:
             self._decoder.open(step)
-            for number in range(len(step.images_to_decode)):
-                threads.submit(partial(step.attempt, partial(self._decoder.decode, step, number)))
+            for first in range(0, count, share):
+                numbers = range(first, min(first + share, count))
+                threads.submit(partial(step.attempt, partial(self._decoder.decode, step, numbers), fills=len(numbers)))
 
-        threads.submit(partial(step.attempt, open_and_decode, fills_image=False))
+        threads.submit(partial(step.attempt, open_and_decode, fills=0))
 
     def _step(self, epoch: int, keys: NDArray[np.int64]) -> DecodedStep:
         return DecodedStep(
@@ -147,15 +166,10 @@ class TorchLoader(PlannedLoader):
     def _rest(self, ended: bool) -> None:
         self.source.close()
 
-    def _stop_threads(self) -> None:
-        if self._threads is not None:
-            self._threads.stop()
-            self._threads = None
-
     def library_versions(self) -> dict[str, str]:
         return {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "pillow": PIL.__version__}
 
     def close(self) -> None:
         super().close()
-        self._stop_threads()
+        self._threads.stop()
         self.source.close()

@@ -143,7 +143,7 @@ def test_an_error_of_either_thread_comes_at_its_step() -> None:
 
 
 def test_a_loader_that_hangs_is_given_up_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.loaders.prefetch._JOIN_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.storage.reading._JOIN_SECONDS", 0.1)
     go_on = threading.Event()
 
     def hang(step: int) -> None:
@@ -158,7 +158,7 @@ def test_a_loader_that_hangs_is_given_up_and_named(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_step_that_is_left_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.loaders.prefetch._JOIN_SECONDS", 1000)  # threads that wait for each other would show
+    monkeypatch.setattr("pipelines.storage.reading._JOIN_SECONDS", 1000)  # threads that wait for each other would show
     gate = threading.Event()
     inputs = Inputs(
         MemoryLoader(80, on_batch=lambda step: gate.wait(0.05)), Prepare(), "cpu", prefetch_bytes=1 << 20, overlap=True

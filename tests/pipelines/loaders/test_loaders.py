@@ -431,10 +431,9 @@ def test_a_back_end_that_hangs_is_given_up(backend: str, make: Make, monkeypatch
 
     if backend == "ffcv":
         monkeypatch.setattr("pipelines.loaders.ffcv_loader._Epoch.run_pipeline", hang)
-        monkeypatch.setattr("pipelines.loaders.ffcv_loader._STOP_SECONDS", 0.1)
     else:
         monkeypatch.setattr(loader.source, "read_many", hang)
-        monkeypatch.setattr("pipelines.storage.reading._JOIN_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.storage.reading._JOIN_SECONDS", 0.1)
     began = time.monotonic()
     with pytest.raises(DataError, match=r"for 0\.3 s"):
         next(iter(loader))

@@ -161,7 +161,7 @@ def test_a_failure_comes_at_its_batch() -> None:
 
 
 def test_a_loader_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.loaders.prefetch._JOIN_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.storage.reading._JOIN_SECONDS", 0.1)
     go_on = threading.Event()
 
     def hang(step: int) -> None:

@@ -16,7 +16,7 @@ from test_loaders import BACKENDS
 
 from pipelines import DataConfig, Loader, build
 from pipelines.loaders.prefetch import Prefetcher
-from pipelines.loaders.watched import WatchedThread
+from pipelines.loaders.waiting import WatchedThread
 
 ROOT = Path(__file__).parents[3]
 
