@@ -208,6 +208,7 @@ def test_on_a_gpu_everything_waits_for_what_it_uses(
 ) -> None:
     plain = {start: shown(MemoryLoader(80), PrepareOnCard(), epoch=1, step=start, prefetch_bytes=0) for start in (0, 4)}
     with watched(monkeypatch) as watch:
+        monkeypatch.setattr("pipelines.augment.mixing.kernels_serve", lambda images: False)  # no GPU would run them
         inputs = Inputs(kind(80), PrepareOnCard(), "cuda", prefetch_bytes=prefetch_bytes)
         assert inputs.device == torch.device("cuda", 0)
         for start in (0, 4):

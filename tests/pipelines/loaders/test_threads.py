@@ -121,12 +121,11 @@ _LEAVE = """
 import sys, threading
 import numpy as np
 from pipelines import DataConfig, build
-from pipelines.loaders import prefetch, threads
+from pipelines.loaders import prefetch
 from pipelines.storage import reading
 
 _, root, backend, ahead, stuck = sys.argv
-for module in (prefetch, threads, reading):
-    module._JOIN_SECONDS = 0.5 if stuck == "1" else 1000  # a wait for one another would show
+reading._JOIN_SECONDS = 0.5 if stuck == "1" else 1000  # a wait for one another would show
 loader = build(root, "train", train=True, config=DataConfig(img_size=32), batch_size=4, loader=backend, num_workers=2)
 if stuck == "1":
     loader.stall_seconds = 2
