@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
+from itertools import count
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -168,7 +169,7 @@ class _Ahead(ABC, Generic[Item]):
         self.signs: Signs | None = getattr(source, "signs", None)
         """What those who wait for the loader see of its work, if it tells."""
         self.seconds_waited = 0.0
-        """How long readers have waited for items, in all."""
+        """How long readers have waited for items, in all, less what it took to make them where the reader does that."""
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._queue: _Queue[Item] = _Queue(capacity_bytes)
         self._stop: Callable[[], object] = self._queue.stop
@@ -365,7 +366,13 @@ class Inputs(_Ahead[Item]):
         return super().__iter__() if self.overlap else self._one_by_one(self._epoch, self._first_step)
 
     def _one_by_one(self, epoch: int, first_step: int) -> Generator[Item]:
-        for step, batch in enumerate(self.source, first_step):
+        batches = iter(self.source)
+        for step in count(first_step):
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds_waited += time.perf_counter() - began
+            if batch is None:
+                return
             self._delivered = self.source.delivered_hash
             yield self._make(batch, epoch, step)
 

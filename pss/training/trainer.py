@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -218,11 +217,11 @@ class Trainer:
 
     def _next(self, every_inputs: Iterator[StepInputs]) -> tuple[StepInputs, float]:
         """What the next step takes, and the seconds it was waited for."""
-        began = time.perf_counter()
+        before = self.inputs.seconds_waited
         inputs = next(every_inputs, None)
         if inputs is None:
             raise DataError(f"the {self.inputs.backend} loader ended at step {self.step}, before its epoch did")
-        return inputs, time.perf_counter() - began
+        return inputs, self.inputs.seconds_waited - before
 
     def _gradients(self, engine: nn.Module, inputs: StepInputs, at: Progress) -> dict[str, Tensor]:
         """Forward and backward, in `train.accumulate` parts; returns the means of what the method returns for them.

@@ -94,6 +94,23 @@ def test_the_next_step_is_ready_before_it_is_asked_for() -> None:
     assert no_threads()
 
 
+def test_what_a_step_prepares_itself_is_no_waiting() -> None:
+    clock = [0.0]
+
+    def decode(step: int) -> None:
+        clock[0] += 1
+
+    def prepare(batch: Batch, epoch: int, step: int) -> Batch:
+        clock[0] += 100
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.loaders.prefetch.time.perf_counter", lambda: clock[0])
+        inputs = Inputs(MemoryLoader(80, on_batch=decode), prepare, "cpu", prefetch_bytes=0)
+        assert len(list(inputs)) == 10
+    assert inputs.seconds_waited == 10
+
+
 def test_prepared_batches_count_among_those_that_wait() -> None:
     decoded: list[int] = []
     loader = MemoryLoader(8 * 40, on_batch=decoded.append)
