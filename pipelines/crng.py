@@ -21,19 +21,24 @@ CROP, FLIP, RAND_AUGMENT, THREE_AUGMENT, ERASING, ERASING_NOISE, PATCHES = range
 """Streams: unrelated draws for the same sample and epoch. Numbers once used keep their meaning."""
 
 _GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_GOLDEN_64, _LAST_SHIFT = np.uint64(_GOLDEN), np.uint64(31)
+_ROUNDS = ((np.uint64(30), np.uint64(_MULTIPLY_1)), (np.uint64(27), np.uint64(_MULTIPLY_2)))
 _TO_UNIT = 1.0 / (1 << 53)
 
 
-@np.errstate(over="ignore")  # wrapping is the arithmetic meant; numpy warns about it for scalars only
 def mix(value: ArrayLike) -> UInt64:
     """The splitmix64 hash of each uint64."""
-    z: UInt64 = np.asarray(np.asarray(value, dtype=np.uint64) + np.uint64(_GOLDEN))
+    z: UInt64 = np.array(value, dtype=np.uint64, ndmin=1)  # wrapping is meant; numpy warns about it for scalars only
+    return _mix_in_place(z).reshape(np.shape(value))
+
+
+def _mix_in_place(z: UInt64) -> UInt64:
+    """In place and with few calls: it is what most draws cost."""
+    np.add(z, _GOLDEN_64, out=z)
     shifted = np.empty_like(z)
-    for shift, multiplier in ((30, _MULTIPLY_1), (27, _MULTIPLY_2), (31, 1)):  # in place: memory costs most here
-        np.bitwise_xor(z, np.right_shift(z, np.uint64(shift), out=shifted), out=z)
-        if multiplier != 1:
-            np.multiply(z, np.uint64(multiplier), out=z)
-    return z
+    for shift, multiplier in _ROUNDS:
+        np.multiply(np.bitwise_xor(z, np.right_shift(z, shift, out=shifted), out=z), multiplier, out=z)
+    return np.bitwise_xor(z, np.right_shift(z, _LAST_SHIFT, out=shifted), out=z)
 
 
 def key(seed: int, epoch: int, index: ArrayLike, stream: int) -> UInt64:
