@@ -213,7 +213,10 @@ def read_host(paths: Iterable[Path]) -> Host:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"--measured {path} cannot be read ({in_words(error)}); name a file of --json") from None
-        found = _figures(raw) if isinstance(raw, dict) else {}
+        try:
+            found = _figures(raw)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            found = {}
         if not found:
             raise ValueError(
                 f"--measured {path} holds no figures of the host; name what tools.benchmarks.host_cost or "
@@ -232,22 +235,28 @@ def _figures(raw: dict[str, Any]) -> dict[str, Any]:
     rates = {name: raw.get(f"{name}_us_per_image") for name in Host().us_per_image}
     if rates := {name: float(rate) for name, rate in rates.items() if isinstance(rate, float | int)}:
         found["us_per_image"] = rates
-    for key, name in (("augment_ms_per_step", "augment_ms"), ("step_ms", "step_ms")):
-        if isinstance(raw.get(key), float | int):
-            found[name] = float(raw[key])
+    if isinstance(raw.get("augment_ms_per_step"), float | int):
+        found["augment_ms"] = float(raw["augment_ms_per_step"])
+    # The `step_ms` beside it is of a whole model that is not compiled.
     if isinstance(stages := raw.get("stages"), dict) and stages and "settings" in raw:
         found |= _counts([*stages.values()][-1], int(raw["settings"]["batch"]))
+    if isinstance(parts := raw.get("host_ms"), dict) and parts:
+        found["step_ms"] = sum(ms for part, ms in parts.items() if part not in (*_MODEL_PARTS, *_AUGMENT_PARTS))
     return found
+
+
+_MODEL_PARTS, _AUGMENT_PARTS = ("forward: blocks", "backward"), ("augmentation", "mixing")
+"""As `tools.benchmarks.launches` names them."""
 
 
 def _counts(parts: Mapping[str, Mapping[str, float]], batch: int) -> dict[str, float]:
     """From launches and bytes of a step of twelve blocks, by part."""
     found = {}
     if "augmentation" in parts:
-        moved = sum(parts[part]["bytes"] for part in ("augmentation", "mixing") if part in parts)
+        moved = sum(parts[part]["bytes"] for part in _AUGMENT_PARTS if part in parts)
         found["augment_megabytes"] = moved / batch / 1e6
-    if {"forward: blocks", "backward"} <= parts.keys():
-        launches = parts["forward: blocks"]["launches"] + parts["backward"]["launches"]
+    if {*_MODEL_PARTS} <= parts.keys():
+        launches = sum(parts[part]["launches"] for part in _MODEL_PARTS)
         found["eager_launches"] = launches / 12
     return found
 

@@ -119,20 +119,21 @@ def test_arithmetic_is_that_of_the_plan() -> None:
 
 def test_figures_of_the_host_are_read_from_what_the_benchmarks_write(tmp_path) -> None:
     cost, launches = tmp_path / "cost.json", tmp_path / "launches.json"
-    cost.write_text(json.dumps({"dali_us_per_image": 1.5, "augment_ms_per_step": 1.25, "step_ms": 0.5, "settings": {}}))
+    cost.write_text(json.dumps({"dali_us_per_image": 1.5, "augment_ms_per_step": 1.25, "step_ms": 9.5, "settings": {}}))
     parts = {
         "augmentation": {"launches": 30, "bytes": 2_000_000},
         "mixing": {"launches": 4, "bytes": 1_000_000},
         "forward: blocks": {"launches": 240, "bytes": 1},
         "backward": {"launches": 360, "bytes": 1},
     }
-    launches.write_text(json.dumps({"stages": {"1": parts}, "host_ms": {}, "settings": {"batch": 2}}))
+    host_ms = {"augmentation": 3.0, "mixing": 0.5, "forward: blocks": 8.0, "backward": 9.0, "guard": 0.3, "rates": 0.2}
+    launches.write_text(json.dumps({"stages": {"1": parts}, "host_ms": host_ms, "settings": {"batch": 2}}))
     host = read_host([cost, launches])
     assert host.us_per_image == Host().us_per_image | {"dali": 1.5}
     assert (host.augment_ms, host.step_ms, host.augment_megabytes, host.eager_launches) == (1.25, 0.5, 1.5, 50)
     assert "cost.json" in host.source
     assert read_host([]) == Host()
-    for text in ("[]", "{}", '{"step_ms": "fast"}'):
+    for text in ("[]", "{}", '{"step_ms": "fast"}', '{"stages": {"1": {}}, "settings": {}}'):
         cost.write_text(text)
         with pytest.raises(ValueError, match=r"cost\.json holds no figures of the host; name what tools"):
             read_host([cost])
