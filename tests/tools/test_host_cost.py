@@ -59,6 +59,17 @@ def test_other_threads_count_and_what_needs_no_lock_does_not() -> None:
     assert account.rest() == pytest.approx(0.8e6, rel=0.1)  # 0.2 there, 0.3 here and 0.3 of the second call
 
 
+def test_a_thread_that_has_ended_counts() -> None:
+    account = Account()
+    with host_cost.calls_apart(account):
+        account.begin()
+        working = threading.Thread(target=burn, args=(0.3,))
+        working.start()
+        working.join(60)
+        account.look()
+    assert 0.29e6 < account.rest() < 0.45e6
+
+
 def test_launches_are_counted_without_a_gpu() -> None:
     config = recipes.get(RECIPE)
     plain = config.with_settings(["data.rand_augment=none", "data.erasing=0", "loss.mixup=0", "loss.cutmix=0"])

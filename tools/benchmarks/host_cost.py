@@ -16,9 +16,8 @@ time here. `us` is the back end's own share; beside it stands what any loader ad
 first epoch compares checksums and finds out formats; the steady figure begins where files are no longer asked for ahead
 of time, since they are in memory. The ceiling is that of one process which does nothing else.
 
-Photographs are taken from the tar of class folders that PSS_IMAGENET_SAMPLE names, else generated, several times over.
-Launches of augmentation and mixing are counted on fake CUDA tensors; milliseconds of a step are those of one thread on
-tiny images (augmentation) and on a model with next to no arithmetic (the step).
+Photographs are those of the tar of class folders that PSS_IMAGENET_SAMPLE names, else generated, several times over.
+Launches of augmentation are counted on fake CUDA tensors; a step's milliseconds are one thread's, on tiny images.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class Account:
         self.before = dict(self.now)
 
     def look(self) -> None:
-        """To be called often enough that no thread ends unseen that has done much since."""
+        """See what threads have spent by now; one that ends within `calls_apart` is seen when it does."""
         self.apart("looking", self._look)()
 
     def _look(self) -> None:
@@ -101,7 +100,7 @@ class Account:
     def rest(self) -> float:
         """Microseconds since `begin` in no such call."""
         whole = sum(spent - self.before.get(thread, 0) for thread, spent in self.now.items())
-        return max(0.0, whole - sum(self.calls.values())) / 1e3
+        return (whole - sum(self.calls.values())) / 1e3
 
     def apart(self, kind: str, function: Callable[..., Any], entry_ns: int = 0) -> Callable[..., Any]:
         """`function`, whose time less `entry_ns` a call is kept under `kind`."""
@@ -132,8 +131,7 @@ def calls_apart(account: Account) -> Iterator[None]:
     encoded = io.BytesIO()
     Image.new("RGB", (1, 1)).save(encoded, "JPEG")
     tiny = torch.frombuffer(bytearray(encoded.getvalue()), dtype=torch.uint8)
-    decode = torch.ops.image.decode_jpeg
-    rgb = ImageReadMode.RGB.value
+    decode, rgb = torch.ops.image.decode_jpeg, ImageReadMode.RGB.value
     pixel = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
     kernels = {
         name: account.apart(
@@ -153,13 +151,15 @@ def calls_apart(account: Account) -> Iterator[None]:
         if unlocked.knows_addresses():
             compiled = tuple(account.apart("unlocked", function) for function in unlocked._compiled())
             patch(unlocked, "_compiled", lambda: compiled)
-        patch(PlannedLoader, "_batch", _kept(account, PlannedLoader._batch))
+        make_batch, live = account.apart("batch", PlannedLoader._batch), threading.Thread._bootstrap_inner
+
+        def live_seen(thread: threading.Thread) -> None:
+            live(thread)
+            account.now[thread] = time.thread_time_ns()
+
+        patch(PlannedLoader, "_batch", lambda loader, *args: make_batch(loader, *args))
+        patch(threading.Thread, "_bootstrap_inner", live_seen)
         yield
-
-
-def _kept(account: Account, method: Callable[..., Any]) -> Callable[..., Any]:
-    timed = account.apart("batch", method)
-    return lambda loader, *args: timed(loader, *args)
 
 
 def loader_of(backend: str, root: Path, batch: int, threads: int, account: Account) -> Any:

@@ -167,6 +167,24 @@ def test_the_kind_of_an_image_is_found_out_once(
         assert len(looked) == loader.num_samples == 22
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_is_not_for_dali_is_decoded_for_it_from_a_tar_too(
+    split: str, mixed: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversion leaves few such images, so some are named; the pixels are those of DALI's own decoder."""
+    reader, decoded = address_reader(dali_decodes), []
+    assert reader is not None
+    expected = list(make(mixed / "set", split))
+    as_ppm = dali_formats.as_ppm
+    monkeypatch.setattr(reader, "which", lambda address, length: length % 2 == 0)
+    monkeypatch.setattr(dali_formats, "as_ppm", lambda *given: decoded.append(given) or as_ppm(*given))
+    loader = make(mixed / "set", split)
+    for _ in range(2):
+        assert same(list(loader), expected)
+    odd = sum(len(loader.source.read(i)) % 2 for batch in expected for i in batch.index.tolist())
+    assert len(decoded) == 2 * odd > 0
+
+
 def test_without_numba_the_log_says_so_and_images_come_by_array(
     mixed: Path, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
