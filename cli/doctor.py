@@ -44,7 +44,7 @@ def examine(config: Config, data: Path | None, loader: Backend) -> None:
     if backend == "auto":  # FFCV shows other pixels, and is never chosen over the others
         originals = {name: rate for name, rate in rates.items() if name != "ffcv"} or rates
         backend = max(originals, key=lambda name: originals[name])
-    found = diagnose(config, planned, levels, rates[backend])
+    found = diagnose(config, planned, levels, rates[backend], world.device.type)
     show(config, planned, found, rates, backend=backend, device=str(world.device))
     for name, reason in failures.items():
         typer.echo(f"{name} was not measured: {reason}")
@@ -110,7 +110,7 @@ def show(
     seconds: Sequence[float] = [planned.batch_size / found.train_rates[level] for level in planned.levels]
     if config.data.decode_once == 1 and not device.startswith("cuda"):
         feeds += estimated_feeds(feeds)
-    show_feeding(config, planned, feeds, chosen, lambda _: seconds)
+    show_feeding(config, planned, feeds, chosen, lambda _: seconds, device=torch.device(device).type)
     typer.echo(_memory(device))
 
 

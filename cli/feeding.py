@@ -10,6 +10,7 @@ import typer
 from pss.config import Config
 from pss.planning.feeding import DEPTHS_GB, Feed, crops_at_once, keeping_up
 from pss.planning.plan import Plan
+from pss.planning.simulation import prepared_batches
 
 
 def show_feeding(
@@ -19,6 +20,7 @@ def show_feeding(
     chosen: Feed,
     level_seconds: Callable[[Feed], Sequence[float]],
     processes: int = 1,
+    device: str = "cuda",
 ) -> None:
     """Which of the feeds keep the steps fed, with which queue and which schedule; and what the chosen one loses.
 
@@ -27,9 +29,11 @@ def show_feeding(
     feeds = list(feeds)
     if config.data.decode_once == 1 and (several := crops_at_once(chosen, 3)) is not None:
         feeds.insert(feeds.index(chosen) + 1, several)
-    own = config.data.prefetch_gb
+    own = config.data.prefetch_bytes(device) / 1e9
     depths = sorted({own, *DEPTHS_GB})
-    rows = keeping_up(config, planned, feeds, level_seconds, processes, depths)
+    rows = keeping_up(
+        config, planned, feeds, level_seconds, processes, depths, own=own, prepared=prepared_batches(device)
+    )
     sources = {feed.source for feed in feeds}
     each = " of each GPU" if processes > 1 else ""
     typer.echo(f"\nwhat keeps the steps fed: the share of waiting, by loader and depth of the queue{each}")

@@ -14,7 +14,7 @@ from pss.config import Config
 from pss.planning.feeding import Feed, assumed_feeds
 from pss.planning.gpu import CARDS, Card, Host, Parts, Work, assumptions, predict, read_host, works
 from pss.planning.plan import IMAGENET_CLASSES, IMAGENET_IMAGES, Plan, plan
-from pss.planning.simulation import Machine, Simulated, queue_batches, remedies, run_on
+from pss.planning.simulation import Machine, Simulated, prepared_batches, queue_batches, remedies, run_on
 from pss.starting import check_steps
 
 _WIDTH = 72
@@ -150,7 +150,8 @@ def show_machine(config: Config, planned: Plan, wanted: Wanted) -> None:
         processes=gpus * nodes,
         images_per_second=gpu_rate * gpus * nodes,
         loader_images_per_second=loader_rate * nodes,
-        queue_bytes=config.data.prefetch_bytes,
+        queue_bytes=config.data.prefetch_bytes("cuda"),
+        prepared_batches=prepared_batches("cuda"),
     )
     simulated = run_on(planned, machine, config.data.img_size)
     how = f"assumed, {_TFLOPS:.0f} TFLOP/s; --gpu-rate says what yours does" if assumed else "as given"

@@ -189,9 +189,10 @@ class DataConfig(Section, section="data"):
     """Training: a .npy file with a label map for each training image, in the order of the split, for methods that learn
     from them."""
     # The largest is more than any machine has.
-    prefetch_gb: Always[Annotated[float, Ge(0), Le(1 << 14)]] = 0.5
-    """Training: decoded batches kept ready per process, in GB (10^9 bytes), so that short steps can draw on what long
-    ones left time for; 0 keeps none. `--plan` and `--doctor` say what more of it buys."""
+    prefetch_gb: Always[Annotated[float, Ge(0), Le(1 << 14)] | None] = None
+    """Training: memory per process for batches that are kept ready, in GB (10^9 bytes), so that short steps can draw on
+    what long ones left time for; 0 keeps none, None is 4 where a GPU trains and 0.5 elsewhere. On a GPU two of them are
+    augmented, each as large as four that are not. `--plan` and `--doctor` say what more of it buys."""
     progressive: Progressive = Progressive()
     """Smaller images in the first epochs (training)."""
     gpu_decoding: GpuDecoding = GpuDecoding()
@@ -213,10 +214,10 @@ class DataConfig(Section, section="data"):
                 f"data.repeats is {self.repeats} and data.decode_once {self.decode_once}; set one of them to 1"
             )
 
-    @property
-    def prefetch_bytes(self) -> int:
-        """`prefetch_gb` as a number of bytes."""
-        return round(self.prefetch_gb * 1e9)
+    def prefetch_bytes(self, device: str) -> int:
+        """`prefetch_gb` as a number of bytes, for a kind of device."""
+        usual = 4.0 if device == "cuda" else 0.5
+        return round(1e9 * (usual if self.prefetch_gb is None else self.prefetch_gb))
 
     def train_size(self, epoch: int) -> int:
         """Side of the training images of `epoch`, in pixels: `img_size`, or what progressive resizing makes of it."""

@@ -140,7 +140,7 @@ def test_a_file_of_a_run_from_before_the_queue_was_a_data_setting_is_read():
     del raw["data"]["prefetch_gb"]
     raw["train"]["prefetch_mb"] = 1024.0
     former = Config.from_dict(raw)
-    assert former.data.prefetch_bytes == 2**30
+    assert former.data.prefetch_bytes("cuda") == 2**30
     assert former.data == replace(recipes.get("digits").data, prefetch_gb=2**30 / 1e9)
     assert changes_of_run(former, recipes.get("digits")) == []
     assert "prefetch_mb" in raw["train"]  # what was read is left as it was

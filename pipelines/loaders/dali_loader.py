@@ -33,7 +33,7 @@ from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
 from pipelines.loaders.resize import crop_and_resize, resize_and_crop
 from pipelines.loaders.threads import FilledBatch, LatestThreads, Threads
-from pipelines.loaders.waiting import WatchedThread
+from pipelines.loaders.waiting import LONG_SECONDS, WatchedThread
 from pipelines.storage.source import Source
 
 _PREFETCH = 2
@@ -102,7 +102,8 @@ class DaliPipeline(ABC):
             self._pipe.reset()
         else:
             self._pipe = self._pipe or self._defined()
-            self._pipe.build()  # which starts threads
+            with self.loader.signs.long_part("the building of DALI's pipeline", LONG_SECONDS):
+                self._pipe.build()  # which starts threads
             self._running = True
         self._in_flight.clear()
         self._epoch, self._to_feed = epoch, iter(batches)
@@ -142,7 +143,7 @@ class DaliPipeline(ABC):
         """What DALI makes of the next batch."""
         streams = self._streams()
         try:
-            outputs = self._thread.call(partial(self._pipe.run, *streams), self.loader.stall_seconds)
+            outputs = self._thread.call(partial(self._pipe.run, *streams), self.loader.stall_seconds, self.loader.signs)
         except RuntimeError as error:
             suspects = np.concatenate([fed.keys[:: self.loader.crops_per_image] for fed in self._in_flight])
             raise undecodable(self.loader.source, sample_numbers(suspects), error) from error
@@ -210,7 +211,7 @@ class OnCpu(DaliPipeline):
         batch = self._ahead.popleft()
         self._begin_next()
         assert self._threads is not None
-        return batch.wait(self._threads, self.loader.stall_seconds, "the resizing of a batch")
+        return batch.wait(self._threads, self.loader.stall_seconds, "the resizing of a batch", self.loader.signs)
 
     def _begin_next(self) -> None:
         """Hand another decoded batch to the threads. A failure is for the reader of that batch."""

@@ -13,7 +13,7 @@ from pss import methods
 from pss.config import Config
 from pss.methods import DenseTargets, Step
 from pss.planning.plan import Level, Plan
-from pss.planning.simulation import Machine, Simulated, queue_batches, simulate
+from pss.planning.simulation import Machine, Simulated, prepared_batches, queue_batches, simulate
 from pss.runtime.precision import autocast
 from pss.runtime.seeds import seed_generator
 from pss.training.optim import build_optimizer
@@ -40,14 +40,17 @@ class Diagnosis:
         return "loader" if self.loader_rate < self.train_rates[level] else "model"
 
 
-def diagnose(config: Config, planned: Plan, train_rates: dict[Level, float], loader_rate: float) -> Diagnosis:
+def diagnose(
+    config: Config, planned: Plan, train_rates: dict[Level, float], loader_rate: float, device: str = "cpu"
+) -> Diagnosis:
     """Simulate the run from measured rates; see `Diagnosis`."""
     seconds = sum(level.share / train_rates[level] for level in planned.levels)  # per image, on average
     machine = Machine(
         processes=1,
         images_per_second=planned.mean_cost / seconds,
         loader_images_per_second=loader_rate,
-        queue_bytes=config.data.prefetch_bytes,
+        queue_bytes=config.data.prefetch_bytes(device),
+        prepared_batches=prepared_batches(device),
     )
     seconds_of = [planned.batch_size / train_rates[level] for level in planned.levels]
     steps = [seconds_of[number] for number in planned.level_of_step]

@@ -108,6 +108,9 @@ def keeping_up(
     level_seconds: Callable[[Feed], Sequence[float]],
     processes: int,
     depths: Sequence[float],
+    *,
+    own: float,
+    prepared: int = 0,
 ) -> list[Row]:
     """A row for each feed.
 
@@ -118,11 +121,14 @@ def keeping_up(
         level_seconds: How long a step takes at each level of the plan with a feed, data at hand.
         processes: GPUs over all nodes, each with a queue.
         depths: Of a process's queue in GB.
+        own: The depth that is set.
+        prepared: Of each, what augmented batches take, in decoded ones.
     """
     evened = [("as set", sample(planned)[0]), *_evened(config, planned)]
 
     def batches(gigabytes: float) -> int:
-        return max(1, int(gigabytes * 1e9) * processes // (planned.batch_size * 3 * config.data.img_size**2))
+        room = int(gigabytes * 1e9) * processes // (planned.batch_size * 3 * config.data.img_size**2)
+        return max(1, room - prepared)
 
     rows = []
     for feed in feeds:
@@ -134,10 +140,10 @@ def keeping_up(
             return simulate([of_level[number] for number in levels], batch, batches(gigabytes))
 
         _, waits = zip(*(_whole(planned, of_level, batch_seconds, batches(depth)) for depth in depths), strict=True)
-        at_set = _whole(planned, of_level, batch_seconds, batches(config.data.prefetch_gb))[0]
+        at_set = _whole(planned, of_level, batch_seconds, batches(own))[0]
         fed = sum(of_level[number] for number in planned.level_of_step)
         mean = fed / planned.total_steps
-        kept_up = (name for name, levels in evened if run(levels, config.data.prefetch_gb).data_wait <= KEPT_UP)
+        kept_up = (name for name, levels in evened if run(levels, own).data_wait <= KEPT_UP)
         even = next(kept_up, None) if batch_seconds <= mean * (1 + KEPT_UP) else None
         rate = planned.total_steps * planned.batch_size / at_set
         rows.append(Row(feed, waits, at_set, fed, rate, even))

@@ -66,6 +66,8 @@ class Machine:
     """Decoded by all nodes."""
     queue_bytes: int
     """Of decoded images kept ready, per process."""
+    prepared_batches: int = 0
+    """Of that memory, what augmented batches take, in decoded ones; see `prepared_batches`."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,14 @@ def run_on(planned: Plan, machine: Machine, img_size: int) -> Simulated:
 
 def queue_batches(planned: Plan, machine: Machine, img_size: int) -> int:
     """Global batches that the queues of all processes hold together; at least one, as each queue does."""
-    return max(1, machine.queue_bytes * machine.processes // (planned.batch_size * 3 * img_size**2))
+    room = machine.queue_bytes * machine.processes // (planned.batch_size * 3 * img_size**2)
+    return max(1, room - machine.prepared_batches)
+
+
+def prepared_batches(device: str) -> int:
+    """Decoded batches that have no room in the queue of such a device for the augmented ones that wait there: two, of
+    four bytes a number (see `pipelines.loaders.prefetch.Inputs`)."""
+    return 8 if device == "cuda" else 0
 
 
 def remedies(config: Config, planned: Plan, machine: Machine) -> list[Remedy]:

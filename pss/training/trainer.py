@@ -94,7 +94,7 @@ class Trainer:
             train_loader,
             TrainingInputs(config, self.method, mixing, self.steps_per_epoch),
             world.device,
-            prefetch_bytes=config.data.prefetch_bytes,
+            prefetch_bytes=config.data.prefetch_bytes(world.device.type),
         )
         self.val_inputs = evaluation_inputs(val_loader, config.data, world.device)
         decay = config.train.ema_decay

@@ -121,6 +121,7 @@ def test_remedies_are_tried_and_not_guessed() -> None:
 
 def test_the_command_shows_a_plan() -> None:
     arguments = ["deit-s-224", "--plan", "--gpus", "8", "--loader-rate", "150000", "--gpu-rate", "10500"]
+    arguments += ["--set", "data.prefetch_gb=0.5"]
     done = warm.run(
         [sys.executable, "-m", "cli.train", *arguments], capture_output=True, text=True, timeout=120, check=False
     )
