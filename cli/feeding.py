@@ -56,8 +56,8 @@ def show_feeding(
         f"{1 - row.fed_seconds / row.seconds:.1%} of the time, with data always there {fed:,.0f} img/s in "
         f"{hours(row.fed_seconds)}",
         f"img/s and run are with data.prefetch_gb={own:g} and the schedule as set; kept fed is at most 1 % waiting, "
-        "with such a queue (data.prefetch_gb) and schedule.period_steps, which leaves as many steps at each ρ and makes "
-        "the demand more even; schedule.shuffle=true is another way",
+        "with such a queue (data.prefetch_gb) and schedule.period_steps, which leaves as many steps at each ρ and "
+        "makes the demand more even; schedule.shuffle=true is another way",
     ]
     if "assumed" in sources and len(sources) > 1:
         notes.append("~ is in proportion to what is measured, by the rates of 16 cores")
