@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,8 @@ from pss.config import Config
 from pss.planning.feeding import DEPTHS_GB, Feed, crops_at_once, keeping_up
 from pss.planning.plan import Plan
 from pss.planning.simulation import prepared_batches
+
+_SHORT = re.compile(r"schedule\.|=true")
 
 
 def show_feeding(
@@ -43,7 +46,9 @@ def show_feeding(
         waits = "".join(f"{wait:>7.1%}" for wait in row.waits)
         mark = ">" if row.feed == chosen else " "
         about = "~" if row.feed.source == "assumed" and len(sources) > 1 else ""
-        even = (row.even or "– (too slow)").removeprefix("schedule.")
+        even = _SHORT.sub("", row.even or "– (too slow)").replace("period_steps=", "period ")
+        if row.even and row.even_gb != own:
+            even = f"{row.even_gb:g} GB" + f", {even}" * (row.even != "as set")
         typer.echo(
             f"{mark} {row.feed.name:<20} {f'{about}{row.feed.images_per_second:,.0f}':>8}{waits} "
             f"{row.images_per_second:>7,.0f} {hours(row.seconds):>7}  {even}"
@@ -54,9 +59,9 @@ def show_feeding(
         f"> trains this run, {row.images_per_second:,.0f} img/s in {hours(row.seconds)}: it loses "
         f"{1 - row.fed_seconds / row.seconds:.1%} of the time, with data always there {fed:,.0f} img/s in "
         f"{hours(row.fed_seconds)}",
-        f"img/s and run are with data.prefetch_gb={own:g} and the schedule as set; so is kept fed (at most 1 % "
-        "waiting), or with another schedule.period_steps, which has as many steps at each ρ and a more even demand, as "
-        "schedule.shuffle=true has",
+        f"img/s and run are with data.prefetch_gb={own:g} and the schedule as set; kept fed is at most 1 % waiting, "
+        "with such a queue (data.prefetch_gb) and schedule.period_steps, which leaves as many steps at each ρ and "
+        "makes the demand more even; schedule.shuffle=true is another way",
     ]
     if "assumed" in sources and len(sources) > 1:
         notes.append("~ is in proportion to what is measured, by the rates of 16 cores")

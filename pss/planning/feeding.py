@@ -59,7 +59,9 @@ class Row:
     images_per_second: float
     """Trained on average, with the queue that is set."""
     even: str | None
-    """What keeps it fed with that queue: `as set`, or the setting of the schedule that does; None if nothing does."""
+    """What keeps it fed: `as set`, or the setting of the schedule that does; None if nothing does."""
+    even_gb: float
+    """With which queue: the one that is set, or the next larger one that will do."""
 
 
 def crops_at_once(feed: Feed, crops: int) -> Feed | None:
@@ -143,10 +145,15 @@ def keeping_up(
         at_set = _whole(planned, of_level, batch_seconds, batches(own))[0]
         fed = sum(of_level[number] for number in planned.level_of_step)
         mean = fed / planned.total_steps
-        kept_up = (name for name, levels in evened if run(levels, own).data_wait <= KEPT_UP)
-        even = next(kept_up, None) if batch_seconds <= mean * (1 + KEPT_UP) else None
+        kept_up = (
+            (name, depth)
+            for depth in sorted({own, *(depth for depth in depths if depth > own)})
+            for name, levels in evened
+            if run(levels, depth).data_wait <= KEPT_UP
+        )
+        even, even_gb = next(kept_up, (None, own)) if batch_seconds <= mean * (1 + KEPT_UP) else (None, own)
         rate = planned.total_steps * planned.batch_size / at_set
-        rows.append(Row(feed, waits, at_set, fed, rate, even))
+        rows.append(Row(feed, waits, at_set, fed, rate, even, even_gb))
     return rows
 
 

@@ -88,6 +88,10 @@ def test_an_even_schedule_is_named_where_it_helps_and_only_there() -> None:
     named = found[1].even
     assert named is not None
     assert named.startswith("schedule.")
+    assert found[1].even_gb == 0.0002
+    single = ("data.prefetch_gb=0.0001", "schedule.cooldown_epochs=0")  # one batch
+    _, _, (tight,) = rows([feed(1590)], (0.0001, 1.0), *single)
+    assert (tight.even, tight.even_gb) == ("as set", 1.0)
     _, _, (evened,) = rows([feed(1800)], (0.0002,), *settings, named)
     assert evened.even == "as set"
     assert evened.seconds < found[1].seconds
