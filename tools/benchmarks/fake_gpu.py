@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -146,6 +147,8 @@ class FakeGpu:
             (torch.nn.functional, "scaled_dot_product_attention", _attention),
             (torch._C._nn, "scaled_dot_product_attention", _attention),
             (attention, "_cudnn_gets_masks_right", lambda: True),
+            # On a GPU tensors are of a type that is served a list at a time.
+            (_foreach_utils, "_foreach_supported_types", [*_foreach_utils._foreach_supported_types, FakeTensor]),
         ]
 
     def _pin(self, tensor: Tensor) -> Tensor:
