@@ -24,6 +24,7 @@ from pss.runtime.precision import autocast
 from pss.runtime.processes import Vote, World
 from pss.runtime.seeds import seed_generator
 from pss.runtime.shards import whole
+from pss.training import tensors
 from pss.training.guard import Guard, Statistics, skipping, update_average
 from pss.training.optim import build_optimizer, set_rates
 from pss.training.parts import Parts
@@ -176,6 +177,7 @@ class Trainer:
         self.train_loader.set_epoch(self.epoch, self.step - self.epoch * self.steps_per_epoch)
         self.reporter.begin_epoch(resumed=self.step > self.epoch * self.steps_per_epoch)
         batches = iter(self.train_loader)
+        parameters = tensors.parameters(self.method)  # none come or go within an epoch: the optimizer has them
         while self.step < min((self.epoch + 1) * self.steps_per_epoch, self.last_step):
             batch, waited = self._next(batches)
             at = self._position()
@@ -185,12 +187,12 @@ class Trainer:
             self.method.begin_step(at)
             out = self._gradients(engine, images, targets, at, dense)
             self.method.mask_gradients(at)
-            norm = whole(nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None]))
+            norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
             skip, measured = self.guard.judge(out["loss"], norm, phase.optim.clip_grad)
             skipping(self.optimizer, skip)
             statistics.settle(skip)
             if phase.optim.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(self.method.parameters(), phase.optim.clip_grad, norm)
+                nn.utils.clip_grads_with_norm_(parameters, phase.optim.clip_grad, norm)
             self.optimizer.step()
             taken = Step(self.optimizer, skip)
             self.method.after_optimizer(at, taken)
@@ -198,9 +200,10 @@ class Trainer:
                 update_average(self.ema, self.method, self.step, skip)
                 self.ema.module.after_average(at)
             self.method.end_step(at, taken)
-            self.method.zero_grad(set_to_none=True)  # also of what no optimizer has
+            for part in parameters:  # also what no optimizer has
+                part.grad = None
             self.step += 1
-            self.guard.look((p for p in self.method.parameters() if p.requires_grad), self.step)
+            self.guard.look((p for p in parameters if p.requires_grad), self.step)
             self._report_step(images, measured, waited, at, out)
             self._stop_or_save(stop)
         self._end_epoch(stop)
@@ -251,10 +254,11 @@ class Trainer:
             with apart, buffers.part(number):
                 with self.autocast:
                     out: dict[str, Tensor] = engine(some, their_targets, at._replace(rank=rank), *extra)
-                self.guard.backward(out["loss"] / parts)
+                self.guard.backward(out["loss"] if parts == 1 else out["loss"] / parts)
             for name, value in out.items():
                 if value.ndim == 0:
-                    sums[name] = sums.get(name, 0) + value.detach() / parts
+                    share = value.detach() if parts == 1 else value.detach() / parts
+                    sums[name] = sums[name] + share if number else share
         return sums
 
     def _report_step(
