@@ -10,11 +10,10 @@ import math
 from collections.abc import Iterable
 
 import torch
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from pss.runtime.shards import own_part, whole
-from pss.training import tensors
+from pss.training.tensors import Inventory, total_norm
 
 
 class Guard:
@@ -68,7 +67,7 @@ class Guard:
     def look(self, weights: Iterable[Tensor], step: int) -> None:
         """Remember the first `step` after which `weights` are not finite, or too large to be squared; call it after
         every one."""
-        norm = whole(nn.utils.get_total_norm([part.detach() for part in weights]))
+        norm = whole(total_norm([part.detach() for part in weights]))
         self._looked = self._looked or step
         self._sound.logical_and_(norm < math.inf)
         self._sound_steps += self._sound
@@ -100,9 +99,9 @@ class Statistics:
     """Floating-point buffers, such as running statistics, which a forward pass may change: a skipped step must not."""
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Inventory) -> None:
         """Remember those of `model` before a step."""
-        self._before = [(part, part.clone()) for part in tensors.buffers(model) if part.is_floating_point()]
+        self._before = [(part, part.clone()) for part in model.buffers() if part.is_floating_point()]
 
     @torch.no_grad()
     def settle(self, skip: Tensor) -> None:
@@ -119,17 +118,16 @@ def skipping(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
 
 
 @torch.no_grad()
-def update_average(ema: ModelEmaV3, model: nn.Module, step: int, skipped: Tensor) -> None:
+def update_average(average: Inventory, model: Inventory, decay: float, skipped: Tensor) -> None:
     """Move the average towards the weights as `ModelEmaV3.update` does, not at all where `skipped` is 1.0."""
-    share = (1 - ema.get_decay(step)) * (1 - skipped)
+    share = torch.rsub(skipped, 1 - decay, alpha=1 - decay)  # 1 - decay, or 0
     averages, differences = [], []
-    pairs = zip(tensors.state(ema.module), tensors.state(model), strict=True)
-    for average, value in ((own_part(a), own_part(b)) for a, b in pairs):
-        if average.is_floating_point():
-            averages.append(average)
-            differences.append(value)
+    for old, new in zip(average.state(), model.state(), strict=True):
+        if old.is_floating_point():
+            averages.append(own_part(old))
+            differences.append(own_part(new))
         else:
-            average.copy_(value)
+            own_part(old).copy_(own_part(new))
     moves = list(torch._foreach_sub(differences, averages))
     torch._foreach_mul_(moves, share)
     torch._foreach_add_(averages, moves)

@@ -24,7 +24,6 @@ from pss.runtime.precision import autocast
 from pss.runtime.processes import Vote, World
 from pss.runtime.seeds import seed_generator
 from pss.runtime.shards import whole
-from pss.training import tensors
 from pss.training.guard import Guard, Statistics, skipping, update_average
 from pss.training.optim import build_optimizer, set_rates
 from pss.training.parts import Parts
@@ -32,6 +31,7 @@ from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
 from pss.training.setup import build_mixing, catch_signals, check_masks, check_phases, compile_levels, wrap
 from pss.training.sharding import reshard, scatter_optimizer, shard
+from pss.training.tensors import Inventory, total_norm
 
 _REMEDIES = Remedies(
     no_file="--set model.weights=FILE names one, none starts anew",
@@ -177,33 +177,34 @@ class Trainer:
         self.train_loader.set_epoch(self.epoch, self.step - self.epoch * self.steps_per_epoch)
         self.reporter.begin_epoch(resumed=self.step > self.epoch * self.steps_per_epoch)
         batches = iter(self.train_loader)
-        parameters = tensors.parameters(self.method)  # none come or go within an epoch: the optimizer has them
+        held = Inventory(self.method)  # parameters neither come nor go within an epoch: the optimizer has them
+        averaged = None if self.ema is None else Inventory(self.ema.module)
         while self.step < min((self.epoch + 1) * self.steps_per_epoch, self.last_step):
             batch, waited = self._next(batches)
             at = self._position()
             set_rates(self.optimizer, self.lr_schedule, self.step - first_step, self.method.lr_factors(at))
             images, targets, dense = self._inputs(batch)
-            statistics = Statistics(self.method)
+            statistics = Statistics(held)
             self.method.begin_step(at)
             out = self._gradients(engine, images, targets, at, dense)
             self.method.mask_gradients(at)
-            norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            norm = whole(total_norm([part.grad for part in held.parameters if part.grad is not None]))
             skip, measured = self.guard.judge(out["loss"], norm, phase.optim.clip_grad)
             skipping(self.optimizer, skip)
             statistics.settle(skip)
             if phase.optim.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(parameters, phase.optim.clip_grad, norm)
+                nn.utils.clip_grads_with_norm_(held.parameters, phase.optim.clip_grad, norm)
             self.optimizer.step()
             taken = Step(self.optimizer, skip)
             self.method.after_optimizer(at, taken)
-            if self.ema is not None:
-                update_average(self.ema, self.method, self.step, skip)
+            if self.ema is not None and averaged is not None:
+                update_average(averaged, held, self.ema.get_decay(self.step), skip)
                 self.ema.module.after_average(at)
             self.method.end_step(at, taken)
-            for part in parameters:  # also what no optimizer has
+            for part in held.parameters:  # also what no optimizer has
                 part.grad = None
             self.step += 1
-            self.guard.look((p for p in parameters if p.requires_grad), self.step)
+            self.guard.look((part for part in held.parameters if part.requires_grad), self.step)
             self._report_step(images, measured, waited, at, out)
             self._stop_or_save(stop)
         self._end_epoch(stop)

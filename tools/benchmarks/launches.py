@@ -41,6 +41,7 @@ from pss.models.vit import VisionTransformer
 from pss.runtime.processes import Vote, World
 from pss.training import trainer as training
 from pss.training.guard import Guard, Statistics
+from pss.training.optim import AdamW
 from pss.training.reporting import Reporter
 from pss.training.setup import positions_of
 from tools.benchmarks.fake_gpu import OTHER, FakeGpu
@@ -125,44 +126,36 @@ class _Batches:
 @contextmanager
 def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
     """Within, the trainer's step enters `enter(part)` for each of its parts; of parts in parts the innermost counts."""
-    within: list[str] = []
-
-    def marked(name: str, function: Callable[..., Any], outermost: bool) -> Callable[..., Any]:
+    def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if outermost and within:
+            with enter(name):
                 return function(*args, **kwargs)
-            within.append(name)
-            try:
-                with enter(name):
-                    return function(*args, **kwargs)
-            finally:
-                within.pop()
 
         return call
 
-    places: list[tuple[str, Any, str, bool]] = [
-        ("augmentation", DeviceTransform, "__call__", False),
-        ("augmentation", DeviceTransform, "with_view", False),
-        ("mixing", Mixing, "__call__", False),
-        ("rates", training, "set_rates", False),
-        ("forward: the rest", method, "forward", False),
-        ("forward: patches", VisionTransformer, "see", False),
-        (BLOCKS, VisionTransformer, "trunk", False),
-        ("backward", Guard, "backward", False),
-        ("guard", Statistics, "__init__", False),
-        ("guard", Statistics, "settle", False),
-        ("guard", Guard, "judge", False),
-        ("guard", Guard, "look", False),
-        ("clipping", nn.utils, "get_total_norm", True),
-        ("clipping", nn.utils, "clip_grads_with_norm_", True),
-        ("optimizer", torch.optim.AdamW, "step", False),
-        ("average", training, "update_average", False),
-        ("meter", Reporter, "add", False),
+    places: list[tuple[str, Any, str]] = [
+        ("augmentation", DeviceTransform, "__call__"),
+        ("augmentation", DeviceTransform, "with_view"),
+        ("mixing", Mixing, "__call__"),
+        ("rates", training, "set_rates"),
+        ("forward: the rest", method, "forward"),
+        ("forward: patches", VisionTransformer, "see"),
+        (BLOCKS, VisionTransformer, "trunk"),
+        ("backward", Guard, "backward"),
+        ("guard", Statistics, "__init__"),
+        ("guard", Statistics, "settle"),
+        ("guard", Guard, "judge"),
+        ("guard", Guard, "look"),
+        ("clipping", training, "total_norm"),
+        ("clipping", nn.utils, "clip_grads_with_norm_"),
+        ("optimizer", AdamW, "step"),
+        ("average", training, "update_average"),
+        ("meter", Reporter, "add"),
     ]
     with ExitStack() as exits:
-        for name, place, attribute, outermost in places:
-            function = marked(name, getattr(place, attribute), outermost)
+        for name, place, attribute in places:
+            function = marked(name, getattr(place, attribute))
             exits.enter_context(mock.patch.object(place, attribute, function))
         yield
 
@@ -226,8 +219,9 @@ def without_kernels_of_a_gpu() -> Iterator[None]:
         for name in dir(torch):
             if name.startswith(("_foreach_", "_fused_adam")):
                 exits.enter_context(mock.patch.object(torch, name, idle(name)))
-        # Where torch is built for CUDA and there is none, it notes who asked, which takes long.
-        exits.enter_context(mock.patch.object(torch.cuda, "manual_seed_all", lambda seed: None))
+        # Where torch is built for a GPU and there is none, it notes who asked, which takes long.
+        for kind in (torch.cuda, torch.xpu):
+            exits.enter_context(mock.patch.object(kind, "manual_seed_all", lambda seed: None))
         yield
 
 
