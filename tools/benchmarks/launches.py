@@ -23,7 +23,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from pipelines.augment.mixing import Mixing
 from pipelines.base import Batch, View
 from pss import recipes
 from pss.config import Config
+from pss.inference.accuracy import accuracy
+from pss.methods import Point
 from pss.models.vit import VisionTransformer
 from pss.runtime.processes import Vote, World
 from pss.training import trainer as training
@@ -260,6 +262,31 @@ def count(gpu: FakeGpu, run: Run, start: int) -> dict[str, dict[str, int]]:
             gpu.reset()
 
     run.steps(start, 2, before)
+    return {part: {"launches": work.launches, "bytes": work.moved} for part, work in gpu.work.items()}
+
+
+def count_prediction(gpu: FakeGpu, run: Run, point: Point) -> dict[str, dict[str, int]]:
+    """Launches and bytes of a batch of validation at an operating point, of the second one."""
+    trainer, exits = run.trainer, ExitStack()
+
+    def before(number: int) -> None:
+        if number == 0:
+            exits.enter_context(gpu.apart())
+        elif number == 1:
+            exits.close()
+            gpu.reset()
+
+    run.batches.steps, run.before = 2, before
+    trainer.method.eval()
+    with suppress(_Over):
+        accuracy(
+            trainer.method.predict,
+            run.batches,
+            trainer.prepare_val,
+            trainer.world,
+            points=[point],
+            autocast=trainer.autocast,
+        )
     return {part: {"launches": work.launches, "bytes": work.moved} for part, work in gpu.work.items()}
 
 
