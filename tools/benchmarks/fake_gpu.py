@@ -144,6 +144,7 @@ class FakeGpu:
             (Tensor, "pin_memory", lambda tensor, *_: self._pin(tensor)),
             (Tensor, "is_pinned", lambda tensor, *_: self._is_pinned(tensor)),
             (torch, "Generator", self._generator),
+            (torch, "inference_mode", _inference_mode),
             (torch.nn.functional, "scaled_dot_product_attention", _attention),
             (torch._C._nn, "scaled_dot_product_attention", _attention),
             (attention, "_cudnn_gets_masks_right", lambda: True),
@@ -186,7 +187,7 @@ class FakeGpu:
         elif name == "aten::repeat_interleave" and kwargs.get("output_size") is None:
             self._wait("repeat_interleave without output_size")
         generator = kwargs.get("generator")
-        if generator is not None and all(generator is not own for own in self._generators):
+        if generator is not None and all(generator._cdata != own._cdata for own in self._generators):
             raise RuntimeError(f"{name} on the device has a generator of the host")
 
     def check_copy(self, source: Tensor, to_device: bool, non_blocking: bool) -> None:
@@ -351,7 +352,12 @@ def _within(place: Any) -> Iterator[Any]:
     yield place
 
 
-_real_generator = torch.Generator
+def _inference_mode(*given: bool) -> Any:
+    """A program's own inference mode without what fake tensors cannot do there; torch itself names the mode."""
+    return _real_inference_mode(*given) if given else torch.no_grad()
+
+
+_real_generator, _real_inference_mode = torch.Generator, torch.inference_mode
 _real_attention = torch.nn.functional.scaled_dot_product_attention
 
 

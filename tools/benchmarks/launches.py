@@ -1,14 +1,14 @@
 """What one training step asks of a GPU and of the host, part by part, on a machine without a GPU.
 
-    python -m tools.benchmarks.launches --recipe deit-s-224 --batch 1024 [--set model.sort=random] [--json launches.json]
+    python -m tools.benchmarks.launches --recipe deit-s-224 --batch 1024 [--set model.sort=random] [--json FILE]
 
 The trainer itself runs its step on fake CUDA tensors of full size (`tools.benchmarks.fake_gpu`, which says what counts
 as a launch), once to settle what the first step of a run prepares, and once counted, for the smallest share of the
 patches and for all of them. Blocks are counted as they run uncompiled. A step that waits for the device ends the count
 with an error.
 
-Milliseconds of the host are measured apart: the trainer on the CPU with the same settings, but with narrow blocks, small
-images and batches of four, so that what is left is the interpreter and torch's dispatch; CPU time of the training
+Milliseconds of the host are measured apart: the trainer on the CPU with the same settings, but with narrow blocks and
+batches of four small images, so that what is left is the interpreter and torch's dispatch; CPU time of the training
 thread, as a median over the steps. Operations on lists of tensors, which a GPU does at once and a CPU one by one, are
 left out; whatever else is small is computed, so that it is an upper bound.
 """
@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -74,6 +75,8 @@ class _Batches:
         self.config, self.device, self.num_classes, self.before = config, device, num_classes, before
         self.batch_size, self.steps_per_epoch, self.epoch = config.train.batch_size, STEPS_PER_EPOCH, 0
         self.num_samples, self.steps = self.batch_size * self.steps_per_epoch, 2
+        self.side: int | None = None
+        """Of the images; that of the epoch if None."""
         self._batches: dict[int, Batch] = {}
 
     def set_parts(self, parts: int) -> None:
@@ -98,7 +101,7 @@ class _Batches:
         return self.steps_per_epoch
 
     def batch(self) -> Batch:
-        side = self.config.data.train_size(self.epoch)
+        side = self.side or self.config.data.train_size(self.epoch)
         if side not in self._batches:
             self._batches[side] = self._made(side)
         return self._batches[side]
@@ -128,6 +131,7 @@ class _Batches:
 @contextmanager
 def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
     """Within, the trainer's step enters `enter(part)` for each of its parts; of parts in parts the innermost counts."""
+
     def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -175,9 +179,7 @@ class Run:
         world = World(0, 1, device)
         self.batches = _Batches(config, device, num_classes, lambda number: self.before(number))
         names = [str(number) for number in range(num_classes)]
-        self.trainer = training.Trainer(
-            config, self.batches, self.batches, classes=names, output=output, world=world
-        )
+        self.trainer = training.Trainer(config, self.batches, self.batches, classes=names, output=output, world=world)
         self.trainer.vote = Vote(world, num_questions=3)
 
     def first_steps(self) -> dict[str, int]:
@@ -185,7 +187,7 @@ class Run:
         method, found = self.trainer.method, dict[str, int]()
         size = self.trainer.config.data.train_size
         positions = list(positions_of(method, self.trainer.total_steps))
-        for at, then in zip(positions, positions[1:], strict=False):
+        for at, then in pairwise(positions):
             here = method.stage(at), size(at.epoch)
             if here == (method.stage(then), size(then.epoch)) and at.epoch == then.epoch:
                 name = f"{here[0]}" + (f", {here[1]} px" if self.trainer.config.data.progressive else "")
@@ -193,7 +195,7 @@ class Run:
         return found
 
     def steps(self, start: int, count: int, before: Callable[[int], None]) -> None:
-        """`count` steps from number `start` on; `before` is called before each with its number from 0, and at the end."""
+        """`count` steps from number `start` on; `before` is called with the number of each, from 0, and at the end."""
         trainer = self.trainer
         trainer.step, trainer.epoch = start, start // self.batches.steps_per_epoch
         self.batches.steps, self.before, first_epoch = count, before, 0
@@ -223,7 +225,7 @@ def without_kernels_of_a_gpu() -> Iterator[None]:
                 exits.enter_context(mock.patch.object(torch, name, idle(name)))
         # Where torch is built for a GPU and there is none, it notes who asked, which takes long.
         for kind in (torch.cuda, torch.xpu):
-            exits.enter_context(mock.patch.object(kind, "manual_seed_all", lambda seed: None))
+            exits.enter_context(mock.patch.object(kind, "manual_seed_all"))
         yield
 
 
@@ -251,7 +253,7 @@ def fake_run(config: Config, num_classes: int = 1000) -> Iterator[tuple[FakeGpu,
 
 
 def count(gpu: FakeGpu, run: Run, start: int) -> dict[str, dict[str, int]]:
-    """Launches and bytes of a step by part, of the one after number `start`, which settles what a first one prepares."""
+    """Launches and bytes by part of the step after number `start`, which settles what a first one prepares."""
     exits = ExitStack()
 
     def before(number: int) -> None:
@@ -276,7 +278,7 @@ def count_prediction(gpu: FakeGpu, run: Run, point: Point) -> dict[str, dict[str
             exits.close()
             gpu.reset()
 
-    run.batches.steps, run.before = 2, before
+    run.batches.steps, run.batches.side, run.before = 2, trainer.config.data.img_size, before
     trainer.method.eval()
     with suppress(_Over):
         accuracy(
