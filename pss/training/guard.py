@@ -80,9 +80,9 @@ class Guard:
         """
         total, row, longest = self.counts.tolist()
         if not self._sound:
-            step_broken = self._looked + int(self._sound_steps)
+            after = self._looked + int(self._sound_steps)
             raise ValueError(
-                f"step {step_broken} left weights that are not finite, or about to be; they are in no checkpoint: start "
+                f"step {after} left weights that are not finite, or about to be; they are in no checkpoint: start "
                 "anew from the newest one (--set model.weights=RUN) with a lower optim.lr or optim.weight_decay, or "
                 "with optim.clip_grad"
             )

@@ -237,7 +237,8 @@ class _Mode(TorchDispatchMode):
             return None
         if name == "aten::_local_scalar_dense":
             self.gpu._wait("reading a number")
-            return torch.zeros((), dtype=args[0].dtype).item()
+            with unset_fake_temporarily():
+                return torch.zeros((), dtype=args[0].dtype).item()
         if target is not None and not goes and on_device:
             self.gpu.check_copy(args[0], False, kwargs.get("non_blocking", False))
             return self._zeros(args[0].shape, kwargs.get("dtype") or args[0].dtype)
