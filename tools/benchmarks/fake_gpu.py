@@ -131,7 +131,6 @@ class FakeGpu:
             (torch.cuda, "default_stream", lambda device=None: _Stream(device)),
             (torch.cuda, "stream", _within),
             (torch.cuda, "device", _within),
-            (torch.cuda, "set_device", lambda device: None),
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "synchronize", waits),
             (torch.cuda, "manual_seed_all", lambda seed: None),
@@ -316,9 +315,6 @@ class _Stream:
     def record_event(self, event: Any = None) -> Any:
         return event or _Event()
 
-    def query(self) -> bool:
-        return True
-
     def synchronize(self) -> None:
         raise Waits("Stream.synchronize waits for the device")
 
@@ -340,9 +336,6 @@ class _Event:
 
     def wait(self, stream: Any = None) -> None:
         pass
-
-    def query(self) -> bool:
-        return True
 
     def synchronize(self) -> None:
         raise Waits("Event.synchronize waits for the device")
