@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipelines import crng
 from pipelines.augment.device import DeviceTransform
+from pipelines.augment.transfer import to_device
 from pipelines.base import Batch, DataConfig, DataError, Loader
 from pipelines.loaders.prefetch import Inputs
 from pss.methods import Point
@@ -150,7 +151,7 @@ def draws_of(index: Tensor, device: torch.device) -> Iterator[None]:
         index: Numbers of the samples in their split, int64 (B,).
         device: Where the images are.
     """
-    keys = crng.key_torch(0, 0, index.to(device), crng.PATCHES).unsqueeze(1)  # (B, 1)
+    keys = crng.key_torch(0, 0, to_device(index.numpy(), device), crng.PATCHES).unsqueeze(1)  # (B, 1)
 
     def scores(num_images: int, num_patches: int) -> Tensor | None:
         if num_images != len(keys):  # a method may look at a part of the batch

@@ -141,7 +141,10 @@ def spread(grid: tuple[int, int], over: tuple[int, int], device: torch.device | 
         torch.tensor([fine // 2] if coarse == 1 else [round(i * (fine - 1) / (coarse - 1)) for i in range(coarse)])
         for coarse, fine in zip(grid, over, strict=True)
     )
-    return (rows[:, None] * over[1] + columns).flatten().to(device)
+    places = (rows[:, None] * over[1] + columns).flatten()
+    if device is not None and torch.device(device).type == "cuda":  # a copy from pageable memory would wait for it
+        return places.pin_memory().to(device, non_blocking=True)
+    return places.to(device)
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -6,13 +6,14 @@ Nothing here reads a value from the device: whether a step counts is decided the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from pss.runtime.shards import own_part, whole
+from pss.training.tensors import Inventory, total_norm
 
 
 class Guard:
@@ -23,14 +24,18 @@ class Guard:
         self.limit = limit
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         """Steps skipped: in all, in a row up to now, and the longest row since `check`."""
-        self._broken = torch.full((), -1, dtype=torch.int64, device=device)
-        """The step after which the weights were not finite; -1 while they are."""
-        self._ones = torch.ones(3, device=device)
+        self._looked = 0
+        """The first step that was looked at; the others followed one by one."""
+        self._sound = torch.ones((), dtype=torch.bool, device=device)
+        """Whether the weights have been finite up to now."""
+        self._sound_steps = torch.zeros((), dtype=torch.int64, device=device)
+        """Of those looked at."""
+        self._one = torch.ones((), device=device)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of `loss`, to the bit where it is finite. Where it is not, all are NaN, and so is their average
         over processes, even where they alone would have been finite."""
-        torch.autograd.backward(loss * (1 + 0 * loss.detach()))
+        torch.autograd.backward(loss, torch.rsub(loss.detach(), 1, alpha=0))  # 1, or NaN
 
     def judge(self, loss: Tensor, norm: Tensor, clip: float | None = None) -> tuple[Tensor, Tensor]:
         """Whether a step is skipped, and what of it goes into averages.
@@ -46,21 +51,26 @@ class Guard:
         Returns:
             1.0 if the optimizer must skip this step, else 0.0 (its `found_inf`); and loss, norm and 1, or three zeros.
         """
-        used = norm if clip is None else norm.clamp(max=clip)  # NaN stays NaN, and infinity is none that clips
-        bad = ~torch.isfinite(norm) | ~torch.isfinite(used.float().square())
+        # Few operations, as each is a launch. What is squared is infinite, or NaN, or all is well.
+        squared = (norm if clip is None else norm.clamp(max=clip)).float().square()
+        if clip is not None:
+            squared = squared.add(norm, alpha=0)  # NaN where it is not finite before it is clipped
+        bad = (squared < math.inf).logical_not()
         total, row, longest = self.counts.unbind()
         total += bad
-        row += 1
-        row *= bad
+        torch.addcmul(bad, row, bad, out=row)  # one more, or 0
         torch.maximum(longest, row, out=longest)
-        measured = torch.where(bad, 0.0, torch.stack((loss.detach().float(), norm.float(), self._ones[0])))
+        measured = torch.stack((loss.detach().float(), norm.float(), self._one)).masked_fill_(bad, 0.0)
         return bad.float(), measured
 
     @torch.no_grad()
     def look(self, weights: Iterable[Tensor], step: int) -> None:
-        """Remember the first `step` after which `weights` are not finite, or too large to be squared."""
-        norm = whole(nn.utils.get_total_norm([part.detach() for part in weights]))
-        self._broken.copy_(torch.where((self._broken < 0) & ~torch.isfinite(norm), step, self._broken))
+        """Remember the first `step` after which `weights` are not finite, or too large to be squared; call it after
+        every one."""
+        norm = whole(total_norm([part.detach() for part in weights]))
+        self._looked = self._looked or step
+        self._sound.logical_and_(norm < math.inf)
+        self._sound_steps += self._sound
 
     def check(self, step: int) -> int:
         """Steps skipped so far. Reads from the device.
@@ -68,10 +78,11 @@ class Guard:
         Raises:
             ValueError: more in a row than allowed, at some time since the last check; or a step has broken the weights.
         """
-        total, row, longest, broken = (*self.counts.tolist(), int(self._broken))
-        if broken >= 0:
+        total, row, longest = self.counts.tolist()
+        if not self._sound:
+            after = self._looked + int(self._sound_steps)
             raise ValueError(
-                f"step {broken} left weights that are not finite, or about to be; they are in no checkpoint: start "
+                f"step {after} left weights that are not finite, or about to be; they are in no checkpoint: start "
                 "anew from the newest one (--set model.weights=RUN) with a lower optim.lr or optim.weight_decay, or "
                 "with optim.clip_grad"
             )
@@ -89,15 +100,17 @@ class Statistics:
     """Floating-point buffers, such as running statistics, which a forward pass may change: a skipped step must not."""
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Inventory) -> None:
         """Remember those of `model` before a step."""
-        self._before = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.is_floating_point()]
+        self._before = [(part, part.clone()) for part in model.buffers() if part.is_floating_point()]
 
     @torch.no_grad()
     def settle(self, skip: Tensor) -> None:
         """Put them back where `skip` is 1.0."""
-        for buffer, before in self._before:
-            buffer.copy_(torch.where(skip.bool(), before, buffer))
+        if self._before:
+            skipped = skip.bool()
+            for buffer, before in self._before:
+                torch.where(skipped, before, buffer, out=buffer)
 
 
 def skipping(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
@@ -106,17 +119,16 @@ def skipping(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
 
 
 @torch.no_grad()
-def update_average(ema: ModelEmaV3, model: nn.Module, step: int, skipped: Tensor) -> None:
+def update_average(average: Inventory, model: Inventory, decay: float, skipped: Tensor) -> None:
     """Move the average towards the weights as `ModelEmaV3.update` does, not at all where `skipped` is 1.0."""
-    share = (1 - ema.get_decay(step)) * (1 - skipped)
+    share = torch.rsub(skipped, 1 - decay, alpha=1 - decay)  # 1 - decay, or 0
     averages, differences = [], []
-    pairs = zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True)
-    for average, value in ((own_part(a), own_part(b)) for a, b in pairs if isinstance(a, Tensor)):
-        if average.is_floating_point():
-            averages.append(average)
-            differences.append(value)
+    for old, new in zip(average.state(), model.state(), strict=True):
+        if old.is_floating_point():
+            averages.append(own_part(old))
+            differences.append(own_part(new))
         else:
-            average.copy_(value)
+            own_part(old).copy_(own_part(new))
     moves = list(torch._foreach_sub(differences, averages))
     torch._foreach_mul_(moves, share)
     torch._foreach_add_(averages, moves)

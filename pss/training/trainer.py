@@ -31,6 +31,7 @@ from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
 from pss.training.setup import build_mixing, catch_signals, check_masks, check_phases, compile_levels, wrap
 from pss.training.sharding import reshard, scatter_optimizer, shard
+from pss.training.tensors import Inventory, total_norm
 
 _REMEDIES = Remedies(
     no_file="--set model.weights=FILE names one, none starts anew",
@@ -183,30 +184,33 @@ class Trainer:
         self.inputs.set_epoch(self.epoch, self.step - self.epoch * self.steps_per_epoch)
         self.reporter.begin_epoch(resumed=self.step > self.epoch * self.steps_per_epoch)
         every_inputs = iter(self.inputs)
+        held = Inventory(self.method)  # parameters neither come nor go within an epoch: the optimizer has them
+        averaged = None if self.ema is None else Inventory(self.ema.module)
         while self.step < min((self.epoch + 1) * self.steps_per_epoch, self.last_step):
             inputs, waited = self._next(every_inputs)
             at = self._position()
             set_rates(self.optimizer, self.lr_schedule, self.step - first_step, self.method.lr_factors(at))
-            statistics = Statistics(self.method)
+            statistics = Statistics(held)
             self.method.begin_step(at)
             out = self._gradients(engine, inputs, at)
             self.method.mask_gradients(at)
-            norm = whole(nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None]))
+            norm = whole(total_norm([part.grad for part in held.parameters if part.grad is not None]))
             skip, measured = self.guard.judge(out["loss"], norm, phase.optim.clip_grad)
             skipping(self.optimizer, skip)
             statistics.settle(skip)
             if phase.optim.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(self.method.parameters(), phase.optim.clip_grad, norm)
+                nn.utils.clip_grads_with_norm_(held.parameters, phase.optim.clip_grad, norm)
             self.optimizer.step()
             taken = Step(self.optimizer, skip)
             self.method.after_optimizer(at, taken)
-            if self.ema is not None:
-                update_average(self.ema, self.method, self.step, skip)
+            if self.ema is not None and averaged is not None:
+                update_average(averaged, held, self.ema.get_decay(self.step), skip)
                 self.ema.module.after_average(at)
             self.method.end_step(at, taken)
-            self.method.zero_grad(set_to_none=True)  # also of what no optimizer has
+            for part in held.parameters:  # also what no optimizer has
+                part.grad = None
             self.step += 1
-            self.guard.look((p for p in self.method.parameters() if p.requires_grad), self.step)
+            self.guard.look((part for part in held.parameters if part.requires_grad), self.step)
             self._report_step(inputs.images, measured, waited, at, out)
             self._stop_or_save(stop)
         self._end_epoch(stop)
@@ -242,10 +246,11 @@ class Trainer:
             with apart, buffers.part(number):
                 with self.autocast:
                     out: dict[str, Tensor] = engine(some, their_targets, at._replace(rank=rank), *extra)
-                self.guard.backward(out["loss"] / parts)
+                self.guard.backward(out["loss"] if parts == 1 else out["loss"] / parts)
             for name, value in out.items():
                 if value.ndim == 0:
-                    sums[name] = sums.get(name, 0) + value.detach() / parts
+                    share = value.detach() if parts == 1 else value.detach() / parts
+                    sums[name] = sums[name] + share if number else share
         return sums
 
     def _report_step(

@@ -1,0 +1,48 @@
+"""The tensors of a module, at hand at every step without going through its tree again.
+
+torch's own lists go through a generator for every level of the tree, and a state dict through all its hooks: at each
+step that is milliseconds of the thread that has to keep a GPU busy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils._foreach_utils import _has_foreach_support
+
+
+class Inventory:
+    """What a module holds. Its parameters and modules stay the same ones; a buffer may be replaced by another."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Look through `module` once."""
+        self.parameters = list(module.parameters())
+        """As torch lists them."""
+        self._with_buffers = [one for one in module.modules() if one._buffers]
+
+    def buffers(self) -> list[Tensor]:
+        """What `module.buffers()` yields, in another order at most."""
+        found = [part for one in self._with_buffers for part in one._buffers.values() if part is not None]
+        return list({id(part): part for part in found}.values()) if len(found) > 1 else found
+
+    def state(self) -> list[Tensor]:
+        """What a state dict holds: the parameters, and those buffers that are saved, each once."""
+        kept = [
+            part
+            for one in self._with_buffers
+            for name, part in one._buffers.items()
+            if part is not None and name not in one._non_persistent_buffers_set
+        ]
+        return [*self.parameters, *({id(part): part for part in kept}.values())]
+
+
+@torch.no_grad()
+def total_norm(parts: list[Tensor]) -> Tensor:
+    """`nn.utils.get_total_norm(parts)`, to the bit."""
+    first = parts[0] if parts else torch.zeros(())
+    kind, dtype, device = type(first), first.dtype, first.device
+    alike = all(type(part) is kind and part.dtype == dtype and part.device == device for part in parts)
+    if not parts or not alike or not _has_foreach_support([first], device):
+        return nn.utils.get_total_norm(parts)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts, 2.0)), 2.0)
+    return norm
