@@ -36,12 +36,11 @@ from pipelines.augment.plan import num_launches
 from pss.attention import attend as attention
 
 OTHER = "the rest"  # the part of what is launched outside every `FakeGpu.part`
-_NOTHING = {
+_NOTHING = {  # operations that start nothing, besides those that return views
     "aten::_unsafe_view", "aten::detach", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::is_pinned",
     "aten::lift_fresh", "aten::new_empty", "aten::new_empty_strided", "aten::record_stream", "prim::device",
     "aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset",
 }  # fmt: skip
-"""Operations that start nothing, besides those that return views."""
 _SIZED_BY_DATA = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::bincount"}
 """Operations whose result has a size that the host must know."""
 _BLOCK, _MOST_BLOCKS, _MOST_TENSORS = 65_536, 320, (110, 64, 48, 36, 30)
