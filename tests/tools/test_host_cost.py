@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import missing
 
-from pss import recipes
 from tools.benchmarks import host_cost
-from tools.benchmarks.host_cost import RECIPE, Account, augment_launches, converted
+from tools.benchmarks.host_cost import Account, converted
 
 
 def burn(seconds: float) -> None:
@@ -37,7 +36,7 @@ def test_one_command_writes_what_the_interpreter_costs(
         assert result[f"{backend}_us_per_image"] == costs[0]["steady"]["us"] > 0
         assert all(min(cost["first"]["us"], cost["steady"]["us"], cost["steady"]["batch_us"]) > 0 for cost in costs)
         assert f"{backend} | 16 | " in told
-    assert result["augment_launches"] > 100
+    assert 4 < result["augment_launches"] <= 40
     assert result["augment_ms_per_step"] > 0
     assert result["step_ms"] > 0
 
@@ -68,12 +67,6 @@ def test_a_thread_that_has_ended_counts() -> None:
         working.join(60)
         account.look()
     assert 0.29e6 < account.rest() < 0.45e6
-
-
-def test_launches_are_counted_without_a_gpu() -> None:
-    config = recipes.get(RECIPE)
-    plain = config.with_settings(["data.rand_augment=none", "data.erasing=0", "loss.mixup=0", "loss.cutmix=0"])
-    assert 0 < augment_launches(plain, 4) < 20 < augment_launches(config, 4)
 
 
 @pytest.mark.parametrize("given", [True, False])

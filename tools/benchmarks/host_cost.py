@@ -17,7 +17,9 @@ first epoch compares checksums and finds out formats; the steady figure begins w
 of time, since they are in memory. The ceiling is that of one process which does nothing else.
 
 Photographs are those of the tar of class folders that PSS_IMAGENET_SAMPLE names, else generated, several times over.
-Launches of augmentation are counted on fake CUDA tensors; a step's milliseconds are one thread's, on tiny images.
+Launches of augmentation, mixing included, are counted on fake CUDA tensors. A step's milliseconds are those of the
+training thread besides the model, as `tools.benchmarks.launches` finds them; augmentation's are those of the thread
+that makes batches ready, as `tools.benchmarks.augment` does.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count as counting
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,27 +48,24 @@ from unittest import mock
 import numpy as np
 import torch
 from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.io import ImageReadMode
 
-from pipelines import Batch, DataConfig, DataError, build
-from pipelines.augment.device import DeviceTransform
-from pipelines.loaders import resize
+from pipelines import DataConfig, DataError, build
+from pipelines.loaders import resize, torch_loader
 from pipelines.loaders.planned import PlannedLoader
 from pipelines.storage import unlocked
 from pipelines.storage.source import open_source
-from pss import methods, recipes
-from pss.config import Config
-from pss.methods.vocabulary import Progress
-from pss.training.setup import build_mixing
+from pss import recipes
+from tools.benchmarks.augment import RECIPES, interpreter_ms
+from tools.benchmarks.launches import count as count_launches
+from tools.benchmarks.launches import fake_run, host_milliseconds, uncompiled
 from tools.benchmarks.measure import Result, conclude, parser, table, told
 
 RECIPE = "deit-s-224"
 BACKENDS = ("dali", "ffcv", "torch")
 SETTLED = 20
 """Batches after which a source has stopped asking for pages that are in memory; see `DiskWaits`."""
-NUM_CLASSES = 1000
+AUGMENTATION = ("augmentation", "mixing")
 
 
 @dataclass
@@ -131,7 +131,7 @@ def calls_apart(account: Account) -> Iterator[None]:
     encoded = io.BytesIO()
     Image.new("RGB", (1, 1)).save(encoded, "JPEG")
     tiny = torch.frombuffer(bytearray(encoded.getvalue()), dtype=torch.uint8)
-    decode, rgb = torch.ops.image.decode_jpeg, ImageReadMode.RGB.value
+    decode, rgb = torch_loader._JPEG_DECODER, ImageReadMode.RGB.value
     pixel = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
     kernels = {
         name: account.apart(
@@ -145,7 +145,7 @@ def calls_apart(account: Account) -> Iterator[None]:
             exits.enter_context(mock.patch.object(place, name, stand_in))
 
         apart = account.apart("unlocked", decode, entry_ns(lambda: decode(tiny, rgb, False)))
-        patch(torch.ops.image, "decode_jpeg", apart)
+        patch(torch_loader, "_JPEG_DECODER", apart)
         exits.enter_context(mock.patch.dict(resize._KERNELS, kernels))
         patch(unlocked.zlib, "crc32", account.apart("unlocked", unlocked.zlib.crc32))
         if unlocked.knows_addresses():
@@ -234,76 +234,29 @@ def _epochs(loader: Any, account: Account, first: int, count: int) -> dict[str, 
     }
 
 
-class Launches(TorchDispatchMode):
-    """Counts what torch dispatches to a CUDA device and that computes something."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        on_device = any(isinstance(value, torch.Tensor) and value.is_cuda for value in (result, *args))
-        free = function.is_view or any(name in str(function) for name in ("empty", "detach", "unsafe_view"))
-        self.count += on_device and not free
-        return result
-
-
-def augmented(config: Config, batch: Batch, step: int) -> None:
-    """The device's part of a batch: augmentation and mixing as `config` wants them."""
-    images = DeviceTransform(config.data, seed=0, train=True)(batch, step)
-    mixing = build_mixing(config, NUM_CLASSES, rank=0)
-    if mixing is not None:
-        mixing(images, batch.labels, step)
+def steps_of(count: int, rounds: int) -> dict[str, float]:
+    """What a step of `RECIPE` with a batch of so many images asks of a GPU and of the interpreter; see the module."""
+    config = uncompiled(recipes.get(RECIPE).with_settings([f"train.batch_size={count}", "optim.lr_batch=none"]))
+    with fake_run(config) as (gpu, run):
+        parts = count_launches(gpu, run, min(run.first_steps().values()))
+        num_heads = run.trainer.method.model.blocks[0].attn.num_heads
+    own = host_milliseconds(config, 4 * rounds, num_heads)
+    return {
+        "augment_launches": sum(parts[part]["launches"] for part in AUGMENTATION),
+        "step_ms": sum(spent for part, spent in own.items() if part not in AUGMENTATION and not _of_model(part)),
+    }
 
 
-def batch_of(count: int, side: int, device: str) -> Batch:
-    """Images without content."""
-    images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
-    return Batch(images, torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count))
+def _of_model(part: str) -> bool:
+    return part.startswith("forward") or part == "backward"
 
 
-def augment_launches(config: Config, count: int) -> int:
-    """Launches of augmentation and mixing for a batch of so many images, on fake CUDA tensors."""
-    launches = Launches()
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
-    ):
-        batch = batch_of(count, config.data.img_size, "cuda")
-        host = Batch(batch.images, batch.labels, np.arange(count))  # type: ignore[arg-type]  # real, since it is read
-        with launches:
-            augmented(config, host, 0)
-    return launches.count
+def augment_ms(count: int, rounds: int) -> float:
+    """Milliseconds of one thread for augmentation and mixing of a batch of so many images, by the kernels of a GPU.
 
-
-def augment_ms(config: Config, count: int, rounds: int) -> float:
-    """Milliseconds of one thread for augmentation and mixing of a batch of so many images, 4 pixels wide."""
-    batch = batch_of(count, 4, "cpu")
-    return milliseconds(lambda step: augmented(config, batch, step), rounds)
-
-
-def step_ms(config: Config, rounds: int) -> float:
-    """Milliseconds of one thread for forward, backward and optimizer of a model 8 wide a head, with four images."""
-    config = config.with_settings(["data.img_size=64", "model.embed_dim=48", "compile.mode=off"])
-    method = methods.build(config, 10, 100)
-    optimizer = torch.optim.AdamW(method.parameters(), foreach=True)
-    images, targets = torch.zeros(4, 3, 64, 64), torch.full((4, 10), 0.1)
-
-    def step(number: int) -> None:
-        method(images, targets, Progress(number, 100, 0, config.train.epochs, 0, 0))["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return milliseconds(step, rounds)
-
-
-def milliseconds(work: Callable[[int], None], rounds: int) -> float:
-    """Processor time of this thread for a call of `work`, which gets its number; median, after three that warm up."""
-    taken = []
-    for number in range(rounds + 3):
-        began = time.thread_time()
-        work(number)
-        taken.append(1e3 * (time.thread_time() - began))
-    return median(taken[3:])
+    Afterwards Triton launches nothing in this process."""
+    rows = [interpreter_ms(RECIPES["RandAugment"], count, True, counting(1), 8) for _ in range(rounds)]
+    return median(row["augmentation"] + row["mixing"] for row in rows)
 
 
 def photographs() -> Iterator[tuple[str, bytes]]:
@@ -341,7 +294,6 @@ def converted(folder: Path, samples: int) -> Path:
 
 def measured(arguments: argparse.Namespace) -> Result:
     """The figures of the JSON file, at the first of the batch sizes, and `table`: all of them by batch size."""
-    config = recipes.get(RECIPE)
     rows: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         root = arguments.data or converted(Path(scratch), max(arguments.samples, *arguments.batch))
@@ -352,15 +304,16 @@ def measured(arguments: argparse.Namespace) -> Result:
                     row["loaders"][backend] = loader_cost(backend, root, count, arguments.threads, arguments.rounds)
                 except DataError as error:
                     print(f"no {backend}: {error}", file=sys.stderr)
-            row["augment_launches"] = augment_launches(config, count)
-            row["augment_ms_per_step"] = augment_ms(config, count, arguments.rounds)
+            row |= steps_of(count, arguments.rounds)
+        for count in arguments.batch:  # at last: nothing is launched after it
+            rows[count]["augment_ms_per_step"] = augment_ms(count, arguments.rounds)
     first = rows[arguments.batch[0]]
     steady = {
         f"{backend}_us_per_image": first["loaders"][backend]["steady"]["us"] if backend in first["loaders"] else None
         for backend in BACKENDS
     }
-    figures = {name: first[name] for name in ("augment_launches", "augment_ms_per_step")}
-    return {**steady, **figures, "step_ms": step_ms(config, arguments.rounds), "table": rows}
+    figures = {name: first[name] for name in ("augment_launches", "augment_ms_per_step", "step_ms")}
+    return {**steady, **figures, "table": rows}
 
 
 def report(result: Result) -> str:
@@ -374,16 +327,19 @@ def report(result: Result) -> str:
                 f"{backend} | {count} | {first['us']:.1f} | {steady['us']:.2f} | {steady['batch_us']:.2f} | "
                 f"{steady['unlocked_us']:.1f} | {1e6 / max(steady['us'], 1e-3):,.0f} | {1e6 / max(both, 1e-3):,.0f}"
             )
-        steps.append(
-            f"{count} | {row['augment_launches']:,} | {row['augment_ms_per_step']:.2f} | {result['step_ms']:.2f}"
-        )
+        steps.append(f"{count} | {row['augment_launches']:,} | {row['augment_ms_per_step']:.2f} | {row['step_ms']:.2f}")
     head = (
         "loader | batch | us/image, first epoch | steady | a batch's labels and windows | outside the lock | "
         "images/s at most | with labels and windows"
     )
     title = "The interpreter's time per image, and per step of " + RECIPE
     lines = [title, told(result), "", *table(head, loaders), ""]
-    return "\n".join([*lines, *table("batch | launches of augmentation | its ms a step | ms of a step", steps)])
+    return "\n".join(
+        [
+            *lines,
+            *table("batch | launches of augmentation | its ms a step | ms of the rest", steps),
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
