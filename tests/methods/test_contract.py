@@ -35,7 +35,10 @@ from pss.training.trainer import Interrupted, Trainer
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
 CLASSES = ["a", "b", "c", "d"]
 EVERYTHING = "everything:Everything"
-TINY = ["model.embed_dim=24", "model.depth=4", "train.epochs=4", "train.batch_size=8", "optim.warmup_epochs=1"]
+TINY = [
+    "model.embed_dim=24", "model.depth=4", "train.epochs=4", "train.batch_size=8", "optim.warmup_epochs=1",
+    "data.prefetch_gb=0",
+]  # fmt: skip
 LOUD = [
     "model.drop_path_rate=0.2", "loss.mixup=0.8", "loss.cutmix=1.0", "optim.clip_grad=1.0", "train.ema_decay=0.9",
     "train.log_every_steps=1",
@@ -551,7 +554,7 @@ def whole(tmp_path_factory):
 
 def test_who_mixes_is_given_nothing_mixed_and_every_epoch_is_told(whole):
     _, run = whole
-    assert run.mixing is None
+    assert run.inputs._prepare._mixing is None
     assert run.method.targets.dtype == torch.int64
     assert run.method.began == [0, 5, 10, 15]
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -55,10 +56,7 @@ from pipelines.loaders import resize, torch_loader
 from pipelines.loaders.planned import PlannedLoader
 from pipelines.storage import unlocked
 from pipelines.storage.source import open_source
-from pss import recipes
 from tools.benchmarks.augment import RECIPES, interpreter_ms
-from tools.benchmarks.launches import count as count_launches
-from tools.benchmarks.launches import fake_run, host_milliseconds, uncompiled
 from tools.benchmarks.measure import Result, conclude, parser, table, told
 
 RECIPE = "deit-s-224"
@@ -236,11 +234,14 @@ def _epochs(loader: Any, account: Account, first: int, count: int) -> dict[str, 
 
 def steps_of(count: int, rounds: int) -> dict[str, float]:
     """What a step of `RECIPE` with a batch of so many images asks of a GPU and of the interpreter; see the module."""
-    config = uncompiled(recipes.get(RECIPE).with_settings([f"train.batch_size={count}", "optim.lr_batch=none"]))
-    with fake_run(config) as (gpu, run):
-        parts = count_launches(gpu, run, min(run.first_steps().values()))
-        num_heads = run.trainer.method.model.blocks[0].attn.num_heads
-    own = host_milliseconds(config, 4 * rounds, num_heads)
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--recipe", RECIPE, "--batch", str(count), "--set", "optim.lr_batch=none", "--rounds", str(4 * rounds)]
+        command = [sys.executable, "-m", "tools.benchmarks.launches", *words, "--json", f"{folder}/launches.json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise DataError(f"the launches of a step cannot be counted: {done.stderr.strip()[-500:]}")
+        result = json.loads(Path(folder, "launches.json").read_text(encoding="utf-8"))
+    parts, own = result["stages"][min(result["stages"])], result["host_ms"]
     return {
         "augment_launches": sum(parts[part]["launches"] for part in AUGMENTATION),
         "step_ms": sum(spent for part, spent in own.items() if part not in AUGMENTATION and not _of_model(part)),
@@ -287,7 +288,7 @@ def converted(folder: Path, samples: int) -> Path:
     words += ["--profile", "raw256"] if "ffcv" in formats else []
     done = subprocess.run([sys.executable, "-m", "cli.convert", *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise DataError(done.stderr.strip())
+        raise DataError(f"the photographs cannot be converted: {done.stderr.strip()[-500:]}")
     shutil.rmtree(folder / "images")
     return folder / "set"
 

@@ -16,7 +16,6 @@ left out; whatever else is small is computed, so that it is an upper bound.
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import tempfile
 import time
@@ -337,7 +336,6 @@ def host_milliseconds(config: Config, rounds: int, num_heads: int) -> dict[str, 
 
 def measured(arguments: argparse.Namespace) -> Result:
     """Counts by stage and part, and the host's time by part."""
-    logging.disable(logging.WARNING)
     settings = [f"train.batch_size={arguments.batch}", *arguments.set]
     config = uncompiled(recipes.get(arguments.recipe).with_settings(settings))
     with fake_run(config) as (gpu, run):

@@ -36,6 +36,9 @@ KINDS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 
 Make = Callable[..., DaliLoader]
 
+LOADERS = ("pss-DALI", "pss-read", "pss-decode", "pss-resize", "pss-check")
+"""Names of threads, which begin so."""
+
 
 class InGraphLoader(DaliLoader):
     """Works as on a GPU, without one."""
@@ -224,7 +227,7 @@ def test_a_damaged_image_in_a_tar_is_named_at_its_batch(
     assert [next(batches).index.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(DataError, match=r"00000006\.jpg has been damaged since" if check_bytes else r"00000006\.jpg"):
         next(batches)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pss-")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(LOADERS)]
 
 
 class Event:
@@ -287,4 +290,4 @@ def test_threads_end_with_the_loader(mixed: Path) -> None:
     loader = InGraphLoader(open_source(mixed / "set", "train"), config=CONFIG, batch_size=6, train=True, num_workers=2)
     assert len(list(loader)) == 3
     loader.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pss-")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(LOADERS)]
