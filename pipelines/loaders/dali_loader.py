@@ -259,11 +259,8 @@ class InGraph(DaliPipeline):
 
     def __init__(self, loader: DaliLoader, max_images: int, device: torch.device) -> None:
         self.device = device
-        device_id = None
-        if device.type == "cuda":
-            device_id = torch.cuda.current_device() if device.index is None else device.index
         self._reader = address_reader(dali_decodes)
-        super().__init__(loader, max_images, device_id)
+        super().__init__(loader, max_images, device.index)
 
     def _streams(self) -> list[Any]:
         return [torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []

@@ -172,13 +172,13 @@ class _Ahead(ABC, Generic[Item]):
         """How long readers have waited for items, in all, less what it took to make them where the reader does that."""
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._queue: _Queue[Item] = _Queue(capacity_bytes)
-        self._stop: Callable[[], object] = self._queue.stop
+        self._stop: Callable[[], object] = source.rest if isinstance(source, _Ahead) else self._queue.stop
         self._delivered = source.delivered_hash
         self._epoch = self._first_step = 0
         self._closed = False
 
     @abstractmethod
-    def _make(self, batch: Batch, epoch: int, step: int) -> Item:
+    def _make(self, epoch: int, batch: Batch, step: int) -> Item:
         """What is delivered of a batch."""
 
     @property
@@ -222,8 +222,8 @@ class _Ahead(ABC, Generic[Item]):
         self.rest()
         queue = self._queue = self._new_queue()
         # A daemon, so that a loader which hangs cannot keep the process from ending.
-        make = partial(_made, self._make, self._epoch)
-        arguments = (queue, self.source, iter(self.source), make, self._first_step, self._stream)
+        make, batches = partial(self._make, self._epoch), iter(self.source)
+        arguments = (queue, self.source, batches, make, self._first_step, self._stream)
         thread = threading.Thread(target=_fill, args=arguments, name=f"pss-{self._name}", daemon=True)
         thread.start()
         items = self._read(queue)
@@ -291,10 +291,6 @@ class _Ahead(ABC, Generic[Item]):
         self.source.close()
 
 
-def _made(make: Callable[[Batch, int, int], Item], epoch: int, batch: Batch, step: int) -> Item:
-    return make(batch, epoch, step)
-
-
 class Prefetcher(_Ahead[Batch]):
     """A `Loader` that keeps batches of another one ready, as they were decoded, wherever that was."""
 
@@ -316,7 +312,7 @@ class Prefetcher(_Ahead[Batch]):
         queue.reserved = self._reserved
         return queue
 
-    def _make(self, batch: Batch, epoch: int, step: int) -> Batch:
+    def _make(self, epoch: int, batch: Batch, step: int) -> Batch:
         return batch
 
 
@@ -356,7 +352,7 @@ class Inputs(_Ahead[Item]):
         if self.overlap and isinstance(source, Prefetcher):
             source.reserve(prefetch_bytes)  # until it is known how large prepared batches are
 
-    def _make(self, batch: Batch, epoch: int, step: int) -> Item:
+    def _make(self, epoch: int, batch: Batch, step: int) -> Item:
         item = self._prepare(batch.to(self.device), epoch, step)
         if self.overlap and isinstance(self.source, Prefetcher):
             self.source.reserve(2 * bytes_of(item))  # the one that waits, and the next
@@ -374,10 +370,4 @@ class Inputs(_Ahead[Item]):
             if batch is None:
                 return
             self._delivered = self.source.delivered_hash
-            yield self._make(batch, epoch, step)
-
-    def rest(self) -> None:
-        """See `Prefetcher`."""
-        super().rest()
-        if isinstance(self.source, _Ahead):
-            self.source.rest()
+            yield self._make(epoch, batch, step)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pss.config import Config
 from pss.planning.plan import Plan, plan
-from pss.planning.simulation import KEPT_UP, Simulated, simulate
+from pss.planning.simulation import KEPT_UP, Simulated, batches_in, simulate
 
 CORE_RATES = {
     "torch": 650.0,
@@ -129,8 +129,7 @@ def keeping_up(
     evened = [("as set", sample(planned)[0]), *_evened(config, planned)]
 
     def batches(gigabytes: float) -> int:
-        room = int(gigabytes * 1e9) * processes // (planned.batch_size * 3 * config.data.img_size**2)
-        return max(1, room - prepared)
+        return batches_in(int(gigabytes * 1e9), planned, processes, config.data.img_size, prepared)
 
     rows = []
     for feed in feeds:

@@ -89,8 +89,13 @@ def run_on(planned: Plan, machine: Machine, img_size: int) -> Simulated:
 
 def queue_batches(planned: Plan, machine: Machine, img_size: int) -> int:
     """Global batches that the queues of all processes hold together; at least one, as each queue does."""
-    room = machine.queue_bytes * machine.processes // (planned.batch_size * 3 * img_size**2)
-    return max(1, room - machine.prepared_batches)
+    return batches_in(machine.queue_bytes, planned, machine.processes, img_size, machine.prepared_batches)
+
+
+def batches_in(num_bytes: int, planned: Plan, processes: int, img_size: int, prepared: int) -> int:
+    """Decoded global batches in so much memory of each of `processes`, where augmented ones take the room of
+    `prepared`."""
+    return max(1, num_bytes * processes // (planned.batch_size * 3 * img_size**2) - prepared)
 
 
 def prepared_batches(device: str) -> int:
