@@ -34,6 +34,7 @@ from pipelines.storage.beton import RAW, damaged_frame, stored_path
 from pipelines.storage.ffcv_file import FFCV_VERSION, import_ffcv
 from pipelines.storage.reading import join
 from pipelines.storage.source import ConvertedTable
+from pipelines.storage.unlocked import crc32_at
 
 import_ffcv()
 import numba  # noqa: E402
@@ -94,41 +95,11 @@ class _PlannedCrops(SimpleRGBImageDecoder):  # type: ignore[misc]
         return _decoder(Compiler.num_threads > 1, self.crops)
 
 
-def _crc32_tables(count: int) -> NDArray[np.uint32]:
-    """What a byte does to a CRC-32 that is followed by 0, 1, ... further bytes; (count, 256), most of them first."""
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = np.where(table & 1, (table >> 1) ^ np.uint32(0xEDB88320), table >> 1)
-    tables = [table]
-    while len(tables) < count:
-        tables.append((tables[-1] >> 8) ^ table[tables[-1] & 0xFF])
-    return np.stack(tables[::-1])
-
-
-_TABLES = _crc32_tables(16)
-
-
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
-def crc32(data: Any) -> Any:
-    """`zlib.crc32` of a uint8 array in compiled code, 16 bytes at once (Kounavis and Berry, 2005)."""
-    crc, whole = np.uint32(0xFFFFFFFF), len(data) // 16 * 2
-    words = data[: 8 * whole].view(np.uint64)
-    for first in range(0, whole, 2):
-        word, crc = words[first] ^ np.uint64(crc), np.uint32(0)
-        for half in range(2):
-            if half:
-                word = words[first + 1]
-            for byte in range(8):
-                crc ^= _TABLES[8 * half + byte, np.uint8(word >> np.uint64(8 * byte))]
-    for byte in data[8 * whole :]:
-        crc = _TABLES[15, np.uint8(crc ^ byte)] ^ (crc >> np.uint32(8))
-    return np.uint32(~crc)
-
-
 @functools.cache
 def _decoder(parallel: bool, crops: int) -> Callable[..., Any]:
     """To be compiled, once for all loaders."""
     each = numba.prange if parallel else range
+    crc32 = crc32_at()
     decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
 
     def decode(batch: Any, memory: Any, plan: Any, storage: Any) -> Any:
@@ -145,7 +116,7 @@ def _decoder(parallel: bool, crops: int) -> Callable[..., Any]:
             encoded = storage[0][place["ptr"] : place["ptr"] + place["size"]]
             height, width = np.uint32(place["height"]), np.uint32(place["width"])
             outcome, address = _DONE, encoded.ctypes.data
-            if place["unchecked"] != 0 and crc32(encoded) != place["crc32"]:
+            if place["unchecked"] != 0 and crc32(0, address, place["size"]) != place["crc32"]:
                 outcome = _CHANGED
             elif place["mode"] != RAW:
                 pixels = scratch[get_thread_id()]

@@ -65,12 +65,19 @@ def knows_addresses() -> bool:
 
 
 @functools.cache
+def crc32_at() -> Any:
+    """zlib's crc32 for code that numba compiles: of a sum so far, an address and a length. `OSError` without zlib."""
+    crc32 = ctypes.CDLL("libz.so.1").crc32
+    # An address is as large as a pointer, and numba makes none of a number.
+    crc32.restype, crc32.argtypes = ctypes.c_ulong, (ctypes.c_ulong, ctypes.c_size_t, ctypes.c_uint)
+    return crc32
+
+
+@functools.cache
 def _compiled() -> tuple[Any, Any]:
     import numba
 
-    # An address is as large as a pointer, and numba makes none of a number.
-    crc32, madvise = ctypes.CDLL("libz.so.1").crc32, ctypes.CDLL(None).madvise
-    crc32.restype, crc32.argtypes = ctypes.c_ulong, (ctypes.c_ulong, ctypes.c_size_t, ctypes.c_uint)
+    crc32, madvise = crc32_at(), ctypes.CDLL(None).madvise
     madvise.restype, madvise.argtypes = ctypes.c_int, (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
     page, needed = mmap.PAGESIZE, mmap.MADV_WILLNEED
 

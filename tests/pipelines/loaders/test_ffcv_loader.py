@@ -24,14 +24,16 @@ from pipelines.base import Progressive
 from pipelines.loaders.geometry import crop_boxes, scale_boxes
 from pipelines.loaders.order import sample_numbers
 from pipelines.storage.beton import RAW
+from pipelines.storage.unlocked import crc32_at
 
 if reason := missing("ffcv"):
     pytest.skip(reason, allow_module_level=True)
 
+import numba
 from ffcv.libffcv import imdecode, resize_crop
 
 from pipelines.loaders import ffcv_loader
-from pipelines.loaders.ffcv_loader import FfcvLoader, crc32
+from pipelines.loaders.ffcv_loader import FfcvLoader
 
 CONFIG = DataConfig(img_size=48)
 
@@ -246,6 +248,8 @@ def test_a_batch_that_is_filled_slowly_is_waited_for(make: Make, monkeypatch: py
 
 
 def test_crc32_is_zlibs() -> None:
+    at = crc32_at()
+    crc32 = numba.njit(lambda piece: at(0, piece.ctypes.data, len(piece)))
     data = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)
     for start, size in [(start, size) for start in range(3) for size in [*range(50), 4096, 4997]]:
         piece = data[start : start + size]
