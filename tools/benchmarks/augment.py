@@ -34,12 +34,9 @@ from unittest import mock
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import auto_augment, mixup, random_erasing
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from pipelines import Batch, DataConfig
@@ -49,14 +46,12 @@ from pipelines.augment import (
     RandAugment,
     RandAugmentSpec,
     ThreeAugment,
-    erasing,
     operations,
-    policy,
 )
 from pipelines.augment import device as augment_device
 from pipelines.augment import mixing as augment_mixing
 from pipelines.augment.device import DeviceTransform
-from pipelines.augment.plan import num_launches
+from tools.benchmarks.fake_gpu import FakeGpu
 from tools.benchmarks.measure import Result, cells, conclude, in_turns, page, parser, spread, wait_for
 
 SPEC = "rand-m9-mstd0.5-inc1-n2"
@@ -199,24 +194,6 @@ def measured(arguments: argparse.Namespace) -> Result:
         return {"rounds": in_turns(cases, arguments.rounds)}
 
 
-class Launches(TorchDispatchMode):
-    """Counts operations that would launch something on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if name.startswith("pss.augment."):
-            self.count += num_launches(args[3])
-        elif name.startswith("pss.mix."):
-            self.count += 1 + (args[3] > 0)
-        elif not func.is_view and not name.startswith(("prim.", "aten.lift_fresh", "aten.empty", "aten.new_empty")):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 class NoDriver:
     """What Triton needs of a driver to compile for an H100; it launches nothing."""
 
@@ -245,31 +222,19 @@ class NoDriver:
 
 
 def launches(config: DataConfig, batch: int, kernels: bool, step: int = 1) -> dict[str, int]:
-    """Of a step by part: the copies of tables included, and what is allocated not."""
-    index, numbers = torch.arange(batch), np.arange(batch)
-    transform, mixing, found = DeviceTransform(config, seed=0, train=True), deit_mixing(), {}
-
-    def on_the_host(_: Tensor) -> NDArray[np.int64]:
-        return numbers
-
-    with ExitStack() as stack:
-        stack.enter_context(without_kernels(kernels))
-        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor))  # there is none to be had
-        for module in (augment_device, policy, erasing):  # torch would call the index fake, too
-            stack.enter_context(mock.patch.object(module, "host_index", on_the_host))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+    """Of a step by part: the copies of tables included, and what is allocated not; see `tools.benchmarks.fake_gpu`."""
+    transform, mixing = DeviceTransform(config, seed=0, train=True), deit_mixing()
+    with without_kernels(kernels), FakeGpu() as gpu:
         images = torch.empty((batch, 3, config.img_size, config.img_size), dtype=torch.uint8, device="cuda")
         labels = torch.empty(batch, dtype=torch.int64, device="cuda")
-        there = Batch(images, labels, index)
-        values = transform(there, 0)  # what is copied once is copied now
-        for part, work in {
-            "augmentation": lambda: transform(there, step),
-            "mixing": lambda: mixing(values, labels, step),
-        }.items():
-            with Launches() as counted:
-                work()
-            found[part] = counted.count
-    return found
+        there = Batch(images, labels, torch.arange(batch))
+        with gpu.apart():
+            values = transform(there, 0)  # what is copied once is copied now
+        with gpu.part("augmentation"):
+            transform(there, step)
+        with gpu.part("mixing"):
+            mixing(values, labels, step)
+    return {part: gpu.work[part].launches for part in ("augmentation", "mixing")}
 
 
 def interpreter_ms(config: DataConfig, batch: int, kernels: bool, steps: Iterator[int], num_steps: int) -> Result:

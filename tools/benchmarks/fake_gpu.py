@@ -281,7 +281,7 @@ def _launches(name: str, args: Sequence[Any]) -> int:
     if name == "pss::augment":
         return num_launches(args[3])
     if "_foreach_" not in name and "_fused_" not in name:
-        return 1 + (name == "pss::mix")  # images and targets
+        return 1 + (name == "pss::mix" and args[3] > 0)  # targets, and images where some are mixed
     given = [arg for arg in args if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor)]
     lists = [some for some in given if len(some) == len(given[0])]
     # The operation's result, where it is not written in place, is a list of its own.

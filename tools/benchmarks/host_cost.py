@@ -38,7 +38,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count as counting
 from pathlib import Path
@@ -87,9 +87,9 @@ class Account:
 
     def _look(self) -> None:
         for thread in threading.enumerate():
-            path = Path(f"/proc/self/task/{thread.native_id}/schedstat")
-            if path.exists():
-                self.now[thread] = int(path.read_text(encoding="utf-8").split()[0])
+            with suppress(OSError):  # it has ended meanwhile
+                spent = Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text(encoding="utf-8")
+                self.now[thread] = int(spent.split()[0])
 
     def microseconds(self, kind: str) -> float:
         """Since `begin`, in calls of that kind."""
