@@ -5,38 +5,28 @@ interpreter must be chosen before Triton is first imported, and torchvision impo
 run in a process of their own, which the last one starts.
 """
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import warm
+import triton_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_runs import DEVICE, INTERPRETED, needs_triton, not_within, printed_by, run_interpreted
 
 from pss.attention.attend import attend, attend_explicitly, attend_packed
 from pss.attention.relpos import num_table_rows, pair_rows, positions
 
-ROOT = Path(__file__).parents[2]
-ON_GPU = torch.cuda.is_available()
-INTERPRETED = not ON_GPU and os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if ON_GPU else "cpu"
-HAS_TRITON = find_spec("triton") is not None
 EXAMPLES = int(os.environ.get("PSS_KERNEL_EXAMPLES", "8"))
 """How many examples are drawn of what a test is for."""
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-runs_kernels = pytest.mark.skipif(
-    not (ON_GPU or INTERPRETED), reason="runs in the process that test_in_tritons_interpreter starts"
-)
+pytestmark = needs_triton
+runs_kernels = triton_runs.runs_kernels("test_in_tritons_interpreter")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -308,32 +298,11 @@ def test_kernels_compile_for_hopper(case: tuple[str, int, str], tmp_path: Path) 
     dtype = {"*bf16": torch.bfloat16, "*fp32": torch.float32}[name]
     outer, inner, options = _block_sizes(torch.empty(1, width, dtype=dtype))
     constants = {"WIDTH": width, "BLOCK_WIDTH": 1 << (width - 1).bit_length(), "PRECISION": precision}
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps([name, (outer, inner), options, constants])],
-        cwd=ROOT,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6
+    lines = printed_by(COMPILE, [name, (outer, inner), options, constants], tmp_path)
+    assert len(lines) == 6
 
 
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run in this process")
+@not_within
 @pytest.mark.parametrize("examples", ["1", pytest.param("8", marks=pytest.mark.exhaustive)])
 def test_in_tritons_interpreter(examples: str) -> None:
-    imported = "ignore::pytest.PytestAssertRewriteWarning"  # plugins are, before pytest could rewrite them
-    done = warm.run(
-        [sys.executable, "-m", "pytest", "-vv", "-W", imported, "-p", "no:cacheprovider", "-k", "not hopper", __file__],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PSS_KERNEL_EXAMPLES": examples},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " PASSED" in done.stdout
+    run_interpreted(__file__, examples, "-k", "not hopper")

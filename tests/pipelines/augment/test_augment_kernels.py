@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import warm
+import triton_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_runs import DEVICE, ON_GPU, needs_triton, not_within, printed_by, run_interpreted
 
 from pipelines import Batch, DataConfig
 from pipelines.augment import Mixing, MixingConfig, device, mixing
@@ -34,18 +32,11 @@ from pipelines.augment.operations import Op, apply
 from pipelines.augment.plan import make_plan, num_launches
 from pipelines.base import Interpolation
 
-ROOT = Path(__file__).parents[3]
-ON_GPU = torch.cuda.is_available()
-INTERPRETED = not ON_GPU and os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if ON_GPU else "cpu"
-HAS_TRITON = find_spec("triton") is not None
 EXAMPLES = int(os.environ.get("PSS_KERNEL_EXAMPLES", "5"))
 """How many examples are drawn of what a test is for."""
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-runs_kernels = pytest.mark.skipif(
-    not (ON_GPU or INTERPRETED), reason="runs in the process that test_augmentation_in_tritons_interpreter starts"
-)
+pytestmark = needs_triton
+runs_kernels = triton_runs.runs_kernels("test_augmentation_in_tritons_interpreter")
 
 FILL = (124, 116, 104)
 EXTREMES: dict[Op, tuple[float, ...]] = {
@@ -423,18 +414,7 @@ OTHERS = [
 @pytest.mark.parametrize("cases", [SOME, pytest.param(OTHERS, marks=pytest.mark.exhaustive)], ids=["some", "others"])
 def test_kernels_compile_for_hopper(cases: list[tuple[str, int, dict[str, Any]]], tmp_path: Path) -> None:
     """As far as machine code, which needs no GPU: nothing spills, many threads have room, nothing is rounded once."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps(cases)],
-        cwd=ROOT,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [json.loads(line) for line in printed_by(COMPILE, cases, tmp_path)]
     assert [name for name, _ in lines] == [name for name, *_ in cases]
     for (name, _, constants), (_, usage) in zip(cases, lines, strict=True):
         assert (usage["STACK"], usage["LOCAL"]) == (0, 0), (name, constants, usage)
@@ -443,21 +423,8 @@ def test_kernels_compile_for_hopper(cases: list[tuple[str, int, dict[str, Any]]]
         assert usage["fma"] == 0 or name == "mix_images", (name, constants, usage)
 
 
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run in this process")
+@not_within
 @pytest.mark.parametrize("examples", ["2", pytest.param("8", marks=pytest.mark.exhaustive)])
 def test_augmentation_in_tritons_interpreter(examples: str) -> None:
-    imported = "ignore::pytest.PytestAssertRewriteWarning"  # plugins are, before pytest could rewrite them
     some = ["-m", "not exhaustive"] if examples == "2" else []
-    names = "not hopper and not one_copy"
-    command = [sys.executable, "-m", "pytest", "-vv", "-W", imported, "-p", "no:cacheprovider", "--durations=5"]
-    done = warm.run(
-        [*command, *some, "-k", names, __file__],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PSS_KERNEL_EXAMPLES": examples},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " PASSED" in done.stdout
+    run_interpreted(__file__, examples, "--durations=5", *some, "-k", "not hopper and not one_copy")
