@@ -220,12 +220,11 @@ class OnCpu(DaliPipeline):
         except StopIteration:
             return
         except DataError as failure:
-            self._ahead.append(FilledBatch(np.zeros(0, np.int64), 1, side=0, pin_memory=False))
+            self._ahead.append(FilledBatch(np.zeros(0, np.int64), 1, self.loader.memory.images(0, 0)))
             self._ahead[-1].fail(failure)
             return
         loader, crops = self.loader, self.loader.crops_per_image
-        side = loader.side(self._epoch)
-        batch = FilledBatch(keys, len(decoded), side=side, pin_memory=loader.device.type == "cuda")
+        batch = FilledBatch(keys, len(decoded), loader.memory.images(len(keys), loader.side(self._epoch)))
         self._ahead.append(batch)
         # The tensors keep DALI's memory, which it does not use again while they live.
         pixels = [torch.utils.dlpack.from_dlpack(image).permute(2, 0, 1) for image in decoded]

@@ -29,6 +29,7 @@ from pipelines.base import DataError, choose_loader
 from pipelines.loaders.geometry import scale_boxes
 from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
+from pipelines.loaders.threads import PixelMemory
 from pipelines.loaders.waiting import LONG_SECONDS, Signs, WatchedThread, wait_for
 from pipelines.storage.beton import RAW, damaged_frame, stored_path
 from pipelines.storage.ffcv_file import FFCV_VERSION, import_ffcv
@@ -153,12 +154,10 @@ class _Batch:
         places: NDArray[Any] = self.plan["f0"]
         return places
 
-    def allocate(self, pin_memory: bool) -> None:
+    def allocate(self, memory: PixelMemory) -> None:
         """Make the tensor, and have the plan fill it."""
-        shape = (len(self.keys), self.side, self.side, 3)
-        stored = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
-        self.images = stored.permute(0, 3, 1, 2)
-        self.places["into"] = stored.data_ptr() + 3 * self.side**2 * np.arange(len(self.keys), dtype=np.uint64)
+        self.images = memory.images(len(self.keys), self.side)
+        self.places["into"] = self.images.data_ptr() + 3 * self.side**2 * np.arange(len(self.keys), dtype=np.uint64)
 
 
 class _Epoch(EpochIterator):  # type: ignore[misc]
@@ -169,9 +168,9 @@ class _Epoch(EpochIterator):  # type: ignore[misc]
 
     failure: BaseException | None = None
 
-    def __init__(self, loader: BetonLoader, num_batches: int, pin_memory: bool) -> None:
+    def __init__(self, loader: BetonLoader, num_batches: int, memory: PixelMemory) -> None:
         self.planned: SimpleQueue[_Batch | None] = SimpleQueue()
-        self._pin_memory = pin_memory
+        self._memory = memory
         self._filling: _Batch | None = None
         self._stopping = False
         super().__init__(loader, range(num_batches * loader.batch_size))  # of which FFCV makes one piece a batch
@@ -190,7 +189,7 @@ class _Epoch(EpochIterator):  # type: ignore[misc]
 
     def fill(self, batch: _Batch, slot: int = 0) -> None:
         """Run the decoder on `batch`."""
-        batch.allocate(self._pin_memory)
+        batch.allocate(self._memory)
         self._filling, self.metadata = batch, batch.plan
         if self._stopping:
             raise StopIteration
@@ -282,7 +281,7 @@ class FfcvLoader(PlannedLoader):
                 pipelines={"image": [_PlannedCrops(self.crops_per_image)], "index": None, "label": None},
                 batches_ahead=_BATCHES_AHEAD,
             )
-            epoch = _Epoch(loader, 0, pin_memory=False)
+            epoch = _Epoch(loader, 0, self.memory)
             join([epoch])
             epoch.fill(self._planned(0, np.zeros(0, dtype=np.int64)))
             epoch.close()
@@ -299,7 +298,7 @@ class FfcvLoader(PlannedLoader):
         self._stop()
         if not steps:
             return
-        running = self._running = _Epoch(self._beton, len(steps), self.device.type == "cuda")
+        running = self._running = _Epoch(self._beton, len(steps), self.memory)
         to_plan = iter(steps)
         wanted = self.batches_ahead + 2  # with the one that is being filled, and one for the thread to take next
         try:

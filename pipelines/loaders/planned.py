@@ -29,6 +29,7 @@ from pipelines.loaders.order import (
     train_batches,
     train_steps,
 )
+from pipelines.loaders.threads import PixelMemory
 from pipelines.loaders.waiting import Signs
 from pipelines.storage.maps import LabelMaps
 from pipelines.storage.source import Table
@@ -71,6 +72,7 @@ class PlannedLoader(ABC):
         self.table, self.config, self.train = table, config, train
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.device = with_index(device)
+        self.memory = PixelMemory(pin_memory=self.device.type == "cuda")
         self.num_workers = cores_of_this_rank() if num_workers is None else num_workers
         self.num_classes = len(table.classes)
         self.num_samples = table.num_samples
@@ -277,6 +279,7 @@ class PlannedLoader(ABC):
     def close(self) -> None:
         """Stop and join all threads and processes."""
         self._closed = True
+        self.memory.clear()
 
 
 def with_index(device: str | torch.device) -> torch.device:

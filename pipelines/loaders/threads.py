@@ -1,4 +1,4 @@
-"""Threads that fill batches image by image.
+"""Threads that fill batches image by image, and the memory of batches.
 
 Threads suffice for decoding and resizing, which release the interpreter's lock. They end with the process however it
 dies, start at once, and share the source's memory.
@@ -6,6 +6,7 @@ dies, start at once, and share the source's memory.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -22,15 +23,62 @@ from pipelines.storage.reading import join
 Task = Callable[[], None]
 
 
+class PixelMemory:
+    """Where a loader's batches lie: the memory of those that nobody holds any more is filled again.
+
+    The system takes longer to hand over fresh pages, and to take them back, than FFCV to fill them with raw pixels.
+    Pinned memory is torch's to use again, as it knows when copies from it are over.
+    """
+
+    def __init__(self, pin_memory: bool = False) -> None:
+        self._pin_memory = pin_memory
+        self._arrays: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+
+    def images(self, count: int, side: int) -> Tensor:
+        """Uninitialised images, uint8 (count, 3, side, side), channels last in memory like decoded ones."""
+        shape = (count, side, side, 3)
+        with torch.inference_mode(False):  # the caller's mode: threads outside it could not write into the batch
+            if self._pin_memory:
+                stored = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            else:
+                stored = torch.from_numpy(self._take(count * side * side * 3)).view(shape)
+            return stored.permute(0, 3, 1, 2)
+
+    def _take(self, num_bytes: int) -> NDArray[np.uint8]:
+        with self._lock:
+            references = _references(self._arrays)
+            for number in reversed(range(len(references))):
+                if references[number] > _UNUSED:
+                    continue
+                if len(self._arrays[number]) >= num_bytes:
+                    return self._arrays[number][:num_bytes]
+                del self._arrays[number]  # of smaller images, whose time has passed
+            self._arrays.append(np.empty(num_bytes, dtype=np.uint8))
+            return self._arrays[-1][:]
+
+    def clear(self) -> None:
+        """Keep nothing; batches that are held keep their own."""
+        with self._lock:
+            self._arrays.clear()
+
+
+def _references(arrays: list[NDArray[np.uint8]]) -> list[int]:
+    """How many there are to each, a batch's tensor and all its views holding one."""
+    return [sys.getrefcount(array) for array in arrays]
+
+
+_UNUSED = _references([np.empty(0, dtype=np.uint8)])[0]
+
+
 class FilledBatch:
     """A batch being filled, each image by whichever thread comes to it; `count` images are missing at first."""
 
-    def __init__(self, keys: NDArray[np.int64], count: int, *, side: int, pin_memory: bool) -> None:
-        self.keys = keys
-        with torch.inference_mode(False):  # the caller's mode: threads outside it could not write into the batch
-            stored = torch.empty((len(keys), side, side, 3), dtype=torch.uint8, pin_memory=pin_memory)
-            self.images: Tensor = stored.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory like decoded ones
-            self.rows = self.images[:, None].unbind()
+    def __init__(self, keys: NDArray[np.int64], count: int, images: Tensor) -> None:
+        """`images` are those to be filled, uint8 (B, 3, S, S)."""
+        self.keys, self.images = keys, images
+        with torch.inference_mode(False):
+            self.rows = images[:, None].unbind()
             """Views of `images`, each (1, 3, S, S): made for all at once, they cost least."""
         self._missing = count
         self._done = threading.Event()

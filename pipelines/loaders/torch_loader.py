@@ -65,10 +65,10 @@ def _decode_other(encoded: Bytes, name: str) -> Tensor:
 class DecodedStep(FilledBatch):
     """A batch being decoded."""
 
-    def __init__(self, epoch: int, keys: NDArray[np.int64], *, crops_per_image: int, **settings: Any) -> None:
+    def __init__(self, epoch: int, keys: NDArray[np.int64], images: Tensor, *, crops_per_image: int) -> None:
         self.epoch, self.crops_per_image = epoch, crops_per_image
         self.images_to_decode = sample_numbers(keys[::crops_per_image])
-        super().__init__(keys, len(self.images_to_decode), **settings)
+        super().__init__(keys, len(self.images_to_decode), images)
         self.encoded: list[Bytes] = []
         self.geometry: list[list[int]] = []  # per row the crop's box, or the resized size and the crop's corner
 
@@ -155,13 +155,8 @@ class TorchLoader(PlannedLoader):
         threads.submit(partial(step.attempt, open_and_decode, fills=0))
 
     def _step(self, epoch: int, keys: NDArray[np.int64]) -> DecodedStep:
-        return DecodedStep(
-            epoch,
-            keys,
-            crops_per_image=self.crops_per_image,
-            side=self.side(epoch),
-            pin_memory=self.device.type == "cuda",
-        )
+        images = self.memory.images(len(keys), self.side(epoch))
+        return DecodedStep(epoch, keys, images, crops_per_image=self.crops_per_image)
 
     def _rest(self, ended: bool) -> None:
         self.source.close()

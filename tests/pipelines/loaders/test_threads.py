@@ -11,11 +11,13 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 import warm
 from test_loaders import BACKENDS
 
 from pipelines import DataConfig, Loader, build
 from pipelines.loaders.prefetch import Prefetcher
+from pipelines.loaders.threads import PixelMemory
 from pipelines.loaders.waiting import WatchedThread
 
 ROOT = Path(__file__).parents[3]
@@ -172,3 +174,41 @@ def test_what_is_called_does_not_outlive_its_failure() -> None:
         assert kept() is None
     finally:
         gc.enable()
+
+
+def test_memory_is_filled_again_once_nobody_holds_any_of_it():
+    memory = PixelMemory()
+    first = memory.images(4, 8)
+    assert first.shape == (4, 3, 8, 8)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    place = first.data_ptr()
+    part, array = first[1:2], first.numpy()
+    others = [memory.images(4, 8)]
+    del first
+    others.append(memory.images(4, 8))
+    del part
+    others.append(memory.images(3, 8))
+    assert place not in {other.data_ptr() for other in others}
+    assert len({other.data_ptr() for other in others}) == 3
+    del array
+    smaller = memory.images(2, 8)
+    assert smaller.data_ptr() == place
+    del smaller, others
+    larger = memory.images(4, 9)  # takes the place of the smaller ones
+    assert len(memory._arrays) == 1
+    larger.fill_(7)
+    memory.clear()
+    assert (larger == 7).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_that_is_held_keeps_its_pixels(backend: str, converted_root: Path) -> None:
+    loader = build(converted_root, "train", train=True, config=DataConfig(img_size=32), batch_size=4, loader=backend)
+    held = [(batch.images[2:], batch.images[2:].clone()) for _ in range(2) for batch in loader]
+    used: set[int] = set()
+    for batch in loader:
+        used.add(batch.images.data_ptr())
+        del batch
+    loader.close()
+    assert all(torch.equal(part, copy) for part, copy in held)
+    assert len(used) < len(loader)  # memory that was given back is used again

@@ -17,7 +17,7 @@ from test_loaders import BACKENDS
 
 from pipelines import DataConfig, DataError, build
 from pipelines.loaders import waiting
-from pipelines.loaders.threads import FilledBatch, Threads
+from pipelines.loaders.threads import FilledBatch, PixelMemory, Threads
 from pipelines.loaders.waiting import Signs, WatchedThread, wait_for
 
 
@@ -120,7 +120,7 @@ def test_a_batch_whose_images_come_slowly_is_waited_for(clock: Clock) -> None:
     threads = Threads(1, "test")
     try:
         for arriving, ending in ((4, None), (3, "the threads wait for a disk, and no image was decoded for 30 s")):
-            batch = FilledBatch(np.arange(8), 4, side=2, pin_memory=False)
+            batch = FilledBatch(np.arange(8), 4, PixelMemory().images(8, 2))
             signs = Signs()
             begun, clock.events = clock.passed, []
             for image in range(1, arriving + 1):
