@@ -10,9 +10,14 @@ import torch
 
 
 def seed_generator(*key: int) -> None:
-    """Seed torch's global generator from `key`."""
+    """Seed torch's global generators, of the CPU and of this process's GPU, from `key`."""
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64).tolist()
-    torch.manual_seed(seed >> 1)
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.manual_seed(seed >> 1)
+        return
+    # torch would ask after every kind of device there might be, at each step.
+    torch.default_generator.manual_seed(seed >> 1)
+    torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed >> 1)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Nothing here reads a value from the device: whether a step counts is decided the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -64,10 +64,10 @@ class Guard:
         return bad.float(), measured
 
     @torch.no_grad()
-    def look(self, weights: Iterable[Tensor], step: int) -> None:
+    def look(self, weights: Sequence[Tensor], step: int) -> None:
         """Remember the first `step` after which `weights` are not finite, or too large to be squared; call it after
         every one."""
-        norm = whole(total_norm([part.detach() for part in weights]))
+        norm = whole(total_norm(weights))
         self._looked = self._looked or step
         self._sound.logical_and_(norm < math.inf)
         self._sound_steps += self._sound

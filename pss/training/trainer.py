@@ -210,7 +210,7 @@ class Trainer:
             for part in held.parameters:  # also what no optimizer has
                 part.grad = None
             self.step += 1
-            self.guard.look((part for part in held.parameters if part.requires_grad), self.step)
+            self.guard.look(held.trained, self.step)
             self._report_step(inputs.images, measured, waited, at, out)
             self._stop_or_save(stop)
         self._end_epoch(stop)

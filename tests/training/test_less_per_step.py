@@ -11,6 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from pss.runtime.seeds import seed_generator
 from pss.training.guard import Guard, skipping, update_average
 from pss.training.optim import AdamW
 from pss.training.tensors import Inventory, total_norm
@@ -50,7 +51,8 @@ def test_the_norm_is_torchs(dtypes: tuple[torch.dtype, ...], odd: float) -> None
     assert torch.equal(total_norm(parts).nan_to_num(7), nn.utils.get_total_norm(parts).nan_to_num(7))
 
 
-def test_the_optimizer_is_torchs() -> None:
+@pytest.mark.parametrize("idle", [False, True])
+def test_the_optimizer_is_torchs(idle: bool) -> None:
     ours, theirs = (nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     pairs = [(ours, AdamW), (theirs, torch.optim.AdamW)]
@@ -59,8 +61,9 @@ def test_the_optimizer_is_torchs() -> None:
         groups = [
             {"params": model[0].parameters(), "weight_decay": 0.1},
             {"params": model[1].parameters(), "lr": 0.02},
-            {"params": [nn.Parameter(torch.ones(2))]},  # never has a gradient
         ]
+        if idle:
+            groups.append({"params": [nn.Parameter(torch.ones(2))]})  # never has a gradient
         optimizers.append(kind(groups, lr=0.01, fused=True))
     for number, skip in enumerate((0, 0, 1, 0, 1, 1, 0)):
         x = torch.randn(3, 4)
@@ -69,6 +72,8 @@ def test_the_optimizer_is_torchs() -> None:
             model(x).square().sum().backward()
             if number == 3:
                 model[0].bias.grad = None
+            if number == 4:  # as a resumed run does
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             skipping(optimizer, torch.tensor(float(skip)))
             optimizer.step()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -77,6 +82,20 @@ def test_the_optimizer_is_torchs() -> None:
     for number, of_parameter in states[1].items():
         for key, value in of_parameter.items():
             assert torch.equal(states[0][number][key], value)
+
+
+def test_the_generators_of_cpu_and_own_gpu_are_seeded_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed_generator(3, 1, 4)
+    drawn, seed = torch.rand(3), torch.initial_seed()
+    gpus = torch.Generator(), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "default_generators", gpus)
+    before = gpus[0].initial_seed()
+    seed_generator(3, 1, 4)
+    assert torch.equal(torch.rand(3), drawn)
+    assert gpus[1].initial_seed() == seed
+    assert gpus[0].initial_seed() == before
 
 
 @pytest.mark.parametrize("skip", [0.0, 1.0])
