@@ -87,9 +87,10 @@ def select_at_random(
     """What `select` returns for the random sort, which needs no tokens: (num_images, num_kept_patches)."""
     draw = _draw.get()
     scores = draw(num_images, num_patches) if draw is not None and generator is None else None
-    if scores is None:
-        scores = torch.rand(num_images, num_patches, generator=generator, device=device)
-    return _highest(scores.to(device), num_kept_patches)
+    if scores is not None:
+        return _highest(scores.to(device), num_kept_patches, never_negative=False)
+    scores = torch.rand(num_images, num_patches, generator=generator, device=device)
+    return _highest(scores, num_kept_patches)
 
 
 @contextmanager
@@ -103,13 +104,20 @@ def drawing(draw: Draw) -> Iterator[None]:
         _draw.reset(before)
 
 
-def _highest(scores: Tensor, num_kept_patches: int) -> Tensor:
+def _highest(scores: Tensor, num_kept_patches: int, *, never_negative: bool = True) -> Tensor:
     """The indices of the highest scores of each row, ascending; the lower index wins a tie."""
-    if not 1 <= num_kept_patches <= scores.shape[1]:
-        raise ValueError(f"cannot keep {num_kept_patches} of {scores.shape[1]} patches; keep one at least, and no more")
-    # topk is faster, but which of two equal scores it takes depends on the device.
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    kept: Tensor = order[:, :num_kept_patches].sort(dim=1).values
+    num_patches = scores.shape[1]
+    if not 1 <= num_kept_patches <= num_patches:
+        raise ValueError(f"cannot keep {num_kept_patches} of {num_patches} patches; keep one at least, and no more")
+    if never_negative and scores.dtype == torch.float32 and not torch.compiler.is_exporting():
+        # Which of two equal scores topk takes depends on the device. So no two are: their bits, which as whole numbers
+        # are in the same order, come before the index. It takes a third to a half of the sort's time.
+        before = torch.arange(num_patches - 1, -1, -1, device=scores.device)
+        ranks = torch.add(before, scores.view(torch.int32), alpha=num_patches)  # int64
+        order = ranks.topk(num_kept_patches, dim=1, sorted=False).indices
+    else:
+        order = scores.sort(dim=1, descending=True, stable=True).indices[:, :num_kept_patches]
+    kept: Tensor = order.sort(dim=1).values
     return kept
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pss.models import sampling
 from pss.models.sampling import gather, num_kept_tokens, select, spread, step_generator
 
 
@@ -162,3 +163,13 @@ def test_a_coarse_grid_is_spread_evenly(data: st.DataObject) -> None:
         assert (int(lines[0]), int(lines[-1])) == ((0, side - 1) if len(lines) > 1 else (side // 2, side // 2))
     assert torch.equal(places, (rows[:, :1] * fine[1] + columns[:1]).flatten())
     assert spread(fine, fine).tolist() == list(range(fine[0] * fine[1])) or 1 in fine
+
+
+@given(st.data())
+def test_the_choice_is_that_of_a_stable_sort(data: st.DataObject) -> None:
+    few = [0.0, 1e-45, 1e-38, 1.0, 1.0000001, 3.5, 3e38, float("inf"), float("nan")]  # ties are likely
+    rows, columns = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
+    flat = data.draw(st.lists(st.sampled_from(few), min_size=rows * columns, max_size=rows * columns))
+    scores, count = torch.tensor(flat).view(rows, columns), data.draw(st.integers(1, columns))
+    ours, sorts = (sampling._highest(scores, count, never_negative=fast) for fast in (True, False))
+    assert torch.equal(ours, sorts)
