@@ -5,6 +5,7 @@ interpreter must be chosen before Triton is first imported, and torchvision impo
 run in a process of their own, which the last one starts.
 """
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,16 @@ import triton_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_runs import DEVICE, INTERPRETED, needs_triton, not_within, printed_by, run_interpreted
+from triton_runs import (
+    DEVICE,
+    INTERPRETED,
+    RESOURCES,
+    assert_as_in_table,
+    needs_triton,
+    not_within,
+    printed_by,
+    run_interpreted,
+)
 
 from pss.attention.attend import attend, attend_explicitly, attend_packed
 from pss.attention.relpos import num_table_rows, pair_rows, positions
@@ -257,8 +267,10 @@ def test_a_block_compiles_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-COMPILE = """
-import json, re, subprocess, sys, tempfile, triton
+COMPILE = (
+    RESOURCES
+    + """
+import json, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pss.attention import kernels as kernels
@@ -283,15 +295,16 @@ for name, (queries, keys) in sizes.items():
     source = ASTSource(kernel, signature, {argument: constants[argument] for argument in signature
                                            if argument in constants})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    print(name, len(compiled.asm["cubin"]))
+    print(json.dumps([name, resources(compiled)]))
 """
+)
 
 
 @pytest.mark.parametrize(
     "case", [("*bf16", 64, "ieee"), pytest.param(("*fp32", 96, "ieee"), marks=pytest.mark.exhaustive)]
 )
 def test_kernels_compile_for_hopper(case: tuple[str, int, str], tmp_path: Path) -> None:
-    """As far as machine code, which needs no GPU."""
+    """As far as machine code, which needs no GPU; what it takes is in a table."""
     from pss.attention.fused import _block_sizes
 
     name, width, precision = case
@@ -299,7 +312,9 @@ def test_kernels_compile_for_hopper(case: tuple[str, int, str], tmp_path: Path) 
     outer, inner, options = _block_sizes(torch.empty(1, width, dtype=dtype))
     constants = {"WIDTH": width, "BLOCK_WIDTH": 1 << (width - 1).bit_length(), "PRECISION": precision}
     lines = printed_by(COMPILE, [name, (outer, inner), options, constants], tmp_path)
-    assert len(lines) == 6
+    found = dict(json.loads(line) for line in lines)
+    assert len(found) == 6
+    assert_as_in_table(Path(__file__).with_name("hopper.json"), f"{name[1:]}, {width} wide", found)
 
 
 @not_within

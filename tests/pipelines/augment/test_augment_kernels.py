@@ -23,7 +23,7 @@ import triton_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_runs import DEVICE, ON_GPU, needs_triton, not_within, printed_by, run_interpreted
+from triton_runs import DEVICE, ON_GPU, RESOURCES, needs_triton, not_within, printed_by, run_interpreted
 
 from pipelines import Batch, DataConfig
 from pipelines.augment import Mixing, MixingConfig, device, mixing
@@ -357,10 +357,10 @@ def test_a_batch_is_one_copy_and_one_operation() -> None:
     assert seen.names == ["aten._to_copy.default", "pss.augment.default", "aten._to_copy.default", "pss.mix.default"]
 
 
-COMPILE = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-import triton
+COMPILE = (
+    RESOURCES
+    + """
+import json, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pipelines.augment import fused, kernels, mixing_kernels
@@ -378,15 +378,10 @@ for name, warps, constants in json.loads(sys.argv[1]):
     source = ASTSource(kernel, signature, constants)
     options = {"num_warps": warps} | fused.EXACT
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    numbers = {key: int(value) for key, value in re.findall("(REG|STACK|LOCAL):([0-9]+)", usage.stdout)}
-    numbers |= {"shared": compiled.metadata.shared, "fma": len(re.findall("fma[.]", compiled.asm["ptx"]))}
+    numbers = resources(compiled) | {"fma": len(re.findall("fma[.]", compiled.asm["ptx"]))}
     print(json.dumps([name, numbers]))
 """
+)
 
 
 def _layer(bicubic: bool, gathered: bool, last: bool) -> tuple[str, int, dict[str, Any]]:
@@ -417,8 +412,8 @@ def test_kernels_compile_for_hopper(cases: list[tuple[str, int, dict[str, Any]]]
     lines = [json.loads(line) for line in printed_by(COMPILE, cases, tmp_path)]
     assert [name for name, _ in lines] == [name for name, *_ in cases]
     for (name, _, constants), (_, usage) in zip(cases, lines, strict=True):
-        assert (usage["STACK"], usage["LOCAL"]) == (0, 0), (name, constants, usage)
-        assert usage["REG"] <= (96 if constants.get("GATHERED") else 64), (name, constants, usage)
+        assert usage["spilled"] == 0, (name, constants, usage)
+        assert usage["registers"] <= (96 if constants.get("GATHERED") else 64), (name, constants, usage)
         assert usage["shared"] <= 4096, (name, usage)
         assert usage["fma"] == 0 or name == "mix_images", (name, constants, usage)
 
