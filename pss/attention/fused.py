@@ -71,6 +71,7 @@ def _backward(
     kernels.attend_backward_queries[(triton.cdiv(num_tokens, outer) * num_images * num_heads,)](
         out=out, BLOCK_QUERIES=outer, BLOCK_KEYS=inner, **operands, **options
     )
+    outer, inner, options = _block_sizes(qkv, of_keys=True)
     reduction = TableReduction(table, num_images, num_tokens, outer)
     kernels.attend_backward_keys[(reduction.num_programs,)](
         histograms=reduction.histograms,
@@ -108,18 +109,20 @@ def _operands(qkv: Tensor, table: Tensor, positions: Tensor) -> dict[str, Any]:
     }
 
 
-def _block_sizes(qkv: Tensor) -> tuple[int, int, dict[str, Any]]:
+def _block_sizes(qkv: Tensor, of_keys: bool = False) -> tuple[int, int, dict[str, Any]]:
     """Tokens of the block that a program keeps, of those it runs through, and launch options.
+
+    `of_keys`: for the gradient of the keys and values, which keeps two blocks of sums, and so takes more threads.
 
     Chosen for Hopper's tensor cores, which take 64 lines at a time, such that nothing spills out of the registers.
     The inner size differs from the head width for the sake of layouts: of memory accesses of equal shape, Triton gives
     all the one that suits the widest, and lookups in the table are best spread one by one over adjacent threads.
     """
+    wide = qkv.shape[-1] > 64
+    options = FUSE | {"num_warps": 8 if of_keys or wide else 4, "num_stages": 2}
     if qkv.dtype == torch.float32:
-        return 32, 16, FUSE | {"num_warps": 4, "num_stages": 2}
-    if qkv.shape[-1] <= 64:
-        return 64, 32, FUSE | {"num_warps": 4, "num_stages": 2}
-    return 64, 16, FUSE | {"num_warps": 8, "num_stages": 2}
+        return 32, 16, options | {"num_warps": 8 if of_keys else 4}
+    return (32 if of_keys else 64, 16, options) if wide else (64, 32, options)
 
 
 @fused_attention.register_fake

@@ -275,19 +275,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pss.attention import kernels as kernels
 
-dtype, blocks, options, constants = json.loads(sys.argv[1])
+dtype, blocks, of_keys, constants = json.loads(sys.argv[1])
 pointers = dict.fromkeys(("spread", "lse", "delta", "histograms", "partial", "table"), "*fp32")
 pointers |= {"positions": "*i64"} | dict.fromkeys(("qkv", "out", "grad_out", "grad_qkv", "bias", "grad_bias"), dtype)
-outer, inner = blocks
+outer, inner, options = blocks
 sizes = {
-    "attend_forward": (outer, inner),
-    "attend_backward_queries": (outer, inner),
-    "attend_backward_keys": (inner, outer),
-    "spread_table": (0, 0),
-    "write_bias": (32, 64),
-    "reduce_bias": (32, 64),
+    "attend_forward": (outer, inner, options),
+    "attend_backward_queries": (outer, inner, options),
+    "attend_backward_keys": (of_keys[1], of_keys[0], of_keys[2]),
+    "spread_table": (0, 0, options),
+    "write_bias": (32, 64, options),
+    "reduce_bias": (32, 64, options),
 }
-for name, (queries, keys) in sizes.items():
+for name, (queries, keys, options) in sizes.items():
     kernel = getattr(kernels, name)
     constants |= {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "BLOCK_ENTRIES": 64, "BLOCK": 256}
     kinds = pointers | {"factor": "fp32", "scale": "fp32"} | dict.fromkeys(constants, "constexpr")
@@ -301,7 +301,12 @@ for name, (queries, keys) in sizes.items():
 
 
 @pytest.mark.parametrize(
-    "case", [("*bf16", 64, "ieee"), pytest.param(("*fp32", 96, "ieee"), marks=pytest.mark.exhaustive)]
+    "case",
+    [
+        ("*bf16", 64, "ieee"),
+        pytest.param(("*bf16", 96, "ieee"), marks=pytest.mark.exhaustive),
+        pytest.param(("*fp32", 96, "ieee"), marks=pytest.mark.exhaustive),
+    ],
 )
 def test_kernels_compile_for_hopper(case: tuple[str, int, str], tmp_path: Path) -> None:
     """As far as machine code, which needs no GPU; what it takes is in a table."""
@@ -309,11 +314,12 @@ def test_kernels_compile_for_hopper(case: tuple[str, int, str], tmp_path: Path) 
 
     name, width, precision = case
     dtype = {"*bf16": torch.bfloat16, "*fp32": torch.float32}[name]
-    outer, inner, options = _block_sizes(torch.empty(1, width, dtype=dtype))
+    blocks, of_keys = (_block_sizes(torch.empty(1, width, dtype=dtype), of_keys) for of_keys in (False, True))
     constants = {"WIDTH": width, "BLOCK_WIDTH": 1 << (width - 1).bit_length(), "PRECISION": precision}
-    lines = printed_by(COMPILE, [name, (outer, inner), options, constants], tmp_path)
+    lines = printed_by(COMPILE, [name, blocks, of_keys, constants], tmp_path)
     found = dict(json.loads(line) for line in lines)
     assert len(found) == 6
+    assert not any(took["spilled"] for took in found.values())
     assert_as_in_table(Path(__file__).with_name("hopper.json"), f"{name[1:]}, {width} wide", found)
 
 
