@@ -38,7 +38,8 @@ class Method(nn.Module):
     sections: ClassVar[tuple[type[MethodSection], ...]] = ()
     """Settings of its own, each reachable as `--set SECTION.KEY=VALUE`; read with `config.section_of(TYPE)`."""
     compiles: ClassVar[bool] = True
-    """Whether its model is called as a whole, with few token counts that all blocks share: then it may be compiled."""
+    """Whether what it does in a training step goes through `model.compute` with few shapes, as calling the model as a
+    whole does: one for each stage, and one for validation. Then it may be compiled."""
     shards: ClassVar[bool] = True
     """Whether it can be trained with `train.parallel=fsdp`."""
     costs_vary: ClassVar[bool] = False

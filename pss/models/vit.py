@@ -6,6 +6,7 @@ bias. The public pieces (`see`, which is `embed` and `sample`, `trunk`, which is
 backbone that is not timm's plain ViT is a subclass that replaces some of them, and says what they cost.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +20,7 @@ from pss.attention.attend import RelPos
 from pss.attention.relpos import Grid
 from pss.models import sampling
 from pss.models.block import Block
-from pss.models.compiled import CompiledTrunk
+from pss.models.compiled import Graphs
 from pss.models.sampling import Sort, TokenCounts
 from pss.models.settings import WithSettings
 from pss.models.stem import embed_some
@@ -71,8 +72,7 @@ class VisionTransformer(WithSettings):
         self.pos_embed: nn.Parameter | None = plain.pos_embed
         self.pos_drop: nn.Dropout = plain.pos_drop
         self.norm_pre: nn.Module = plain.norm_pre
-        blocks = [Block(block) for block in plain.blocks]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(blocks := [Block(block) for block in plain.blocks])
         self.norm: nn.Module = plain.norm
         self.fc_norm: nn.Module = plain.fc_norm
         self.head_drop: nn.Module = plain.head_drop
@@ -84,15 +84,14 @@ class VisionTransformer(WithSettings):
                 block.attn.drop_key_bias()
             if rel_pos != "none":
                 block.attn.add_positions(rel_pos, self.grid_size)
-        self.compiled_trunk: CompiledTrunk | None = None
-        """Computes `trunk` in its place if it is set."""
+        self.graphs: Graphs | None = None  # where `compute` has it compiled, if it does
         self.checkpoint_activations = False
         """Have each block computed once more in the backward pass, which then needs only what entered it."""
         # Angles as in timm's own ViTs with axial rotary embedding.
         self.rope: RotaryEmbeddingCat | None = None
         if rel_pos == "rope":
-            width = blocks[0].attn.head_dim
-            self.rope = RotaryEmbeddingCat(width, temperature=100.0, in_pixels=False, feat_shape=list(self.grid_size))
+            grid, width = list(self.grid_size), blocks[0].attn.head_dim
+            self.rope = RotaryEmbeddingCat(width, temperature=100.0, in_pixels=False, feat_shape=grid)
 
     @property
     def num_patches(self) -> int:
@@ -182,9 +181,13 @@ class VisionTransformer(WithSettings):
             ValueError: wrong image size, rho or sort.
         """
         tokens, kept = self.see(images, rho, sort, generator, low_resolution)
-        if self.compiled_trunk is None or torch.compiler.is_compiling():
-            return self.readout(self.trunk(tokens, kept))
-        return self.readout(self.compiled_trunk(self, tokens, kept))
+        return self.readout(self.compute(self.trunk, tokens, kept))
+
+    def compute(self, part: Callable[..., Any], tokens: Tensor, *others: Tensor | None) -> Any:
+        """`part(tokens, *others)`, compiled where the run compiles; see `Graphs`."""
+        if self.graphs is None or torch.compiler.is_compiling():
+            return part(tokens, *others)
+        return self.graphs(part, tokens, *others)
 
     def see(
         self,
@@ -211,9 +214,8 @@ class VisionTransformer(WithSettings):
         if whole or not random or dropout or not self.embeds_apart:
             tokens, kept = self._sample(self.embed(images, places=places), num_kept, sort, generator)
         else:
-            kept = sampling.select_at_random(
-                len(images), num_patches, num_kept - self.num_prefix_tokens, generator, images.device
-            )
+            count = num_kept - self.num_prefix_tokens
+            kept = sampling.select_at_random(len(images), num_patches, count, generator, images.device)
             tokens = self.embed(images, kept, places)
         if places is None:
             return tokens, kept
@@ -247,14 +249,13 @@ class VisionTransformer(WithSettings):
 
     def embed_patches(self, images: Tensor, kept: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """The stem: images to patches (B, patches, D), with nothing of where they are; arguments as of `embed`."""
-        x: Tensor
         if kept is not None:
-            grid = self.grid_of((images.shape[-2], images.shape[-1]))
-            x = embed_some(self.patch_embed, images, kept, grid)
-        elif places is not None:  # timm's module would refuse the size
-            x = self.patch_embed.norm(self.patch_embed.proj(images).flatten(2).transpose(1, 2))
-        else:
+            return embed_some(self.patch_embed, images, kept, self.grid_of((images.shape[-2], images.shape[-1])))
+        x: Tensor
+        if places is None:
             x = self.patch_embed(images)
+        else:  # timm's module would refuse the size
+            x = self.patch_embed.norm(self.patch_embed.proj(images).flatten(2).transpose(1, 2))
         return x
 
     def place(self, x: Tensor, kept: Tensor | None = None, places: Tensor | None = None) -> Tensor:

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.augment import Mixing, MixingConfig
 from pss.attention.attend import gets_masks_right
 from pss.config import CompileConfig, Config
-from pss.methods import Method, Progress, Stage
-from pss.models.compiled import CompiledTrunk
+from pss.methods import Method, Progress, Stage, mean_tokens
+from pss.models.compiled import Graphs
 from pss.runtime.processes import World
 
 
@@ -77,7 +77,7 @@ def check_phases(method: Method) -> None:
 
 
 def compile_levels(method: Method, settings: CompileConfig, device: torch.device, total_steps: int) -> bool:
-    """Have the method's model compile its blocks for every token count of the run; says whether it will.
+    """Have the method's model compile what it computes of every stage of the run; says whether it will.
 
     Raises:
         ValueError: training and validation together have more token counts than `settings` allow.
@@ -88,7 +88,7 @@ def compile_levels(method: Method, settings: CompileConfig, device: torch.device
     if not method.compiles:
         if settings.mode == "on":
             raise ValueError(
-                f"compile.mode is on, and method {method.name} has no trunk of constant shapes; set compile.mode=auto"
+                f"compile.mode is on, and method {method.name} has no part of constant shapes; set compile.mode=auto"
             )
         return False
     if settings.cuda_graphs and device.type != "cuda":
@@ -96,20 +96,16 @@ def compile_levels(method: Method, settings: CompileConfig, device: torch.device
     model, full_size = method.model, method.config.data.img_size
     graphs = set()
     for stage, size in stages_of(method, total_steps):
-        counted = set(method.training_tokens(stage, size))
-        assert len(counted) == 1, f"{method.name} is compiled and its blocks see {sorted(counted)} tokens"
-        (count,) = counted
-        # All patches of small images lie at the same places, others at each image's own; see `CompiledTrunk`.
-        graphs.add((count, count == model.num_kept_tokens(1.0, size) and size < full_size))
-    counts = sorted(count for count, _ in graphs)
-    if len(counts) + 1 > settings.max_graphs:
+        counts = method.training_tokens(stage, size)
+        # All patches of small images lie at the same places, others at each image's own; see `Graphs`.
+        graphs.add((counts, max(counts) == model.num_kept_tokens(1.0, size) and size < full_size))
+    told = [str(mean_tokens(counts)) for counts, _ in sorted(graphs)]
+    if len(told) + 1 > settings.max_graphs:
         raise ValueError(
-            f"this run trains at {len(counts)} token counts ({', '.join(map(str, counts))}) and validates at one, and "
-            f"compile.max_graphs is {settings.max_graphs}; raise it to {len(counts) + 1}, or set compile.mode=off"
+            f"this run trains at {len(told)} token counts ({', '.join(told)}) and validates at one, and "
+            f"compile.max_graphs is {settings.max_graphs}; raise it to {len(told) + 1}, or set compile.mode=off"
         )
-    model.compiled_trunk = CompiledTrunk(
-        max_graphs=settings.max_graphs, backend=settings.backend, cuda_graphs=settings.cuda_graphs
-    )
+    model.graphs = Graphs(max_graphs=settings.max_graphs, backend=settings.backend, cuda_graphs=settings.cuda_graphs)
     return True
 
 

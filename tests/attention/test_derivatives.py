@@ -14,7 +14,7 @@ from torch.autograd.forward_ad import dual_level, make_dual
 from pss.attention import relpos
 from pss.attention.attend import attend_packed
 from pss.attention.materialised import materialised_attention
-from pss.models.compiled import CompiledTrunk
+from pss.models.compiled import Graphs
 from pss.models.create import create_model
 from pss.models.vit import VisionTransformer
 
@@ -132,6 +132,6 @@ def test_no_images_give_no_logits_as_timms(name: str, rel_pos: str) -> None:
 
 def test_no_images_need_no_compiled_graph() -> None:
     model = tiny("bias")
-    model.compiled_trunk = CompiledTrunk(backend="eager")
+    model.graphs = Graphs(backend="eager")
     assert model(torch.zeros(0, 3, 32, 32, dtype=torch.float64), 0.5).shape == (0, 5)
-    assert model.compiled_trunk.num_graphs == 0
+    assert model.graphs.num_graphs == 0

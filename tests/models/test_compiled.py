@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from pss.models.compiled import CompiledTrunk
+from pss.models.compiled import Graphs
 from pss.models.vit import VisionTransformer
 
 RHOS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -25,7 +25,7 @@ def compiled(max_graphs: int = 8, **options: Any) -> tuple[VisionTransformer, Vi
     model = tiny(spread=0.2, depth=1, **options)
     plain = copy.deepcopy(model)
     counter = CompileCounterWithBackend("aot_eager")
-    model.compiled_trunk = CompiledTrunk(max_graphs=max_graphs, backend=counter)
+    model.graphs = Graphs(max_graphs=max_graphs, backend=counter)
     return model, plain, counter
 
 
@@ -98,7 +98,7 @@ def test_a_short_last_batch_takes_no_graph(rel_pos: str) -> None:
             torch.testing.assert_close(model(x[:count], rho), plain(x[:count], rho), rtol=0, atol=1e-5)
     assert counter.frame_count == 2
     model(images(6), 0.4)
-    assert counter.frame_count == model.compiled_trunk.num_graphs == 3  # type: ignore[union-attr]
+    assert counter.frame_count == model.graphs.num_graphs == 3  # type: ignore[union-attr]
 
 
 def test_a_copy_computes_with_its_own_weights() -> None:
@@ -109,7 +109,7 @@ def test_a_copy_computes_with_its_own_weights() -> None:
             other.norm.bias += 1
             other.head.weight += 1
         assert not torch.allclose(other(images(), 0.4), before)
-        assert other.compiled_trunk.num_graphs == 1
+        assert other.graphs.num_graphs == 1
     assert torch.equal(model(images(), 0.4), before)
     assert counter.frame_count == 1
 
@@ -117,7 +117,7 @@ def test_a_copy_computes_with_its_own_weights() -> None:
 def plainly(model: VisionTransformer) -> VisionTransformer:
     """A copy whose backend can be pickled."""
     other = copy.deepcopy(model)
-    other.compiled_trunk = CompiledTrunk(backend="aot_eager")
+    other.graphs = Graphs(backend="aot_eager")
     return other
 
 
@@ -127,9 +127,9 @@ def test_gradients_accumulate_and_activations_may_be_recomputed() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     once = gradients(model, 0.4)
     model.zero_grad()
-    assert model.compiled_trunk is not None
+    assert model.graphs is not None
     tokens, kept = model.sample(model.embed(images(4)), 0.4)
-    tokens = checkpoint(model.compiled_trunk, model, tokens, kept, use_reentrant=False)
+    tokens = checkpoint(model.compute, model.trunk, tokens, kept, use_reentrant=False)
     model.readout(tokens).square().sum().backward()
     for parameter, gradient in zip(model.parameters(), once, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
@@ -150,8 +150,8 @@ def test_inside_ddp_nothing_changes(tmp_path: Path) -> None:
                     torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-4)
     finally:
         torch.distributed.destroy_process_group()
-    assert model.compiled_trunk is not None
-    assert model.compiled_trunk.num_graphs == 2
+    assert model.graphs is not None
+    assert model.graphs.num_graphs == 2
 
 
 def test_autocast_is_part_of_a_level() -> None:
@@ -169,7 +169,7 @@ def test_autocast_is_part_of_a_level() -> None:
 def test_generated_code_and_cuda_graphs_agree_with_the_plain_model(rel_pos: str, cuda_graphs: bool) -> None:
     model = tiny(spread=0.2, depth=1, rel_pos=rel_pos).cuda()
     plain = copy.deepcopy(model)
-    model.compiled_trunk = CompiledTrunk(cuda_graphs=cuda_graphs)
+    model.graphs = Graphs(cuda_graphs=cuda_graphs)
     x = images(8).cuda()
     for _ in range(4):  # a graph is recorded at the second or third call
         for rho in (0.4, 1.0):
@@ -184,4 +184,4 @@ def test_generated_code_and_cuda_graphs_agree_with_the_plain_model(rel_pos: str,
                 assert (ours - theirs).norm() <= 0.03 * theirs.norm() + 1e-3
         with torch.inference_mode():
             torch.testing.assert_close(model.eval()(x[:5]), plain.eval()(x[:5]), rtol=1e-2, atol=1e-2)
-    assert model.compiled_trunk.num_graphs == 3
+    assert model.graphs.num_graphs == 3

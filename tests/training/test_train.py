@@ -335,8 +335,8 @@ def test_a_compiled_run_has_a_graph_per_level_and_resumes_bit_identical(tmp_path
     straight.fit()
     assert straight.compiled
     # Two levels and validation, which is all that the average is used for.
-    assert straight.method.model.compiled_trunk.num_graphs == 3
-    assert straight.ema.module.model.compiled_trunk.num_graphs == 1
+    assert straight.method.model.graphs.num_graphs == 3
+    assert straight.ema.module.model.graphs.num_graphs == 1
     trainer(tmp_path / "resumed", *settings, "train.max_steps=4").fit()
     resumed = trainer(tmp_path / "resumed", *settings)
     resumed.fit()
