@@ -237,16 +237,18 @@ def _figures(raw: dict[str, Any]) -> dict[str, Any]:
         found["us_per_image"] = rates
     if isinstance(raw.get("augment_ms_per_step"), float | int):
         found["augment_ms"] = float(raw["augment_ms_per_step"])
-    # The `step_ms` beside it is of a whole model that is not compiled.
+    if isinstance(raw.get("step_ms"), float | int):
+        found["step_ms"] = float(raw["step_ms"])
     if isinstance(stages := raw.get("stages"), dict) and stages and "settings" in raw:
         found |= _counts([*stages.values()][-1], int(raw["settings"]["batch"]))
     if isinstance(parts := raw.get("host_ms"), dict) and parts:
-        found["step_ms"] = sum(ms for part, ms in parts.items() if part not in (*_MODEL_PARTS, *_AUGMENT_PARTS))
+        found["step_ms"] = sum(ms for part, ms in parts.items() if not part.startswith(_ELSEWHERE))
     return found
 
 
 _MODEL_PARTS, _AUGMENT_PARTS = ("forward: blocks", "backward"), ("augmentation", "mixing")
-"""As `tools.benchmarks.launches` names them."""
+_ELSEWHERE = ("forward", "backward", "inputs", *_AUGMENT_PARTS)
+"""As `tools.benchmarks.launches` names them; the last ones are the model's, and those of another thread."""
 
 
 def _counts(parts: Mapping[str, Mapping[str, float]], batch: int) -> dict[str, float]:

@@ -127,11 +127,13 @@ def test_figures_of_the_host_are_read_from_what_the_benchmarks_write(tmp_path) -
         "backward": {"launches": 360, "bytes": 1},
     }
     host_ms = {"augmentation": 3.0, "mixing": 0.5, "forward: blocks": 8.0, "backward": 9.0, "guard": 0.3, "rates": 0.2}
+    host_ms |= {"forward: patches": 0.7, "inputs": 0.1}
     launches.write_text(json.dumps({"stages": {"1": parts}, "host_ms": host_ms, "settings": {"batch": 2}}))
     host = read_host([cost, launches])
     assert host.us_per_image == Host().us_per_image | {"dali": 1.5}
     assert (host.augment_ms, host.step_ms, host.augment_megabytes, host.eager_launches) == (1.25, 0.5, 1.5, 50)
     assert "cost.json" in host.source
+    assert read_host([cost]).step_ms == 9.5
     assert read_host([]) == Host()
     for text in ("[]", "{}", '{"step_ms": "fast"}', '{"stages": {"1": {}}, "settings": {}}'):
         cost.write_text(text)
