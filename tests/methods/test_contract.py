@@ -16,6 +16,7 @@ import pytest
 import torch
 from memory_loader import MemoryLoader
 from ranks import assert_same_to_rounding, launch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from pss import methods, recipes
 from pss.config import Config
@@ -23,6 +24,7 @@ from pss.inference import choose, export, report, sweep
 from pss.inference.accuracy import MacsOfImages
 from pss.inference.opening import load_run
 from pss.methods import METHODS, DenseTargets, Phase, Progress, Stage
+from pss.models.compiled import Graphs
 from pss.models.create import create_model
 from pss.planning.doctor import measure_training
 from pss.planning.plan import plan
@@ -35,6 +37,9 @@ from pss.training.trainer import Interrupted, Trainer
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
 CLASSES = ["a", "b", "c", "d"]
 EVERYTHING = "everything:Everything"
+APART = {"avit", "dynamicvit"}
+"""Methods whose loss is not a mean over images, or which draw random numbers: two processes learn what one does that
+computes a batch in two parts."""
 TINY = [
     "model.embed_dim=24", "model.depth=4", "train.epochs=4", "train.batch_size=8", "optim.warmup_epochs=1",
     "data.prefetch_gb=0",
@@ -220,7 +225,8 @@ def test_two_processes_equal_one(name, ingredients, image_root, tmp_path, parall
     if name == EVERYTHING:
         settings.remove("model.qkv_bias=qv")
     here = str(Path(__file__).parent)
-    (one,) = launch(1, image_root, tmp_path / "one", *settings, path=here)
+    parts = 2 if name in APART else 1
+    (one,) = launch(1, image_root, tmp_path / "one", *settings, f"train.accumulate={parts}", path=here)
     two = launch(2, image_root, tmp_path / "two", *settings, f"train.parallel={parallel}", path=here)
     assert_same_to_rounding(tmp_path / "one", tmp_path / "two")
     assert two[0]["digest"] == two[1]["digest"]
@@ -250,6 +256,22 @@ def test_activations_may_be_computed_twice(method):
         found.append({name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None})
     for parameter in found[0]:
         torch.testing.assert_close(found[0][parameter], found[1][parameter])
+
+
+def test_compiled_it_learns_the_same(method):
+    if not method.compiles:
+        pytest.skip("it is not compiled")
+    images, labels, dense = a_batch(method)
+    found, counter = [], CompileCounterWithBackend("aot_eager")
+    for graphs in (None, Graphs(backend=counter)):
+        method.model.graphs = graphs
+        method.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        method(images, labels, at(13), *dense)["loss"].backward()
+        found.append({name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None})
+    for parameter in found[0]:
+        torch.testing.assert_close(found[0][parameter], found[1][parameter], rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 # Costs, operating points, pictures.
@@ -282,6 +304,12 @@ def test_operating_points(method):
                     assert (seen == count).all()
             for weights in method.attention_maps(images, point):
                 torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    if method.points() == (None,):
+        with pytest.raises(ValueError, match="no operating point to choose"):
+            method.fine_points()
+        with pytest.raises(ValueError, match="leave out --rho"):
+            method.check_point(0.5)
+        return
     costs = [method.cost(point).forward for point in method.fine_points()]
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]
