@@ -1,6 +1,6 @@
 """Stop a run again and again, in every way there is, and see that it ends as if nothing had been.
 
-    python -m tools.crash_runs --loader torch --processes 2
+    python -m tools.crash_runs --loader torch --processes 2 [--set method=dense] [--signal KILL --repeat 5]
 
 Trains a small model on the digits twice: once undisturbed, and once with a disturbance in each round, followed by
 `--resume`: SIGKILL, SIGSTOP or SIGTERM, of one process or of all, at its start, in the middle of an epoch, while a
@@ -100,6 +100,7 @@ def crash(
     epochs: int,
     seconds: float = 0.5,
     seed: int = 0,
+    settings: Sequence[str] = (),
 ) -> Crashes:
     """Train in `work/straight` undisturbed, and in `work/disturbed` with a disturbance in each round.
 
@@ -111,9 +112,10 @@ def crash(
         epochs: The length of the run.
         seconds: A disturbance comes at a random moment up to so long after it could.
         seed: Of the moments.
+        settings: Of the run, as after `--set`.
     """
     draw = random.Random(seed)
-    settings = (*_SETTINGS, f"train.epochs={epochs}")
+    settings = (*_SETTINGS, f"train.epochs={epochs}", *settings)
     options = ["digits", "--data", str(data), "--loader", loader, "--resume"]
     options += [word for setting in settings for word in ("--set", setting)]
     straight, disturbed = work / "straight", work / "disturbed"
@@ -274,15 +276,23 @@ def main(
     repeat: Annotated[int, typer.Option(help="How often to do each.", min=1)] = 1,
     epochs: Annotated[int, typer.Option(help="Length of the run; it must outlast all rounds.", min=1)] = 60,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    signal_name: Annotated[str | None, typer.Option("--signal", help="This one alone: KILL, STOP or TERM.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Of the run, such as method=dense.")] = None,
 ) -> None:
     """Stop a run again and again, in every way there is, and see that it ends as if nothing had been."""
     began = time.monotonic()
     rounds = (changes() if change else every_round(processes)) * repeat
+    if signal_name is not None:
+        rounds = [one for one in rounds if one.signal == signal_name]
+        if not rounds:
+            raise typer.BadParameter(f"--signal is {signal_name}; it is KILL, STOP or TERM, and KILL with --change")
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "digits"
         convert = [sys.executable, "-m", "cli.convert", "digits", str(data), "--format", "ffcv,dali"]
         subprocess.run(convert, check=True, capture_output=True)
-        done = crash(data, Path(folder), loader=loader, rounds=rounds, epochs=epochs, seed=seed)
+        done = crash(
+            data, Path(folder), loader=loader, rounds=rounds, epochs=epochs, seed=seed, settings=settings or ()
+        )
     for line in done.told:
         typer.echo(line)
     typer.echo(
