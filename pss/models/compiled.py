@@ -54,7 +54,7 @@ class Graphs:
     def _num_graphs(self, function: Any) -> int:
         return sum(map(len, self._batch_sizes[function].values()))
 
-    def __call__(self, part: Callable[..., Any], tokens: Tensor, *others: Tensor | None) -> Any:
+    def __call__(self, part: Callable[..., Any], tokens: Tensor, *others: Tensor | int | None) -> Any:
         """`part(tokens, *others)`, compiled for these shapes.
 
         Args:
@@ -62,7 +62,8 @@ class Graphs:
                 as each shape of a part is a graph. It returns tensors that have a row for each image, alone or in
                 tuples and dicts.
             tokens: (B, K, D).
-            others: What has a row for each image too, (B, ...); with one dimension, the same for all of them.
+            others: What has a row for each image too, (B, ...); with one dimension, the same for all of them. Whole
+                numbers have graphs of their own.
 
         Raises:
             ValueError: this would take one graph more than allowed.
@@ -89,14 +90,14 @@ class Graphs:
         return tree_map(lambda one: one[:-num_missing], result) if num_missing else result
 
     def _batch_size(
-        self, levels: dict[_Level, list[int]], training: bool, tokens: Tensor, others: tuple[Tensor | None, ...]
+        self, levels: dict[_Level, list[int]], training: bool, tokens: Tensor, others: tuple[Tensor | int | None, ...]
     ) -> int:
         """The size of the batch to compute, for which there is a graph or may be one."""
         device = tokens.device.type
         half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         recording = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tokens.requires_grad
         shapes = tuple(
-            None if one is None else (one.shape[0 if one.ndim == 1 else 1 :], one.ndim, one.dtype)
+            (one.shape[0 if one.ndim == 1 else 1 :], one.ndim, one.dtype) if isinstance(one, Tensor) else one
             for one in (tokens, *others)
         )
         sizes = levels.setdefault((shapes, half, training, *recording), [])
@@ -119,8 +120,8 @@ class _Filled:
     def __init__(self, batch_size: int, num_missing: int) -> None:
         self._batch_size, self._num_missing = batch_size, num_missing
 
-    def __call__(self, one: Tensor | None) -> Tensor | None:
-        if one is None or one.ndim == 1:
+    def __call__(self, one: Tensor | int | None) -> Tensor | int | None:
+        if not isinstance(one, Tensor) or one.ndim == 1:
             return one
         assert len(one) == self._batch_size, "what is compiled takes tensors with a row for each image"
         return torch.cat((one, one[:1].expand(self._num_missing, *one.shape[1:])))

@@ -183,7 +183,7 @@ class VisionTransformer(WithSettings):
         tokens, kept = self.see(images, rho, sort, generator, low_resolution)
         return self.readout(self.compute(self.trunk, tokens, kept))
 
-    def compute(self, part: Callable[..., Any], tokens: Tensor, *others: Tensor | None) -> Any:
+    def compute(self, part: Callable[..., Any], tokens: Tensor, *others: Tensor | int | None) -> Any:
         """`part(tokens, *others)`, compiled where the run compiles; see `Graphs`."""
         if self.graphs is None or torch.compiler.is_compiling():
             return part(tokens, *others)

@@ -154,6 +154,33 @@ def test_inside_ddp_nothing_changes(tmp_path: Path) -> None:
     assert model.graphs.num_graphs == 2
 
 
+class Powers(torch.nn.Module):
+    """A part that takes a number and returns several tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(2.0))
+
+    def part(self, tokens: torch.Tensor, number: int, kept: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        powers = [self.factor * tokens**power for power in range(1, number + 1)]
+        return {"sum": sum(powers, torch.zeros(())), "kept": tokens[..., 0] if kept is None else kept}
+
+
+def test_parts_take_numbers_and_return_several_tensors() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    graphs, module = Graphs(backend=counter), Powers()
+    tokens, kept = torch.randn(4, 3, 2), torch.arange(12).view(4, 3)
+    for number in (1, 3, 1, 3):
+        for some in (4, 2):
+            ours = graphs(module.part, tokens[:some], number, kept[:some])
+            theirs = module.part(tokens[:some], number, kept[:some])
+            assert ours.keys() == theirs.keys()
+            for name in ours:
+                torch.testing.assert_close(ours[name], theirs[name])
+    graphs(module.part, tokens, 1, None)
+    assert counter.frame_count == graphs.num_graphs == 3
+
+
 def test_autocast_is_part_of_a_level() -> None:
     model, plain, counter = compiled(rel_pos="bias")
     for _ in range(2):
