@@ -8,8 +8,8 @@ images are random ones that lie on the device. The first cycle of the schedule c
 step lasts from one batch handed out to the next, by the GPU's clock where there is one. `--set` changes the recipe.
 
 The saving is one minus the ratio of a cycle's mean step to its mean step at rho = 1. Data wait is the share of the time
-that the loop spends asking for batches. Utilisation is what nvidia-smi says: the share of a short while during which
-the GPU did anything at all.
+that the loop waits for batches, without what a CPU does to make them ready itself. Utilisation is what nvidia-smi says:
+the share of a short while during which the GPU did anything at all.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ class Resident:
 
 @dataclass(frozen=True)
 class Handout:
-    """One batch: which step and epoch of the run it is for, and when it was asked for and given."""
+    """One batch: which step and epoch of the run it is for, how long it was waited for, and when it was given."""
 
     step: int
     epoch: int
-    asked: float
+    waited: float
     given: float
     event: torch.cuda.Event | None
 
@@ -121,7 +121,7 @@ class Timed:
     def __iter__(self) -> Iterator[StepInputs]:
         every = iter(self.inputs)
         while True:
-            asked = time.perf_counter()
+            before = self.inputs.seconds_waited
             given_inputs = next(every, None)
             if given_inputs is None:
                 return
@@ -130,7 +130,7 @@ class Timed:
                 event = torch.cuda.Event(enable_timing=True)
                 event.record()
             given, step = time.perf_counter(), len(self.handouts)
-            self.handouts.append(Handout(step, self.epoch, asked, given, event))
+            self.handouts.append(Handout(step, self.epoch, self.inputs.seconds_waited - before, given, event))
             if self.last_step is not None and step >= self.last_step:
                 raise Enough
             if step > self.warm and given - self.handouts[self.warm].given > self.seconds:
@@ -254,7 +254,7 @@ def summarise(trainer: Trainer, timed: Timed, utilisation: Utilisation, cycle: i
     for handout, duration in step_seconds(timed.handouts, cycle):
         stage = stage_of(handout.step)
         seconds[stage].append(duration)
-        waits[stage].append(handout.given - handout.asked)
+        waits[stage].append(handout.waited)
         by_cycle[handout.step // cycle].append((stage, duration))
     savings = []
     for steps in by_cycle.values():
