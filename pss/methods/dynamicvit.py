@@ -18,11 +18,20 @@ from torch import Tensor, nn
 
 from pipelines.settings import Always, Natural, NotNegative, ReadIf, Share, Text
 from pss.methods.contract import Method
-from pss.methods.dynamicvit_parts import KEEP, PolicyAttention, Predictor, decide, kl_loss, ratio_loss, token_loss
+from pss.methods.dynamicvit_parts import (
+    KEEP,
+    PolicyAttention,
+    Predictor,
+    decide,
+    gumbel,
+    kl_loss,
+    ratio_loss,
+    token_loss,
+)
 from pss.methods.teacher import Answer, Teacher
 from pss.methods.vocabulary import Cost, DenseTargets, Phase, Point, Progress, Stage
 from pss.models.flops import linear_macs, macs, macs_of_tokens
-from pss.models.sampling import gather
+from pss.models.sampling import gather, step_generator
 from pss.models.vit import VisionTransformer
 from pss.sections import MethodSection, RunSettings
 
@@ -153,7 +162,9 @@ class DynamicViT(Method):
     ) -> dict[str, Tensor]:
         model, own, prefix = self.model, self.own, self.model.num_prefix_tokens
         tokens, places = model.see(images, 1.0, low_resolution=True)
-        tokens, kept = self.masked(tokens, model.positions(places))
+        generator = step_generator(at.seed, at.step, at.rank, images.device)
+        noise = gumbel((tokens.shape[0], len(self.places), tokens.shape[1] - prefix, 2), generator)
+        tokens, kept = self.masked(tokens, noise, model.positions(places))
         logits = self.masked_readout(tokens, kept[:, -1])
         out = {"classification": self.classification_loss(logits, targets), "ratio": ratio_loss(kept, self.targets)}
         loss = out["classification"] + own.ratio_weight * out["ratio"]
@@ -169,12 +180,13 @@ class DynamicViT(Method):
         out |= {f"kept_{number}": share for number, share in enumerate(shares.unbind(), 1)}
         return {"loss": loss, "logits": logits, **out}
 
-    def masked(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    def masked(self, tokens: Tensor, noise: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens through all blocks, those that were dropped hidden from the others.
 
         Args:
             tokens: As `VisionTransformer.see` returns them, (B, T, D).
-            positions: Theirs.
+            noise: Gumbel noise that decides with the predictors, (B, S, N, 2).
+            positions: Those of the tokens.
 
         Returns:
             All tokens after the last norm, (B, T, D), and what was kept after each stage, 0 or 1, (B, S, N).
@@ -185,10 +197,10 @@ class DynamicViT(Method):
         tokens = model.run_blocks(tokens, positions, stop=self.places[0], policy=policy)
         kept: list[Tensor] = []
         stretches = pairwise((*self.places, len(model.blocks)))
-        for predictor, (start, stop) in zip(self.predictors, stretches, strict=True):
+        for predictor, drawn, (start, stop) in zip(self.predictors, noise.unbind(1), stretches, strict=True):
             patches = tokens[:, prefix:]
             before = kept[-1] if kept else patches.new_ones(patches.shape[:2])
-            kept.append(decide(predictor(patches, before)) * before)  # what is dropped does not come back
+            kept.append(decide(predictor(patches, before), drawn) * before)  # what is dropped does not come back
             policy = torch.cat((kept[-1].new_ones(kept[-1].shape[0], prefix), kept[-1]), dim=1)
             tokens = model.run_blocks(tokens, positions, start, stop, policy=policy)
         return model.norm(tokens), torch.stack(kept, dim=1)
@@ -328,15 +340,15 @@ class DynamicViT(Method):
 
     def depths(self, images: Tensor, point: Point = None) -> Tensor:
         reached = torch.zeros((images.shape[0], self.model.num_patches), dtype=torch.int64, device=images.device)
-        for number, (_, _, kept) in enumerate(self._course(images, point)):
-            reached = torch.full_like(reached, number) if kept is None else reached.scatter(1, kept, number)
+        for through, (_, _, kept) in zip(range(1, self._depth + 1), self._course(images, point), strict=False):
+            reached = torch.full_like(reached, through) if kept is None else reached.scatter(1, kept, through)
         return reached
 
     def attention_maps(self, images: Tensor, point: Point = None, blocks: Sequence[int] | None = None) -> list[Tensor]:
         """Of each block's own tokens, fewer from stage to stage."""
         found = {}
-        for number, (tokens, positions, _) in enumerate(self._course(images, point)):
-            if number < self._depth and (blocks is None or number in blocks):
+        for number, (tokens, positions, _) in zip(range(self._depth), self._course(images, point), strict=False):
+            if blocks is None or number in blocks:
                 block: Any = self.model.blocks[number]
                 found[number] = block.attn.weights(block.norm1(tokens), positions)
         return [found[number] for number in (found if blocks is None else blocks)]

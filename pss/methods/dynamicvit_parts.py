@@ -108,15 +108,20 @@ class Predictor(nn.Module):
         return answer.to(torch.promote_types(answer.dtype, torch.float32)).log_softmax(-1)
 
 
-def decide(log_probabilities: Tensor) -> Tensor:
-    """Draw what is kept, 0 or 1, (B, N), for log-probabilities (B, N, 2); its derivative is that of the softmax.
+def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise, float32, on the generator's device."""
+    return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
 
-    Straight-through Gumbel-softmax (Jang et al., 2017) at temperature 1.
+
+def decide(log_probabilities: Tensor, noise: Tensor) -> Tensor:
+    """What is kept, 0 or 1, (B, N), for log-probabilities and Gumbel noise (B, N, 2).
+
+    With the probability that the predictor gives, and with the softmax's derivative: straight-through Gumbel-softmax
+    (Jang et al., 2017) at temperature 1.
     """
-    noise = -torch.empty_like(log_probabilities).exponential_().log()
     soft = (log_probabilities + noise).softmax(-1)[..., KEEP]
     hard = (soft >= 0.5).to(soft.dtype)
-    return hard - soft.detach() + soft  # exactly 0 or 1: both differences are free of rounding
+    return hard - soft.detach() + soft  # 0 or 1 to the bit: neither difference is rounded
 
 
 def ratio_loss(kept: Tensor, targets: Tensor) -> Tensor:
