@@ -266,7 +266,7 @@ class DynamicViT(Method):
         frozen, epochs = self.frozen_epochs(), self.config.train.epochs
         return (
             f"ρ: {self.rho:g} at inference, where {_and(numbers)} of {self.model.num_patches} patches go on into "
-            f"block {_and(list(map(str, self.places)))}; all patches in training"
+            f"block{"s" * (len(self.places) > 1)} {_and(list(map(str, self.places)))}; all patches in training"
             + (f", the backbone frozen in the first {frozen} of {epochs} epochs" if frozen else "")
         )
 
@@ -297,9 +297,14 @@ class DynamicViT(Method):
         return (self.rho, *(point for point in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5) if point != self.rho))
 
     def fine_points(self) -> tuple[float, ...]:
+        """Those that cost less than every larger one: predictors that drop few patches cost more than they save."""
         total = self.model.num_patches
         steps = {(count / total) ** (1 / power) for count in range(1, total) for power in self.exponents if power}
-        return (*sorted(steps), 1.0)
+        found, least = [1.0], self.cost(1.0).forward
+        for point in sorted(steps, reverse=True):
+            if (cost := self.cost(point).forward) < least:
+                found, least = [point, *found], cost
+        return tuple(found)
 
     def predict(self, images: Tensor, point: Point = None) -> Tensor:
         *_, (tokens, _, _) = self._course(images, point)
