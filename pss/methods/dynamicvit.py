@@ -1,7 +1,7 @@
-"""DynamicViT: predictors score the patches on their way through the blocks, and the best go on (Rao et al., 2021).
+"""DynamicViT: predictors score patches on their way through the blocks, and the best go on.
 
 Training keeps all tokens and hides the dropped ones as keys, so that predictors learn from what dropping would do;
-inference gathers the kept ones. https://arxiv.org/abs/2106.02034
+inference gathers the kept ones. Rao et al., NeurIPS 2021, https://arxiv.org/abs/2106.02034
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ class DynamicViT(Method):
         frozen, epochs = self.frozen_epochs(), self.config.train.epochs
         return (
             f"ρ: {self.rho:g} at inference, where {_and(numbers)} of {self.model.num_patches} patches go on into "
-            f"block{"s" * (len(self.places) > 1)} {_and(list(map(str, self.places)))}; all patches in training"
+            f"block{'s' * (len(self.places) > 1)} {_and(list(map(str, self.places)))}; all patches in training"
             + (f", the backbone frozen in the first {frozen} of {epochs} epochs" if frozen else "")
         )
 

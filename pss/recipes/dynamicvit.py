@@ -1,4 +1,4 @@
-"""DynamicViT's runs on ImageNet-1k (Rao et al., 2021): DeiT fine-tuned to drop patches, taught by what it was.
+"""DynamicViT's runs on ImageNet-1k (NeurIPS 2021, table 1): DeiT fine-tuned to drop patches, taught by what it was.
 
 `--set model.weights=RUN --set dynamicvit.teacher=RUN` begins with a run of one's own instead of the public weights.
 """
