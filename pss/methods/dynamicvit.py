@@ -142,8 +142,6 @@ class DynamicViT(Method):
 
     def _check_places(self) -> None:
         depth, rates = len(self.model.blocks), self.own.rates
-        if not self.places:
-            raise ValueError(f"method {self.name} needs a model of 2 blocks or more, got {depth}; raise model.depth")
         if self.places[-1] >= depth:
             raise ValueError(
                 f"dynamicvit.places names block {self.places[-1]}, and the model's blocks are 0 to {depth - 1}; "
@@ -366,7 +364,7 @@ class DynamicViT(Method):
 def quarters(depth: int) -> tuple[int, ...]:
     """Where a model of that many blocks drops patches unless told otherwise: 3, 6 and 9 of 12, 1, 2 and 3 of 4."""
     places = {stage * depth // (_NUM_STAGES + 1) for stage in range(1, _NUM_STAGES + 1)}
-    return tuple(sorted(places - {0}))
+    return tuple(sorted(places - {0})) or (0,)
 
 
 def _base_of(own: DynamicViTSettings, num_stages: int) -> tuple[float, tuple[float, ...]]:
