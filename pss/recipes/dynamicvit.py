@@ -23,7 +23,7 @@ def dynamicvit_s() -> RunSettings:
         own=(DynamicViTSettings(teacher=dense),),
         data=DataConfig(img_size=224, rand_augment="rand-m9-mstd0.5-inc1-n2", erasing=0.25),
         # The rate is the predictors'; the backbone's is a hundredth of it throughout.
-        optim=OptimConfig(lr=1e-3, lr_batch=1024, min_lr=1e-6, warmup_lr=0.0, warmup_epochs=5),
+        optim=OptimConfig(lr=1e-3, lr_batch=1024, min_lr=1e-6, warmup_lr=0.0, warmup_epochs=5, warmup_prefix=True),
         loss=LossConfig(label_smoothing=0.1, mixup=0.8, cutmix=1.0),
         train=TrainConfig(epochs=30, batch_size=1024, ema_decay=0.9999),
     )
