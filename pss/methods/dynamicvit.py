@@ -27,6 +27,7 @@ from pss.methods.dynamicvit_parts import (
     kl_loss,
     ratio_loss,
     token_loss,
+    with_likeliest,
 )
 from pss.methods.teacher import Answer, Teacher
 from pss.methods.vocabulary import Cost, DenseTargets, Phase, Point, Progress, Stage
@@ -198,7 +199,10 @@ class DynamicViT(Method):
         for predictor, drawn, (start, stop) in zip(self.predictors, noise.unbind(1), stretches, strict=True):
             patches = tokens[:, prefix:]
             before = kept[-1] if kept else patches.new_ones(patches.shape[:2])
-            kept.append(decide(predictor(patches, before), drawn) * before)  # what is dropped does not come back
+            likely = predictor(patches, before)
+            kept.append(decide(likely, drawn) * before)  # what is dropped does not come back
+            if not self.own.reference:  # inference keeps one at least; without any there is no mean to learn from
+                kept[-1] = with_likeliest(kept[-1], before, likely)
             policy = torch.cat((kept[-1].new_ones(kept[-1].shape[0], prefix), kept[-1]), dim=1)
             tokens = model.run_blocks(tokens, positions, start, stop, policy=policy)
         return model.norm(tokens), torch.stack(kept, dim=1)

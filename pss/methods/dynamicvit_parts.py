@@ -16,7 +16,6 @@ from pss.attention.attend import Attention
 
 KEEP = 0
 """Which of a predictor's two classes keeps a patch; the paper's equations have it the other way round."""
-_HIGHEST = 14.0  # -log(1e-6): how much more than the largest visible key a hidden one may count in a derivative
 
 
 def policy_softmax(logits: Tensor, policy: Tensor, eps: float, *, reference: bool = False) -> Tensor:
@@ -28,7 +27,8 @@ def policy_softmax(logits: Tensor, policy: Tensor, eps: float, *, reference: boo
         logits: (B, H, T, T).
         policy: 1 for a key that is seen and 0 for one that is not, (B, T).
         eps: Added to every row, spread evenly over the keys.
-        reference: Take a row's largest logit over hidden keys too, which may leave nothing of those that are seen.
+        reference: Take a row's largest logit over hidden keys too. That may leave nothing of those that are seen, and
+            where a hidden key beats them, the derivative by its gate grows exponentially with its lead.
 
     Returns:
         (B, H, T, T), at least in float32.
@@ -38,8 +38,8 @@ def policy_softmax(logits: Tensor, policy: Tensor, eps: float, *, reference: boo
     itself = torch.eye(num_keys, dtype=torch.bool, device=logits.device)
     gate = torch.where(itself, policy.new_ones(()), policy[:, None, None, :])  # (B, 1, T, T)
     seen = logits.detach() if reference else logits.detach().masked_fill(gate == 0, -torch.inf)
-    # The ceiling touches hidden keys alone, whose exponential might overflow before it is multiplied by zero.
-    shares = (logits - seen.amax(-1, keepdim=True)).clamp(max=_HIGHEST).exp() * gate
+    # The ceiling touches hidden keys alone, which then pull no harder at their gates than the largest one that is seen.
+    shares = (logits - seen.amax(-1, keepdim=True)).clamp(max=0).exp() * gate
     return (shares + eps / num_keys) / (shares.sum(-1, keepdim=True) + eps)
 
 
@@ -121,7 +121,14 @@ def decide(log_probabilities: Tensor, noise: Tensor) -> Tensor:
     """
     soft = (log_probabilities + noise).softmax(-1)[..., KEEP]
     hard = (soft >= 0.5).to(soft.dtype)
-    return hard - soft.detach() + soft  # 0 or 1 to the bit: neither difference is rounded
+    return hard + (soft - soft.detach())  # 0 or 1 to the bit
+
+
+def with_likeliest(kept: Tensor, before: Tensor, log_probabilities: Tensor) -> Tensor:
+    """What is kept, with the likeliest of the patches that were there `before` where nothing is, (B, N) all."""
+    scores = log_probabilities.detach()[..., KEEP].masked_fill(before == 0, -torch.inf)
+    likeliest = torch.arange(kept.shape[1], device=kept.device) == scores.argmax(1, keepdim=True)
+    return kept + (likeliest & (kept.sum(1, keepdim=True) == 0)).to(kept.dtype)
 
 
 def ratio_loss(kept: Tensor, targets: Tensor) -> Tensor:
