@@ -24,6 +24,7 @@ from pss.methods.dynamicvit_parts import (
     policy_softmax,
     ratio_loss,
     token_loss,
+    with_likeliest,
 )
 from pss.models.create import create_model
 from pss.runs.log import read_rows
@@ -564,6 +565,16 @@ def test_the_largest_logit_is_of_visible_keys():
     torch.testing.assert_close(published[0, 0, 1], ours[0, 0, 1])
 
 
+def test_a_hidden_key_pulls_no_harder_at_its_gate_than_the_largest_one_that_is_seen():
+    """The published derivative grows with the exponential of the key's lead, up to a millionfold."""
+    logits, pulls = torch.tensor([0.0, 0.0, 10.0]).expand(1, 1, 3, 3), []
+    for reference in (False, True):
+        policy = torch.tensor([[1.0, 1.0, 0.0]]).requires_grad_()
+        policy_softmax(logits, policy, 1e-6, reference=reference)[0, 0, 0, 2].backward()
+        pulls.append(policy.grad[0, 2].item())
+    assert pulls == pytest.approx([1 / 2, math.exp(10) / 2], rel=0.05)
+
+
 def test_tokens_see_themselves_and_eps_is_shared_by_all():
     logits = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     weights = policy_softmax(logits, torch.zeros(2, 4, dtype=torch.float64), 0.0)
@@ -582,13 +593,22 @@ def test_without_a_patch_the_mean_is_zero_and_not_undefined():
     assert Predictor(8, reference=True)(patches, nothing).isnan().all()
 
 
-def test_a_training_step_survives_an_image_without_patches():
-    method = build()
-    tokens = method.model.embed(images_of(method))
+def test_an_image_keeps_one_patch_as_it_does_at_inference():
+    """The likeliest of those that were there; all may go in the published code."""
+    likely = torch.tensor([[0.1, 0.9, 0.5], [0.2, 0.1, 0.3]]).log()[..., None].expand(-1, -1, 2)
+    before, kept = torch.tensor([[1.0, 0, 1], [1, 1, 1]]), torch.tensor([[0.0, 0, 0], [1, 0, 0]])
+    assert with_likeliest(kept, before, likely).tolist() == [[0, 0, 1], [1, 0, 0]]
     nothing = torch.zeros(2, 3, 16, dtype=torch.bool)
-    tokens, kept = method.masked(tokens, forcing(nothing), method.model.positions(None))
-    method.masked_readout(tokens, kept[:, -1]).square().sum().backward()
-    assert all(part.grad.isfinite().all() for part in method.parameters() if part.grad is not None)
+    for reference in (False, True):
+        method = build(f"dynamicvit.reference={reference}")
+        tokens, kept = method.masked(
+            method.model.embed(images_of(method)), forcing(nothing), method.model.positions(None)
+        )
+        assert (kept[:, 0].sum(-1) == (0 if reference else 1)).all()
+        assert kept.isfinite().all() == (not reference)  # the next predictor's mean is 0 / 0
+        method.masked_readout(tokens, kept[:, -1]).square().sum().backward()
+        found = [part.grad.isfinite().all() for part in method.parameters() if part.grad is not None]
+        assert all(found) == (not reference)
 
 
 def test_attention_weights_are_dropped_but_in_the_published_code():
