@@ -7,6 +7,7 @@ inference gathers the kept ones. Rao et al., NeurIPS 2021, https://arxiv.org/abs
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -123,12 +124,9 @@ class DynamicViT(Method):
         self.own = own = config.section_of(DynamicViTSettings)
         self.places = own.places if own.places is not None else quarters(len(model.blocks))
         self._check_places()
+        self._check_readout()
         self.rho, self.exponents = _base_of(own, len(self.places))
-        self.averages = model.head_dist is None and model.global_pool != "token"
-        if self.averages and model.global_pool != "avg":
-            raise ValueError(
-                f"method {self.name} cannot hide patches from model.global_pool={model.global_pool}; use token or avg"
-            )
+        self.averages = model.head_dist is None and model.global_pool == "avg"
         for block in model.blocks:
             block.attn = PolicyAttention(block.attn, own.eps, own.reference)
         self.predictors = nn.ModuleList(Predictor(model.embed_dim, reference=own.reference) for _ in self.places)
@@ -152,6 +150,18 @@ class DynamicViT(Method):
             raise ValueError(
                 f"dynamicvit.rates names {len(rates)} shares, and a model of {depth} blocks drops patches at "
                 f"{len(self.places)} places; name as many, or set dynamicvit.places too"
+            )
+
+    def _check_readout(self) -> None:
+        kind, pooling = type(self.model), self.model.global_pool
+        if kind.readout is not VisionTransformer.readout or kind.pooled is not VisionTransformer.pooled:
+            raise ValueError(
+                f"method {self.name} cannot hide patches from the readout of {kind.__name__}; use a model.name whose "
+                "classifier reads the class token, or the mean of the patches"
+            )
+        if pooling not in ("token", "avg"):
+            raise ValueError(
+                f"method {self.name} cannot hide patches from model.global_pool={pooling}; use token or avg"
             )
 
     # A training step.
@@ -309,7 +319,7 @@ class DynamicViT(Method):
         return tuple(found)
 
     def predict(self, images: Tensor, point: Point = None) -> Tensor:
-        *_, (tokens, _, _) = self._course(images, point)
+        ((tokens, _, _),) = deque(self._course(images, point), maxlen=1)  # lets go of those before the last
         return self.model.readout(self.model.norm(tokens))
 
     def _course(self, images: Tensor, point: Point) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:

@@ -135,6 +135,11 @@ def test_other_pooling_is_refused():
         )  # fmt: skip
 
 
+def test_a_readout_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match=r"cannot hide patches from the readout of Backbone; use a model.name"):
+        build("model.name=everything:backbone")
+
+
 # 2. Nothing dropped.
 
 
@@ -382,6 +387,17 @@ def test_the_best_are_kept_by_their_probability_and_the_lower_index_wins_a_tie()
     method.predictors[0].forward = lambda patches, kept=None: answers.log_softmax(-1)
     (kept,) = kept_at_inference(method, images_of(method, 1))[0]
     assert kept.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 6, 7, 9]
+
+
+def test_patches_stay_in_their_order():
+    """So that of equals the lower index wins at the next stage, too."""
+    method = build("dynamicvit.places=1,2", "dynamicvit.rates=0.5,0.25").eval()
+    rising = torch.stack((torch.arange(16.0), torch.zeros(16)), dim=-1)[None]
+    method.predictors[0].forward = lambda patches, kept=None: rising.log_softmax(-1)
+    method.predictors[1].forward = lambda patches, kept=None: torch.zeros(1, 8, 2)
+    first, second = kept_at_inference(method, images_of(method, 1))[0]
+    assert first.nonzero().flatten().tolist() == [8, 9, 10, 11, 12, 13, 14, 15]
+    assert second.nonzero().flatten().tolist() == [8, 9, 10, 11]
 
 
 def test_places_follow_the_depth():
