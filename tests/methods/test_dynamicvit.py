@@ -192,6 +192,10 @@ def test_distances_are_of_kept_patches():
     other = torch.where(kept.bool()[..., None], patches, 100.0)
     assert torch.equal(token_loss(other, teacher, kept), loss)
     patches.requires_grad_()
+    kept.requires_grad_()
+    token_loss(patches, teacher, kept).backward()
+    assert kept.grad is None
+    patches.grad = None
     nothing = token_loss(patches, teacher, torch.zeros(2, 5))
     nothing.backward()
     assert nothing.item() == 0
@@ -319,6 +323,19 @@ def test_gradients_reach_dropped_patches(hides):
     F.cross_entropy(model.readout(model.norm(tokens)), torch.tensor([0, 1])).backward()
     moved = (logits.grad != 0).all(-1)
     assert torch.equal(moved, kept > 0 if hides == "added" else torch.ones(2, 16, dtype=torch.bool))
+
+
+def test_predictors_see_the_mean_of_what_is_left():
+    """In training as at inference, where the others are gone."""
+    torch.manual_seed(0)
+    predictor = Predictor(8).double()
+    for part in predictor.parameters():
+        nn.init.normal_(part)
+    patches = torch.randn(2, 6, 8, dtype=torch.float64)
+    kept = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 0]], dtype=torch.float64)
+    hidden = predictor(patches, kept)[kept.bool()].view(2, 4, 2)
+    torch.testing.assert_close(hidden, predictor(patches[kept.bool()].view(2, 4, 8)), atol=1e-12, rtol=0)
+    assert not torch.allclose(hidden, predictor(patches)[kept.bool()].view(2, 4, 2))
 
 
 # 6. What is kept.
