@@ -121,6 +121,9 @@ class OptimConfig(Section, section="optim"):
     """Learning rate at step 0, whatever the batch."""
     warmup_epochs: Always[_Epochs] = 5.0
     """Length of the linear warm-up."""
+    warmup_prefix: Annotated[bool, _Warming] = False
+    """Begin the cosine where the warm-up ends, at the peak; otherwise it begins at step 0, as in DeiT's runs, and is
+    past its peak when the warm-up ends."""
     cooldown_epochs: Always[_Epochs] = 0.0
     """The last epochs, at `min_lr`: the cosine ends where they begin."""
     weight_decay: Always[Annotated[float, Ge(0), Le(1e4)]] = 0.05

@@ -81,6 +81,9 @@ GIVEN = [
     (["model.own_head=true"], "model.own_head", "model.weights"),
     (["compile.mode=off", "compile.max_graphs=3"], "compile.max_graphs", "compile.mode=on"),
     (["compile.mode=off", "compile.cuda_graphs=true"], "compile.cuda_graphs", "compile.mode=on"),
+    (["method=dynamicvit", "dynamicvit.kl_weight=1"], "dynamicvit.kl_weight", "dynamicvit.teacher"),
+    (["method=dynamicvit", "dynamicvit.distill_weight=0"], "dynamicvit.distill_weight", "dynamicvit.teacher"),
+    (["method=dynamicvit", "dynamicvit.rates=0.5", "dynamicvit.rho=0.6"], "dynamicvit.rho", "dynamicvit.rates=none"),
     (["data.label_maps=maps.npy"], "data.label_maps", "a method that learns from label maps"),
     (["data.gpu_decoding.cpu_share=1", "data.gpu_decoding.hardware_load=0.5"], "hardware_load", "cpu_share below 1"),
 ]
@@ -222,7 +225,11 @@ SMALL = {
     "train.max_steps": st.just("none"),
     "train.log_every_steps": st.integers(1, 4).map(str),
     "schedule.cooldown_epochs": st.integers(0, 5).map(str),
-    "method": st.sampled_from(["sampled", "sampled", "dense"]),
+    "dynamicvit.places": st.sampled_from(["none", "0"]),  # one place in a model of one block or two
+    "dynamicvit.rates": st.sampled_from(["none", "0.6"]),
+    "dynamicvit.teacher": st.just("none"),
+    "dynamicvit.frozen_epochs": st.sampled_from(["none", "0", "2", "5"]),
+    "method": st.sampled_from(["sampled", "sampled", "dense", "dynamicvit"]),
 }
 """Of fields whose range holds more than a test can train."""
 

@@ -97,9 +97,12 @@ def largest(count: int, meets: Callable[[int], bool]) -> int | None:
     """The largest number below `count` that `meets`; None if there is none.
 
     `meets` holds up to some number and fails beyond it, but may hold again within eight of the last that did: multiples
-    of 8 tokens can be faster than slightly fewer. Called for few numbers.
+    of 8 tokens can be faster than slightly fewer. It may also hold for the very largest alone, the whole model, which a
+    method that chooses patches on the way can be slower than. Called for few numbers.
     """
-    low, high = -1, count  # -1 meets, count does not
+    if count and meets(count - 1):
+        return count - 1
+    low, high = -1, count - 1  # -1 meets, the last does not
     while high - low > 1:
         middle = (low + high) // 2
         if meets(middle):

@@ -293,6 +293,26 @@ def show(rows: Sequence[Row]) -> None:
     with console.capture() as printed:
         console.print(table)
     print(printed.get(), end="")
+    for told in slower_alone(rows):
+        print(told)
+
+
+def slower_alone(rows: Sequence[Row]) -> list[str]:
+    """A line for every run that keeps fewer tokens and takes longer over a single image, beyond the spread of both.
+
+    What chooses tokens has costs of its own, which many images share and one does not.
+    """
+    lines = []
+    for run in dict.fromkeys(row["run"] for row in rows):
+        own = [row for row in rows if row["run"] == run and row["rho"] is not None]
+        whole = max(own, key=lambda row: row["rho"], default=None)
+        slower = [row for row in own if whole and row["latency_ms_low"] > whole["latency_ms_high"]]
+        if whole and slower:
+            points, best = ", ".join(f"{row['rho']:.3g}" for row in slower), f"{whole['knob']} {whole['rho']:.3g}"
+            lines.append(
+                f"{run}: a single image takes longer at {whole['knob']} {points} than at {best}; run it at {best}"
+            )
+    return lines
 
 
 def distinct_names(sources: Sequence[str | Path]) -> list[str]:

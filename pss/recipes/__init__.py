@@ -14,6 +14,7 @@ from pss.recipes.deit import (
     deit_ti_224,
     vit_b_simmim,
 )
+from pss.recipes.dynamicvit import dynamicvit_b, dynamicvit_s
 from pss.recipes.small import cifar10, digits
 from pss.sections import RunSettings
 
@@ -29,6 +30,8 @@ RECIPES: dict[str, Callable[[], RunSettings]] = {
     "deit-s-224-lowres": deit_s_224_lowres,
     "deit-s-384": deit_s_384,
     "vit-b-simmim": vit_b_simmim,
+    "dynamicvit-s": dynamicvit_s,
+    "dynamicvit-b": dynamicvit_b,
 }
 
 

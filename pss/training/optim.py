@@ -93,12 +93,15 @@ def build_optimizer(
     for group in groups:
         group.pop("lr_scale", None)  # timm would scale the whole course by it, its beginning and its end too
     optimizer = AdamW(groups, lr=lr, betas=optim.betas, fused=True)
+    warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
+    steps = phase.epochs * steps_per_epoch - round(optim.cooldown_epochs * steps_per_epoch)
     schedule = CosineLRScheduler(
         optimizer,
-        t_initial=max(1, phase.epochs * steps_per_epoch - round(optim.cooldown_epochs * steps_per_epoch)),
+        t_initial=max(1, steps - warmup_steps if optim.warmup_prefix else steps),
         lr_min=optim.min_lr,
-        warmup_t=round(optim.warmup_epochs * steps_per_epoch),
+        warmup_t=warmup_steps,
         warmup_lr_init=optim.warmup_lr,
+        warmup_prefix=optim.warmup_prefix,
         t_in_epochs=False,
     )
     schedule.step_update(0)

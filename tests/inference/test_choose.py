@@ -40,6 +40,14 @@ def test_search_finds_what_trying_all_finds(increments, share, bonus):
         assert len(tried) <= 17  # 8 halvings, and a window
 
 
+def test_the_whole_model_may_be_faster_than_one_that_chooses():
+    """With predictors on the way, one image: nothing under 3 ms but all patches."""
+    costs = [3.6, 3.5, 3.5, 3.7, 2.3]
+    assert choose.largest(5, lambda number: costs[number] <= 3) == 4
+    assert choose.largest(5, lambda number: costs[number] <= 2) is None
+    assert choose.largest(0, lambda number: True) is None
+
+
 @pytest.mark.parametrize("demand", [{"budget_ms": 5.0}, {"target_ips": 400.0}])
 @pytest.mark.parametrize("rhos", [None, [0.3, 1.0, 0.7]])
 def test_the_largest_that_is_fast_enough(monkeypatch, demand, rhos):

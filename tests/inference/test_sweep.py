@@ -235,6 +235,19 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
         sweep.distinct_names([tmp_path / "a", tmp_path / "a"])
 
 
+def test_points_that_are_slower_over_one_image_are_told():
+    """Beyond the spread of both; a run without a knob, or of one row, has nothing to compare."""
+
+    def row(run, rho, low, high, knob="ρ"):
+        return {"run": run, "rho": rho, "knob": knob, "latency_ms_low": low, "latency_ms_high": high}
+
+    rows = [
+        row("a", 0.7, 3.4, 3.6), row("a", 1.0, 2.2, 2.4), row("a", 0.9, 2.3, 3.9), row("a", 0.5, 2.5, 2.6),
+        row("b", None, 1, 2), row("c", 0.5, 1, 2), row("d", 0.5, 1, 2, "depth"), row("d", 1.0, 2.5, 3, "depth"),
+    ]  # fmt: skip
+    assert sweep.slower_alone(rows) == ["a: a single image takes longer at ρ 0.7, 0.5 than at ρ 1; run it at ρ 1"]
+
+
 def test_rates_call_everything_and_count_images():
     calls = [0, 0]
 
