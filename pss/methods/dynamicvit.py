@@ -115,7 +115,6 @@ class DynamicViT(Method):
 
     name = "dynamicvit"
     sections = (DynamicViTSettings,)
-    compiles = False  # the trunk is not called as a whole
 
     targets: Tensor
 
@@ -173,7 +172,7 @@ class DynamicViT(Method):
         tokens, places = model.see(images, 1.0, low_resolution=True)
         generator = step_generator(at.seed, at.step, at.rank, images.device)
         noise = gumbel((tokens.shape[0], len(self.places), tokens.shape[1] - prefix, 2), generator)
-        tokens, kept = self.masked(tokens, noise, model.positions(places))
+        tokens, kept = model.compute(self._masked_at, tokens, noise, places)
         logits = self.masked_readout(tokens, kept[:, -1])
         out = {"classification": self.classification_loss(logits, targets), "ratio": ratio_loss(kept, self.targets)}
         loss = out["classification"] + own.ratio_weight * out["ratio"]
@@ -216,6 +215,9 @@ class DynamicViT(Method):
             policy = torch.cat((kept[-1].new_ones(kept[-1].shape[0], prefix), kept[-1]), dim=1)
             tokens = model.run_blocks(tokens, positions, start, stop, policy=policy)
         return model.norm(tokens), torch.stack(kept, dim=1)
+
+    def _masked_at(self, tokens: Tensor, noise: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.masked(tokens, noise, self.model.positions(places))
 
     def masked_readout(self, tokens: Tensor, kept: Tensor) -> Tensor:
         """What the model's readout would return if of the tokens (B, T, D) only the kept patches, 1 in (B, N), were
