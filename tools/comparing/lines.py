@@ -50,7 +50,9 @@ def _line(column: str, arm: str, own: Mapping[int, Row], dense: Mapping[int, Row
             key: [
                 ratio
                 for seed, row in rows.items()
-                for ratio in (over(theirs[seed][key], row[key]) if key == "seconds_batch" else over(row[key], theirs[seed][key]))
+                for ratio in (
+                    over(theirs[seed][key], row[key]) if key == "seconds_batch" else over(row[key], theirs[seed][key])
+                )
             ]
             for key in ("seconds_batch", "seconds_1")
         }
