@@ -2,10 +2,10 @@
 
     python -m tools.compare_methods --data DIR --output runs/comparison --recipe cifar10 --seeds 0 1 2 --epochs 20
 
-DIR is a data set of pss-convert. Every arm and seed is a run of pss-train in a folder of its own; what an arm is made of
-stands in tools/comparing/arms.toml. Arms that fine-tune start from a shorter dense run of the same seed, so that all have
-seen as many epochs. Then every arm is trained anew for as long as the dense run of its seed took, pre-training and teacher
-included. At the end all runs are evaluated beside each other: comparison.md, .csv, .json, .png and report.html.
+DIR is a data set of pss-convert. Every arm and seed is a run of pss-train in a folder of its own; what an arm is made
+of stands in tools/comparing/arms.toml. Arms that fine-tune start from a shorter dense run of the same seed, so that all
+have seen as many epochs. Then every arm is trained anew for as long as the dense run of its seed took, pre-training and
+teacher included. At the end all runs are evaluated beside each other: comparison.md, .csv, .json, .png and report.html.
 
 The comparison goes on where it was stopped. `--plan` says what would be run and for how long, and trains nothing.
 """

@@ -10,8 +10,8 @@ import torch
 from pss.config import Config
 from pss.planning.doctor import measure_training
 from pss.planning.plan import plan
-from tools.comparing.budget import Pace, epochs_for
 from tools.comparing.arms import Arm, Layout
+from tools.comparing.budget import Pace, epochs_for
 from tools.comparing.turns import Run
 
 START_SECONDS = 6.0

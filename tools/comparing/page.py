@@ -56,8 +56,8 @@ def markdown(result: Row) -> str:
 
 
 _ARITHMETIC = (
-    "GFLOPs are multiply-accumulates of one image, in 10^9. Those of training are averages over the steps of the run and "
-    "of the one that it starts from; a whole step is forward and backward, teacher included."
+    "GFLOPs are multiply-accumulates of one image, in 10^9. Those of training are averages over the steps of the run "
+    "and of the one that it starts from; a whole step is forward and backward, teacher included."
 )
 _APART = "Quoted, not measured here; they are no rows of the tables above."
 
@@ -67,8 +67,8 @@ def _introduction(result: Row, column: str) -> str:
     if column == "epochs":
         return f"Every arm is trained for {plan['epochs']} epochs in all, those before fine-tuning included."
     return (
-        f"Every arm is given the training time of the {plan['reference']} run of the same seed, validation not counted; "
-        "the number of epochs is the one whose time is nearest to it at the pace of the runs above. `training` is what "
+        f"Every arm is given the training time of the {plan['reference']} run of the same seed, validation not "
+        "counted; the number of epochs is the one whose time is nearest to it at the pace of the runs above. `training` is what "
         "they then took."
     )
 
@@ -76,7 +76,7 @@ def _introduction(result: Row, column: str) -> str:
 def _inference(result: Row) -> str:
     return (
         "The runs of equal epochs at each operating point of their methods, the first one being that of the tables "
-        f"above. Real images, the model alone, all runs interleaved in one process on {result['environment']['device']}; "
+        f"above. Real images, the model alone, all runs interleaved in one process, {result['environment']['device']}; "
         "medians and quartiles over rounds and seeds, ratios formed within the rounds."
     )
 
@@ -157,29 +157,29 @@ def limits(result: Row) -> list[str]:
     seeds, others = len(plan["seeds"]), len(plan["arms"]) - 1
     parameters = result["lines"][0]["parameters_backbone"]
     said = [
-        f"{result['num_images']:,} training and {result['num_val_images']:,} validation images of {result['num_classes']} "
-        f"classes, {result['img_size']} pixels, and a model of {parameters / 1e6:.2g} M parameters: none of it is ImageNet "
-        "or DeiT-S, where these methods were published.",
+        f"{result['num_images']:,} training and {result['num_val_images']:,} validation images of "
+        f"{result['num_classes']} classes, {result['img_size']} pixels, and a model of {parameters / 1e6:.2g} M "
+        "parameters: none of it is ImageNet or DeiT-S, where these methods were published.",
         f"{plan['epochs']} epochs; published runs have 300 and more. Which method is ahead may depend on it.",
     ]
     if seeds == 1:
         said.append("One seed: there is no spread, and no difference here can be told from chance.")
     else:
         said.append(
-            f"{seeds} seeds: a standard deviation of so few is itself uncertain, and the intervals take differences for "
-            f"normally distributed. They are for one comparison each; {2 * others} are made, of which one in twenty "
+            f"{seeds} seeds: a standard deviation of so few is itself uncertain, and the intervals take differences "
+            f"for normally distributed. They are for one comparison each; {2 * others} are made, of which one in twenty "
             "leaves its interval by chance."
         )
     tuned = [f"{name} {arm['note']}" for name, arm in plan["arms"].items() if arm["note"] and arm["start"]]
     if tuned:
         said.append(f"Fine-tuning is shorter than published: {'; '.join(tuned)}. Its warm-up is shortened alike.")
     said.append(
-        "Settings that the methods share are those of the recipe, which was made for dense training and schedules; none "
-        "was searched for any of the arms."
+        "Settings that the methods share are those of the recipe, which was made for dense training and schedules; "
+        "none was searched for any of the arms."
     )
     said.append(
-        f"Times are those of {device} with {result['environment']['threads']} threads, while runs took turns; how much a "
-        "method gains depends on the machine, the size of the model and of the batch."
+        f"Times are those of {device} with {result['environment']['threads']} threads, while runs took turns; how "
+        "much a method gains depends on the machine, the size of the model and of the batch."
         + ("" if device != "cpu" else " A GPU, which small models keep waiting, may rank them otherwise.")
     )
     late = [line for line in result["lines"] if line["column"] == "time" and abs(_mean_ratio(line) - 1) > 0.05]

@@ -18,7 +18,7 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 
 def draw(result: dict[str, Any]) -> bytes:
-    """A PNG. An arm is a colour and a marker; filled at equal epochs, hollow at equal training time; seeds are small."""
+    """A PNG. An arm is a colour and a marker; filled at equal epochs, hollow at equal time; seeds are small."""
     arms = list(dict.fromkeys(line["arm"] for line in result["lines"]))
     most = max(total_seconds(run) for run in result["runs"])
     unit, per = next(
