@@ -68,8 +68,8 @@ def _introduction(result: Row, column: str) -> str:
         return f"Every arm is trained for {plan['epochs']} epochs in all, those before fine-tuning included."
     return (
         f"Every arm is given the training time of the {plan['reference']} run of the same seed, validation not "
-        "counted; the number of epochs is the one whose time is nearest to it at the pace of the runs above. `training` is what "
-        "they then took."
+        "counted; the number of epochs is the one whose time is nearest to it at the pace of the runs above. `training` "
+        "is what they then took."
     )
 
 
@@ -167,8 +167,8 @@ def limits(result: Row) -> list[str]:
     else:
         said.append(
             f"{seeds} seeds: a standard deviation of so few is itself uncertain, and the intervals take differences "
-            f"for normally distributed. They are for one comparison each; {2 * others} are made, of which one in twenty "
-            "leaves its interval by chance."
+            f"for normally distributed. They are for one comparison each; {2 * others} are made, of which one in "
+            "twenty leaves its interval by chance."
         )
     tuned = [f"{name} {arm['note']}" for name, arm in plan["arms"].items() if arm["note"] and arm["start"]]
     if tuned:
