@@ -60,7 +60,9 @@ class Comparison:
         epochs = config.train.epochs if arguments.epochs is None else arguments.epochs
         if epochs < max(arm.fewest_epochs for arm in self.arms):
             raise ValueError(f"--epochs is {epochs}; arms that fine-tune take at least 2")
-        self.layout = Layout(arguments.recipe, tuple(arguments.set), epochs, self.output / "runs", every)
+        self.layout = Layout(
+            arguments.recipe, tuple(arguments.set), epochs, self.output / "runs", every, self.num_images
+        )
         self.turn = arguments.turn or max(1, -(-epochs // 5))
         for run in self.runs({arm.name: epochs for arm in self.arms}, arguments.seeds[0]):
             self.layout.config(run)  # raises before anything is trained

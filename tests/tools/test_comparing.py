@@ -126,14 +126,14 @@ def test_published_rows_have_a_source(tmp_path):
 
 def test_what_a_run_is_given(tmp_path):
     known = known_arms.read(known_arms.BUILT_IN)
-    layout = Layout("digits", ("train.batch_size=16",), 40, tmp_path, known)
+    layout = Layout("digits", ("train.batch_size=16",), 40, tmp_path, known, 1000)
     tuned = layout.run(known["dynamicvit"], 3, 40)
     assert tuned.name == "dynamicvit-36+4-s3"
     assert (tuned.epochs, tuned.offset) == (4, 36)
     assert tuned.needs == layout.run(known["dense"], 3, 36)
     assert f"model.weights={tmp_path / 'dense-36-s3'}" in tuned.settings
     assert f"dynamicvit.teacher={tmp_path / 'dense-36-s3'}" in tuned.settings
-    assert "optim.warmup_epochs=0.3" in tuned.settings  # 3 of 40
+    assert "optim.warmup_epochs=0.24" in tuned.settings  # 3 of 50
     cooled = layout.run(known["pss-cooldown"], 0, 100)
     assert "schedule.cooldown_epochs=3" in cooled.settings
     assert layout.config(cooled).train.epochs == 100

@@ -114,9 +114,10 @@ class Layout:
     settings: tuple[str, ...]
     """Of all arms."""
     epochs: int
-    """Of the column of equal epochs; warm-up is shortened with the run, in proportion."""
+    """Of the column of equal epochs."""
     folder: Path
     arms: Mapping[str, Arm]
+    num_images: int
 
     def run(self, arm: Arm, seed: int, epochs: int) -> Run:
         """The run of an arm with so many epochs in all. Runs of one arm, length and seed are one."""
@@ -139,11 +140,14 @@ class Layout:
         return recipes.get(self.recipe).with_settings(list(run.settings))
 
     def _warm_up(self, own: int) -> tuple[str, ...]:
-        if own == self.epochs:
+        """As large a share of a run as the recipe has it of its epochs; none where that is not a step."""
+        usual = recipes.get(self.recipe).with_settings(list(self.settings))
+        if own == usual.train.epochs:
             return ()
-        usual = recipes.get(self.recipe).with_settings(list(self.settings)).optim
-        changed = {"warmup_epochs": usual.warmup_epochs, "cooldown_epochs": usual.cooldown_epochs}
-        return tuple(f"optim.{name}={value * own / self.epochs:.4g}" for name, value in changed.items() if value)
+        lengths = {"warmup_epochs": usual.optim.warmup_epochs, "cooldown_epochs": usual.optim.cooldown_epochs}
+        shares = {name: value * own / usual.train.epochs for name, value in lengths.items() if value}
+        shortest = usual.train.batch_size / self.num_images
+        return tuple(f"optim.{name}={share if share >= shortest else 0:.4g}" for name, share in shares.items())
 
 
 def with_starts(runs: Sequence[Run]) -> list[Run]:

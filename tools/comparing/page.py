@@ -68,7 +68,7 @@ def _introduction(result: Row, column: str) -> str:
         return f"Every arm is trained for {plan['epochs']} epochs in all, those before fine-tuning included."
     return (
         f"Every arm is given the training time of the {plan['reference']} run of the same seed, validation not "
-        "counted; the number of epochs is the one whose time is nearest to it at the pace of the runs above. `training` "
+        "counted; the number of epochs is the one whose time is nearest at the pace of the runs above. `training` "
         "is what they then took."
     )
 
