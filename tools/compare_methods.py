@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ class Comparison:
         }
 
     def runs(self, epochs: dict[str, int], seed: int) -> list[Run]:
-        """Those of every arm, for so many epochs in all."""
-        return [self.layout.run(arm, seed, epochs[arm.name]) for arm in self.arms]
+        """Those of the arms that are named, for so many epochs in all."""
+        return [self.layout.run(arm, seed, epochs[arm.name]) for arm in self.arms if arm.name in epochs]
 
     def admit(self) -> None:
         """Begin the comparison in the output folder, or go on with it. Raises `ValueError` for another one."""
@@ -110,17 +111,26 @@ class Comparison:
             )
 
     def equal_time(self) -> dict[str, dict[str, int]]:
-        """Epochs of every arm by seed, whose time is nearest to that of the reference; chosen once, then kept."""
+        """Epochs of every arm by seed, whose time is nearest to that of the reference; chosen once, then kept.
+
+        An arm whose shortest run takes too long for one of the seeds is left out.
+        """
         path = self.output / PLAN
         saved = json.loads(path.read_text(encoding="utf-8"))
         if not saved["equal_time"]:
             epochs = self.layout.epochs
             for seed in self.plan["seeds"]:
                 given = self.layout.run(self.layout.arms[REFERENCE], seed, epochs).seconds()
-                saved["equal_time"][str(seed)] = {
-                    arm.name: epochs if arm.name == REFERENCE else epochs_for(arm, self.pace(arm, seed), given)
-                    for arm in self.arms
-                }
+                saved["equal_time"][str(seed)] = found = {REFERENCE: epochs}
+                for arm in self.arms:
+                    if arm.name != REFERENCE:
+                        with suppress(ValueError):
+                            found[arm.name] = epochs_for(arm, self.pace(arm, seed), given)
+            fit = set.intersection(*map(set, saved["equal_time"].values()))
+            saved["equal_time"] = {
+                seed: {name: count for name, count in found.items() if name in fit}
+                for seed, found in saved["equal_time"].items()
+            }
             files.write(path, json.dumps(saved, indent=1) + "\n")
         chosen: dict[str, dict[str, int]] = saved["equal_time"]
         return chosen
@@ -174,7 +184,8 @@ class Comparison:
             for column in COLUMNS
             for arm in self.arms
             for seed in self.plan["seeds"]
-            for epochs in [self.layout.epochs if column == "epochs" else chosen[str(seed)][arm.name]]
+            for epochs in [self.layout.epochs if column == "epochs" else chosen[str(seed)].get(arm.name)]
+            if epochs is not None
         }
         runs = list({run.folder: run for run in pairs.values()}.values())
         options = evaluation.Options(

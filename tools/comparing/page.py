@@ -182,6 +182,10 @@ def limits(result: Row) -> list[str]:
         "much a method gains depends on the machine, the size of the model and of the batch."
         + ("" if device != "cpu" else " A GPU, which small models keep waiting, may rank them otherwise.")
     )
+    if missing := [name for name in plan["arms"] if name not in next(iter(result["equal_time"].values()))]:
+        said.append(
+            f"{', '.join(missing)} cannot be trained within the given time at all: even the fewest epochs exceed it."
+        )
     late = [line for line in result["lines"] if line["column"] == "time" and abs(_mean_ratio(line) - 1) > 0.05]
     if late:
         which = ", ".join(f"{line['arm']} {_mean_ratio(line) - 1:+.0%}" for line in late)
