@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +22,10 @@ import torch
 
 import pipelines
 from pss import recipes
-from pss.config import Config
 from pss.planning.plan import plan
-from pss.runs.log import read_rows
 from tools.benchmarks.measure import environment, page, publish, spread
+from tools.comparing.statistics import Mean
+from tools.comparing.turns import Run, take_turns
 from tools.demo import command
 
 ARMS = {
@@ -46,23 +44,19 @@ class Trial:
     arm: str
     sort: str
     seed: int
-    folder: Path
-    settings: tuple[str, ...]
-
-    def epochs(self) -> list[dict[str, Any]]:
-        """What its log says of every epoch so far."""
-        return read_rows(self.folder, "epoch") if (self.folder / "log.jsonl").exists() else []
+    run: Run
 
     def timed(self, turn: int, steps: int) -> dict[int, float]:
         """Seconds of training by epoch, of those that one process trained from beginning to end.
 
         Where a turn has several, the first one is left out: on a GPU its steps are compiled in it.
         """
-        whole = [row for row in self.epochs() if sum(level["steps"] for level in row["by_rho"].values()) == steps]
+        rows = self.run.rows()
+        whole = [row for row in rows if sum(level["steps"] for level in row["by_rho"].values()) == steps]
         return {row["epoch"]: row["train_seconds"] for row in whole if turn == 1 or (row["epoch"] - 1) % turn}
 
 
-def trials(arguments: argparse.Namespace) -> list[Trial]:
+def trials(arguments: argparse.Namespace, epochs: int) -> list[Trial]:
     """Every run, in the order of the first turn. Dense training has no choice of patches, so it has one sort."""
     made = []
     for seed in arguments.seeds:
@@ -70,35 +64,26 @@ def trials(arguments: argparse.Namespace) -> list[Trial]:
             for sort in arguments.sorts if arm != "dense" else arguments.sorts[:1]:
                 settings = (*arguments.set, *ARMS[arm], f"model.sort={sort}", f"train.seed={seed}")
                 folder = arguments.output / f"{arm}-{sort}-{seed}"
-                made.append(Trial(arm, sort, seed, folder, settings))
+                made.append(Trial(arm, sort, seed, Run(folder, epochs, settings)))
     return made
 
 
-def train(made: Sequence[Trial], arguments: argparse.Namespace, config: Config, steps_per_epoch: int) -> None:
+def train(made: Sequence[Trial], arguments: argparse.Namespace, steps_per_epoch: int) -> None:
     """All runs to their end, in turns."""
-    epochs, began = config.train.epochs, time.monotonic()
-    first = min(len(trial.epochs()) for trial in made)
-    for number, target in enumerate(range(first + arguments.turn, epochs + arguments.turn, arguments.turn)):
-        target = min(target, epochs)
-        for trial in made if number % 2 else reversed(made):
-            if len(trial.epochs()) >= target:
-                continue
-            words = [*trial.settings, f"train.max_steps={target * steps_per_epoch}"]
-            options = [word for setting in words for word in ("--set", setting)]
-            where = ["--data", str(arguments.data), "--output", str(trial.folder), "--loader", arguments.loader]
-            command("train", arguments.recipe, *where, "--resume", *options)
-        passed = time.monotonic() - began
-        left = passed / (target - first) * (epochs - target)
-        print(
-            f"\nall runs have done {target} of {epochs} epochs; {passed / 60:.0f} min, {left / 60:.0f} to go",
-            flush=True,
-        )
+
+    def advance(run: Run, epochs: int) -> None:
+        words = [*run.settings, f"train.max_steps={epochs * steps_per_epoch}"]
+        options = [word for setting in words for word in ("--set", setting)]
+        where = ["--data", str(arguments.data), "--output", str(run.folder), "--loader", arguments.loader]
+        command("train", arguments.recipe, *where, "--resume", *options)
+
+    take_turns([trial.run for trial in made], arguments.turn, advance, lambda line: print(f"\n{line}", flush=True))
 
 
 def measure(made: Sequence[Trial], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of pss-eval over all runs."""
     rhos = ",".join(map(str, arguments.rhos))
-    folders = [str(trial.folder) for trial in made]
+    folders = [str(trial.run.folder) for trial in made]
     command("eval", *folders, "--data", str(arguments.data), "--rho", rhos, "--output", str(arguments.output))
     rows: list[dict[str, Any]] = json.loads((arguments.output / "rho.json").read_text(encoding="utf-8"))
     return rows
@@ -116,7 +101,7 @@ def compare(
     lines = []
     for arm, sort in dict.fromkeys((trial.arm, trial.sort) for trial in made):
         own = [trial for trial in made if (trial.arm, trial.sort) == (arm, sort)]
-        names = {trial.folder.name for trial in own}
+        names = {trial.run.name for trial in own}
         top1 = {rho: [row["top1"] for row in rows if row["run"] in names and row["rho"] == rho] for rho in rhos}
         ratios = []
         for trial in own:
@@ -125,7 +110,7 @@ def compare(
                 theirs = dense.timed(turn, steps)
                 mine = trial.timed(turn, steps)
                 ratios += [mine[epoch] / theirs[epoch] for epoch in mine if epoch in theirs]
-        seconds = [sum(row["train_seconds"] for row in trial.epochs()) for trial in own]
+        seconds = [trial.run.seconds() for trial in own]
         line = {"arm": arm, "sort": sort, "seeds": len(own), "top1": top1, "seconds": seconds, "ratios": ratios}
         lines.append(line | {"limit": limits[arm]})
     return lines
@@ -135,24 +120,19 @@ def report(result: dict[str, Any]) -> str:
     """The result as markdown."""
     settings, rhos, rows = result["settings"], result["rhos"], []
     for line in result["lines"]:
-        accuracies = [_mean(line["top1"][rho], " %") for rho in rhos]
-        minutes = _mean([seconds / 60 for seconds in line["seconds"]], "")
+        accuracies = [Mean.of(line["top1"][rho]).told(".2f") for rho in rhos]
+        minutes = Mean.of([seconds / 60 for seconds in line["seconds"]]).told(".2f")
         time_ratio = "1" if line["arm"] == "dense" else "–"
         if line["ratios"]:
             time_ratio = spread(line["ratios"], ".3f")
         rows.append(" | ".join([line["arm"], line["sort"], *accuracies, minutes, time_ratio, f"{line['limit']:.3f}"]))
-    top1 = " | ".join(f"top-1 at ρ = {rho:g}" for rho in rhos)
+    top1 = " | ".join(f"top-1 % at ρ = {rho:g}" for rho in rhos)
     head = f"training | patches | {top1} | minutes | of dense: time (quartiles over epochs) | arithmetic"
     title = (
         f"`pss-train {result['recipe']}`, {result['epochs']} epochs of {result['images']:,} images, seeds "
         f"{', '.join(map(str, result['seeds']))}" + (f"; {', '.join(settings)}" if settings else "")
     )
     return page(result, title, head, rows)
-
-
-def _mean(values: Sequence[float], unit: str) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{unit}{spread}"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -178,9 +158,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = recipes.get(arguments.recipe).with_settings(arguments.set)
     num_images = sum(pipelines.open_dataset(arguments.data).per_class["train"])
     plans = {arm: plan(config.with_settings(ARMS[arm]), num_images=num_images) for arm in dict.fromkeys(arguments.arms)}
-    made = trials(arguments)
+    made = trials(arguments, config.train.epochs)
     steps = num_images // config.train.batch_size
-    train(made, arguments, config, steps)
+    train(made, arguments, steps)
     rows = measure(made, arguments)
     limits = {arm: planned.mean_cost for arm, planned in plans.items()}
     result = {
@@ -192,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "rhos": arguments.rhos,
         "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "lines": compare(made, rows, limits, arguments.rhos, arguments.turn, steps),
-        "log": {trial.folder.name: trial.epochs() for trial in made},
+        "log": {trial.run.name: trial.run.rows() for trial in made},
         "sweep": rows,
     }
     print()

@@ -67,7 +67,7 @@ def test_runs_take_turns_in_alternating_order(run):
     assert cyclic["ratios"] == [0.5] * 2  # of four epochs; the first one of a turn is not counted
     assert cyclic["seconds"] == [10.0]
     assert cyclic["limit"] < dense["limit"] == 1
-    assert "| cyclic | magnitude | 10.00 % | 5.00 % | 0.17 | 0.500 (0.500–0.500) |" in study.report(result)
+    assert "| cyclic | magnitude | 10.00 | 5.00 | 0.17 | 0.500 (0.500–0.500) |" in study.report(result)
 
 
 def test_every_seed_and_sort_is_a_run_and_a_study_goes_on_where_it_stopped(run):
@@ -78,7 +78,7 @@ def test_every_seed_and_sort_is_a_run_and_a_study_goes_on_where_it_stopped(run):
     lines = {(line["arm"], line["sort"]): line for line in result["lines"]}
     assert lines["fixed", "random"]["ratios"] == [0.75] * 6
     assert lines["fixed", "random"]["top1"][1.0] == [10.0, 11.0]
-    assert "10.50 % ± 0.71" in study.report(result)
+    assert "10.50 ± 0.71" in study.report(result)
     called.clear()
     again, called = run(*words)
     assert called == []
@@ -92,6 +92,6 @@ def test_an_epoch_in_which_a_run_was_stopped_is_not_timed(tmp_path):
         for n, count in steps.items()
     ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trial = study.Trial("dense", "magnitude", 0, tmp_path, ())
+    trial = study.Trial("dense", "magnitude", 0, study.Run(tmp_path, 4, ()))
     assert trial.timed(1, 3) == {1: 1.0, 3: 3.0, 4: 4.0}
     assert trial.timed(2, 3) == {4: 4.0}

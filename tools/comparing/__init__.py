@@ -1,0 +1,1 @@
+"""What a comparison of training methods consists of: arms, runs that take turns, equal training time, statistics."""

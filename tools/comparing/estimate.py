@@ -1,0 +1,56 @@
+"""How long a comparison will take, from a few measured steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from pss.config import Config
+from pss.planning.doctor import measure_training
+from pss.planning.plan import plan
+from tools.comparing.arms import Arm, Layout
+from tools.comparing.budget import Pace, epochs_for
+from tools.comparing.turns import Run
+
+START_SECONDS = 6.0
+"""Of a process, until it trains, and from its last step to its end; measured on two cores."""
+
+
+def epoch_seconds(run: Run, configured: Callable[[Run], Config], num_images: int, num_classes: int) -> float:
+    """Of training, if data are always at hand: a few steps at each level of the plan, on random weights.
+
+    Weights that the run starts from are not read, as they need not be there yet, and neither is a teacher: where there
+    is one, its forward pass is added by its share of the arithmetic.
+    """
+    config = configured(run)
+    planned = plan(config, num_images=num_images, num_classes=num_classes)
+    alone = replace(config, model=replace(config.model, weights=None, own_head=False))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates = measure_training(alone, planned, num_classes, device)
+    per_image = sum(level.share / rates[level] for level in planned.levels)
+    return per_image * planned.steps_per_epoch * planned.batch_size
+
+
+def paces(layout: Layout, measured: Mapping[str, float]) -> dict[str, Pace]:
+    """Of every arm, from the seconds of an epoch by arm."""
+    starts = {name: layout.arms[arm.start].name if arm.start else name for name, arm in layout.arms.items()}
+    return {name: Pace(measured[starts[name]], measured[name]) for name in layout.arms}
+
+
+def total_seconds(
+    layout: Layout, arms: Sequence[Arm], reference: str, pace: Mapping[str, Pace], seeds: int, turn: int
+) -> tuple[float, dict[str, int]]:
+    """Of training everything, the start of processes included, and the epochs of each arm at equal training time."""
+    time_given = pace[reference].seconds(layout.arms[reference], layout.epochs)
+    chosen = {arm.name: epochs_for(arm, pace[arm.name], time_given) for arm in arms}
+    seconds, counted = 0.0, set()
+    for arm in arms:
+        for epochs in (layout.epochs, chosen[arm.name]):
+            run = layout.run(arm, 0, epochs)
+            for part, each in ((run.needs, pace[arm.name].before), (run, pace[arm.name].own)):
+                if part is not None and part.folder not in counted:
+                    counted.add(part.folder)
+                    seconds += part.epochs * each + -(-part.epochs // turn) * START_SECONDS
+    return seconds * seeds, chosen

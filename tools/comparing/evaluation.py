@@ -1,0 +1,133 @@
+"""Trained runs measured beside each other in one process: accuracy, arithmetic, and speed on real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pipelines
+from pipelines.base import Backend, DataConfig
+from pss.config import Config
+from pss.inference import report, sweep
+from pss.inference.accuracy import evaluation_inputs
+from pss.inference.opening import Run as Opened
+from pss.inference.opening import open_run
+from pss.inference.timing import call_seconds
+from pss.planning.plan import plan
+from pss.runtime import processes
+from tools.comparing.turns import Run
+
+Row = dict[str, Any]
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Options:
+    """How runs are measured."""
+
+    data: Path
+    loader: Backend
+    batch_size: int
+    ema: bool = False
+    device: str | None = None
+    """None is a GPU where there is one."""
+
+
+def evaluate(runs: Sequence[Run], options: Options, page: Path) -> dict[str, list[Row]]:
+    """Rows for every run at each of its method's operating points, by the run's name; the report goes to `page`.
+
+    Beside what a sweep knows, a row has `seconds_1` and `seconds_batch`: what a call took in each of the interleaved
+    rounds, with one image of the validation split and with a batch of them, all runs in turns. Real images, as what a
+    prediction costs may depend on them.
+    """
+    with processes.start() as world:
+        if options.device is not None:
+            world = processes.World(0, 1, torch.device(options.device))
+        opened = [open_run(str(run.folder), world.device, ema=options.ema) for run in runs]
+        names = [run.name for run in runs]
+
+        def loader(config: DataConfig) -> Any:
+            return pipelines.build(
+                options.data, "val", config=config, batch_size=options.batch_size, train=False, loader=options.loader,
+                device=str(world.device),
+            )  # fmt: skip
+
+        found = sweep.sweep(
+            opened, names=names, points=None, make_loader=loader, batch_size=options.batch_size, world=world
+        )
+        if report.available():
+            report.write(found, opened, names, page)
+        rows: dict[str, list[Row]] = {name: [] for name in names}
+        for row in found.rows:
+            rows[row["run"]].append(dict(row))
+        images: dict[DataConfig, Tensor] = {}
+        for one in opened:
+            if one.config.data not in images:
+                images[one.config.data] = first_images(loader(one.config.data), one.config.data, world.device)
+        everything = [row for own in rows.values() for row in own]
+        for key, count in (("seconds_1", 1), ("seconds_batch", options.batch_size)):
+            calls: list[Callable[[], Any]] = [
+                partial(sweep.predict, one, images[one.config.data][:count], row["rho"])
+                for one, name in zip(opened, names, strict=True)
+                for row in rows[name]
+            ]
+            seconds = call_seconds(calls, world.device, rounds=ROUNDS, one_by_one=count == 1)
+            for row, times in zip(everything, seconds, strict=True):
+                row[key] = times
+        for row in everything:
+            row["images"] = min(options.batch_size, row["num_images"])
+        for one, name in zip(opened, names, strict=True):
+            for row in rows[name]:
+                row |= costs_of(one, row)
+    return rows
+
+
+def first_images(loader: Any, config: DataConfig, device: torch.device) -> Tensor:
+    """The first batch of a split, as a model takes it."""
+    try:
+        inputs = evaluation_inputs(loader, config, device)
+        inputs.set_epoch(0)
+        return next(iter(inputs)).images
+    finally:
+        loader.close()
+
+
+def costs_of(one: Opened, row: Row) -> Row:
+    """Parameters, and GFLOPs (multiply-accumulates) of a prediction, the backbone and extra parts apart."""
+    method = one.method
+    model = sum(part.numel() for part in method.model.parameters())
+    whole = sum(part.numel() for part in method.parameters())
+    extra = method.cost(row["rho"]).extra / 1e9
+    return {
+        "parameters_backbone": model,
+        "parameters_extra": whole - model,
+        "gflops_backbone": row["gflops"] - extra,
+        "gflops_extra": extra,
+        "gflops_total": row["gflops"],
+    }
+
+
+def training_costs(run: Run, configured: Callable[[Run], Config], num_images: int, num_classes: int) -> Row:
+    """GFLOPs (multiply-accumulates) of a training step for one image, averaged over the steps of the run and of the one
+    that it starts from; and those of all of it, over those of as many epochs of dense training."""
+    parts = [run] if run.needs is None else [run.needs, run]
+    epochs = sum(part.epochs for part in parts)
+    row: Row = dict.fromkeys(("training_backbone", "training_extra", "training_teacher", "training_step"), 0.0)
+    spent = 0.0
+    for part in parts:
+        planned = plan(configured(part), num_images=num_images, num_classes=num_classes)
+        share = part.epochs / epochs
+        for level in planned.levels:
+            weight = share * level.share / 1e9
+            row["training_backbone"] += weight * level.cost.backbone
+            row["training_extra"] += weight * level.cost.extra
+            row["training_teacher"] += weight * level.cost.teacher
+            row["training_step"] += weight * level.cost.training
+        spent += planned.mean_cost * part.epochs
+    return row | {"arithmetic_epochs": spent}

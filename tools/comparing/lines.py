@@ -1,0 +1,95 @@
+"""From measured runs to the lines of the table: one for every arm, in each of the two columns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tools.benchmarks.measure import over, quartiles
+from tools.comparing.statistics import Mean, paired
+
+Row = dict[str, Any]
+
+COLUMNS = {"epochs": "equal epochs", "time": "equal training time"}
+"""What all arms have the same of."""
+
+
+def lines(trained: Sequence[Row], reference: str) -> list[Row]:
+    """One line for every column and arm, in the order of `trained`.
+
+    Args:
+        trained: For every column, arm and seed the run: `column`, `arm`, `seed`, `epochs`, `epochs_before`, `seconds`,
+            `seconds_before`, and `points`, the rows of the evaluation, the first of them that of the main comparison.
+        reference: The arm whose runs of the same seed the others are held against.
+    """
+    made = []
+    for column in COLUMNS:
+        arms = dict.fromkeys(run["arm"] for run in trained if run["column"] == column)
+        dense = {run["seed"]: run for run in trained if (run["column"], run["arm"]) == (column, reference)}
+        for arm in arms:
+            own = {run["seed"]: run for run in trained if (run["column"], run["arm"]) == (column, arm)}
+            made.append(_line(column, arm, own, dense))
+    return made
+
+
+def total_seconds(run: Row) -> float:
+    """Of training, with the run that it starts from."""
+    return float(run["seconds"] + run["seconds_before"])
+
+
+def _line(column: str, arm: str, own: Mapping[int, Row], dense: Mapping[int, Row]) -> Row:
+    one = next(iter(own.values()))
+    points = []
+    for place, first in enumerate(one["points"]):
+        rows = {seed: run["points"][place] for seed, run in own.items()}
+        top1 = {seed: row["top1"] for seed, row in rows.items()}
+        theirs = {seed: dense[seed]["points"][0] for seed in own}
+        rates = [row["images"] / second for row in rows.values() for second in row["seconds_batch"]]
+        ratios = {
+            key: [
+                ratio
+                for seed, row in rows.items()
+                for ratio in (
+                    over(theirs[seed][key], row[key]) if key == "seconds_batch" else over(row[key], theirs[seed][key])
+                )
+            ]
+            for key in ("seconds_batch", "seconds_1")
+        }
+        points.append(
+            {
+                "point": first["rho"],
+                "knob": first["knob"],
+                "top1": Mean.of(list(top1.values())),
+                "difference": paired(top1, {seed: row["top1"] for seed, row in theirs.items()}),
+                "images_per_second": quartiles(rates),
+                "rate_of_dense": quartiles(ratios["seconds_batch"]),
+                "latency_ms": quartiles([1e3 * second for row in rows.values() for second in row["seconds_1"]]),
+                "latency_of_dense": quartiles(ratios["seconds_1"]),
+                **{
+                    key: statistics.fmean(row[key] for row in rows.values())
+                    for key in ("gflops_backbone", "gflops_extra", "gflops_total")
+                },
+            }
+        )
+    seconds = {seed: total_seconds(run) for seed, run in own.items()}
+    return {
+        "column": column,
+        "arm": arm,
+        "seeds": sorted(own),
+        "epochs": [run["epochs"] for run in own.values()],
+        "epochs_before": [run["epochs_before"] for run in own.values()],
+        "seconds": Mean.of(list(seconds.values())),
+        "seconds_before": Mean.of([run["seconds_before"] for run in own.values()]),
+        "time_of_dense": [seconds[seed] / total_seconds(dense[seed]) for seed in own],
+        "parameters_backbone": one["points"][0]["parameters_backbone"],
+        "parameters_extra": one["points"][0]["parameters_extra"],
+        **{
+            key: statistics.fmean(run[key] for run in own.values())
+            for key in ("training_backbone", "training_extra", "training_teacher", "training_step")
+        },
+        "arithmetic_of_dense": statistics.fmean(
+            run["arithmetic_epochs"] / dense[seed]["arithmetic_epochs"] for seed, run in own.items()
+        ),
+        "points": points,
+    }

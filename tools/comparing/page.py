@@ -1,0 +1,234 @@
+"""The table of a comparison, for people and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.benchmarks.measure import table, told
+from tools.comparing.lines import COLUMNS
+from tools.comparing.statistics import Mean
+
+PUBLISHED = Path(__file__).with_name("published.toml")
+Row = dict[str, Any]
+
+
+def markdown(result: Row) -> str:
+    """The whole page."""
+    reference = result["plan"]["reference"]
+    parts = [f"# {result['title']}", "", told(result), "", f"![{result['title']}](comparison.png)", ""]
+    for column, name in COLUMNS.items():
+        own = [line for line in result["lines"] if line["column"] == column]
+        parts += [f"## {name.capitalize()}", "", _introduction(result, column), ""]
+        parts += table(
+            f"arm | epochs | top-1 % | against {reference} (95 % CI) | training | of {reference} | of it before "
+            "fine-tuning",
+            (" | ".join(_accuracy(line, reference)) for line in own),
+        )
+        parts.append("")
+    parts += ["## Arithmetic and parameters", "", _ARITHMETIC, ""]
+    parts += table(
+        "arm | parameters, M | inference: backbone | extra | total | training, forward: backbone | extra | teacher | "
+        f"whole step | whole run, of {reference}",
+        (" | ".join(_costs(line)) for line in result["lines"] if line["column"] == "epochs"),
+    )
+    size = result["batch_size"]
+    parts += ["", "## Inference", "", _inference(result), ""]
+    parts += table(
+        f"arm | point | top-1 % | against {reference} (95 % CI) | GFLOPs | images/s, batch {size} | of {reference} | "
+        f"ms, batch 1 | of {reference}",
+        (
+            " | ".join(_speed(line, point))
+            for line in result["lines"]
+            if line["column"] == "epochs"
+            for point in line["points"]
+        ),
+    )
+    if rows := result["published"]:
+        parts += ["", "## Published, on ImageNet-1k and on the authors' GPUs", "", _APART, ""]
+        parts += table("method | top-1 % | GFLOPs | images/s | hours of training | source", map(_published, rows))
+    parts += ["", "## What these numbers do not show", "", *(f"* {line}" for line in result["limits"])]
+    return "\n".join(parts) + "\n"
+
+
+_ARITHMETIC = (
+    "GFLOPs are multiply-accumulates of one image, in 10^9. Those of training are averages over the steps of the run "
+    "and of the one that it starts from; a whole step is forward and backward, teacher included."
+)
+_APART = "Quoted, not measured here; they are no rows of the tables above."
+
+
+def _introduction(result: Row, column: str) -> str:
+    plan = result["plan"]
+    if column == "epochs":
+        return f"Every arm is trained for {plan['epochs']} epochs in all, those before fine-tuning included."
+    return (
+        f"Every arm is given the training time of the {plan['reference']} run of the same seed, validation not "
+        "counted; the number of epochs is the one whose time is nearest at the pace of the runs above. `training` "
+        "is what they then took."
+    )
+
+
+def _inference(result: Row) -> str:
+    return (
+        "The runs of equal epochs at each operating point of their methods, the first one being that of the tables "
+        f"above. Real images, the model alone, all runs interleaved in one process, {result['environment']['device']}; "
+        "medians and quartiles over rounds and seeds, ratios formed within the rounds."
+    )
+
+
+def _accuracy(line: Row, reference: str) -> list[str]:
+    first, before = line["points"][0], line["seconds_before"]
+    runs = zip(line["epochs_before"], line["epochs"], strict=True)
+    epochs = dict.fromkeys(f"{prior} + {own}" if prior else f"{own}" for prior, own in runs)
+    ratio = Mean.of(line["time_of_dense"])
+    return [
+        line["arm"],
+        ", ".join(epochs),
+        first["top1"].told(".2f"),
+        "" if line["arm"] == reference else interval(first["difference"]),
+        duration(line["seconds"]),
+        "1" if line["arm"] == reference else ratio.told(".2f"),
+        duration(before) if before.mean else "–",
+    ]
+
+
+def _costs(line: Row) -> list[str]:
+    first = line["points"][0]
+    extra = line["parameters_extra"]
+    millions = f"{line['parameters_backbone'] / 1e6:.3g}" + (f" + {extra / 1e6:.2g}" if extra else "")
+    inference = [first["gflops_backbone"], first["gflops_extra"], first["gflops_total"]]
+    training = [line[f"training_{part}"] for part in ("backbone", "extra", "teacher", "step")]
+    return [
+        line["arm"],
+        millions,
+        *(f"{value:.3g}" for value in (*inference, *training)),
+        f"{line['arithmetic_of_dense']:.2f}",
+    ]
+
+
+def _speed(line: Row, point: Row) -> list[str]:
+    return [
+        line["arm"],
+        "as trained" if point["point"] is None else f"{point['knob']} {point['point']:.3g}",
+        point["top1"].told(".2f"),
+        interval(point["difference"]),
+        f"{point['gflops_total']:.3g}",
+        _quartiles(point["images_per_second"], ",.0f"),
+        _quartiles(point["rate_of_dense"], ".2f"),
+        _quartiles(point["latency_ms"], ".3g"),
+        _quartiles(point["latency_of_dense"], ".2f"),
+    ]
+
+
+def _published(row: Row) -> str:
+    figures = [f"{row[key]:,}" if key in row else "–" for key in ("top1", "gflops", "images_per_second", "hours")]
+    return " | ".join([f"{row['method']} (published)", *figures, row["source"]])
+
+
+def _quartiles(values: Sequence[float], form: str) -> str:
+    first, median, third = values
+    return f"{median:{form}} ({first:{form}}–{third:{form}})"
+
+
+def interval(difference: Mean) -> str:
+    """A mean difference with its sign and 95 % confidence interval."""
+    half = difference.half_width
+    between = "" if half is None else f" ({difference.mean - half:+.2f} to {difference.mean + half:+.2f})"
+    return f"{difference.mean:+.2f}{between}"
+
+
+def duration(seconds: Mean) -> str:
+    """In a unit that suits it."""
+    unit, size = ("h", 3600) if seconds.mean >= 7200 else ("min", 60) if seconds.mean >= 120 else ("s", 1)
+    return (
+        Mean(seconds.mean / size, seconds.deviation and seconds.deviation / size, seconds.count).told(".1f")
+        + f" {unit}"
+    )
+
+
+def limits(result: Row) -> list[str]:
+    """What the numbers do not show, as the configuration has it."""
+    plan, device = result["plan"], result["environment"]["device"]
+    seeds, others = len(plan["seeds"]), len(plan["arms"]) - 1
+    parameters = result["lines"][0]["parameters_backbone"]
+    said = [
+        f"{result['num_images']:,} training and {result['num_val_images']:,} validation images of "
+        f"{result['num_classes']} classes, {result['img_size']} pixels, and a model of {parameters / 1e6:.2g} M "
+        "parameters: none of it is ImageNet or DeiT-S, where these methods were published.",
+        f"{plan['epochs']} epochs; published runs have 300 and more. Which method is ahead may depend on it.",
+    ]
+    if seeds == 1:
+        said.append("One seed: there is no spread, and no difference here can be told from chance.")
+    else:
+        said.append(
+            f"{seeds} seeds: a standard deviation of so few is itself uncertain, and the intervals take differences "
+            f"for normally distributed. They are for one comparison each; {2 * others} are made, of which one in "
+            "twenty leaves its interval by chance."
+        )
+    tuned = [f"{name} {arm['note']}" for name, arm in plan["arms"].items() if arm["note"] and arm["start"]]
+    if tuned:
+        said.append(f"Fine-tuning is shorter than published: {'; '.join(tuned)}. Its warm-up is shortened alike.")
+    said.append(
+        "Settings that the methods share are those of the recipe, which was made for dense training and schedules; "
+        "none was searched for any of the arms."
+    )
+    said.append(
+        f"Times are those of {device} with {result['environment']['threads']} threads, while runs took turns; how "
+        "much a method gains depends on the machine, the size of the model and of the batch."
+        + ("" if device != "cpu" else " A GPU, which small models keep waiting, may rank them otherwise.")
+    )
+    if missing := [name for name in plan["arms"] if name not in next(iter(result["equal_time"].values()))]:
+        said.append(
+            f"{', '.join(missing)} cannot be trained within the given time at all: even the fewest epochs exceed it."
+        )
+    late = [line for line in result["lines"] if line["column"] == "time" and abs(_mean_ratio(line) - 1) > 0.05]
+    if late:
+        which = ", ".join(f"{line['arm']} {_mean_ratio(line) - 1:+.0%}" for line in late)
+        said.append(f"Not all arms met the training time that they were given: {which}.")
+    return said
+
+
+def _mean_ratio(line: Row) -> float:
+    return Mean.of(line["time_of_dense"]).mean
+
+
+def as_csv(result: Row) -> str:
+    """A row for every column, arm and operating point."""
+    text = io.StringIO()
+    rows = [_flat(line, point) for line in result["lines"] for point in line["points"]]
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _flat(line: Row, point: Row) -> Row:
+    flat: Row = {}
+    for key, value in (line | point).items():
+        if isinstance(value, Mean):
+            flat |= {key: value.mean, f"{key}_sd": value.deviation, f"{key}_ci95": value.half_width}
+        elif key in ("images_per_second", "rate_of_dense", "latency_ms", "latency_of_dense"):
+            flat |= dict(zip((f"{key}_q1", key, f"{key}_q3"), value, strict=True))
+        elif isinstance(value, list):
+            if key != "points":
+                flat[key] = " ".join(f"{one:g}" for one in value)
+        else:
+            flat[key] = value
+    return flat
+
+
+def read_published(path: Path) -> list[Row]:
+    """Rows of published figures, each with its source. Raises `ValueError` for a row that has none."""
+    try:
+        rows: list[Row] = tomllib.loads(path.read_text(encoding="utf-8")).get("row", [])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as TOML ({error}); {PUBLISHED} shows what it looks like") from None
+    for row in rows:
+        if not row.get("source") or not row.get("method"):
+            raise ValueError(f"{path} has a row without method or source; name both: who measured it, where it stands")
+    return rows

@@ -1,0 +1,85 @@
+"""The picture of a comparison: accuracy against training time, and against the rate of inference."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from tools.comparing.lines import COLUMNS, total_seconds
+
+_COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00")
+"""Okabe and Ito's, told apart with any colour vision; the markers tell arms apart in grey."""
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+
+
+def draw(result: dict[str, Any]) -> bytes:
+    """A PNG. An arm is a colour and a marker; filled at equal epochs, hollow at equal time; seeds are small."""
+    arms = list(dict.fromkeys(line["arm"] for line in result["lines"]))
+    most = max(total_seconds(run) for run in result["runs"])
+    unit, per = next(
+        (name, size) for name, size in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if most > 2 * size
+    )
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    by_time, by_rate = figure.subplots(1, 2, sharey=True)
+    for line in result["lines"]:
+        runs = [run for run in result["runs"] if (run["column"], run["arm"]) == (line["column"], line["arm"])]
+        number, filled, first = arms.index(line["arm"]), line["column"] == "epochs", line["points"][0]
+        style = _style(number, filled)
+        seeds = [run["points"][0]["top1"] for run in runs]
+        _point(by_time, [total_seconds(run) / per for run in runs], seeds, first["top1"], style)
+        rates = [run["points"][0]["images"] / sorted(run["points"][0]["seconds_batch"])[3] for run in runs]
+        _point(by_rate, rates, seeds, first["top1"], style)
+        if filled and len(line["points"]) > 1:
+            along = sorted((point["images_per_second"][1], point["top1"].mean) for point in line["points"])
+            by_rate.plot(*zip(*along, strict=True), color=style["color"], linewidth=1, alpha=0.6, zorder=1)
+            by_rate.plot(*zip(*along, strict=True), ".", color=style["color"], markersize=4, alpha=0.8, zorder=1)
+    by_time.set_xlabel(f"{unit} of training, with pre-training and teacher")
+    by_rate.set_xlabel("images per second at inference, model alone (log scale); lines: other operating points")
+    by_rate.set_xscale("log")
+    by_rate.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    by_rate.xaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "235" else "")
+    by_time.set_ylabel("top-1 accuracy, %")
+    by_time.set_xlim(left=0)
+    for axes in (by_time, by_rate):
+        axes.grid(alpha=0.25, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.08, y=0.1)
+    marks = [Line2D([], [], linestyle="", label=arm, **_style(number, True)) for number, arm in enumerate(arms)]
+    grey = {"color": "#666666", "marker": "o", "linestyle": "", "markersize": 8}
+    marks += [
+        Line2D([], [], label=COLUMNS["epochs"], **grey),
+        Line2D([], [], label=COLUMNS["time"], markerfacecolor="white", markeredgewidth=1.6, **grey),
+        Line2D([], [], label="one seed", **(grey | {"markersize": 3.5, "alpha": 0.5})),
+    ]
+    figure.legend(handles=marks, loc="outside right center", frameon=False)
+    spread = "; whiskers: ± one standard deviation over seeds" if len(result["plan"]["seeds"]) > 1 else ""
+    figure.suptitle(f"{result['title']}{spread}", fontsize=11)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    return picture.getvalue()
+
+
+def _style(number: int, filled: bool) -> dict[str, Any]:
+    colour = _COLOURS[number % len(_COLOURS)]
+    return {
+        "color": colour,
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markersize": 8.5,
+        "markerfacecolor": colour if filled else "white",
+        "markeredgewidth": 1.6,
+    }
+
+
+def _point(axes: Axes, xs: Sequence[float], ys: Sequence[float], top1: Any, style: dict[str, Any]) -> None:
+    colour = style["color"]
+    axes.plot(xs, ys, linestyle="", marker=style["marker"], color=colour, markersize=3.5, alpha=0.45, zorder=2)
+    across = [max(xs) - sum(xs) / len(xs), sum(xs) / len(xs) - min(xs)]
+    axes.errorbar(
+        sum(xs) / len(xs), top1.mean, yerr=top1.deviation, xerr=[[across[1]], [across[0]]], capsize=3, linewidth=1.2,
+        zorder=3, **style,
+    )  # fmt: skip
