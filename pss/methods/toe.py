@@ -38,7 +38,7 @@ class ToESettings(MethodSection, section="toe"):
     rate: Always[Share] = 0.5
     """r_1, the share of the patches that stage 1 selects. Half of it are seeds; stage 2 selects (1 + r_1) / 2."""
     starts: Always[tuple[Natural, Natural, Natural] | None] = None
-    """Epochs, from 0, at which stages 1, 2 and 3 begin; all tokens go on before. None: each takes a third of the run."""
+    """Epochs, from 0, at which stages 1, 2 and 3 begin; all tokens go on before. None: thirds of the run."""
     repeats: Always[Positive] = 2
     """k, the steps in which a stage finds its new patches; with as many as there are new patches, one by one."""
     distance: Always[Distance] = "cosine"
@@ -230,7 +230,7 @@ def select(
         Indices of the selected patches (B, S), the seeds first, then in the order in which they joined; and for every
         patch the place, in that order, of the selected one that is nearest to it, (B, n): its own if it is selected.
     """
-    num_images, num_patches = patches.shape[:2]
+    num_images = patches.shape[0]
     with torch.autocast(patches.device.type, enabled=False):
         features = patches.to(torch.promote_types(patches.dtype, torch.float32))
         if distance == "cosine":
