@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.settings import Always, Natural, Positive, Share
+from pipelines.settings import Always, Natural, Positive, Remedy, Share
 from pss.methods.contract import Method
 from pss.methods.sampled import build_schedule, course
 from pss.methods.vocabulary import Cost, DenseTargets, Progress, Stage
@@ -37,7 +37,7 @@ class ToESettings(MethodSection, section="toe"):
 
     rate: Always[Share] = 0.5
     """r_1, the share of the patches that stage 1 selects. Half of it are seeds; stage 2 selects (1 + r_1) / 2."""
-    starts: Always[tuple[Natural, Natural, Natural] | None] = None
+    starts: Always[Annotated[tuple[Natural, Natural, Natural] | None, Remedy("three epochs: 0,100,200")]] = None
     """Epochs, from 0, at which stages 1, 2 and 3 begin; all tokens go on before. None: thirds of the run."""
     repeats: Always[Positive] = 2
     """k, the steps in which a stage finds its new patches; with as many as there are new patches, one by one."""
@@ -89,6 +89,11 @@ class ToE(Method):
                 "none would see fewer tokens; set a lower toe.after, or a model of more blocks"
             )
 
+    @property
+    def stride(self) -> int | None:
+        """From seed to seed in the authors' code, whose floating-point division makes 4 of 1 / 0.2; None for ours."""
+        return int(1 // (self.own.rate / 2)) if self.own.reference else None
+
     # A training step.
 
     def forward(
@@ -120,8 +125,7 @@ class ToE(Method):
         counts = self.counts(number, patches.shape[1])
         if counts[-1] == patches.shape[1]:
             return tokens, kept
-        stride = _authors_stride(self.own.rate) if self.own.reference else None
-        seeds = uniform_seeds(patches.shape[1], counts[0], stride, tokens.device)
+        seeds = uniform_seeds(patches.shape[1], counts[0], self.stride, tokens.device)
         steps = [size for few, many in itertools.pairwise(counts) for size in self._steps(many - few)]
         chosen, nearest = select(patches, seeds, steps, self.own.distance)
         merged = torch.cat((tokens[:, :prefix], merge(patches, chosen, nearest)), dim=1)
@@ -286,11 +290,6 @@ def _share(rate: float) -> str:
 
 def _floor(count: float) -> int:
     return int(count + 1e-9)  # without the noise of the product
-
-
-def _authors_stride(rate: float) -> int:
-    """From seed to seed in the authors' code, whose floating-point division makes 4 of 1 / 0.2."""
-    return int(1 // (rate / 2))
 
 
 def _listed(numbers: Sequence[int]) -> str:

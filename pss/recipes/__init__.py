@@ -15,6 +15,7 @@ from pss.recipes.deit import (
     vit_b_simmim,
 )
 from pss.recipes.small import cifar10, digits
+from pss.recipes.toe import toe_b, toe_s, toe_ti
 from pss.sections import RunSettings
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ RECIPES: dict[str, Callable[[], RunSettings]] = {
     "deit-s-224-lowres": deit_s_224_lowres,
     "deit-s-384": deit_s_384,
     "vit-b-simmim": vit_b_simmim,
+    "toe-ti": toe_ti,
+    "toe-s": toe_s,
+    "toe-b": toe_b,
 }
 
 
