@@ -126,8 +126,7 @@ class ToE(Method):
         if counts[-1] == patches.shape[1]:
             return tokens, kept
         seeds = uniform_seeds(patches.shape[1], counts[0], self.stride, tokens.device)
-        steps = [size for few, many in itertools.pairwise(counts) for size in self._steps(many - few)]
-        chosen, nearest = select(patches, seeds, steps, self.own.distance)
+        chosen, nearest = select(patches, seeds, self.steps(counts), self.own.distance)
         merged = torch.cat((tokens[:, :prefix], merge(patches, chosen, nearest)), dim=1)
         if kept is None:
             return merged, chosen
@@ -161,13 +160,14 @@ class ToE(Method):
             counts[0] = min(counts)
         return tuple(counts)
 
-    def _steps(self, new: int) -> list[int]:
-        """How many of a stage's new patches each of its steps finds; the last one takes the rest."""
-        if not new:
-            return []
-        repeats = min(self.own.repeats, new)
-        each = new // repeats
-        return [each] * (repeats - 1) + [new - each * (repeats - 1)]
+    def steps(self, counts: Sequence[int]) -> list[int]:
+        """How many patches each step of the expansion finds, from one of `counts` to the next: k equal parts, of which
+        the last one has the rest; as many as there are patches, where they are fewer."""
+        sizes = []
+        for new in (many - few for few, many in itertools.pairwise(counts)):
+            repeats = min(self.own.repeats, new)
+            sizes += [new // repeats] * (repeats - 1) + [new - new // repeats * (repeats - 1)] if new else []
+        return sizes
 
     def stage(self, at: Progress) -> Stage:
         number = self.stage_number(at)

@@ -94,7 +94,7 @@ def test_counts_are_those_of_the_specification(rate, reference, counts):
     method = on_meta("toe-s", f"toe.rate={rate}", f"toe.reference={reference}")
     assert [method.counts(number, 196) for number in (1, 2, 3)] == counts
     for repeats in (1, 2, 49, 100):  # check 10
-        steps = on_meta("toe-s", f"toe.repeats={repeats}")._steps(49)
+        steps = on_meta("toe-s", f"toe.repeats={repeats}").steps((49, 98))
         assert (sum(steps), len(steps)) == (49, min(repeats, 49))
         assert min(steps) > 0
 
@@ -236,7 +236,7 @@ def test_every_token_is_learnt_from():
     merged.sum().backward()
     assert (tokens.grad.abs().sum(-1) > 0).all()
     patches = tokens.detach()[:, 1:]
-    chosen, nearest = select(patches, uniform_seeds(16, 4), [2, 2])
+    _, nearest = select(patches, uniform_seeds(16, 4), [2, 2])
     counts = F.one_hot(nearest, 8).sum(1)
     torch.testing.assert_close(tokens.grad[:, 1:, 0], (1 / counts).gather(1, nearest))
 
@@ -260,7 +260,7 @@ def test_one_by_one_covers_no_worse_than_at_once():
     patches = features(4, 196, 8).float()
     worst = {}
     for repeats in (1, 49):
-        sizes = tiny(f"toe.repeats={repeats}")._steps(49)
+        sizes = tiny(f"toe.repeats={repeats}").steps((49, 98))
         chosen, _ = select(patches, uniform_seeds(196, 49), sizes)
         unit = F.normalize(patches, dim=-1)
         near = (unit @ unit.gather(1, chosen.unsqueeze(2).expand(-1, -1, 8)).transpose(1, 2)).amax(2)
@@ -325,7 +325,7 @@ def test_positions_go_with_the_selected(rel_pos):
     tokens, places = model.see(small, 1.0, low_resolution=True)
     assert places.shape == (16,)
     tokens = model.run_blocks(tokens, model.positions(places), stop=1)
-    merged, kept = method.expand(tokens, places, 1)
+    _, kept = method.expand(tokens, places, 1)
     chosen, nearest = select(tokens[:, 1:], uniform_seeds(16, 4), [2, 2])
     assert torch.equal(kept, places[chosen])
     expected = torch.cat((tokens[:, :1], merge(tokens[:, 1:], chosen, nearest)), dim=1)
@@ -355,8 +355,8 @@ def test_under_a_schedule_it_selects_from_what_is_kept(sort):
     assert method.course().startswith("ρ: cyclic 0.2→1.0 within each epoch of 5 steps; of these go on after block 1: ")
     tokens = torch.randn(2, 11, 24)
     places = torch.stack([torch.arange(10) * 3, torch.arange(10) + 7])
-    merged, kept = method.expand(tokens, places, 1)
-    chosen, _ = select(tokens[:, 1:], uniform_seeds(10, 2), [2, 1])
+    _, kept = method.expand(tokens, places, 1)
+    chosen, _ = select(tokens[:, 1:], uniform_seeds(10, 2), [1, 2])
     assert torch.equal(kept, places.gather(1, chosen))
 
 
