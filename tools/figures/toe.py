@@ -43,7 +43,7 @@ def shape_trace(output: Path, options: Options) -> Made:
             "tokens": list(method.training_tokens(stage, size)),
             "gmacs": method.training_cost(stage, size).forward / 1e9,
         }
-        for (stage, size), count in sorted(stages_of(method, config.train.epochs * _STEPS_PER_EPOCH).items())
+        for (stage, size), count in stages_of(method, config.train.epochs * _STEPS_PER_EPOCH).items()
     ]
     point = method.points()[0]
     tokens, cost = list(method.tokens(point)), method.cost(point).forward / 1e9
@@ -103,7 +103,7 @@ def token_features(output: Path, options: Options) -> Made:
 
 
 def seconds_by_stage(output: Path, options: Options) -> Made:
-    """Number 13: seconds per epoch in each stage, means over the epochs of a run, and over three runs; beside them the
+    """Number 13: seconds per epoch in each stage, the median epoch of a run and the mean of three runs; beside them the
     published ones of DeiT-S, as shares of the last stage. The first epoch of each run is left out, as it warms up."""
     short = ("method=toe", "train.epochs=9", "optim.warmup_epochs=1")
     runs = runs_of(output, options, *short, seeds=3)
@@ -187,13 +187,13 @@ def _token_sets(method: ToE, images: Tensor) -> tuple[dict[str, Tensor], dict[st
 
 
 def _seconds_of(run: Path) -> dict[str, float]:
-    """Mean seconds of the whole epochs in each stage, without the run's first."""
+    """Of the whole epochs in each stage, without the run's first, the median's seconds."""
     times: dict[str, list[float]] = defaultdict(list)
     for row in read_rows(run, "epoch"):
         names = {name.partition(" ")[2] or "stage 3" for name in row["by_rho"]}
         if row["complete"] and row["epoch"] > 1 and len(names) == 1:
             times[names.pop()].append(row["train_seconds"])
-    return {name: statistics.mean(seconds) for name, seconds in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def _deviation(values: list[float]) -> float:
