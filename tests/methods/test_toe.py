@@ -93,6 +93,7 @@ def written_out(patches, seeds, steps):
 def test_counts_are_those_of_the_specification(rate, reference, counts):
     method = on_meta("toe-s", f"toe.rate={rate}", f"toe.reference={reference}")
     assert [method.counts(number, 196) for number in (1, 2, 3)] == counts
+    assert on_meta("toe-s", "toe.rate=0.58").counts(1, 100) == (29, 58)  # products are 28.999… and 57.999…
     for repeats in (1, 2, 49, 100):  # check 10
         steps = on_meta("toe-s", f"toe.repeats={repeats}").steps((49, 98))
         assert (sum(steps), len(steps)) == (49, min(repeats, 49))
@@ -154,6 +155,7 @@ def test_seeds_lie_at_equal_distances():
     places = uniform_seeds(196, 39)
     assert set(places.diff().tolist()) == {5}
     assert int(places[-1]) == 190
+    assert uniform_seeds(10, 4).tolist() == [0, 2, 5, 7]
     seen = {}
     for rate in (0.4, 0.6):
         method = on_meta("toe-s", f"toe.rate={rate}", "toe.reference=true")
