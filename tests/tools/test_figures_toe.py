@@ -71,5 +71,7 @@ def test_seconds_are_told_by_stage_with_their_spread(trained, tmp_path):
 
 
 def test_runs_without_stages_are_refused(trained, tmp_path):
-    with pytest.raises(ValueError, match="dense has no whole epoch in stage 1 after its first; name longer runs of method=toe"):
+    with pytest.raises(
+        ValueError, match="dense has no whole epoch in stage 1 after its first; name longer runs of method=toe"
+    ):
         toe.seconds_by_stage(tmp_path, Options(runs=(trained[1],)))
