@@ -224,7 +224,8 @@ def _whose(method: str, key: str) -> str | None:
     ]
     if not owners:
         return None
-    return f" with method {method}; {', '.join(owners)} has it: --set method={owners[0]}"
+    have = "has" if len(owners) == 1 else "have"
+    return f" with method {method}; {', '.join(owners)} {have} it: --set method={owners[0]}"
 
 
 def differing_fields(a: Config, b: Config) -> list[str]:

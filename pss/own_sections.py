@@ -136,6 +136,18 @@ class ScheduleConfig(MethodSection, section="schedule"):
             ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OptionalSchedule(ScheduleConfig, section="schedule"):
+    """The same for methods that train on all patches unless a schedule is set: `fixed`, at rho = 1."""
+
+    name: Always[Shape] = "fixed"
+
+    @property
+    def constant(self) -> float:
+        """Of fixed: its rho, where None is 1."""
+        return 1.0 if self.rho is None else self.rho
+
+
 _FORMER_DEFAULTS: Json = {"form": "published", "low": 0.2, "high": 1.0, "rho": 0.6}
 
 

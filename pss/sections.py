@@ -25,7 +25,7 @@ from pipelines.settings import (
     Text,
     as_dict,
 )
-from pss.own_sections import MethodSection, ScheduleConfig
+from pss.own_sections import MethodSection, OptionalSchedule, ScheduleConfig
 from pss.plugins import is_plugin
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "MethodSection",
     "ModelConfig",
     "OptimConfig",
+    "OptionalSchedule",
     "RunSettings",
     "ScheduleConfig",
     "TrainConfig",

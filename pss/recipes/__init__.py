@@ -16,6 +16,7 @@ from pss.recipes.deit import (
 )
 from pss.recipes.dynamicvit import dynamicvit_b, dynamicvit_s
 from pss.recipes.small import cifar10, digits
+from pss.recipes.toe import toe_b, toe_s, toe_ti
 from pss.sections import RunSettings
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ RECIPES: dict[str, Callable[[], RunSettings]] = {
     "vit-b-simmim": vit_b_simmim,
     "dynamicvit-s": dynamicvit_s,
     "dynamicvit-b": dynamicvit_b,
+    "toe-ti": toe_ti,
+    "toe-s": toe_s,
+    "toe-b": toe_b,
 }
 
 

@@ -379,7 +379,7 @@ def test_sections_are_compared_with_what_is_set_and_not_with_defaults(ingredient
 
 
 def test_a_setting_of_another_method_is_refused_with_its_name(ingredients):
-    with pytest.raises(ValueError, match=r"no key 'schedule.rho' with method dense; sampled has it"):
+    with pytest.raises(ValueError, match=r"no key 'schedule.rho' with method dense; sampled, toe have it"):
         recipes.get("digits").with_settings(["method=dense", "schedule.rho=0.5"])
     everything = settings_of(EVERYTHING, ingredients)
     for wrong, message in {
@@ -387,7 +387,7 @@ def test_a_setting_of_another_method_is_refused_with_its_name(ingredients):
         "everything.keep=0": r"everything.keep is '0'; it must be above 0",
         "everything.move_every=none": "must be a whole number",
         "everything.alone_epochs=4": "leave epochs for the backbone",
-        "schedule.rho=0.5": "sampled has it",
+        "schedule.rho=0.5": "sampled, toe have it",
     }.items():
         with pytest.raises(ValueError, match=message):
             recipes.get("digits").with_settings([*everything, wrong])
