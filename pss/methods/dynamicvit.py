@@ -171,7 +171,8 @@ class DynamicViT(Method):
         model, own, prefix = self.model, self.own, self.model.num_prefix_tokens
         tokens, places = model.see(images, 1.0, low_resolution=True)
         generator = step_generator(at.seed, at.step, at.rank, images.device)
-        noise = gumbel((tokens.shape[0], len(self.places), tokens.shape[1] - prefix, 2), generator)
+        shape = tokens.shape[0], len(self.places), tokens.shape[1] - prefix, 2
+        noise = gumbel(shape, generator, images.device)
         tokens, kept = model.compute(self._masked_at, tokens, noise, places)
         logits = self.masked_readout(tokens, kept[:, -1])
         out = {"classification": self.classification_loss(logits, targets), "ratio": ratio_loss(kept, self.targets)}

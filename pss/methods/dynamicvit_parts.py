@@ -108,9 +108,9 @@ class Predictor(nn.Module):
         return answer.to(torch.promote_types(answer.dtype, torch.float32)).log_softmax(-1)
 
 
-def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise, float32, on the generator's device."""
-    return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
+def gumbel(shape: tuple[int, ...], generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """Standard Gumbel noise, float32; the generator is one of the device."""
+    return -torch.empty(shape, device=device).exponential_(generator=generator).log()
 
 
 def decide(log_probabilities: Tensor, noise: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ CASES: dict[str, list[str]] = {
     "rope": [*SMALL, "model.rel_pos=rope", "optim.clip_grad=1"],
     "separable": [*SMALL, "model.rel_pos=separable", "loss.mix_mode=elem"],
     "accumulate": [*SMALL, "train.accumulate=2", "train.checkpoint_activations=true", "PSS_ATTENTION=materialised"],
+    "toe": [*SMALL, "method=toe"],
+    "dynamicvit": [*SMALL, "method=dynamicvit"],
 }
 """By name: a recipe, and what is set besides."""
 MORE: dict[str, list[str]] = {

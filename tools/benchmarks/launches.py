@@ -149,7 +149,7 @@ def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
         ("rates", training, "set_rates"),
         ("forward: the rest", method, "forward"),
         ("forward: patches", VisionTransformer, "see"),
-        (BLOCKS, VisionTransformer, "trunk"),
+        (BLOCKS, VisionTransformer, "compute"),
         ("backward", Guard, "backward"),
         ("guard", Statistics, "__init__"),
         ("guard", Statistics, "settle"),
