@@ -5,8 +5,8 @@ halting rule is that of Graves (2016), *Adaptive Computation Time*. A score is t
 so there are no parameters beside the model's. What the classifier reads of a token is the average of what the blocks
 returned for it, weighted by its scores.
 
-Training masks tokens that have halted (`AViT.masked`); inference takes them out, and does the same arithmetic on what is
-left (`AViT._packed`). `docs/rivals.md` has the settings, and where they differ from the published code.
+Training masks tokens that have halted (`AViT.masked`); inference takes them out, and computes the same of what is left
+(`AViT._packed`). `docs/rivals.md` has the settings, and where they differ from the published code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from pipelines.settings import AboveZero, NotNegative, ReadIf
-from pss.attention.attend import Attention, attend
+from pss.attention.attend import Attention
+from pss.attention.packed import PackedAttention, Packing
 from pss.methods.contract import Method
 from pss.methods.vocabulary import Cost, DenseTargets, Point, Progress, Step
 from pss.models.block import Block
@@ -39,8 +40,6 @@ _HIDDEN = -1000.0
 finite, as it would not with minus infinity."""
 _SHALLOW = 0.8
 """A run whose first step has a smaller share of the blocks is told that its gate does not suit its weights."""
-_SHORT = 96
-"""Images with fewer tokens are padded for attention: one call for each would cost more than what padding does."""
 
 _PriorRead = ReadIf(lambda at: at.own.alpha_prior > 0, "avit.alpha_prior above 0")
 
@@ -52,8 +51,8 @@ class AvitSettings(MethodSection, section="avit"):
     gate_scale: AboveZero = 10.0
     """Factor γ of the channel that scores are read from."""
     gate_center: Annotated[float, Ge(-1e30), Le(1e30)] = 3.0
-    """What is subtracted then, -β: where the score is 1/2. It belongs to the weights that a run starts from; the default
-    suits random ones, and `calibrate` finds one for others."""
+    """What is subtracted then, -β. It belongs to the weights that a run starts from: the default suits random ones, and
+    `calibrate` finds one for others."""
     alpha_ponder: NotNegative = 5e-4
     """Weight of the ponder loss: blocks and remainder of a token, on average."""
     alpha_prior: NotNegative = 1e-3
@@ -82,7 +81,7 @@ class Halting(NamedTuple):
     rest: Tensor  # what is left of 1, for the last block's output
     active: Tensor  # 1, or 0 once halted
     ponder: Tensor  # at the end the number of blocks and the rest
-    count: Tensor  # blocks
+    blocks: Tensor  # so many
 
     @classmethod
     def begin(cls, shape: Sequence[int], device: torch.device) -> Self:
@@ -100,7 +99,7 @@ class Halting(NamedTuple):
         stops = self.active * (total >= 1 - eps)
         goes = self.active - stops  # the complement: at equality, too, a token does one or the other
         ponder = self.ponder + self.active + self.rest * stops
-        state = Halting(total, self.rest - scores * goes, goes, ponder, self.count + self.active)
+        state = Halting(total, self.rest - scores * goes, goes, ponder, self.blocks + self.active)
         return state, self.rest * stops + amount * goes
 
 
@@ -111,7 +110,7 @@ class Record(NamedTuple):
     scores: Tensor  # (B, L, N); those of tokens that had halted are 0, or as published (`avit.reference`)
     weights: Tensor  # (B, L, N)
     ponder: Tensor  # (B, N)
-    count: Tensor  # (B, N): blocks, 1 to L
+    blocks: Tensor  # (B, N): 1 to L
 
 
 def prior_loss(scores: Tensor, target_depth: float, *, reference: bool = False) -> Tensor:
@@ -136,57 +135,6 @@ def prior_loss(scores: Tensor, target_depth: float, *, reference: bool = False) 
     log_target = log_target + math.log(0.98 / below)
     divergence = (log_target.exp() * (log_target - profile.clamp(0.01, 0.99).log())).sum()
     return (divergence / num_blocks).clamp(min=0)
-
-
-class Packing(NamedTuple):
-    """Images of several lengths one after the other, T tokens in all."""
-
-    lengths: list[int]
-    padded: Tensor  # (B, longest): which of the T tokens comes there, any one where there is none
-    there: Tensor  # (B, longest), bool
-    places: Tensor  # (T,): where in (B * longest) each token comes
-
-    @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> Self:
-        counts, longest = torch.tensor(lengths, device=device), max(lengths)
-        number = torch.arange(longest, device=device)
-        there = number < counts[:, None]
-        padded = (counts.cumsum(0) - counts)[:, None] + number
-        return cls(lengths, padded.clamp(max=sum(lengths) - 1), there, there.flatten().nonzero().squeeze(1))
-
-
-class PackedAttention(Attention):
-    """Attention that also takes the tokens of several images as one sequence, each image apart from the others."""
-
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor | None = None,
-        *,
-        attn_mask: Tensor | None = None,
-        packing: Packing | None = None,
-    ) -> Tensor:
-        """As `Attention`; with a `packing`, x is (1, T, D), and positions are of one sequence of that length."""
-        if packing is None:
-            return super().forward(x, positions, attn_mask=attn_mask)
-        q, k, v = self.project_in(x, positions)  # (1, H, T, width)
-        table = self.relative_position_bias_table
-        scale = self.head_dim**-0.5 if self.rel_pos == "separable" else None
-        positions = None if table is None else positions
-        lengths = packing.lengths
-        if x.is_cuda or x.shape[1] < _SHORT * len(lengths):
-            q, k, v = (part[0][:, packing.padded].transpose(0, 1) for part in (q, k, v))  # (B, H, longest, width)
-            if positions is not None:
-                positions = positions[:, 0, packing.padded]
-            mask = packing.there[:, None, None]
-            out = attend(q, k, v, table=table, positions=positions, attn_mask=mask, scale=scale)
-            return self.project_out(out.transpose(1, 2).flatten(0, 1)[packing.places].transpose(0, 1)[None])
-        images = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), strict=True)
-        where = [None] * len(lengths) if positions is None else positions.split(lengths, dim=2)
-        parts = [
-            attend(*image, table=table, positions=some, scale=scale) for image, some in zip(images, where, strict=True)
-        ]
-        return self.project_out(torch.cat(parts, dim=2))
 
 
 class AViT(Method):
@@ -230,7 +178,7 @@ class AViT(Method):
         tokens, places = model.see(images, 1.0, low_resolution=True)
         record = self.masked(tokens, model.positions(places))
         logits = model.readout(model.norm(record.out))
-        ponder, depth = record.ponder.mean(), record.count.mean() / len(model.blocks)
+        ponder, depth = record.ponder.mean(), record.blocks.mean() / len(model.blocks)
         loss = self.classification_loss(logits, targets) + own.alpha_ponder * ponder
         result = {"logits": logits, "ponder": ponder, "depth": depth}
         if own.alpha_prior > 0:
@@ -265,7 +213,7 @@ class AViT(Method):
             weights.append(weight)
             out = out + weight[:, : self.rows, None] * tokens[:, : self.rows]
         assert isinstance(out, Tensor)
-        return Record(out, torch.stack(scores, 1), torch.stack(weights, 1), state.ponder, state.count)
+        return Record(out, torch.stack(scores, 1), torch.stack(weights, 1), state.ponder, state.blocks)
 
     def _scores(self, tokens: Tensor) -> Tensor:
         return (self.own.gate_scale * tokens[..., 0].float() - self.own.gate_center).sigmoid()
@@ -326,16 +274,14 @@ class AViT(Method):
     def macs_of(self, depths: Tensor) -> Tensor:
         """Multiply-accumulates of images whose tokens, prefix included, went through so many blocks, (B, N) to (B,)."""
         model = self.model
-        total = torch.full(depths.shape[:1], float(self._fixed_macs()), dtype=torch.float64, device=depths.device)
+        fixed = float(model.stem_macs(model.num_patches) + model.readout_macs(model.num_tokens))
+        total = torch.full(depths.shape[:1], fixed, dtype=torch.float64, device=depths.device)
         for number, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             count = (depths > number).sum(1, dtype=torch.float64)
             width = block.attn.num_heads * block.attn.product_width
             total += linear_macs(block, 1) * count + attention_macs(1, 1, width) * count**2
         return total
-
-    def _fixed_macs(self) -> int:
-        return self.model.stem_macs(self.model.num_patches) + self.model.readout_macs(self.model.num_tokens)
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and how many blocks each token went through, int64 (B, N)."""
@@ -345,13 +291,13 @@ class AViT(Method):
             out, depths = self._packed(tokens)
         else:
             record = self.masked(tokens, self.model.positions(None))
-            out, depths = record.out, record.count.long()
+            out, depths = record.out, record.blocks.long()
             if self.own.early_exit:
                 depths = depths.minimum(depths[:, self.reads].amax(1, keepdim=True))
         return self.model.readout(self.model.norm(out)), depths
 
     def _packed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What `masked` returns as `out` and `count`, from the blocks on those tokens alone that have not halted.
+        """What `masked` returns as `out` and `blocks`, from the blocks on those tokens alone that have not halted.
 
         Tokens (B, N, D) are a sequence of all images' tokens here, in order, which gets shorter.
         """
@@ -366,7 +312,7 @@ class AViT(Method):
         shape, positions, packing = (num_images, num_tokens), everywhere, None  # of x, in blocks
         read: Tensor | None = None
         for number in range(len(model.blocks)):
-            options = {} if packing is None else {"packing": packing}
+            options: dict[str, Any] = {} if packing is None else {"packing": packing}
             x = model.run_blocks(x.view(*shape, width), positions, number, number + 1, **options).flatten(0, 1)
             state, weight = self._after(state, self._scores(x), number)
             if read is None:
@@ -393,12 +339,10 @@ class AViT(Method):
             even = len(set(lengths)) == 1
             shape = (len(lengths), lengths[0]) if even else (1, len(x))
             packing = None if even else Packing.of(lengths, device)
-            positions = None if everywhere is None else self._positions(everywhere, token.view(shape))
+            if everywhere is not None:
+                where = token.view(shape)
+                positions = everywhere[:, 0, where] if model.rope is None else everywhere[0, where]
         return out, depths
-
-    def _positions(self, everywhere: Tensor, token: Tensor) -> Tensor:
-        """Of the positions of all tokens, those of some, (B, K), in the same form."""
-        return everywhere[:, 0, token] if self.model.rope is None else everywhere[0, token]
 
     def tokens(self, point: Point = None) -> tuple[int, ...]:
         return (self.model.num_tokens,) * len(self.model.blocks)
@@ -464,7 +408,7 @@ def calibrate(method: AViT, images: Tensor, depth_share: float) -> float:
         state = Halting.begin(tokens.shape[:2], tokens.device)
         for number, value in enumerate(channel):
             state, _ = method._after(state, (value - center).sigmoid(), number)
-        if float(state.count.mean()) / len(channel) < depth_share:
+        if float(state.blocks.mean()) / len(channel) < depth_share:
             low = center
         else:
             high = center
