@@ -61,7 +61,7 @@ class PackedAttention(Attention):
             return self.project_out(out.transpose(1, 2).flatten(0, 1)[packing.places].transpose(0, 1)[None])
         images = zip(*(torch.split(part, lengths, dim=2) for part in (q, k, v)), strict=True)
         where = [None] * len(lengths) if positions is None else torch.split(positions, lengths, dim=2)
-        out = [
+        apart = [
             attend(*image, table=table, positions=some, scale=scale) for image, some in zip(images, where, strict=True)
         ]
         return self.project_out(torch.cat(apart, dim=2))

@@ -38,8 +38,6 @@ _log = logging.getLogger(__name__)
 _HIDDEN = -1000.0
 """Added to the logits of keys that have halted: their weight is 0 to the bit, and an image that has no others stays
 finite, as it would not with minus infinity."""
-_SHALLOW = 0.8
-"""A run whose first step has a smaller share of the blocks is told that its gate does not suit its weights."""
 
 _PriorRead = ReadIf(lambda at: at.own.alpha_prior > 0, "avit.alpha_prior above 0")
 
@@ -189,7 +187,7 @@ class AViT(Method):
             self.depth_sums += torch.stack((depth, torch.ones_like(depth)))
         return {"loss": loss, **result}
 
-    def masked(self, tokens: Tensor, positions: Tensor | None, maps: dict[int, Tensor | None] | None = None) -> Record:
+    def masked(self, tokens: Tensor, positions: Tensor | None, maps: dict[int, Any] | None = None) -> Record:
         """The blocks on all tokens (B, N, D), with those that have halted hidden from the others.
 
         `positions` are the model's; `maps` is given the attention weights of the blocks that it has as keys.
@@ -197,12 +195,14 @@ class AViT(Method):
         state = Halting.begin(tokens.shape[:2], tokens.device)
         out: Tensor | float = 0.0
         scores, weights = [], []
-        for number, block in enumerate(self.model.blocks):
+        for number, block in enumerate(cast(Any, self.model.blocks)):
             mask = _HIDDEN * (1 - state.active)[:, None, None] if number else None  # (B, 1, 1, N)
             if number:  # as keys they are hidden; this keeps what they have become out of everything else
                 tokens = tokens * state.active[..., None]
             if maps is not None and number in maps:
-                maps[number] = _attention_weights(block, tokens, positions, mask)
+                q, k, _ = block.attn.project_in(block.norm1(tokens), positions)
+                logits = block.attn.logits(q, k, positions)
+                maps[number] = (logits if mask is None else logits + mask).softmax(dim=-1)
             if self.own.reference and mask is not None:
                 tokens = self._apart(block, tokens, state.active[..., None], positions, mask)
             else:
@@ -232,13 +232,10 @@ class AViT(Method):
             branch = block.attn(active * block.norm1(x), positions, attn_mask=mask)
             x = x + block.drop_path1(block.ls1(branch)) / block.residual_divisor
             branch = block.mlp(active * block.norm2(active * x))
-            added: Tensor = x + block.drop_path2(block.ls2(branch)) / block.residual_divisor
-            return added
+            return x + block.drop_path2(block.ls2(branch)) / block.residual_divisor
 
-        if self.model.checkpoint_activations and torch.is_grad_enabled():
-            again: Tensor = checkpoint(compute, x, active, use_reentrant=False)
-            return again
-        return compute(x, active)
+        again = self.model.checkpoint_activations and torch.is_grad_enabled()
+        return cast(Tensor, checkpoint(compute, x, active, use_reentrant=False) if again else compute(x, active))
 
     def begin_epoch(self, at: Progress) -> None:
         if at.step % self.steps_per_epoch == 0:  # else an epoch goes on that was interrupted
@@ -247,12 +244,11 @@ class AViT(Method):
     def end_step(self, at: Progress, step: Step) -> None:
         if at.step == 0 and at.rank == 0 and step.taken:
             share = self.facts()["train_depth"]
-            if share < _SHALLOW:
+            if share < 0.8:
                 _log.warning(
-                    "tokens halt after %.0f %% of the blocks in the first step already: the gate does not suit these "
-                    "weights; raise avit.gate_center (%g), docs/rivals.md shows how to find one",
-                    100 * share, self.own.gate_center,
-                )  # fmt: skip
+                    f"tokens halt after {share:.0%} of the blocks in the first step already: raise avit.gate_center, "
+                    f"which is {self.own.gate_center:g}; docs/rivals.md shows how to find one for these weights"
+                )
 
     def facts(self) -> dict[str, float]:
         """`train_depth`: the mean share of the blocks that tokens went through in the last epoch's steps."""
@@ -304,7 +300,7 @@ class AViT(Method):
         model, (num_images, num_tokens, width) = self.model, tokens.shape
         everywhere = model.positions(None)
         x, device = tokens.flatten(0, 1), tokens.device  # (T, D)
-        state = Halting.begin((len(x),), device)
+        total, rest = torch.zeros(len(x), device=device), torch.ones(len(x), device=device)  # as of `Halting`
         image = torch.arange(num_images, device=device).repeat_interleave(num_tokens)
         token = torch.arange(num_tokens, device=device).repeat(num_images)
         depths = torch.full((num_images, num_tokens), len(model.blocks), device=device)
@@ -314,16 +310,22 @@ class AViT(Method):
         for number in range(len(model.blocks)):
             options: dict[str, Any] = {} if packing is None else {"packing": packing}
             x = model.run_blocks(x.view(*shape, width), positions, number, number + 1, **options).flatten(0, 1)
-            state, weight = self._after(state, self._scores(x), number)
+            last = number == len(model.blocks) - 1
+            score = self._scores(x)
+            total = total + score
+            stops = torch.ones_like(total, dtype=torch.bool) if last else total >= 1 - self.own.halt_eps
+            stopping = last or bool(stops.any())
+            weight = torch.where(stops, rest, score) if stopping else score
+            rest = rest - score
             if read is None:
                 first = x.view(num_images, num_tokens, width)[:, : self.rows].to(out.dtype)
                 out.addcmul_(first, weight.view(num_images, num_tokens, 1)[:, : self.rows])
             else:  # each row comes once: the order of the additions is no matter
                 place = image[read] * self.rows + token[read]
                 out.view(-1, width).index_add_(0, place, (weight[read, None] * x[read]).to(out.dtype))
-            goes = state.active > 0
-            if number == len(model.blocks) - 1 or bool(goes.all()):
+            if last or not stopping:
                 continue
+            goes = ~stops
             if self.own.early_exit:
                 needed = torch.zeros(num_images, dtype=torch.bool, device=device)
                 needed[image[goes & (token >= self.reads.start) & (token < self.reads.stop)]] = True
@@ -332,8 +334,7 @@ class AViT(Method):
             left = goes.nonzero().squeeze(1)
             if not len(left):
                 break
-            x, image, token = x[left], image[left], token[left]
-            state = Halting(*(value[left] for value in state))
+            x, total, rest, image, token = (part[left] for part in (x, total, rest, image, token))
             read = (token < self.rows).nonzero().squeeze(1)
             lengths = [count for count in image.bincount().tolist() if count]
             even = len(set(lengths)) == 1
@@ -356,9 +357,9 @@ class AViT(Method):
     def attention_maps(self, images: Tensor, point: Point = None, blocks: Sequence[int] | None = None) -> list[Tensor]:
         """Tokens that have halted look at others still, and are not looked at."""
         wanted = range(len(self.model.blocks)) if blocks is None else blocks
-        maps: dict[int, Tensor | None] = dict.fromkeys(wanted)
+        maps: dict[int, Any] = dict.fromkeys(wanted)
         self.masked(self.model.embed(images), self.model.positions(None), maps)
-        return [cast(Tensor, maps[number]) for number in wanted]
+        return [maps[number] for number in wanted]
 
     def export_module(self, point: Point) -> nn.Module:
         return _Masked(self)
@@ -375,13 +376,6 @@ class _Masked(nn.Module):
         model = self.method.model
         record = self.method.masked(model.embed(images), model.positions(None))
         return model.readout(model.norm(record.out))
-
-
-def _attention_weights(block: Any, tokens: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
-    q, k, _ = block.attn.project_in(block.norm1(tokens), positions)
-    logits = block.attn.logits(q, k, positions)
-    weights: Tensor = (logits if mask is None else logits + mask).softmax(dim=-1)
-    return weights
 
 
 @torch.inference_mode()
