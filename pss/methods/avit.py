@@ -1,9 +1,8 @@
 """Tokens that halt on their own: each leaves once the scores that it has collected over the blocks reach 1 (A-ViT).
 
 Yin, Vahdat, Alvarez, Mallya, Kautz & Molchanov (2022), *A-ViT: Adaptive Tokens for Efficient Vision Transformer*; the
-halting rule is that of Graves (2016), *Adaptive Computation Time*. A score is the sigmoid of one channel of the token,
-so there are no parameters beside the model's. What the classifier reads of a token is the average of what the blocks
-returned for it, weighted by its scores.
+halting rule is that of Graves (2016). A score is the sigmoid of one channel of the token, so there are no parameters
+beside the model's. The classifier reads the average of what the blocks returned for a token, weighted by its scores.
 
 Training masks tokens that have halted (`AViT.masked`); inference takes them out, and computes the same of what is left
 (`AViT._packed`). `docs/rivals.md` has the settings, and where they differ from the published code.
@@ -28,7 +27,6 @@ from pss.attention.attend import Attention
 from pss.attention.packed import PackedAttention, Packing
 from pss.methods.contract import Method
 from pss.methods.vocabulary import Cost, DenseTargets, Point, Progress, Step
-from pss.models.block import Block
 from pss.models.flops import attention_macs, linear_macs, macs_of_tokens
 from pss.models.vit import VisionTransformer
 from pss.sections import MethodSection, RunSettings
@@ -149,10 +147,8 @@ class AViT(Method):
         num_blocks, prefix = len(model.blocks), model.num_prefix_tokens
         self.target_depth = self.own.target_depth or num_blocks * 8 / 12
         if self.target_depth >= num_blocks:
-            raise ValueError(
-                f"avit.target_depth is {self.target_depth:g}, and the model's {num_blocks} blocks are numbered from 0 "
-                f"to {num_blocks - 1}; set one of them, or leave it out"
-            )
+            known = f"the model's {num_blocks} blocks are numbered from 0; set a lower one, or leave it out"
+            raise ValueError(f"avit.target_depth is {self.target_depth:g}, and {known}")
         usual = type(model).readout is VisionTransformer.readout and type(model).pooled is VisionTransformer.pooled
         # Which tokens the classifier reads; outputs are averaged of the first ones, up to the last that is read.
         if usual and (model.head_dist is not None or model.global_pool == "token"):
@@ -164,8 +160,8 @@ class AViT(Method):
         self.packs = all(type(block.attn) is Attention for block in model.blocks)
         for block in model.blocks if self.packs else ():
             block.attn = PackedAttention(block.attn)
-        self.depth_sums: Tensor
-        self.register_buffer("depth_sums", torch.zeros(2))  # of the epoch's steps so far: shares of the blocks, steps
+        self.depth_sums: Tensor  # of the epoch's steps so far: shares of the blocks, steps
+        self.register_buffer("depth_sums", torch.zeros(2))
 
     # Training
 
@@ -221,21 +217,21 @@ class AViT(Method):
     def _after(self, state: Halting, scores: Tensor, number: int) -> tuple[Halting, Tensor]:
         return state.after(scores, last=number == len(self.model.blocks) - 1, eps=self.own.halt_eps)
 
-    def _apart(self, block: Any, x: Tensor, active: Tensor, positions: Tensor | None, mask: Tensor) -> Tensor:
+    def _apart(self, block: Any, x: Tensor, active: Tensor, positions: Tensor | None, mask: Tensor) -> Any:
         """A block as the published code computes it for tokens that have halted.
 
         What enters attention and MLP is zero for them, and what those return stays until the next block: the published
         prior loss reads scores from it.
         """
 
-        def compute(x: Tensor, active: Tensor) -> Tensor:
+        def compute(x: Tensor, active: Tensor) -> Any:
             branch = block.attn(active * block.norm1(x), positions, attn_mask=mask)
             x = x + block.drop_path1(block.ls1(branch)) / block.residual_divisor
             branch = block.mlp(active * block.norm2(active * x))
             return x + block.drop_path2(block.ls2(branch)) / block.residual_divisor
 
         again = self.model.checkpoint_activations and torch.is_grad_enabled()
-        return cast(Tensor, checkpoint(compute, x, active, use_reentrant=False) if again else compute(x, active))
+        return checkpoint(compute, x, active, use_reentrant=False) if again else compute(x, active)
 
     def begin_epoch(self, at: Progress) -> None:
         if at.step % self.steps_per_epoch == 0:  # else an epoch goes on that was interrupted
@@ -243,7 +239,7 @@ class AViT(Method):
 
     def end_step(self, at: Progress, step: Step) -> None:
         if at.step == 0 and at.rank == 0 and step.taken:
-            share = self.facts()["train_depth"]
+            share = self.facts().get("train_depth", 1.0)
             if share < 0.8:
                 _log.warning(
                     f"tokens halt after {share:.0%} of the blocks in the first step already: raise avit.gate_center, "
@@ -272,8 +268,7 @@ class AViT(Method):
         model = self.model
         fixed = float(model.stem_macs(model.num_patches) + model.readout_macs(model.num_tokens))
         total = torch.full(depths.shape[:1], fixed, dtype=torch.float64, device=depths.device)
-        for number, block in enumerate(model.blocks):
-            assert isinstance(block, Block)
+        for number, block in enumerate(cast(Any, model.blocks)):
             count = (depths > number).sum(1, dtype=torch.float64)
             width = block.attn.num_heads * block.attn.product_width
             total += linear_macs(block, 1) * count + attention_macs(1, 1, width) * count**2
@@ -356,10 +351,9 @@ class AViT(Method):
 
     def attention_maps(self, images: Tensor, point: Point = None, blocks: Sequence[int] | None = None) -> list[Tensor]:
         """Tokens that have halted look at others still, and are not looked at."""
-        wanted = range(len(self.model.blocks)) if blocks is None else blocks
-        maps: dict[int, Any] = dict.fromkeys(wanted)
+        maps: dict[int, Any] = dict.fromkeys(range(len(self.model.blocks)) if blocks is None else blocks)
         self.masked(self.model.embed(images), self.model.positions(None), maps)
-        return [maps[number] for number in wanted]
+        return list(maps.values())
 
     def export_module(self, point: Point) -> nn.Module:
         return _Masked(self)
@@ -391,19 +385,16 @@ def calibrate(method: AViT, images: Tensor, depth_share: float) -> float:
         The centre, to three digits after the point. It is found on the tokens as they are when none halts; when some
         do, the others change a little, and so does their depth.
     """
-    model, own = method.model, method.own
-    tokens, positions, channel = model.embed(images), model.positions(None), []
-    for number in range(len(model.blocks)):
-        tokens = model.run_blocks(tokens, positions, number, number + 1)
-        channel.append(own.gate_scale * tokens[..., 0].float())
+    tokens, positions, channel = method.model.embed(images), method.model.positions(None), []
+    for number in range(len(method.model.blocks)):
+        tokens = method.model.run_blocks(tokens, positions, number, number + 1)
+        channel.append(method.own.gate_scale * tokens[..., 0].float())
     low, high = float(torch.stack(channel).min()) - 20, float(torch.stack(channel).max()) + 20
     for _ in range(40):
         center = (low + high) / 2
         state = Halting.begin(tokens.shape[:2], tokens.device)
         for number, value in enumerate(channel):
             state, _ = method._after(state, (value - center).sigmoid(), number)
-        if float(state.blocks.mean()) / len(channel) < depth_share:
-            low = center
-        else:
-            high = center
+        enough = float(state.blocks.mean()) / len(channel) >= depth_share
+        low, high = (low, center) if enough else (center, high)
     return round(high, 3)
