@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from pss.recipes.avit import avit_s, avit_ti
 from pss.recipes.deit import (
     deit_s_224,
     deit_s_224_lowres,
@@ -29,6 +30,8 @@ RECIPES: dict[str, Callable[[], RunSettings]] = {
     "deit-s-224-lowres": deit_s_224_lowres,
     "deit-s-384": deit_s_384,
     "vit-b-simmim": vit_b_simmim,
+    "avit-ti": avit_ti,
+    "avit-s": avit_s,
 }
 
 
