@@ -128,17 +128,20 @@ def test_check_5_masked_equals_gathered(pool, settings, short, monkeypatch):
             assert torch.equal(depths, method.depths(images()))
             assert torch.equal(costs, method.predict_with_cost(images())[1])
         seen |= set(depths.flatten().tolist())
-    assert {1, 12} <= seen
+    assert 1 in seen
     assert len(seen) > 4
 
 
 def test_check_5_rotary_positions_go_with_their_tokens():
-    method = build("avit.gate_center=2", "model.rel_pos=rope", "model.embed_dim=48", std=0.2)
-    with torch.inference_mode():
-        logits, depths = method._run(images())
-        method.packs = False
-        torch.testing.assert_close(logits, method.predict(images()), atol=1e-5, rtol=1e-5)
-    assert 2 < len(set(depths.flatten().tolist()))
+    seen = set()
+    for center in (5, 0, -5):
+        method = build(f"avit.gate_center={center}", "model.rel_pos=rope", "model.embed_dim=48", std=0.2)
+        with torch.inference_mode():
+            logits, depths = method._run(images())
+            method.packs = False
+            torch.testing.assert_close(logits, method.predict(images()), atol=1e-5, rtol=1e-5)
+        seen |= set(depths.flatten().tolist())
+    assert len(seen) > 4
 
 
 def test_check_6_what_has_halted_is_seen_by_nothing():
@@ -167,8 +170,8 @@ def test_check_7_gradient_of_the_ponder():
     state = Halting.begin((1,), torch.device("cpu"))
     for score in scores:
         state, _ = state.after(score, last=False, eps=0.01)
-    state.ponder.sum().backward()
-    assert [float(score.grad) for score in scores] == [-1, -1, 0]
+    assert float(state.active) == 0
+    assert list(torch.autograd.grad(state.ponder.sum(), scores, materialize_grads=True)) == [-1, -1, 0]
 
 
 # The prior.
@@ -189,6 +192,7 @@ def test_check_8_values_of_the_prior():
     assert prior_loss(torch.zeros(1, 12, 5), 8).isfinite()
 
 
+@torch.no_grad()
 def prior_of(method, *, change=None):
     record = masked(method, images(1))
     scores = record.scores.clone()
@@ -202,7 +206,7 @@ def test_check_8_the_prior_is_of_patches_that_are_there():
     torch.manual_seed(0)
     out = method(images(1), torch.tensor([1]), at())
     assert out["prior"].isfinite()
-    assert float(out["prior"]) == pytest.approx(prior_of(method.eval()), rel=1e-4)
+    assert float(out["prior"].detach()) == pytest.approx(prior_of(method.eval()), rel=1e-4)
     assert prior_of(method, change=lambda scores, _: scores[:, :, 0].fill_(0.9)) == prior_of(method)
     record = masked(method, images(1))
     halted = torch.arange(12)[:, None] >= record.blocks[:, None]
@@ -271,16 +275,21 @@ def test_check_9_multiply_accumulates():
 
 
 def test_costs_are_of_the_tokens_that_are_there():
-    method = build("avit.gate_center=0")
+    """An image leaves with its class token; the published code lets its patches go on."""
+    method = build("avit.gate_center=-2", std=0.2)
     with torch.inference_mode():
         depths = method._run(images())[1]
-        costs = method.predict_with_cost(images())[1]
+        logits, costs = method.predict_with_cost(images())
     counts = [[int((one > number).sum()) for number in range(12)] for one in depths]
     assert costs.tolist() == [macs_of_tokens(method.model, count) for count in counts]
     assert len(set(costs.tolist())) > 1
-    assert (depths[:, 0] == depths.amax(1)).all()  # an image leaves with its class token
+    assert (depths[:, 0] == depths.amax(1)).all()
+    published = build("avit.gate_center=-2", "avit.early_exit=false", std=0.2)
     with torch.inference_mode():
-        assert (build("avit.gate_center=0", "avit.early_exit=false").predict_with_cost(images())[1] > costs).any()
+        same, more = published.predict_with_cost(images())
+        assert torch.equal(published.depths(images()), masked(method, images()).blocks[:, 1:].long())
+    torch.testing.assert_close(same, logits)
+    assert (more > costs).all()
 
 
 # In the harness.
@@ -343,10 +352,10 @@ def configured(*settings):
 
 def test_a_gate_that_does_not_suit_the_weights_is_said_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="pss.methods.avit"):
-        trainer(configured("avit.gate_center=-5", "train.max_steps=3"), tmp_path / "low").fit()
+        trainer(configured("avit.gate_center=-20", "train.max_steps=3"), tmp_path / "low").fit()
         trainer(configured("avit.gate_center=3", "train.max_steps=3"), tmp_path / "high").fit()
     (told,) = [record for record in caplog.records if record.name == "pss.methods.avit"]
-    assert "after 25% of the blocks in the first step already: raise avit.gate_center, which is -5;" in told.message
+    assert "after 25% of the blocks in the first step already: raise avit.gate_center, which is -20;" in told.message
 
 
 def test_the_depth_of_an_epoch_is_in_its_row_also_where_it_was_interrupted(tmp_path):
