@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipelines.base import DataConfig
-from pss.own_sections import MethodSection
-from pss.sections import LossConfig, ModelConfig, OptimConfig, RunSettings, TrainConfig
+from pss.sections import LossConfig, MethodSection, ModelConfig, OptimConfig, RunSettings, TrainConfig
 
 
 def avit_s() -> RunSettings:

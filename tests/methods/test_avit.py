@@ -192,27 +192,17 @@ def test_check_8_values_of_the_prior():
     assert prior_loss(torch.zeros(1, 12, 5), 8).isfinite()
 
 
-@torch.no_grad()
-def prior_of(method, *, change=None):
-    record = masked(method, images(1))
-    scores = record.scores.clone()
-    if change is not None:
-        change(scores, record)
-    return float(prior_loss(scores[:, :, 1:], method.target_depth))
-
-
 def test_check_8_the_prior_is_of_patches_that_are_there():
-    method = build("avit.gate_center=0", pool="avg").train()
-    torch.manual_seed(0)
-    out = method(images(1), torch.tensor([1]), at())
-    assert out["prior"].isfinite()
-    assert float(out["prior"].detach()) == pytest.approx(prior_of(method.eval()), rel=1e-4)
-    assert prior_of(method, change=lambda scores, _: scores[:, :, 0].fill_(0.9)) == prior_of(method)
+    method = build("avit.gate_center=0", pool="avg")
+    prior = method(images(1), torch.tensor([1]), at())["prior"]
     record = masked(method, images(1))
+    assert prior.isfinite()
+    torch.testing.assert_close(prior, prior_loss(record.scores[:, :, 1:], 8))
+    assert not torch.allclose(prior, prior_loss(record.scores, 8))  # the class token is not in it
     halted = torch.arange(12)[:, None] >= record.blocks[:, None]
     assert halted.any()
     assert (record.scores[halted] == 0).all()
-    assert (record.scores[~halted] != 0).all()
+    assert (record.scores[~halted] > 0.5).any()
 
 
 def test_check_8_scores_of_halted_tokens_as_published():
