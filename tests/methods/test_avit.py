@@ -193,7 +193,7 @@ def test_check_8_values_of_the_prior():
 
 
 def test_check_8_the_prior_is_of_patches_that_are_there():
-    method = build("avit.gate_center=0", pool="avg")
+    method = build("avit.gate_center=0", pool="avg", std=0.2)
     prior = method(images(1), torch.tensor([1]), at())["prior"]
     record = masked(method, images(1))
     assert prior.isfinite()
