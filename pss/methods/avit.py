@@ -46,7 +46,7 @@ class AvitSettings(MethodSection, section="avit"):
 
     gate_scale: AboveZero = 10.0
     """Factor γ of the channel that scores are read from."""
-    gate_center: Annotated[float, Ge(-1e30), Le(1e30)] = 3.0
+    gate_center: Annotated[float, Ge(-1e30), Le(1e30)] = 5.0
     """What is subtracted then, -β. It belongs to the weights that a run starts from: the default suits random ones, and
     `calibrate` finds one for others."""
     alpha_ponder: NotNegative = 5e-4

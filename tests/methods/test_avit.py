@@ -343,7 +343,7 @@ def configured(*settings):
 def test_a_gate_that_does_not_suit_the_weights_is_said_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="pss.methods.avit"):
         trainer(configured("avit.gate_center=-20", "train.max_steps=3"), tmp_path / "low").fit()
-        trainer(configured("avit.gate_center=3", "train.max_steps=3"), tmp_path / "high").fit()
+        trainer(configured("avit.gate_center=8", "train.max_steps=3"), tmp_path / "high").fit()
     (told,) = [record for record in caplog.records if record.name == "pss.methods.avit"]
     assert "after 25% of the blocks in the first step already: raise avit.gate_center, which is -20;" in told.message
 
