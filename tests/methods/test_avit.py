@@ -165,6 +165,23 @@ def test_check_6_what_has_halted_is_seen_by_nothing():
     assert (tokens.grad[active == 1] != 0).any()
 
 
+def test_check_6_later_blocks_send_no_gradient_to_what_has_halted():
+    """Into what a block returns for a patch that halts there, or has before; the classifier reads the class token. To
+    the blocks after it the patch is a vector of zeros."""
+    method, outputs, inputs = build("avit.gate_center=30"), [], []
+    for block in method.model.blocks:
+        block.register_forward_pre_hook(lambda block, given: inputs.append(given[0]))
+        block.register_forward_hook(lambda block, given, output: (output.retain_grad(), outputs.append(output))[0])
+    record = masked(method, images())
+    record.out.pow(2).sum().backward()
+    for number, output in enumerate(outputs[:-1]):
+        halted = record.blocks[:, 1:] <= number + 1
+        assert halted.any()
+        assert (output.grad[:, 1:][halted] == 0).all()
+        assert (output.grad[:, 1:][~halted] != 0).any()
+        assert (inputs[number + 1][:, 1:][halted] == 0).all()
+
+
 def test_check_7_gradient_of_the_ponder():
     scores = [torch.tensor([value], requires_grad=True) for value in (0.1, 0.3, 0.7)]
     state = Halting.begin((1,), torch.device("cpu"))
