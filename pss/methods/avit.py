@@ -302,9 +302,9 @@ class AViT(Method):
         out = x.new_zeros((num_images, self.rows, width), dtype=torch.promote_types(x.dtype, torch.float32))
         shape, positions, packing = (num_images, num_tokens), everywhere, None  # of x, in blocks
         read: Tensor | None = None
-        for number in range(len(model.blocks)):
+        for number, block in enumerate(model.blocks):
             options: dict[str, Any] = {} if packing is None else {"packing": packing}
-            x = model.run_blocks(x.view(*shape, width), positions, number, number + 1, **options).flatten(0, 1)
+            x = block(x.view(*shape, width), positions, **options).flatten(0, 1)
             last = number == len(model.blocks) - 1
             score = self._scores(x)
             total = total + score
