@@ -105,7 +105,7 @@ def test_settings_are_checked_together_not_one_by_one():
         ("recipe=other", "there is no key"),
         ("train.epochs", "write section.key=value"),
         ("optim.lr=nan", "optim.lr is 'nan'; it must be a finite number"),
-        ("method=sparse", r"use one of .*dense, .*sampled"),
+        ("method=sparse", "use one of .*dense, .*sampled"),
     ],
 )
 def test_mistakes_are_named_with_their_remedy(setting, message):

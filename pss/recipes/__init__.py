@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from pss.recipes.avit import avit_s, avit_ti
 from pss.recipes.deit import (
     deit_s_224,
     deit_s_224_lowres,
@@ -36,6 +37,8 @@ RECIPES: dict[str, Callable[[], RunSettings]] = {
     "toe-ti": toe_ti,
     "toe-s": toe_s,
     "toe-b": toe_b,
+    "avit-ti": avit_ti,
+    "avit-s": avit_s,
 }
 
 

@@ -41,6 +41,7 @@ CASES: dict[str, list[str]] = {
     "accumulate": [*SMALL, "train.accumulate=2", "train.checkpoint_activations=true", "PSS_ATTENTION=materialised"],
     "toe": [*SMALL, "method=toe"],
     "dynamicvit": [*SMALL, "method=dynamicvit"],
+    "avit": [*SMALL, "method=avit", "loss.mixup=0", "loss.cutmix=0"],
 }
 """By name: a recipe, and what is set besides."""
 MORE: dict[str, list[str]] = {
@@ -83,7 +84,8 @@ def counted(words: list[str]) -> Counts:
         found = {name: count(gpu, run, stages[name]) for name in dict.fromkeys(chosen)}
         with gpu.apart():
             point = run.trainer.method.points()[0]
-        found["validation"] = count_prediction(gpu, run, point)
+        if not run.trainer.method.costs_vary:  # else what it does depends on the images, and may ask for it
+            found["validation"] = count_prediction(gpu, run, point)
     return found
 
 
