@@ -21,9 +21,7 @@ def draw(result: dict[str, Any]) -> bytes:
     """A PNG. An arm is a colour and a marker; filled at equal epochs, hollow at equal time; seeds are small."""
     arms = list(dict.fromkeys(line["arm"] for line in result["lines"]))
     most = max(total_seconds(run) for run in result["runs"])
-    unit, per = next(
-        (name, size) for name, size in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if most > 2 * size
-    )
+    unit, per = ("hours", 3600) if most > 7200 else ("minutes", 60) if most > 120 else ("seconds", 1)
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     by_time, by_rate = figure.subplots(1, 2, sharey=True)
     for line in result["lines"]:
