@@ -24,19 +24,17 @@ def epoch_seconds(run: Run, configured: Callable[[Run], Config], num_images: int
     Weights that the run starts from are not read, as they need not be there yet, and neither is a teacher: where there
     is one, its forward pass is added by its share of the arithmetic.
     """
-    config = configured(run)
-    planned = plan(config, num_images=num_images, num_classes=num_classes)
-    alone = replace(config, model=replace(config.model, weights=None, own_head=False))
+    planned = plan(configured(run), num_images=num_images, num_classes=num_classes)
+    config, more = configured(run), 1.0
+    if run.needs is not None:
+        without = tuple(one for one in run.settings if str(run.needs.folder) not in one)
+        config, whole = configured(replace(run, settings=without, needs=None)), planned
+        planned = plan(config, num_images=num_images, num_classes=num_classes)
+        more = whole.mean_cost / planned.mean_cost
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates = measure_training(alone, planned, num_classes, device)
+    rates = measure_training(config, planned, num_classes, device)
     per_image = sum(level.share / rates[level] for level in planned.levels)
-    return per_image * planned.steps_per_epoch * planned.batch_size
-
-
-def paces(layout: Layout, measured: Mapping[str, float]) -> dict[str, Pace]:
-    """Of every arm, from the seconds of an epoch by arm."""
-    starts = {name: layout.arms[arm.start].name if arm.start else name for name, arm in layout.arms.items()}
-    return {name: Pace(measured[starts[name]], measured[name]) for name in layout.arms}
+    return more * per_image * planned.steps_per_epoch * planned.batch_size
 
 
 def total_seconds(
