@@ -251,7 +251,7 @@ class Comparison:
             split = [arm.split(epochs) for epochs in (self.layout.epochs, chosen[arm.name])]
             told = [f"{before} + {own}" if before else f"{own}" for before, own in split]
             rows.append(" | ".join([arm.name, *told, f"{pace[arm.name].own:.3g}", arm.note]))
-        head = "arm | epochs | epochs at equal time, about | s an epoch, data at hand | "
+        head = "arm | epochs | epochs at equal time, about | s an epoch, data at hand | note"
         told = f"{len(seeds)} seeds, about {seconds / 60:,.0f} min of training, validation and evaluation not counted"
         return seconds, "\n".join([*table(head, rows), "", told])
 
