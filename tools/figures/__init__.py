@@ -1,1 +1,1 @@
-"""The figures and tables of the papers in kind, from small runs: one module for each paper, listed in FIGURES."""
+"""The figures and tables of the papers in kind, from small runs: one module for each paper."""

@@ -9,7 +9,7 @@ from itertools import accumulate
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from pss import methods, recipes
+from pss import recipes
 from pss.inference.plots import plot_sweep
 from pss.planning.plan import plan
 from tools.figures.figure import Figure, Source
@@ -60,7 +60,7 @@ def schedules(source: Source) -> bytes:
     canvas = Canvas(figsize=(11, 2.8), layout="constrained")
     row = canvas.subplots(1, len(names), sharey=True)
     for axes, name in zip(row, names, strict=True):
-        settings = [*told["settings"], f"method={methods.find('sampled').name}", f"schedule.name={name}"]
+        settings = [*told["settings"], f"schedule.name={name}"]
         config = recipes.get(told["recipe"]).with_settings([*settings, f"train.epochs={max(4, told['epochs'])}"])
         rhos = plan(config, num_images=told["num_images"], num_classes=source.result["num_classes"]).rhos
         axes.step(range(len(rhos)), rhos, color=COLOURS[1], linewidth=1, where="post")
@@ -113,8 +113,8 @@ def _saved(canvas: Canvas, every: list[Axes], *, legend: bool = True) -> bytes:
 
 _SEEDS = "mean of the seeds; the band is from the lowest to the highest"
 FIGURES = (
-    Figure((20, 30, 31, 32), "training_curves.png", "PSS figures 1 (left), 7, 8 and 9", "training loss, validation loss "
-           "and top-1 against epochs and time", _SEEDS, curves),
+    Figure((20, 30, 31, 32), "training_curves.png", "PSS figures 1 (left), 7, 8 and 9",
+           "training loss, validation loss and top-1 against epochs and time", _SEEDS, curves),
     Figure((21, 27), "over_rho.png", "PSS figures 1 (right) and 6", "top-1 against images/s and GFLOPs as ρ varies",
            "the first seed; medians of interleaved rounds", over_rho),
     Figure((23,), "schedules.png", "PSS figure 3", "ρ of each step", "none: schedules are functions of the step",
