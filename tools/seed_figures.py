@@ -2,6 +2,8 @@
 
     python -m tools.seed_figures runs/comparison --output figures
 
+The tables of DynamicViT are of arms of their own: compare them with --arms-file tools/figures/dynamicvit.toml.
+
 Each is labelled with the command that made its runs, the number of seeds, and what of their spread it shows. A manifest
 lists what was made, figures.json and figures.md, and what has no maker here.
 """
@@ -15,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from pss.runtime import files
-from tools.figures import sampling
+from tools.figures import dynamicvit, sampling
 from tools.figures.figure import Figure, Source
 
-FIGURES: tuple[Figure, ...] = (*sampling.FIGURES,)
+FIGURES: tuple[Figure, ...] = (*dynamicvit.FIGURES, *sampling.FIGURES)
 WANTED = (*range(1, 6), *range(10, 14), *range(20, 36))
 """Numbers in the list of figures: those of methods that are here."""
 _RESULT = "comparison.json"
+_HOW = "compare them with --arms-file tools/figures/dynamicvit.toml"
 
 
 def read(folder: Path) -> Source:
@@ -86,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         source = read(arguments.comparison)
     except ValueError as error:
         parser.error(str(error))
-    chosen = [one for one in FIGURES if arguments.numbers is None or set(one.numbers) & set(arguments.numbers)]
+    wanted = [one for one in FIGURES if arguments.numbers is None or set(one.numbers) & set(arguments.numbers)]
+    chosen = [one for one in wanted if one.can_be_made(source)]
+    if arguments.numbers is not None and len(chosen) < len(wanted):
+        lacking = next(one for one in wanted if one not in chosen)
+        parser.error(f"{lacking.original} ({lacking.shows}) is of the arms {', '.join(lacking.arms)}; {_HOW}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for one in chosen:
         files.write(arguments.output / one.name, one.make(source))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 
 from tools import compare_methods, seed_figures
+from tools.comparing import arms as known_arms
 from tools.comparing.lines import lines
 from tools.comparing.page import as_csv, limits, markdown
+from tools.figures import dynamicvit
 
 TOP1 = {"dense": (80.0, 82.0), "quick": (81.0, 85.0)}
 
@@ -93,6 +96,23 @@ def test_the_page_and_the_table_say_the_same(result):
         ("epochs", "dense", "1.0"), ("epochs", "dense", "0.5"), ("epochs", "quick", "1.0"),
     ]  # fmt: skip
     assert (float(rows[2]["top1"]), float(rows[2]["difference_sd"])) == (83.0, pytest.approx(2**0.5))
+
+
+def test_tables_of_dynamicvit_are_of_arms_of_their_own(result, tmp_path, capsys):
+    known = known_arms.read(Path(dynamicvit.__file__).with_suffix(".toml"))
+    assert set(known) == {name for one in dynamicvit.FIGURES for name in one.arms}
+    for run in result["runs"]:
+        run["arm"] = {"dense": "dense", "quick": "ratio-1"}[run["arm"]]
+    result["runs"] += [
+        run | {"arm": name} for run in trained() if run["arm"] == "quick" for name in ("ratio-2", "ratio-4")
+    ]
+    compare_methods.write(result, tmp_path)
+    seed_figures.main([str(tmp_path), "--output", str(tmp_path / "made"), "--numbers", "3"])
+    told = (tmp_path / "made" / "dynamicvit_ratio.md").read_text()
+    assert "| ratio-4 | 83.00 ± 2.83 | 1.5 | 2 | 79.29 | – |" in told
+    with pytest.raises(SystemExit):
+        seed_figures.main([str(tmp_path), "--output", str(tmp_path / "made"), "--numbers", "4"])
+    assert "keep-0.5; compare them with --arms-file" in capsys.readouterr().err
 
 
 def test_figures_of_a_comparison_with_their_manifest(result, tmp_path, capsys):

@@ -46,3 +46,9 @@ class Figure:
     """What of its spread is to be seen."""
     make: Callable[[Source], bytes | str]
     """A PNG, or a page of markdown."""
+    arms: tuple[str, ...] = ()
+    """That the comparison must have."""
+
+    def can_be_made(self, source: Source) -> bool:
+        """Whether the comparison has what it shows."""
+        return set(self.arms) <= {run["arm"] for run in source.runs}
