@@ -106,6 +106,7 @@ def test_tables_of_dynamicvit_are_of_arms_of_their_own(result, tmp_path, capsys)
     result["runs"] += [
         run | {"arm": name} for run in trained() if run["arm"] == "quick" for name in ("ratio-2", "ratio-4")
     ]
+    result["lines"] = lines(result["runs"], "dense")
     compare_methods.write(result, tmp_path)
     seed_figures.main([str(tmp_path), "--output", str(tmp_path / "made"), "--numbers", "3"])
     told = (tmp_path / "made" / "dynamicvit_ratio.md").read_text()
