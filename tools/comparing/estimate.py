@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -40,12 +41,16 @@ def epoch_seconds(run: Run, configured: Callable[[Run], Config], num_images: int
 def total_seconds(
     layout: Layout, arms: Sequence[Arm], reference: str, pace: Mapping[str, Pace], seeds: int, turn: int
 ) -> tuple[float, dict[str, int]]:
-    """Of training everything, the start of processes included, and the epochs of each arm at equal training time."""
+    """Of training everything, the start of processes included, and the epochs of each arm at equal training time, but
+    of those that take too long for it."""
     time_given = pace[reference].seconds(layout.arms[reference], layout.epochs)
-    chosen = {arm.name: epochs_for(arm, pace[arm.name], time_given) for arm in arms}
+    chosen = {}
+    for arm in arms:
+        with suppress(ValueError):
+            chosen[arm.name] = epochs_for(arm, pace[arm.name], time_given)
     seconds, counted = 0.0, set()
     for arm in arms:
-        for epochs in (layout.epochs, chosen[arm.name]):
+        for epochs in {layout.epochs, chosen.get(arm.name, layout.epochs)}:
             run = layout.run(arm, 0, epochs)
             for part, each in ((run.needs, pace[arm.name].before), (run, pace[arm.name].own)):
                 if part is not None and part.folder not in counted:
