@@ -248,10 +248,12 @@ class Comparison:
         seconds, chosen = estimate.total_seconds(self.layout, self.arms, REFERENCE, pace, len(seeds), self.turn)
         rows = []
         for arm in self.arms:
-            split = [arm.split(epochs) for epochs in (self.layout.epochs, chosen[arm.name])]
-            told = [f"{before} + {own}" if before else f"{own}" for before, own in split]
+            split = [
+                None if epochs is None else arm.split(epochs) for epochs in (self.layout.epochs, chosen.get(arm.name))
+            ]
+            told = ["none" if one is None else f"{one[0]} + {one[1]}" if one[0] else f"{one[1]}" for one in split]
             rows.append(" | ".join([arm.name, *told, f"{pace[arm.name].own:.3g}", arm.note]))
-        head = "arm | epochs | epochs at equal time, about | s an epoch, data at hand | "
+        head = "arm | epochs | epochs at equal time, about | s an epoch, data at hand | note"
         told = f"{len(seeds)} seeds, about {seconds / 60:,.0f} min of training, validation and evaluation not counted"
         return seconds, "\n".join([*table(head, rows), "", told])
 

@@ -63,6 +63,7 @@ def compare(image_root, tmp_path, monkeypatch):
     return start, machine, tmp_path / "out"
 
 
+@pytest.mark.exhaustive  # twenty seconds of processes
 def test_a_comparison_goes_on_where_it_was_stopped_and_tells_what_was_logged(compare, capsys, monkeypatch):
     start, machine, out = compare
     monkeypatch.setattr(compare_methods, "epochs_for", lambda arm, pace, seconds: 3)  # of a second or so, all noise

@@ -168,6 +168,19 @@ def test_runs_join_in_where_the_one_they_start_from_ends(tmp_path):
     assert called == [("dense", 5), ("dense", 6)]
 
 
+def test_no_run_begins_before_its_start_has_ended(tmp_path):
+    before = Run(tmp_path / "before", 4, ())
+    tuned, called = Run(tmp_path / "tuned", 2, (), before), []
+    write_epochs(before, 3)  # the next round reaches beyond its end, and goes backwards
+
+    def advance(run, epochs):
+        called.append((run.name, epochs))
+        write_epochs(run, epochs)
+
+    take_turns([before, tuned], 2, advance, lambda line: None)
+    assert called == [("before", 4), ("tuned", 2)]
+
+
 def test_a_run_that_does_not_go_on_ends_the_turns(tmp_path):
     with pytest.raises(RuntimeError, match="no more epochs in its log"):
         take_turns([Run(tmp_path / "stuck", 2, ())], 1, lambda run, epochs: None, print)

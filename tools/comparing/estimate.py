@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -24,30 +25,32 @@ def epoch_seconds(run: Run, configured: Callable[[Run], Config], num_images: int
     Weights that the run starts from are not read, as they need not be there yet, and neither is a teacher: where there
     is one, its forward pass is added by its share of the arithmetic.
     """
-    config = configured(run)
-    planned = plan(config, num_images=num_images, num_classes=num_classes)
-    alone = replace(config, model=replace(config.model, weights=None, own_head=False))
+    planned = plan(configured(run), num_images=num_images, num_classes=num_classes)
+    config, more = configured(run), 1.0
+    if run.needs is not None:
+        without = tuple(one for one in run.settings if str(run.needs.folder) not in one)
+        config, whole = configured(replace(run, settings=without, needs=None)), planned
+        planned = plan(config, num_images=num_images, num_classes=num_classes)
+        more = whole.mean_cost / planned.mean_cost
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates = measure_training(alone, planned, num_classes, device)
+    rates = measure_training(config, planned, num_classes, device)
     per_image = sum(level.share / rates[level] for level in planned.levels)
-    return per_image * planned.steps_per_epoch * planned.batch_size
-
-
-def paces(layout: Layout, measured: Mapping[str, float]) -> dict[str, Pace]:
-    """Of every arm, from the seconds of an epoch by arm."""
-    starts = {name: layout.arms[arm.start].name if arm.start else name for name, arm in layout.arms.items()}
-    return {name: Pace(measured[starts[name]], measured[name]) for name in layout.arms}
+    return more * per_image * planned.steps_per_epoch * planned.batch_size
 
 
 def total_seconds(
     layout: Layout, arms: Sequence[Arm], reference: str, pace: Mapping[str, Pace], seeds: int, turn: int
 ) -> tuple[float, dict[str, int]]:
-    """Of training everything, the start of processes included, and the epochs of each arm at equal training time."""
+    """Of training everything, the start of processes included, and the epochs of each arm at equal training time, but
+    of those that take too long for it."""
     time_given = pace[reference].seconds(layout.arms[reference], layout.epochs)
-    chosen = {arm.name: epochs_for(arm, pace[arm.name], time_given) for arm in arms}
+    chosen = {}
+    for arm in arms:
+        with suppress(ValueError):
+            chosen[arm.name] = epochs_for(arm, pace[arm.name], time_given)
     seconds, counted = 0.0, set()
     for arm in arms:
-        for epochs in (layout.epochs, chosen[arm.name]):
+        for epochs in {layout.epochs, chosen.get(arm.name, layout.epochs)}:
             run = layout.run(arm, 0, epochs)
             for part, each in ((run.needs, pace[arm.name].before), (run, pace[arm.name].own)):
                 if part is not None and part.folder not in counted:

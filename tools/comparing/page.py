@@ -116,7 +116,7 @@ def _speed(line: Row, point: Row) -> list[str]:
         line["arm"],
         "as trained" if point["point"] is None else f"{point['knob']} {point['point']:.3g}",
         point["top1"].told(".2f"),
-        interval(point["difference"]),
+        interval(point["difference"]) if any(point["rate_of_dense"][k] != 1 for k in range(3)) else "",
         f"{point['gflops_total']:.3g}",
         _quartiles(point["images_per_second"], ",.0f"),
         _quartiles(point["rate_of_dense"], ".2f"),
@@ -178,7 +178,7 @@ def limits(result: Row) -> list[str]:
         "none was searched for any of the arms."
     )
     said.append(
-        f"Times are those of {device} with {result['environment']['threads']} threads, while runs took turns; how "
+        f"Times are those of {device}, threads {result['environment']['threads']}, while runs took turns; how "
         "much a method gains depends on the machine, the size of the model and of the batch."
         + ("" if device != "cpu" else " A GPU, which small models keep waiting, may rank them otherwise.")
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 from tools.comparing.lines import COLUMNS, total_seconds
 
@@ -21,28 +23,33 @@ def draw(result: dict[str, Any]) -> bytes:
     """A PNG. An arm is a colour and a marker; filled at equal epochs, hollow at equal time; seeds are small."""
     arms = list(dict.fromkeys(line["arm"] for line in result["lines"]))
     most = max(total_seconds(run) for run in result["runs"])
-    unit, per = next(
-        (name, size) for name, size in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if most > 2 * size
-    )
+    unit, per = ("hours", 3600) if most > 7200 else ("minutes", 60) if most > 120 else ("seconds", 1)
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     by_time, by_rate = figure.subplots(1, 2, sharey=True)
+    reference = result["plan"]["reference"]
     for line in result["lines"]:
-        runs = [run for run in result["runs"] if (run["column"], run["arm"]) == (line["column"], line["arm"])]
         number, filled, first = arms.index(line["arm"]), line["column"] == "epochs", line["points"][0]
+        if line["arm"] == reference and not filled:
+            continue  # the same runs
+        runs = [run for run in result["runs"] if (run["column"], run["arm"]) == (line["column"], line["arm"])]
         style = _style(number, filled)
         seeds = [run["points"][0]["top1"] for run in runs]
-        _point(by_time, [total_seconds(run) / per for run in runs], seeds, first["top1"], style)
-        rates = [run["points"][0]["images"] / sorted(run["points"][0]["seconds_batch"])[3] for run in runs]
-        _point(by_rate, rates, seeds, first["top1"], style)
+        times = [total_seconds(run) / per for run in runs]
+        _point(by_time, times, seeds, first["top1"], (min(times), statistics.fmean(times), max(times)), style)
+        rates = [statistics.median(_rates(run["points"][0])) for run in runs]
+        _point(by_rate, rates, seeds, first["top1"], first["images_per_second"], style)
         if filled and len(line["points"]) > 1:
-            along = sorted((point["images_per_second"][1], point["top1"].mean) for point in line["points"])
-            by_rate.plot(*zip(*along, strict=True), color=style["color"], linewidth=1, alpha=0.6, zorder=1)
-            by_rate.plot(*zip(*along, strict=True), ".", color=style["color"], markersize=4, alpha=0.8, zorder=1)
+            along = sorted(
+                (point["point"], point["images_per_second"][1], point["top1"].mean) for point in line["points"]
+            )
+            _, xs, ys = zip(*along, strict=True)
+            by_rate.plot(xs, ys, ".-", color=style["color"], markersize=5, linewidth=1, alpha=0.6, zorder=1)
     by_time.set_xlabel(f"{unit} of training, with pre-training and teacher")
-    by_rate.set_xlabel("images per second at inference, model alone (log scale); lines: other operating points")
+    by_rate.set_xlabel("images per second, model alone; thin lines: other operating points")
     by_rate.set_xscale("log")
+    by_rate.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    by_rate.xaxis.set_minor_locator(NullLocator())
     by_rate.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    by_rate.xaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "235" else "")
     by_time.set_ylabel("top-1 accuracy, %")
     by_time.set_xlim(left=0)
     for axes in (by_time, by_rate):
@@ -57,7 +64,11 @@ def draw(result: dict[str, Any]) -> bytes:
         Line2D([], [], label="one seed", **(grey | {"markersize": 3.5, "alpha": 0.5})),
     ]
     figure.legend(handles=marks, loc="outside right center", frameon=False)
-    spread = "; whiskers: ± one standard deviation over seeds" if len(result["plan"]["seeds"]) > 1 else ""
+    spread = (
+        "\nwhiskers: ± one standard deviation over seeds; range of times, quartiles of rates"
+        if len(result["plan"]["seeds"]) > 1
+        else ""
+    )
     figure.suptitle(f"{result['title']}{spread}", fontsize=11)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format="png")
@@ -75,11 +86,22 @@ def _style(number: int, filled: bool) -> dict[str, Any]:
     }
 
 
-def _point(axes: Axes, xs: Sequence[float], ys: Sequence[float], top1: Any, style: dict[str, Any]) -> None:
-    colour = style["color"]
-    axes.plot(xs, ys, linestyle="", marker=style["marker"], color=colour, markersize=3.5, alpha=0.45, zorder=2)
-    across = [max(xs) - sum(xs) / len(xs), sum(xs) / len(xs) - min(xs)]
+def _rates(point: dict[str, Any]) -> list[float]:
+    return [point["images"] / seconds for seconds in point["seconds_batch"]]
+
+
+def _point(
+    axes: Axes,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    top1: Any,
+    across: tuple[float, float, float],
+    style: dict[str, Any],
+) -> None:
+    """Seeds, and their mean with whiskers; `across` is where those along x begin, the point, and where they end."""
+    low, middle, high = across
+    axes.plot(xs, ys, linestyle="", **(style | {"markersize": 4, "markeredgewidth": 0.8, "alpha": 0.5}), zorder=2)
     axes.errorbar(
-        sum(xs) / len(xs), top1.mean, yerr=top1.deviation, xerr=[[across[1]], [across[0]]], capsize=3, linewidth=1.2,
+        middle, top1.mean, yerr=top1.deviation, xerr=[[middle - low], [high - middle]], capsize=3, linewidth=1.2,
         zorder=3, **style,
     )  # fmt: skip

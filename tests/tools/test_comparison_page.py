@@ -1,0 +1,138 @@
+"""From rows to lines, page, table and pictures, with figures that are known."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import compare_methods, seed_figures
+from tools.comparing import arms as known_arms
+from tools.comparing.lines import lines
+from tools.comparing.page import as_csv, limits, markdown
+from tools.figures import dynamicvit
+
+TOP1 = {"dense": (80.0, 82.0), "quick": (81.0, 85.0)}
+
+
+def point(rho, top1, seconds):
+    return {
+        "rho": rho, "knob": "ρ", "top1": top1, "images": 8, "num_images": 20, "seconds_1": [seconds] * 7,
+        "seconds_batch": [4 * seconds] * 7, "gflops": 2.0, "gflops_backbone": 1.5, "gflops_extra": 0.5,
+        "gflops_total": 2.0,
+        "parameters_backbone": 3_000_000, "parameters_extra": 0, "images_per_second": 2 / seconds,
+    }  # fmt: skip
+
+
+def trained():
+    made = []
+    for column in ("epochs", "time"):
+        for arm, before in (("dense", 0), ("quick", 1)):
+            for seed, top1 in enumerate(TOP1[arm]):
+                log = [
+                    {
+                        "epoch": n, "loss": 1.0, "val_loss": 1.0, "top1": top1, "train_seconds": 30.0 * (2 - before),
+                        "by_rho": {"0.5 stage": {"steps": 3, "ms_per_step": 5.0}, "1": {"steps": 1, "ms_per_step": 9}},
+                    }
+                    for n in (1, 2)
+                ]  # fmt: skip
+                speed = 0.5 if arm == "quick" else 1.0
+                made.append(
+                    {
+                        "column": column, "arm": arm, "seed": seed, "run": f"{arm}-s{seed}", "epochs": 2,
+                        "epochs_before": before, "seconds": 120.0 - 60 * before, "seconds_before": 30.0 * before,
+                        "training_backbone": 1.0, "training_extra": 0.0, "training_teacher": 0.0, "training_step": 3.0,
+                        "arithmetic_epochs": 2.0 - before,
+                        "points": [point(1.0, top1, speed), point(0.5, top1 - 10, speed / 2)], "log": log,
+                    }
+                )  # fmt: skip
+    return made
+
+
+@pytest.fixture
+def result():
+    runs = trained()
+    arm = {"note": "", "start": None}
+    made = {
+        "title": "two ways", "plan": {
+            "epochs": 2, "seeds": [0, 1], "reference": "dense", "arms": {"dense": arm, "quick": arm}, "data": "set",
+            "recipe": "digits", "settings": [], "num_images": 320,
+        },
+        "equal_time": {"0": {"dense": 2}, "1": {"dense": 2}}, "environment": {"device": "cpu", "threads": "1"},
+        "num_images": 320, "num_val_images": 20, "num_classes": 10, "img_size": 32, "batch_size": 8, "published": [],
+        "runs": runs, "lines": lines(runs, "dense"),
+    }  # fmt: skip
+    return made | {"limits": limits(made)}
+
+
+def test_lines_pair_by_seed_and_within_rounds(result):
+    dense, quick = result["lines"][:2]
+    assert quick["points"][0]["difference"].mean == 2.0
+    assert quick["points"][0]["difference"].deviation == pytest.approx(2**0.5)
+    assert quick["points"][0]["rate_of_dense"] == (2.0, 2.0, 2.0)
+    assert quick["points"][1]["rate_of_dense"] == (4.0, 4.0, 4.0)  # against dense at its first point
+    assert quick["points"][0]["latency_of_dense"] == (0.5, 0.5, 0.5)
+    assert quick["points"][0]["images_per_second"] == (4.0, 4.0, 4.0)
+    assert quick["time_of_dense"] == [0.75, 0.75]
+    assert quick["arithmetic_of_dense"] == 0.5
+    assert dense["points"][1]["difference"].mean == -10.0
+
+
+def test_the_page_and_the_table_say_the_same(result):
+    told = markdown(result)
+    assert (
+        "| quick | 1 + 2 | 83.00 ± 2.83 | +2.00 (-10.71 to +14.71) | 90.0 ± 0.0 s | 0.75 ± 0.00 | 30.0 ± 0.0 s |"
+        in told
+    )
+    assert "| dense | 2 | 81.00 ± 1.41 |  | 2.0 ± 0.0 min | 1 | – |" in told
+    assert "quick cannot be trained within the given time" in told
+    assert "Not all arms met the training time that they were given: quick -25%." in told
+    assert "2 are made, of which one in twenty" in told
+    rows = list(csv.DictReader(io.StringIO(as_csv(result))))
+    assert [(row["column"], row["arm"], row["point"]) for row in rows][:3] == [
+        ("epochs", "dense", "1.0"), ("epochs", "dense", "0.5"), ("epochs", "quick", "1.0"),
+    ]  # fmt: skip
+    assert (float(rows[2]["top1"]), float(rows[2]["difference_sd"])) == (83.0, pytest.approx(2**0.5))
+
+
+def test_tables_of_dynamicvit_are_of_arms_of_their_own(result, tmp_path, capsys):
+    known = known_arms.read(Path(dynamicvit.__file__).with_suffix(".toml"))
+    assert set(known) == {name for one in dynamicvit.FIGURES for name in one.arms}
+    for run in result["runs"]:
+        run["arm"] = {"dense": "dense", "quick": "ratio-1"}[run["arm"]]
+    result["runs"] += [
+        run | {"arm": name} for run in trained() if run["arm"] == "quick" for name in ("ratio-2", "ratio-4")
+    ]
+    result["lines"] = lines(result["runs"], "dense")
+    compare_methods.write(result, tmp_path)
+    seed_figures.main([str(tmp_path), "--output", str(tmp_path / "made"), "--numbers", "3"])
+    told = (tmp_path / "made" / "dynamicvit_ratio.md").read_text()
+    assert "| ratio-4 | 83.00 ± 2.83 | 1.5 | 2 | 79.29 | – |" in told
+    with pytest.raises(SystemExit):
+        seed_figures.main([str(tmp_path), "--output", str(tmp_path / "made"), "--numbers", "4"])
+    assert "keep-0.5; compare them with --arms-file" in capsys.readouterr().err
+
+
+def test_figures_of_a_comparison_with_their_manifest(result, tmp_path, capsys):
+    compare_methods.write(result, tmp_path / "out")
+    told = seed_figures.main([str(tmp_path / "out"), "--output", str(tmp_path / "figures")])
+    for one in told["figures"]:
+        content = (tmp_path / "figures" / one["file"]).read_bytes()
+        assert content.startswith(b"\x89PNG" if one["file"].endswith(".png") else b"# two ways")
+        assert one["n"] == 2
+        assert one["command"].startswith("python -m tools.compare_methods --data set")
+    assert not {number for one in told["figures"] for number in one["numbers"]} & set(told["left"])
+    page = (tmp_path / "figures" / "figures.md").read_text()
+    assert "PSS figure 4 (numbers 24)" in page
+    assert "Numbers 1, 2, 3, 4, 5, 10, 11" in page
+    kept = json.loads((tmp_path / "figures" / "figures.json").read_text())
+    assert kept == told
+    with pytest.raises(SystemExit):
+        seed_figures.main([str(tmp_path / "out"), "--output", str(tmp_path / "figures"), "--numbers", "14"])
+    assert "no figure 14 can be made; there are 1, 2, 3, 4, 20, 21" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        seed_figures.main([str(tmp_path), "--output", str(tmp_path / "figures")])
+    assert "name the --output of a finished tools.compare_methods" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""Figures of the patch sampling paper (McDanel & Huynh 2022), from runs of a comparison."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from itertools import accumulate
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from pss import recipes
+from pss.inference.plots import plot_sweep
+from pss.planning.plan import plan
+from tools.figures.figure import Figure, Source
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's."""
+
+
+def curves(source: Source) -> bytes:
+    """Training loss, validation loss and top-1 against epochs and against minutes of training: means and range."""
+    canvas = Canvas(figsize=(11, 9), layout="constrained")
+    grid = canvas.subplots(3, 2, sharey="row")
+    arms = list(dict.fromkeys(run["arm"] for run in source.runs))
+    for row, (key, label) in enumerate(
+        (("loss", "training loss"), ("val_loss", "validation loss"), ("top1", "top-1, %"))
+    ):
+        for number, arm in enumerate(arms):
+            runs = [run for run in source.runs if run["arm"] == arm]
+            values = list(zip(*([one[key] for one in run["log"]] for run in runs), strict=True))
+            before = statistics.fmean(run["epochs_before"] for run in runs)
+            epochs = [before + one["epoch"] for one in runs[0]["log"]]
+            spent = [
+                accumulate((one["train_seconds"] for one in run["log"]), initial=run["seconds_before"]) for run in runs
+            ]
+            minutes = [statistics.fmean(at) / 60 for at in zip(*spent, strict=True)][1:]
+            for axes, xs in zip(grid[row], (epochs, minutes), strict=True):
+                mean = [statistics.fmean(one) for one in values]
+                axes.plot(xs, mean, color=COLOURS[number % len(COLOURS)], label=arm, linewidth=1.6)
+                low, high = [min(one) for one in values], [max(one) for one in values]
+                axes.fill_between(xs, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.15, linewidth=0)
+        grid[row][0].set_ylabel(label)
+    grid[2][0].set_xlabel("epochs, those before fine-tuning included")
+    grid[2][1].set_xlabel("minutes of training")
+    return _saved(canvas, [axes for row in grid for axes in row])
+
+
+def over_rho(source: Source) -> bytes:
+    """Accuracy against rate and arithmetic at each operating point: the first seed of every arm."""
+    first = source.result["plan"]["seeds"][0]
+    rows = [point | {"run": run["arm"]} for run in source.runs if run["seed"] == first for point in run["points"]]
+    return plot_sweep(rows)
+
+
+def schedules(source: Source) -> bytes:
+    """ρ of every step under each schedule that the package has, over the epochs of the comparison."""
+    told = source.result["plan"]
+    names = ("fixed", "linear", "cosine", "cyclic")
+    canvas = Canvas(figsize=(11, 2.8), layout="constrained")
+    row = canvas.subplots(1, len(names), sharey=True)
+    for axes, name in zip(row, names, strict=True):
+        settings = [*told["settings"], f"schedule.name={name}"]
+        config = recipes.get(told["recipe"]).with_settings([*settings, f"train.epochs={max(4, told['epochs'])}"])
+        rhos = plan(config, num_images=told["num_images"], num_classes=source.result["num_classes"]).rhos
+        axes.step(range(len(rhos)), rhos, color=COLOURS[1], linewidth=1, where="post")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("step")
+        axes.set_ylim(0, 1.05)
+    row[0].set_ylabel("ρ")
+    return _saved(canvas, list(row), legend=False)
+
+
+def step_times(source: Source) -> bytes:
+    """Milliseconds of a step over its stage, as the logs have them: every epoch of every seed a point."""
+    canvas = Canvas(figsize=(8, 4.2), layout="constrained")
+    axes = canvas.subplots()
+    arms = list(dict.fromkeys(run["arm"] for run in source.runs))
+    for number, arm in enumerate(arms):
+        found: dict[float, list[float]] = {}
+        for run in (run for run in source.runs if run["arm"] == arm):
+            for row in run["log"]:
+                for stage, level in row["by_rho"].items():
+                    found.setdefault(float(stage.split()[0]), []).append(level["ms_per_step"])
+        shift = 0.008 * (number - len(arms) / 2)
+        colour = COLOURS[number % len(COLOURS)]
+        xs = [rho + shift for rho, times in found.items() for _ in times]
+        axes.plot(xs, [one for times in found.values() for one in times], ".", color=colour, alpha=0.25, markersize=4)
+        levels = sorted(found)
+        medians = [statistics.median(found[rho]) for rho in levels]
+        axes.plot([rho + shift for rho in levels], medians, "o-", color=colour, markersize=5, linewidth=1.3, label=arm)
+    axes.set_xlabel("share of tokens that a step sees")
+    axes.set_ylabel("milliseconds a step")
+    axes.set_ylim(bottom=0)
+    return _saved(canvas, [axes])
+
+
+def table(source: Source) -> str:
+    """The comparison's own page."""
+    return (source.folder / "comparison.md").read_text(encoding="utf-8")
+
+
+def _saved(canvas: Canvas, every: list[Axes], *, legend: bool = True) -> bytes:
+    for axes in every:
+        axes.grid(alpha=0.25, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    if legend:
+        every[0].legend(frameon=False, fontsize=9)
+    picture = io.BytesIO()
+    canvas.savefig(picture, dpi=150, format="png")
+    return picture.getvalue()
+
+
+_SEEDS = "mean of the seeds; the band is from the lowest to the highest"
+FIGURES = (
+    Figure((20, 30, 31, 32), "training_curves.png", "PSS figures 1 (left), 7, 8 and 9",
+           "training loss, validation loss and top-1 against epochs and time", _SEEDS, curves),
+    Figure((21, 27), "over_rho.png", "PSS figures 1 (right) and 6", "top-1 against images/s and GFLOPs as ρ varies",
+           "the first seed; medians of interleaved rounds", over_rho),
+    Figure((23,), "schedules.png", "PSS figure 3", "ρ of each step", "none: schedules are functions of the step",
+           schedules),
+    Figure((24,), "step_times.png", "PSS figure 4", "time of a step by the share of tokens it sees",
+           "every epoch of every seed, with medians", step_times),
+    Figure((28,), "comparison.md", "PSS table 2", "hours, GFLOPs, images/s and top-1 by method",
+           "mean ± standard deviation over seeds, quartiles of speeds", table),
+)  # fmt: skip
