@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pss.runtime import files
-from tools.figures import dynamicvit, sampling
+from tools.figures import dynamicvit, sampling, toe
 from tools.figures.figure import Figure, Source
 
-FIGURES: tuple[Figure, ...] = (*dynamicvit.FIGURES, *sampling.FIGURES)
+FIGURES: tuple[Figure, ...] = (*dynamicvit.FIGURES, *toe.FIGURES, *sampling.FIGURES)
 WANTED = (*range(1, 6), *range(10, 14), *range(20, 36))
 """Numbers in the list of figures: those of methods that are here."""
 _RESULT = "comparison.json"
