@@ -2,7 +2,7 @@
 
     python -m tools.seed_figures runs/comparison --output figures
 
-The tables of DynamicViT are of arms of their own: compare them with --arms-file tools/figures/dynamicvit.toml.
+Some tables are of arms of their own: compare them with --arms-file tools/figures/dynamicvit.toml, or sampling.toml.
 
 Each is labelled with the command that made its runs, the number of seeds, and what of their spread it shows. A manifest
 lists what was made, figures.json and figures.md, and what has no maker here.
@@ -24,7 +24,7 @@ FIGURES: tuple[Figure, ...] = (*dynamicvit.FIGURES, *toe.FIGURES, *sampling.FIGU
 WANTED = (*range(1, 6), *range(10, 14), *range(20, 36))
 """Numbers in the list of figures: those of methods that are here."""
 _RESULT = "comparison.json"
-_HOW = "compare them with --arms-file tools/figures/dynamicvit.toml"
+_HOW = "compare them; tables have theirs in --arms-file tools/figures/dynamicvit.toml and sampling.toml"
 
 
 def read(folder: Path) -> Source:

@@ -13,7 +13,7 @@ from tools import compare_methods, seed_figures
 from tools.comparing import arms as known_arms
 from tools.comparing.lines import lines
 from tools.comparing.page import as_csv, limits, markdown
-from tools.figures import dynamicvit
+from tools.figures import dynamicvit, sampling
 
 TOP1 = {"dense": (80.0, 82.0), "quick": (81.0, 85.0)}
 
@@ -113,7 +113,21 @@ def test_tables_of_dynamicvit_are_of_arms_of_their_own(result, tmp_path, capsys)
     assert "| ratio-4 | 83.00 ± 2.83 | 1.5 | 2 | 79.29 | – |" in told
     with pytest.raises(SystemExit):
         seed_figures.main([str(tmp_path), "--output", str(tmp_path / "made"), "--numbers", "4"])
-    assert "keep-0.5; compare them with --arms-file" in capsys.readouterr().err
+    assert "keep-0.5; compare them; tables have theirs in --arms-file" in capsys.readouterr().err
+
+
+def test_tables_of_the_sampling_paper_are_of_arms_of_their_own(result, tmp_path):
+    own = known_arms.read(Path(sampling.__file__).with_suffix(".toml"))
+    assert set(own) == {name for one in sampling.FIGURES for name in one.arms} - {"pss", "dynamicvit"}
+    for old, new in (("dense", "bias-without"), ("quick", "bias-with")):
+        result["runs"] += [
+            run | {"arm": name} for run in trained() if run["arm"] == old for name in (new, f"{new}-pss")
+        ]
+    result["lines"] = lines(result["runs"], "dense")
+    compare_methods.write(result, tmp_path)
+    seed_figures.main([str(tmp_path), "--output", str(tmp_path / "made"), "--numbers", "29"])
+    told = (tmp_path / "made" / "pss_table3.md").read_text()
+    assert "| bias-with-pss | 83.00 ± 2.83 | 1.00 ± 0.00 | 80.4 |" in told
 
 
 def test_figures_of_a_comparison_with_their_manifest(result, tmp_path, capsys):
@@ -132,7 +146,7 @@ def test_figures_of_a_comparison_with_their_manifest(result, tmp_path, capsys):
     assert kept == told
     with pytest.raises(SystemExit):
         seed_figures.main([str(tmp_path / "out"), "--output", str(tmp_path / "figures"), "--numbers", "14"])
-    assert "no figure 14 can be made; there are 1, 2, 3, 4, 10, 12, 13, 20, 21" in capsys.readouterr().err
+    assert "no figure 14 can be made; there are 1, 2, 3, 4, 10, 11, 12, 13, 20, 21" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         seed_figures.main([str(tmp_path), "--output", str(tmp_path / "figures")])
     assert "name the --output of a finished tools.compare_methods" in capsys.readouterr().err

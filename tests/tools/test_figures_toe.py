@@ -10,6 +10,7 @@ from memory_loader import MemoryLoader
 
 from pss import methods, recipes
 from pss.inference.opening import load_run
+from pss.runs.log import read_rows
 from pss.runtime.processes import World
 from pss.training.trainer import Trainer
 from tools.figures import toe
@@ -30,7 +31,8 @@ def source(tmp_path_factory, converted_root):
         (run / "config.json").write_text(config.to_json(), encoding="utf-8")
         loaders = MemoryLoader(40), MemoryLoader(40, train=False)
         Trainer(config, *loaders, classes=list("abcd"), output=run, world=HERE).fit()
-        runs.append({"column": "epochs", "arm": method, "seed": 0, "run": run.name})
+        log = read_rows(run, "epoch")
+        runs.append({"column": "epochs", "arm": method, "seed": 0, "run": run.name, "log": log})
     return Source(folder, {"runs": runs, "plan": {"data": str(converted_root)}})
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import statistics
+from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 
 from matplotlib.axes import Axes
@@ -12,6 +14,8 @@ from matplotlib.figure import Figure as Canvas
 from pss import recipes
 from pss.inference.plots import plot_sweep
 from pss.planning.plan import plan
+from tools.benchmarks.measure import table as lines_of
+from tools.comparing.statistics import Mean
 from tools.figures.figure import Figure, Source
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -95,6 +99,24 @@ def step_times(source: Source) -> bytes:
     return _saved(canvas, [axes])
 
 
+def beside_dynamicvit(source: Source) -> bytes:
+    """One model of each over all its operating points: what was trained for one keep rate, and for all of them."""
+    first = source.result["plan"]["seeds"][0]
+    own = [run for run in source.runs if run["seed"] == first and run["arm"] in _BOTH]
+    return plot_sweep([point | {"run": run["arm"]} for run in own for point in run["points"]])
+
+
+def cells(source: Source, names: Sequence[str], published: str) -> str:
+    """Accuracy and training time of some arms, beside what was published of them."""
+    rows = []
+    for name in names:
+        runs = [run for run in source.runs if run["arm"] == name]
+        top1 = Mean.of([run["points"][0]["top1"] for run in runs]).told(".2f")
+        minutes = Mean.of([run["seconds"] / 60 for run in runs]).told(".2f")
+        rows.append(" | ".join([name, top1, minutes, *(f"{one:g}" for one in _PUBLISHED[name])]))
+    return "\n".join(lines_of(f"arm | top-1 % | minutes | published: {published}", rows)) + "\n"
+
+
 def table(source: Source) -> str:
     """The comparison's own page."""
     return (source.folder / "comparison.md").read_text(encoding="utf-8")
@@ -111,6 +133,16 @@ def _saved(canvas: Canvas, every: list[Axes], *, legend: bool = True) -> bytes:
     return picture.getvalue()
 
 
+_BOTH = ("pss", "dynamicvit")
+_PUBLISHED = {
+    "cell-fixed-random": (82.76, 15.1), "cell-linear-random": (83.24, 17.0), "cell-cyclic-random": (83.29, 17.0),
+    "cell-fixed-magnitude": (83.09, 15.1), "cell-linear-magnitude": (83.27, 17.0),
+    "cell-cyclic-magnitude": (83.46, 17.0),
+    "bias-without": (80.1,), "bias-without-pss": (78.2,), "bias-with": (81.1,), "bias-with-pss": (80.4,),
+}  # fmt: skip
+"""On ImageNet-1k, by arm of sampling.toml: top-1, and the hours of table 1."""
+_CELLS, _BIASES = (tuple(name for name in _PUBLISHED if name.startswith(group)) for group in ("cell", "bias"))
+_TABLE = "mean ± standard deviation over seeds; published numbers in columns of their own"
 _SEEDS = "mean of the seeds; the band is from the lowest to the highest"
 FIGURES = (
     Figure((20, 30, 31, 32), "training_curves.png", "PSS figures 1 (left), 7, 8 and 9",
@@ -123,4 +155,10 @@ FIGURES = (
            "every epoch of every seed, with medians", step_times),
     Figure((28,), "comparison.md", "PSS table 2", "hours, GFLOPs, images/s and top-1 by method",
            "mean ± standard deviation over seeds, quartiles of speeds", table),
+    Figure((34,), "pss_and_dynamicvit.png", "PSS figure 11", "one checkpoint of DynamicViT over ρ, beside one of PSS",
+           "the first seed; medians of interleaved rounds", beside_dynamicvit, _BOTH),
+    Figure((25,), "pss_table1.md", "PSS table 1", "schedules and sorts", _TABLE,
+           partial(cells, names=_CELLS, published="top-1 %, ViT-B | hours"), _CELLS),
+    Figure((29,), "pss_table3.md", "PSS table 3", "relative position bias with and without the schedule", _TABLE,
+           partial(cells, names=_BIASES, published="top-1 %, DeiT-S"), _BIASES),
 )  # fmt: skip

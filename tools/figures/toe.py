@@ -96,6 +96,29 @@ def token_features(source: Source) -> bytes:
     return _saved(canvas)
 
 
+def accuracy_over_training(source: Source) -> bytes:
+    """Top-1 on the validation split after every epoch, of the weights and, where one is kept, of their average."""
+    canvas = Canvas(figsize=(7.2, 4.2), layout="constrained")
+    axes = canvas.subplots()
+    for arm, colour in zip((ARM, "dense"), _COLOURS, strict=False):
+        runs = [run for run in source.runs if run["arm"] == arm]
+        for key, style, of in (("top1", "-", "weights"), ("ema_top1", "--", "their average")):
+            if not all(key in row for run in runs for row in run["log"]):
+                continue
+            courses = list(zip(*([row[key] for row in run["log"]] for run in runs), strict=True))
+            epochs = [row["epoch"] for row in runs[0]["log"]]
+            axes.plot(epochs, [statistics.mean(one) for one in courses], style, color=colour, label=f"{arm}, {of}")
+            axes.fill_between(
+                epochs, *zip(*((min(one), max(one)) for one in courses), strict=True), color=colour, alpha=0.15
+            )
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("top-1 accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.7)
+    axes.legend(frameon=False, fontsize=9)
+    return _saved(canvas)
+
+
 def seconds_by_stage(source: Source) -> bytes:
     """Seconds per epoch in each stage: the median epoch of a run, and the mean of the runs; beside them the published
     ones of DeiT-S, both as shares of the last stage."""
@@ -197,6 +220,8 @@ def _saved(canvas: Canvas) -> bytes:
 FIGURES = (
     Figure((10,), "toe_shapes.png", "ToE figure 1", "tokens that each block sees, by stage",
            "none: counts are functions of the stage", shape_trace, (ARM,)),
+    Figure((11,), "toe_accuracy.png", "ToE figure 2", "top-1 over training, of weights and of their average",
+           "mean of the seeds; the band is from the lowest to the highest", accuracy_over_training, (ARM, "dense")),
     Figure((12,), "toe_features.png", "ToE figure 3", "features of all, selected and merged tokens in one plane",
            "every token of 64 images, the first seed", token_features, (ARM,)),
     Figure((13,), "toe_seconds.png", "ToE table 1", "seconds per epoch in each stage",
