@@ -11,10 +11,9 @@ Training masks tokens that have halted (`AViT.masked`); inference takes them out
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, Self, cast
+from typing import Annotated, Any, cast
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from pipelines.settings import AboveZero, NotNegative, ReadIf
+from pipelines.settings import AboveZero, Always, NotNegative, ReadIf, Share
 from pss.attention.attend import Attention
 from pss.attention.packed import PackedAttention, Packing
+from pss.methods.avit_parts import Halting, Record, center_of, prior_loss
 from pss.methods.contract import Method
 from pss.methods.vocabulary import Cost, DenseTargets, Point, Progress, Step
 from pss.models.flops import attention_macs, linear_macs, macs_of_tokens
@@ -37,6 +37,9 @@ _HIDDEN = -1000.0
 """Added to the logits of keys that have halted: their weight is 0 to the bit, and an image that has no others stays
 finite, as it would not with minus infinity."""
 
+_CENTER = 5.0
+"""Until one is found; what few random blocks begin well with."""
+
 _PriorRead = ReadIf(lambda at: at.own.alpha_prior > 0, "avit.alpha_prior above 0")
 
 
@@ -46,9 +49,10 @@ class AvitSettings(MethodSection, section="avit"):
 
     gate_scale: AboveZero = 10.0
     """Factor γ of the channel that scores are read from."""
-    gate_center: Annotated[float, Ge(-1e30), Le(1e30)] = 5.0
-    """What is subtracted then, -β. It belongs to the weights that a run starts from: the default suits random ones, and
-    `calibrate` finds one for others."""
+    gate_center: Always[Annotated[float, Ge(-1e30), Le(1e30)] | None] = None
+    """What is subtracted then, -β. It belongs to the weights that a run starts from: None finds one on the run's first
+    images, at which tokens go through `initial_depth` of the blocks before anything is trained."""
+    initial_depth: Annotated[Share, ReadIf(lambda at: at.own.gate_center is None, "avit.gate_center=none")] = 0.95
     alpha_ponder: NotNegative = 5e-4
     """Weight of the ponder loss: blocks and remainder of a token, on average."""
     alpha_prior: NotNegative = 1e-3
@@ -68,69 +72,6 @@ class AvitSettings(MethodSection, section="avit"):
             raise ValueError(
                 "avit.reference takes blocks apart, which shards cannot be; set train.parallel=ddp, or leave it out"
             )
-
-
-class Halting(NamedTuple):
-    """Where tokens are on their way to halting; tensors of one shape, a number each."""
-
-    total: Tensor  # scores so far
-    rest: Tensor  # what is left of 1, for the last block's output
-    active: Tensor  # 1, or 0 once halted
-    ponder: Tensor  # at the end the number of blocks and the rest
-    blocks: Tensor  # so many
-
-    @classmethod
-    def begin(cls, shape: Sequence[int], device: torch.device) -> Self:
-        zero, one = torch.zeros(*shape, device=device), torch.ones(*shape, device=device)
-        return cls(zero, one, one, zero, zero)
-
-    def after(self, scores: Tensor, *, last: bool, eps: float) -> tuple[Halting, Tensor]:
-        """The state after a block whose outputs have these scores, and the weight of each output.
-
-        The weights of a token add up to 1 over the blocks. In the last block all halt. What decides who halts takes no
-        gradient.
-        """
-        amount = torch.ones_like(scores) if last else scores
-        total = self.total + self.active * amount.detach()
-        stops = self.active * (total >= 1 - eps)
-        goes = self.active - stops  # the complement: at equality, too, a token does one or the other
-        ponder = self.ponder + self.active + self.rest * stops
-        state = Halting(total, self.rest - scores * goes, goes, ponder, self.blocks + self.active)
-        return state, self.rest * stops + amount * goes
-
-
-class Record(NamedTuple):
-    """What a masked forward pass says; N tokens, L blocks."""
-
-    out: Tensor  # (B, rows, D): of the tokens that the classifier reads
-    scores: Tensor  # (B, L, N); those of tokens that had halted are 0, or as published (`avit.reference`)
-    weights: Tensor  # (B, L, N)
-    ponder: Tensor  # (B, N)
-    blocks: Tensor  # (B, N): 1 to L
-
-
-def prior_loss(scores: Tensor, target_depth: float, *, reference: bool = False) -> Tensor:
-    """Kullback-Leibler divergence of the scores' mean profile over the blocks from a Gaussian around `target_depth`.
-
-    Args:
-        scores: Of patches, (B, L, patches).
-        target_depth: Mean in blocks from 0; the standard deviation is 1.
-        reference: As published: the target's entries below its mean add up to 0.98, the profile is clamped to
-            [0.01, 0.99], the sum is divided by L, and counts if it is positive.
-    """
-    num_blocks = scores.shape[1]
-    profile = scores.mean((0, 2))
-    profile = profile / (profile.sum() + 1e-20)
-    block = torch.arange(num_blocks, device=scores.device, dtype=torch.float32)
-    log_target = -((block - target_depth) ** 2) / 2
-    if not reference:
-        log_target = log_target.log_softmax(0)
-        profile = profile.clamp(min=1e-6)
-        return (log_target.exp() * (log_target - (profile / profile.sum()).log())).sum()
-    below = sum(math.exp(-((number - target_depth) ** 2) / 2) for number in range(math.ceil(target_depth)))
-    log_target = log_target + math.log(0.98 / below)
-    divergence = (log_target.exp() * (log_target - profile.clamp(0.01, 0.99).log())).sum()
-    return (divergence / num_blocks).clamp(min=0)
 
 
 class AViT(Method):
@@ -159,6 +100,10 @@ class AViT(Method):
         self.packs = all(type(block.attn) is Attention for block in model.blocks)
         for block in model.blocks if self.packs else ():
             block.attn = PackedAttention(block.attn)
+        self.gate_center: Tensor
+        self.register_buffer(
+            "gate_center", torch.tensor(_CENTER if self.own.gate_center is None else self.own.gate_center)
+        )
         self.depth_sums: Tensor  # of the epoch's steps so far: shares of the blocks, steps
         self.register_buffer("depth_sums", torch.zeros(2))
 
@@ -212,7 +157,7 @@ class AViT(Method):
         return Record(out, torch.stack(scores, 1), torch.stack(weights, 1), state.ponder, state.blocks)
 
     def _scores(self, tokens: Tensor) -> Tensor:
-        return (self.own.gate_scale * tokens[..., 0].float() - self.own.gate_center).sigmoid()
+        return (self.own.gate_scale * tokens[..., 0].float() - self.gate_center).sigmoid()
 
     def _after(self, state: Halting, scores: Tensor, number: int) -> tuple[Halting, Tensor]:
         return state.after(scores, last=number == len(self.model.blocks) - 1, eps=self.own.halt_eps)
@@ -233,6 +178,24 @@ class AViT(Method):
         again = self.model.checkpoint_activations and torch.is_grad_enabled()
         return checkpoint(compute, x, active, use_reentrant=False) if again else compute(x, active)
 
+    def begin_run(self, images: Tensor) -> None:
+        if self.own.gate_center is None:
+            training = self.training
+            self.eval()
+            tokens, places = self.model.see(images, 1.0, low_resolution=True)
+            channels = self._channels(tokens, self.model.positions(places))
+            self.gate_center.fill_(center_of(channels, self.own.initial_depth, self.own.halt_eps))
+            self.train(training)
+
+    @torch.no_grad()
+    def _channels(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """What the gate's centre is subtracted from, block by block where none halts, (L, B, N)."""
+        found = []
+        for number in range(len(self.model.blocks)):
+            tokens = self.model.run_blocks(tokens, positions, number, number + 1)
+            found.append(self.own.gate_scale * tokens[..., 0].float())
+        return torch.stack(found)
+
     def begin_epoch(self, at: Progress) -> None:
         if at.step % self.steps_per_epoch == 0:  # else an epoch goes on that was interrupted
             self.depth_sums.zero_()
@@ -243,7 +206,7 @@ class AViT(Method):
             if share < 0.8:
                 _log.warning(
                     f"tokens halt after {share:.0%} of the blocks in the first step already: raise avit.gate_center, "
-                    f"which is {self.own.gate_center:g}; docs/rivals.md shows how to find one for these weights"
+                    f"which is {self.gate_center:g}, or set avit.gate_center=none, which finds one for these weights"
                 )
 
     def facts(self) -> dict[str, float]:
@@ -370,31 +333,3 @@ class _Masked(nn.Module):
         model = self.method.model
         record = self.method.masked(model.embed(images))
         return model.readout(model.norm(record.out))
-
-
-@torch.inference_mode()
-def calibrate(method: AViT, images: Tensor, depth_share: float) -> float:
-    """A `gate_center` at which tokens go through `depth_share` of the blocks, on average, before anything is trained.
-
-    Args:
-        method: With the weights that training is to start from.
-        images: Some hundred of the training images as the model takes them, (B, 3, S, S).
-        depth_share: Between 1 / blocks and 1.
-
-    Returns:
-        The centre, to three digits after the point. It is found on the tokens as they are when none halts; when some
-        do, the others change a little, and so does their depth.
-    """
-    tokens, positions, channel = method.model.embed(images), method.model.positions(None), []
-    for number in range(len(method.model.blocks)):
-        tokens = method.model.run_blocks(tokens, positions, number, number + 1)
-        channel.append(method.own.gate_scale * tokens[..., 0].float())
-    low, high = float(torch.stack(channel).min()) - 20, float(torch.stack(channel).max()) + 20
-    for _ in range(40):
-        center = (low + high) / 2
-        state = Halting.begin(tokens.shape[:2], tokens.device)
-        for number, value in enumerate(channel):
-            state, _ = method._after(state, (value - center).sigmoid(), number)
-        enough = float(state.blocks.mean()) / len(channel) >= depth_share
-        low, high = (low, center) if enough else (center, high)
-    return round(high, 3)

@@ -94,6 +94,10 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def begin_run(self, images: Tensor) -> None:
+        """Called once in a run, before its first step, with images of its first batch as `forward` takes them: to set
+        buffers by what the weights make of them. Every process, and the moving average, go on with the first one's."""
+
     def begin_phase(self, phase: Phase) -> None:
         """Called before the phase's optimizer is built, also when a run is resumed inside the phase."""
 

@@ -42,6 +42,11 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def share(self, values: Tensor) -> None:
+        """Give all processes those of the main one, in place."""
+        if self.size > 1:
+            dist.broadcast(values, src=0)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

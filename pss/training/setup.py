@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from types import FrameType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +20,7 @@ from pss.config import CompileConfig, Config
 from pss.methods import Method, Progress, Stage, mean_tokens
 from pss.models.compiled import Graphs
 from pss.runtime.processes import World
+from pss.training.sharding import reshard
 
 
 def check_masks(device: torch.device, say: Callable[[str], None]) -> None:
@@ -107,6 +108,20 @@ def compile_levels(method: Method, settings: CompileConfig, device: torch.device
         )
     model.graphs = Graphs(max_graphs=settings.max_graphs, backend=settings.backend, cuda_graphs=settings.cuda_graphs)
     return True
+
+
+@torch.no_grad()
+def begin_run(method: Method, average: Method | None, images: Tensor, world: World) -> None:
+    """Let the method see the first images, and all processes and the average have what the first one made of them."""
+    if type(method).begin_run is Method.begin_run:
+        return
+    method.begin_run(images)
+    reshard(method)
+    averages = [None] * len(list(method.buffers())) if average is None else list(average.buffers())
+    for buffer, averaged in zip(method.buffers(), averages, strict=True):
+        world.share(buffer)
+        if averaged is not None:
+            averaged.copy_(buffer)
 
 
 def wrap(method: Method, world: World) -> nn.Module:

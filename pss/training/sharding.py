@@ -34,6 +34,7 @@ def shard(method: Method, world: World) -> None:
     fully_shard(method, mesh=mesh)
     # What validation calls; the one may call the other, which must not gather anew.
     register_fsdp_forward_method(method, "predict_with_cost" if method.costs_vary else "predict")
+    register_fsdp_forward_method(method, "begin_run")
     for buffer in method.buffers():
         assert buffer.device.type == world.device.type, "buffers are not sharded, and must be on the device"
 

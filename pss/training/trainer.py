@@ -29,7 +29,7 @@ from pss.training.optim import build_optimizer, set_rates
 from pss.training.parts import Parts
 from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
-from pss.training.setup import build_mixing, catch_signals, check_masks, check_phases, compile_levels, wrap
+from pss.training.setup import begin_run, build_mixing, catch_signals, check_masks, check_phases, compile_levels, wrap
 from pss.training.sharding import reshard, scatter_optimizer, shard
 from pss.training.tensors import Inventory, total_norm
 
@@ -190,6 +190,9 @@ class Trainer:
             inputs, waited = self._next(every_inputs)
             at = self._position()
             set_rates(self.optimizer, self.lr_schedule, self.step - first_step, self.method.lr_factors(at))
+            if self.step == 0:
+                first = inputs.images.chunk(self.config.train.accumulate)[0]
+                begin_run(self.method, None if self.ema is None else self.ema.module, first, self.world)
             statistics = Statistics(held)
             self.method.begin_step(at)
             out = self._gradients(engine, inputs, at)

@@ -111,6 +111,7 @@ class Everything(Method):
             self.register_buffer(f"mask{number}", mask.view(weight.shape))
             with torch.no_grad():
                 weight.mul_(mask.view(weight.shape).to(weight.device))
+        self.register_buffer("first_mean", torch.zeros(()))
         if self.own.teacher is not None:
             self.teachers["teacher"] = Teacher(self.own.teacher, config, model.num_classes)
 
@@ -163,9 +164,12 @@ class Everything(Method):
         after = model.run_blocks(before, positions, len(model.blocks) - 1)
         return model.norm(before), model.norm(after), patches
 
+    def begin_run(self, images: Tensor) -> None:
+        self.first_mean.copy_(images.mean())
+
     def _choose(self, tokens: Tensor, keep: float) -> tuple[Tensor, Tensor, Tensor]:
         patches = tokens[:, self.model.num_prefix_tokens :]
-        scores = self.predictor(patches).squeeze(-1)  # (B, N)
+        scores = self.predictor(patches + self.first_mean * patches[..., :1]).squeeze(-1)  # (B, N)
         order = scores.float().sort(dim=1, descending=True, stable=True).indices
         return patches, order[:, : self._count(keep)].sort(dim=1).values, scores.sigmoid()
 

@@ -17,7 +17,7 @@ from pss.attention import packed
 from pss.inference import export, report, sweep
 from pss.inference.opening import load_run
 from pss.methods import Progress
-from pss.methods.avit import Halting, calibrate, prior_loss
+from pss.methods.avit_parts import Halting, prior_loss
 from pss.models.flops import macs, macs_of_tokens
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
@@ -234,7 +234,7 @@ def test_check_8_scores_of_halted_tokens_as_published():
     assert not halted.all()
     with torch.no_grad():
         left = last.attn.proj(values) + last.mlp(torch.zeros(24))
-        expected = torch.sigmoid(method.own.gate_scale * left[0] - method.own.gate_center)
+        expected = torch.sigmoid(method.own.gate_scale * left[0] - method.gate_center)
     torch.testing.assert_close(scores.scores[:, 2][halted], expected.expand(int(halted.sum())), atol=1e-6, rtol=1e-6)
     usual = build("avit.gate_center=0", depth=3, std=0.2)
     usual.load_state_dict(method.state_dict())
@@ -339,10 +339,32 @@ def test_attention_weights_are_those_of_the_masked_blocks():
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_a_centre_is_found_for_a_depth(share):
-    method = build("avit.gate_center=0", pool="avg")
-    center = calibrate(method, images(), share)
-    tuned = build(f"avit.gate_center={center}", pool="avg")
-    assert float(masked(tuned, images()).blocks.mean()) / 12 == pytest.approx(share, abs=0.1)
+    method = build(f"avit.initial_depth={share}", pool="avg")
+    before = masked(method, images()).blocks.mean() / 12
+    method.train().begin_run(images())
+    assert method.training
+    found = float(masked(method.eval(), images()).blocks.mean()) / 12
+    assert found == pytest.approx(share, abs=0.1)
+    assert abs(found - share) < abs(float(before) - share)
+    given = build("avit.gate_center=0", pool="avg")
+    given.begin_run(images())
+    assert given.gate_center == 0
+
+
+def test_the_centre_is_found_once_and_kept(tmp_path):
+    config = configured("avit.gate_center=none", "train.ema_decay=0.9", "optim.lr=1e-2")
+    whole = trainer(config, tmp_path / "whole")
+    before = float(whole.method.gate_center)
+    whole.fit()
+    found = float(whole.method.gate_center)
+    assert found != before
+    assert float(whole.ema.module.gate_center) == found
+    with pytest.raises(Interrupted):
+        trainer(config, tmp_path / "parts", on_batch=lambda step: step == 3 and os.kill(os.getpid(), 15)).fit()
+    resumed = trainer(config, tmp_path / "parts")
+    assert float(resumed.method.gate_center) == found
+    resumed.fit()
+    assert float(resumed.method.gate_center) == found
 
 
 def trainer(config, output, **options):
@@ -362,7 +384,7 @@ def test_a_gate_that_does_not_suit_the_weights_is_said_once(tmp_path, caplog):
         trainer(configured("avit.gate_center=-20", "train.max_steps=3"), tmp_path / "low").fit()
         trainer(configured("avit.gate_center=8", "train.max_steps=3"), tmp_path / "high").fit()
     (told,) = [record for record in caplog.records if record.name == "pss.methods.avit"]
-    assert "after 25% of the blocks in the first step already: raise avit.gate_center, which is -20;" in told.message
+    assert "after 25% of the blocks in the first step already: raise avit.gate_center, which is -20, or" in told.message
 
 
 def test_the_depth_of_an_epoch_is_in_its_row_also_where_it_was_interrupted(tmp_path):

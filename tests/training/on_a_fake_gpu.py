@@ -41,7 +41,7 @@ CASES: dict[str, list[str]] = {
     "accumulate": [*SMALL, "train.accumulate=2", "train.checkpoint_activations=true", "PSS_ATTENTION=materialised"],
     "toe": [*SMALL, "method=toe"],
     "dynamicvit": [*SMALL, "method=dynamicvit"],
-    "avit": [*SMALL, "method=avit", "loss.mixup=0", "loss.cutmix=0"],
+    "avit": [*SMALL, "method=avit", "avit.gate_center=5", "loss.mixup=0", "loss.cutmix=0"],
 }
 """By name: a recipe, and what is set besides."""
 MORE: dict[str, list[str]] = {
