@@ -47,23 +47,23 @@ _PriorRead = ReadIf(lambda at: at.own.alpha_prior > 0, "avit.alpha_prior above 0
 class AvitSettings(MethodSection, section="avit"):
     """When a token halts, and what training makes of it."""
 
-    gate_scale: AboveZero = 10.0
+    gate_scale: Always[AboveZero] = 10.0
     """Factor γ of the channel that scores are read from."""
     gate_center: Always[Annotated[float, Ge(-1e30), Le(1e30)] | None] = None
     """What is subtracted then, -β. It belongs to the weights that a run starts from: None finds one on the run's first
     images, at which tokens go through `initial_depth` of the blocks before anything is trained."""
     initial_depth: Annotated[Share, ReadIf(lambda at: at.own.gate_center is None, "avit.gate_center=none")] = 0.95
-    alpha_ponder: NotNegative = 5e-4
+    alpha_ponder: Always[NotNegative] = 5e-4
     """Weight of the ponder loss: blocks and remainder of a token, on average."""
-    alpha_prior: NotNegative = 1e-3
+    alpha_prior: Always[NotNegative] = 1e-3
     """Weight of the loss that wants the scores' mean profile over the blocks to be a Gaussian."""
     target_depth: Annotated[AboveZero | None, _PriorRead] = None
     """Its mean, in blocks from 0; None is 8 of 12, and in proportion for other depths."""
-    halt_eps: Annotated[float, Gt(0), Lt(1)] = 0.01
+    halt_eps: Always[Annotated[float, Gt(0), Lt(1)]] = 0.01
     """A token halts at a sum of 1 less this."""
     reference: Annotated[bool, _PriorRead] = False
     """Take the published form of that loss, whose target and profile are no distributions."""
-    early_exit: bool = True
+    early_exit: Always[bool] = True
     """At inference, let an image go as soon as all that the classifier reads has halted. The published code lets its
     patches go on, which changes no answer and costs more."""
 

@@ -99,7 +99,7 @@ def choose(known: Mapping[str, Arm], names: Sequence[str], reference: str) -> di
     if reference not in names:
         raise ValueError(f"{reference} is what the others are compared with; name it among --arms")
     if len(set(names)) < len(names):
-        raise ValueError("--arms names one twice")
+        raise ValueError(f"--arms is {' '.join(names)}; name each arm once")
     for arm in (known[name] for name in names):
         if arm.start is not None and (arm.start not in known or known[arm.start].start is not None):
             raise ValueError(f"arm {arm.name} starts from {arm.start}; name an arm that starts from random weights")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pss.runtime.files import in_words
 from tools.benchmarks.measure import table, told
 from tools.comparing.lines import COLUMNS
 from tools.comparing.statistics import Mean
@@ -227,7 +228,9 @@ def read_published(path: Path) -> list[Row]:
     try:
         rows: list[Row] = tomllib.loads(path.read_text(encoding="utf-8")).get("row", [])
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as TOML ({error}); {PUBLISHED} shows what it looks like") from None
+        raise ValueError(
+            f"{path} cannot be read as TOML ({in_words(error)}); {PUBLISHED} shows what it looks like"
+        ) from None
     for row in rows:
         if not row.get("source") or not row.get("method"):
             raise ValueError(f"{path} has a row without method or source; name both: who measured it, where it stands")
