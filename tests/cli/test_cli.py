@@ -145,7 +145,10 @@ def test_list_shows_every_recipe(capsys):
         (["digit", "--data", "{data}"], "did you mean digits?"),
         (["digits", "--data", "{data}", "--set", "train.epoch=1"], "did you mean train.epochs?"),
         (["digits", "--data", "{data}", "--set", "schedule.low=1.2"], "it must be at most 1"),
-        (["digits", "--data", "{data}", "--set", "method=dnese"], "use one of dense, sampled"),
+        (
+            ["digits", "--data", "{data}", "--set", "method=dnese"],
+            "use one of avit, dense, dynamicvit, sampled, toe, or package",
+        ),
         (["digits", "--data", "{data}", "--set", "model.name=deit_smal_patch16_224"], "deit_small_patch16_224"),
         (["digits", "--data", "{data}", "--set", "data.img_size=33"], "33"),
         (["digits", "--data", "{data}", "--set", "train.batch_size=100"], "53"),

@@ -678,7 +678,7 @@ def test_the_doctor_measures_each_phase_as_it_is_trained(whole, ingredients, mon
 
 def test_what_a_method_cannot_do_is_said(whole, ingredients, tmp_path):
     config = whole[1].config
-    with pytest.raises(ValueError, match=r"compile.mode is on, and method whole has no trunk of constant shapes"):
+    with pytest.raises(ValueError, match=r"compile.mode is on, and method whole has no part of constant shapes"):
         trainer(config.with_settings(["compile.mode=on"]), tmp_path / "compiled")
     loaders = MemoryLoader(40), MemoryLoader(40, train=False)
     options = {"classes": CLASSES, "output": tmp_path, "world": World(rank=0, size=2, device=torch.device("cpu"))}

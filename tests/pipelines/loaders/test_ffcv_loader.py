@@ -34,6 +34,7 @@ from ffcv.libffcv import imdecode, resize_crop
 
 from pipelines.loaders import ffcv_loader
 from pipelines.loaders.ffcv_loader import FfcvLoader
+from pipelines.loaders.threads import PixelMemory
 
 CONFIG = DataConfig(img_size=48)
 
@@ -212,13 +213,13 @@ def test_memory_outlives_the_filling(how: str, make: Make, monkeypatch: pytest.M
 
 def test_what_is_left_is_not_decoded(make: Make) -> None:
     loader = make()
-    epoch = ffcv_loader._Epoch(loader._beton, 0, pin_memory=False)
+    epoch = ffcv_loader._Epoch(loader._beton, 0, loader.memory)
     batch = loader._planned(0, loader._steps(0)[0])
     batch.places["outcome"][[0, 2]] = ffcv_loader._LEFT
     allocate = batch.allocate
 
-    def zeroed(pin_memory: bool) -> None:
-        allocate(pin_memory)
+    def zeroed(memory: PixelMemory) -> None:
+        allocate(memory)
         batch.images.zero_()
 
     batch.allocate = zeroed
