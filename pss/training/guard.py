@@ -7,7 +7,6 @@ Nothing here reads a value from the device: whether a step counts is decided the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -64,10 +63,10 @@ class Guard:
         return bad.float(), measured
 
     @torch.no_grad()
-    def look(self, weights: Sequence[Tensor], step: int) -> None:
-        """Remember the first `step` after which `weights` are not finite, or too large to be squared; call it after
-        every one."""
-        norm = whole(total_norm(weights))
+    def look(self, model: Inventory, step: int) -> None:
+        """Remember the first `step` after which weights that are trained are not finite, or too large to be squared;
+        call it after every one."""
+        norm = whole(total_norm(model.trained, alike=model.alike))
         self._looked = self._looked or step
         self._sound.logical_and_(norm < math.inf)
         self._sound_steps += self._sound
@@ -122,13 +121,16 @@ def skipping(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
 def update_average(average: Inventory, model: Inventory, decay: float, skipped: Tensor) -> None:
     """Move the average towards the weights as `ModelEmaV3.update` does, not at all where `skipped` is 1.0."""
     share = torch.rsub(skipped, 1 - decay, alpha=1 - decay)  # 1 - decay, or 0
-    averages, differences = [], []
-    for old, new in zip(average.state(), model.state(), strict=True):
+    averages: list[Tensor] = list(average.parameters)
+    differences: list[Tensor] = list(model.parameters)
+    for old, new in zip(average.state()[len(averages) :], model.state()[len(differences) :], strict=True):
         if old.is_floating_point():
-            averages.append(own_part(old))
-            differences.append(own_part(new))
+            averages.append(old)
+            differences.append(new)
         else:
             own_part(old).copy_(own_part(new))
+    if model.sharded:
+        averages, differences = list(map(own_part, averages)), list(map(own_part, differences))
     moves = list(torch._foreach_sub(differences, averages))
     torch._foreach_mul_(moves, share)
     torch._foreach_add_(averages, moves)

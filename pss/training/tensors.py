@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._foreach_utils import _has_foreach_support
 
 
@@ -21,6 +22,9 @@ class Inventory:
         self.parameters = list(module.parameters())
         """As torch lists them."""
         self.trained = [part for part in self.parameters if part.requires_grad]
+        self.alike = _alike(self.parameters)
+        """Whether all parameters, and with them their gradients, are of one kind."""
+        self.sharded = any(isinstance(part, DTensor) for part in self.parameters)
         self._with_buffers = [one for one in module.modules() if one._buffers]
 
     def buffers(self) -> list[Tensor]:
@@ -40,11 +44,15 @@ class Inventory:
 
 
 @torch.no_grad()
-def total_norm(parts: Sequence[Tensor]) -> Tensor:
-    """`nn.utils.get_total_norm(parts)`, to the bit."""
+def total_norm(parts: Sequence[Tensor], alike: bool | None = None) -> Tensor:
+    """`nn.utils.get_total_norm(parts)`, to the bit. `alike` says whether the parts are of one kind; None looks."""
     first = parts[0] if parts else torch.zeros(())
-    alike = len({(type(part), part.dtype, part.device) for part in parts}) == 1
+    alike = bool(parts) and (_alike(parts) if alike is None else alike)
     if not alike or not _has_foreach_support([first.detach()], first.device):
         return nn.utils.get_total_norm(list(parts))
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(parts), 2.0)), 2.0)
     return norm
+
+
+def _alike(parts: Sequence[Tensor]) -> bool:
+    return len({(type(part), part.dtype, part.device) for part in parts}) == 1

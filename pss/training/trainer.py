@@ -197,7 +197,8 @@ class Trainer:
             self.method.begin_step(at)
             out = self._gradients(engine, inputs, at)
             self.method.mask_gradients(at)
-            norm = whole(total_norm([part.grad for part in held.parameters if part.grad is not None]))
+            gradients = [gradient for part in held.parameters if (gradient := part.grad) is not None]
+            norm = whole(total_norm(gradients, alike=held.alike))
             skip, measured = self.guard.judge(out["loss"], norm, phase.optim.clip_grad)
             skipping(self.optimizer, skip)
             statistics.settle(skip)
@@ -213,7 +214,7 @@ class Trainer:
             for part in held.parameters:  # also what no optimizer has
                 part.grad = None
             self.step += 1
-            self.guard.look(held.trained, self.step)
+            self.guard.look(held, self.step)
             self._report_step(inputs.images, measured, waited, at, out)
             self._stop_or_save(stop)
         self._end_epoch(stop)
