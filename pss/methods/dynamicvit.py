@@ -33,7 +33,7 @@ from pss.methods.dynamicvit_parts import (
 from pss.methods.teacher import Answer, Teacher
 from pss.methods.vocabulary import Cost, DenseTargets, Phase, Point, Progress, Stage
 from pss.models.flops import linear_macs, macs, macs_of_tokens
-from pss.models.sampling import gather, step_generator
+from pss.models.sampling import gather, highest, step_generator
 from pss.models.vit import VisionTransformer
 from pss.sections import MethodSection, RunSettings
 
@@ -336,8 +336,7 @@ class DynamicViT(Method):
         for number in range(len(model.blocks)):
             if number in stages and (count := stages[number][1]) < tokens.shape[1] - prefix:
                 scores = stages[number][0](tokens[:, prefix:])[..., KEEP]
-                # Stable, so that devices agree on ties; ascending, so that patches stay in their order.
-                best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+                best = highest(scores, count, never_negative=False)
                 tokens, kept = gather(tokens, best, prefix), best if kept is None else kept.gather(1, best)
                 positions = model.positions(kept)
             yield tokens, positions, kept

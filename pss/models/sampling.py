@@ -74,7 +74,7 @@ def select(
         return select_at_random(num_images, num_patches, num_kept - num_prefix, generator, patches.device)
     else:
         raise ValueError(f"sort must be one of {', '.join(get_args(Sort))}, got {sort!r}")
-    return _highest(scores, num_kept - num_prefix)
+    return highest(scores, num_kept - num_prefix)
 
 
 def select_at_random(
@@ -88,9 +88,9 @@ def select_at_random(
     draw = _draw.get()
     scores = draw(num_images, num_patches) if draw is not None and generator is None else None
     if scores is not None:
-        return _highest(scores.to(device), num_kept_patches, never_negative=False)
+        return highest(scores.to(device), num_kept_patches, never_negative=False)
     scores = torch.rand(num_images, num_patches, generator=generator, device=device)
-    return _highest(scores, num_kept_patches)
+    return highest(scores, num_kept_patches)
 
 
 @contextmanager
@@ -104,8 +104,8 @@ def drawing(draw: Draw) -> Iterator[None]:
         _draw.reset(before)
 
 
-def _highest(scores: Tensor, num_kept_patches: int, *, never_negative: bool = True) -> Tensor:
-    """The indices of the highest scores of each row, ascending; the lower index wins a tie."""
+def highest(scores: Tensor, num_kept_patches: int, *, never_negative: bool = True) -> Tensor:
+    """The indices of the highest scores of each row of (B, N), ascending, (B, kept); the lower index wins a tie."""
     num_patches = scores.shape[1]
     if not 1 <= num_kept_patches <= num_patches:
         raise ValueError(f"cannot keep {num_kept_patches} of {num_patches} patches; keep one at least, and no more")
