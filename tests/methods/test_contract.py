@@ -118,6 +118,14 @@ def a_batch(method, count=6):
     return images, batch.labels, dense
 
 
+def gradients(method, images, labels, *dense):
+    """Of a step whose random numbers are the same each time, by name."""
+    method.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    method(images, labels, at(13), *dense)["loss"].backward()
+    return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+
+
 def images_of(method, count=5):
     return torch.randn(count, 3, *method.model.image_size, generator=torch.Generator().manual_seed(1))
 
@@ -250,10 +258,7 @@ def test_activations_may_be_computed_twice(method):
     found = []
     for again in (False, True):
         method.model.checkpoint_activations = again
-        method.zero_grad(set_to_none=True)
-        torch.manual_seed(0)
-        method(images, labels, at(13), *dense)["loss"].backward()
-        found.append({name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None})
+        found.append(gradients(method, images, labels, *dense))
     for parameter in found[0]:
         torch.testing.assert_close(found[0][parameter], found[1][parameter])
 
@@ -265,10 +270,7 @@ def test_compiled_it_learns_the_same(method):
     found, counter = [], CompileCounterWithBackend("aot_eager")
     for graphs in (None, Graphs(backend=counter)):
         method.model.graphs = graphs
-        method.zero_grad(set_to_none=True)
-        torch.manual_seed(0)
-        method(images, labels, at(13), *dense)["loss"].backward()
-        found.append({name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None})
+        found.append(gradients(method, images, labels, *dense))
     for parameter in found[0]:
         torch.testing.assert_close(found[0][parameter], found[1][parameter], rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
