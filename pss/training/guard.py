@@ -23,12 +23,9 @@ class Guard:
         self.limit = limit
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         """Steps skipped: in all, in a row up to now, and the longest row since `check`."""
-        self._looked = 0
-        """The first step that was looked at; the others followed one by one."""
-        self._sound = torch.ones((), dtype=torch.bool, device=device)
-        """Whether the weights have been finite up to now."""
-        self._sound_steps = torch.zeros((), dtype=torch.int64, device=device)
-        """Of those looked at."""
+        self._watched: Inventory | None = None
+        self._sound_until = 0
+        """The step after which the weights were last seen to be finite."""
         self._one = torch.ones((), device=device)
 
     def backward(self, loss: Tensor) -> None:
@@ -62,29 +59,37 @@ class Guard:
         measured = torch.stack((loss.detach().float(), norm.float(), self._one)).masked_fill_(bad, 0.0)
         return bad.float(), measured
 
-    @torch.no_grad()
-    def look(self, model: Inventory, step: int) -> None:
-        """Remember the first `step` after which weights that are trained are not finite, or too large to be squared;
-        call it after every one."""
-        norm = whole(total_norm(model.trained, alike=model.alike))
-        self._looked = self._looked or step
-        self._sound.logical_and_(norm < math.inf)
-        self._sound_steps += self._sound
+    def watch(self, model: Inventory, step: int) -> None:
+        """Have `check` look at the weights of `model` that are trained, which are as `step` left them."""
+        self._watched, self._sound_until = model, step
 
+    @property
+    def skipped(self) -> int:
+        """Steps skipped so far. Reads from the device."""
+        return int(self.counts[0])
+
+    @torch.no_grad()
     def check(self, step: int) -> int:
-        """Steps skipped so far. Reads from the device.
+        """Steps skipped so far. Reads from the device; every process must ask, as weights may be shards.
 
         Raises:
-            ValueError: more in a row than allowed, at some time since the last check; or a step has broken the weights.
+            ValueError: more in a row than allowed, at some time since the last check; or a step has broken the weights,
+                or left them too large to be squared.
         """
+        sound = True
+        if self._watched is not None:
+            sound = bool(whole(total_norm(self._watched.trained, alike=self._watched.alike)) < math.inf)
         total, row, longest = self.counts.tolist()
-        if not self._sound:
-            after = self._looked + int(self._sound_steps)
+        if not sound:
+            first = self._sound_until + 1
+            last = max(first, step - row)  # a step that is skipped breaks nothing
+            told = f"step {last}" if first == last else f"one of steps {first} to {last}"
             raise ValueError(
-                f"step {after} left weights that are not finite, or about to be; they are in no checkpoint: start "
+                f"{told} left weights that are not finite, or about to be; they are in no checkpoint: start "
                 "anew from the newest one (--set model.weights=RUN) with a lower optim.lr or optim.weight_decay, or "
                 "with optim.clip_grad"
             )
+        self._sound_until = step
         if longest >= self.limit:
             raise ValueError(
                 f"the loss or its gradients were not finite in {longest} steps in a row, up to step {step}; none of "

@@ -186,6 +186,7 @@ class Trainer:
         every_inputs = iter(self.inputs)
         held = Inventory(self.method)  # parameters neither come nor go within an epoch: the optimizer has them
         averaged = None if self.ema is None else Inventory(self.ema.module)
+        self.guard.watch(held, self.step)
         while self.step < min((self.epoch + 1) * self.steps_per_epoch, self.last_step):
             inputs, waited = self._next(every_inputs)
             at = self._position()
@@ -214,7 +215,6 @@ class Trainer:
             for part in held.parameters:  # also what no optimizer has
                 part.grad = None
             self.step += 1
-            self.guard.look(held, self.step)
             self._report_step(inputs.images, measured, waited, at, out)
             self._stop_or_save(stop)
         self._end_epoch(stop)
@@ -376,13 +376,13 @@ class Trainer:
         self.vote.close()
         self.saver.wait()
         if self.world.is_main:
-            skipped = self.guard.check(self.step)
+            skipped = self.guard.skipped
             self.reporter.summarise(step=self.step, epoch=self.epoch, total_steps=self.total_steps, skipped=skipped)
         self.world.barrier()
 
     def _check_learnt(self) -> None:
         """Raise `ValueError` where a run is over that skipped most of its steps."""
-        skipped = self.guard.check(self.step)
+        skipped = self.guard.skipped
         if self.step == self.last_step and 2 * skipped > self.step:
             raise ValueError(
                 f"{skipped} of the run's {self.step} steps were skipped, as their loss or gradients were not finite; "

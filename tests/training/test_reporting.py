@@ -288,7 +288,7 @@ def test_weights_that_are_not_finite_end_the_run_and_are_never_saved(tmp_path):
                 run.method.model.head.bias[0] = float("inf")
 
     run.method.after_optimizer = broken
-    with pytest.raises(ValueError, match=r"step 8 left weights that are not finite, .*model\.weights=RUN"):
+    with pytest.raises(ValueError, match=r"one of steps 6 to 8 left weights that are not finite, .*model\.weights=RUN"):
         run.fit()
     state = final_state(tmp_path)
     assert state["step"] == 5

@@ -154,7 +154,6 @@ def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
         ("guard", Statistics, "__init__"),
         ("guard", Statistics, "settle"),
         ("guard", Guard, "judge"),
-        ("guard", Guard, "look"),
         ("clipping", training, "total_norm"),
         ("clipping", nn.utils, "clip_grads_with_norm_"),
         ("optimizer", AdamW, "step"),
