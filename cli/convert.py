@@ -17,6 +17,7 @@ from cli import errors
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from pipelines.conversion.convert import Options
     from pipelines.storage.manifest import Manifest
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -24,7 +25,7 @@ app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_
 
 _SOURCES = (
     "'digits'; a folder of CLASS/*.jpg or train|val|test/CLASS/*.jpg; ImageNet's downloaded tars; Parquet; a saved "
-    "Hugging Face data set; WebDataset tars; CIFAR's archive"
+    "Hugging Face data set; WebDataset tars; CIFAR's archive; tiny-imagenet-200, Food-101, CUB, Places365, Kaggle's ILSVRC"
 )
 
 
@@ -33,6 +34,28 @@ def convert(
     source: Annotated[str, typer.Argument(help=_SOURCES)],
     dest: Annotated[Path | None, typer.Argument(help="the new folder to write")] = None,
     format: Annotated[str, typer.Option(help="dali, ffcv or ffcv,dali")] = "",
+    inspect: Annotated[bool, typer.Option("--inspect", help="say what SOURCE is and what would be read")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --inspect: as JSON")] = False,
+    source_format: Annotated[
+        str | None, typer.Option(help="SOURCE is folders, imagenet, webdataset, parquet, arrow or cifar")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="column of a table or suffix in a tar that is the image; or a pattern of files")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="column of a table or entry of a sample that is the label")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="pattern of files or folders to leave out; may be repeated")
+    ] = None,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="read links that lead out of SOURCE")] = False,
+    class_order: Annotated[
+        str | None, typer.Option(help="labels of class folders by name, number, or a FILE with a class per line")
+    ] = None,
+    class_level: Annotated[
+        int | None, typer.Option(help="class folders: how many folders below the split the class is")
+    ] = None,
+    use_test: Annotated[
+        bool, typer.Option("--use-test", help="validate on test images though there are others")
+    ] = False,
     split: Annotated[str | None, typer.Option(help="a source without splits: the one it is, train or val")] = None,
     val_fraction: Annotated[
         float | None, typer.Option(help="share of each class held out for validation (digits: 0.2)")
@@ -74,13 +97,25 @@ def convert(
         with _Display("images") as display:
             _report(Path(source), conversion.merge(Path(source), jobs, display, _tell), display)
         return
-    if dest is None or not format:
+    if as_json and not inspect:
+        raise ValueError("--json is for --inspect; add it, or leave --json out")
+    if inspect and (dest is not None or format):
+        raise ValueError("--inspect writes nothing; leave DEST and --format out")
+    if not inspect and (dest is None or not format):
         raise ValueError("give a folder to write and --format dali, ffcv or ffcv,dali")
     if profile is not None and (profile not in conversion.PROFILES or max_size is not None):
         raise ValueError(f"--profile is {profile!r}; use {', '.join(conversion.PROFILES)}, and no --max-size with it")
     size, store = (500 if max_size is None else max_size, "jpg") if profile is None else conversion.PROFILES[profile]
     options = conversion.Options(
-        formats=tuple(dict.fromkeys(format.split(","))),  # type: ignore[arg-type]  # Options checks them
+        formats=("dali",) if inspect else tuple(dict.fromkeys(format.split(","))),  # type: ignore[arg-type]  # checked there
+        source_format=source_format,
+        images=images,
+        label=label,
+        ignore=tuple(ignore or ()),
+        follow_links=follow_links,
+        class_order=class_order if class_order in (None, "name", "number") else str(Path(class_order).resolve()),
+        class_level=class_level,
+        use_test=use_test,
         split=split,
         val_fraction=val_fraction,
         max_size=size,
@@ -94,12 +129,28 @@ def convert(
         part=_part(part),
         restart=restart,
     )
+    if inspect:
+        _inspect(source, options, as_json)
+        return
+    assert dest is not None
     with _Display("images") as display:
         result = conversion.convert(source, dest, options, display, _tell)
     if result is None:
         print(f"part {part} of {dest} is done; the last part, or pss-convert --merge {dest}, puts all together")
     else:
         _report(dest, result, display)
+
+
+def _inspect(source: str, options: Options, as_json: bool) -> None:
+    import json
+
+    from pipelines.sources.listing import DIGITS
+
+    inspected = options.inspect(source if source == DIGITS else str(Path(source).absolute()))
+    if as_json:
+        print(json.dumps(inspected.as_dict(), indent=1))
+    else:
+        print("\n".join(inspected.in_words()))
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
@@ -120,6 +171,15 @@ def _report(dest: Path, manifest: Manifest, display: _Display) -> None:
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
     print(f"{dest}: {len(manifest.classes)} classes, {counts} images, {size:.1f} MB")
     print(f"images/s: {display.rates()}")
+    if files := manifest.account.get("files"):
+        rest = sum(rule["count"] for rule in files["not_read"].values())
+        print(
+            f"files of the source: {files['found']:,} found = {files['with_samples']:,} with samples + "
+            f"{len(files['metadata']):,} used otherwise + {rest:,} not read (dataset.json says which and why)"
+        )
+    samples = manifest.account["samples"]
+    told = " + ".join(f"{count:,} {name}" for name, count in samples.items() if name != "found")
+    print(f"samples: {samples['found']:,} found = {told}")
     if manifest.skipped:
         print(f"{len(manifest.skipped)} unreadable image(s) left out; dataset.json lists them")
     if warned := manifest.warned:

@@ -23,7 +23,7 @@ from pipelines.conversion.shards import Shard, plan_shards, write_file, write_sh
 from pipelines.conversion.splits import SHUFFLE, divide, permuted
 from pipelines.conversion.verify import LISTED, check_samples, listed
 from pipelines.conversion.work import Busy, Crew, Finished, Workplace, chunks_of, write_whole
-from pipelines.sources.listing import DIGITS, Listing, Sample, Spool, list_source
+from pipelines.sources.listing import DIGITS, FORMATS, Choice, Inspected, Listing, Sample, Spool, inspect
 from pipelines.storage.beton import stored_path
 from pipelines.storage.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split, hash_file
 
@@ -50,6 +50,22 @@ class Options:
 
     formats: tuple[Format, ...]
     """`dali`: tars with the original bytes, for DALI and torch. `ffcv`: .beton files, and tars for validation."""
+    source_format: str | None = None
+    """The only reader that is asked, a name of `FORMATS`; all are if None."""
+    images: str | None = None
+    """Which column or which member of a sample is the image; of folders, a pattern of further files that are images."""
+    label: str | None = None
+    """Which column or entry is the label."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of files and folders that are left out."""
+    follow_links: bool = False
+    """Whether links may lead out of the source."""
+    class_order: str | None = None
+    """Of class folders: `name`, `number`, or a text file with a class per line."""
+    class_level: int | None = None
+    """Of class folders: how many folders below the split the class is, from 1."""
+    use_test: bool = False
+    """Whether test images are the validation split though there are others."""
     split: str | None = None
     """Of a source that names no split: the one all images belong to."""
     val_fraction: float | None = None
@@ -89,6 +105,12 @@ class Options:
             raise ValueError(f"--max-size is {self.max_size}; it must lie in 16 ... 16384 pixels")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality is {self.quality}; it must lie in 1 ... 100")
+        if self.source_format not in (None, *FORMATS):
+            raise ValueError(f"--source-format is {self.source_format!r}; use {', '.join(FORMATS)}")
+        if self.class_level is not None and not 1 <= self.class_level <= 32:
+            raise ValueError(f"--class-level is {self.class_level}; it must lie in 1 ... 32")
+        if self.use_test and self.val_fraction is not None:
+            raise ValueError("--use-test and --val-fraction both say where validation comes from; leave one out")
         for name, least, most in (("jobs", 1, 4096), ("shard_size", 1, 10**9), ("seed", 0, (1 << 63) - 1)):
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie in {least} ... {most}")
@@ -97,6 +119,20 @@ class Options:
                 raise ValueError(f"--part is {self.part[0]}/{self.part[1]}; use 1/n to n/n")
             if self.restart:
                 raise ValueError("--restart would drop the work of the other parts; leave --part or --restart out")
+
+    def inspect(self, source: str) -> Inspected:
+        """What there is in a source, as these options have it; `DataError` if it cannot be used."""
+        choice = Choice(
+            self.source_format,
+            self.images,
+            self.label,
+            self.class_order,
+            self.class_level,
+            self.use_test,
+            one_split=self.split is not None,
+            held_out=self.val_fraction is not None,
+        )
+        return inspect(source, choice, self.ignore, self.follow_links)
 
     def purpose(self) -> dict[str, Any]:
         """The options that the result depends on."""
@@ -124,7 +160,7 @@ def convert(
     if place.continued and options.part is None:
         tell(f"continuing the unfinished conversion to {dest}")
     try:
-        manifest = _Conversion(place, source, options, progress).run()
+        manifest = _Conversion(place, source, options, progress, tell).run()
     except (Busy, WorkerLost):
         place.leave()
         raise
@@ -149,7 +185,7 @@ def merge(dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None]
         raise DataError(f"there is no unfinished conversion to {dest}; start one with --part")
     purpose = json.loads(journal.read_text())
     source = purpose.pop("source")
-    options = Options(**{**purpose, "formats": tuple(purpose["formats"])}, jobs=jobs)
+    options = Options(**{**purpose, **{name: tuple(purpose[name]) for name in ("formats", "ignore")}}, jobs=jobs)
     manifest = convert(source, dest, options, progress, tell)
     assert manifest is not None
     return manifest
@@ -158,14 +194,18 @@ def merge(dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None]
 class _Conversion:
     """One run of a conversion in its workplace."""
 
-    def __init__(self, place: Workplace, source: str, options: Options, progress: Progress) -> None:
-        self.place, self.source, self.options, self.progress = place, source, options, progress
+    def __init__(
+        self, place: Workplace, source: str, options: Options, progress: Progress, tell: Callable[[str], None]
+    ) -> None:
+        self.place, self.source, self.options, self.progress, self.tell = place, source, options, progress, tell
         self.crew = Crew(place.work, options.jobs, options.engine, options.part)
 
     def run(self) -> Manifest | None:
-        listing = list_source(self.source, Spool(self.place.work))
         if self.source == DIGITS and self.options.split is not None:
             raise DataError("--split is for other sources; the digits are split by --val-fraction")
+        self.inspected = self.options.inspect(self.source)
+        self.tell("\n".join(self.inspected.in_words()))
+        listing = self.inspected.listing(Spool(self.place.work))
         self._compare_listing(listing)
         fraction = self.options.val_fraction
         if self.source == DIGITS and fraction is None:
@@ -335,10 +375,20 @@ class _Conversion:
                 for image in members
                 if image.warning
             ),
+            account=_account(self.inspected, splits, skipped),
         )
         write_file(folder / MANIFEST, manifest.to_json().encode())
         self.place.finish()
         return manifest
+
+
+def _account(inspected: Inspected, splits: Mapping[str, Split], skipped: Sequence[Unreadable]) -> dict[str, Any]:
+    """What became of every file of the source, and of every sample in them."""
+    account = inspected.account()
+    converted = {split: part.num_samples for split, part in splits.items()}
+    found = sum(account["samples"].values())
+    assert found == sum(converted.values()) + len(skipped)
+    return account | {"samples": {"found": found, **converted, "skipped": len(skipped)}}
 
 
 def _rows_without_tars(images: Sequence[ImageFile]) -> Any:

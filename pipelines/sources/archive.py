@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from pipelines.base import DataError, in_words
 from pipelines.sources.sample import MAX_ENCODED
 
+_MAX_HEADER = 1 << 20  # bytes of a name or an extension
 _MAX_EXPANDED = 2 << 30  # bytes that a compressed archive may expand to; the largest known one has 190 MB
 
 
@@ -35,7 +36,8 @@ def tar_members(path: Path, inside: Member | None = None) -> Iterator[Member]:
     with path.open("rb") as file:
         window = _Window(file, start, length)
         try:
-            with tarfile.open(fileobj=io.BufferedReader(window, 1 << 16), mode="r:") as tar:
+            buffered = io.BufferedReader(window, 1 << 16)
+            with tarfile.open(fileobj=buffered, mode="r:", tarinfo=_Bounded, errors="surrogateescape") as tar:
                 for info in tar:
                     end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     if info.isdir():
@@ -49,6 +51,23 @@ def tar_members(path: Path, inside: Member | None = None) -> Iterator[Member]:
         window.seek(end)
         if window.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise DataError(f"{what} is cut short or damaged at byte {end}; download it again")
+        while block := window.read(1 << 20):
+            if block.count(0) != len(block):
+                raise DataError(
+                    f"{what} goes on behind its end at byte {end}, as if two archives had been joined; unpack both "
+                    "with "
+                    "tar --ignore-zeros, or leave it out with --ignore"
+                )
+
+
+class _Bounded(tarfile.TarInfo):
+    """A header whose long names and extensions are as long as names can be: tarfile reads them whole."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        kinds = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+        if self.type in (*kinds, tarfile.SOLARIS_XHDTYPE) and self.size > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
 def check_member(info: tarfile.TarInfo, what: str) -> None:
@@ -71,7 +90,7 @@ def read_compressed(path: Path, wanted: set[str]) -> dict[str, bytes]:
     """The members of a small .tar.gz whose last name is in `wanted`, by that name."""
     found: dict[str, bytes] = {}
     try:
-        with gzip.open(path) as file, tarfile.open(fileobj=_Limited(file, path), mode="r|") as tar:
+        with gzip.open(path) as file, tarfile.open(fileobj=_Limited(file, path), mode="r|", tarinfo=_Bounded) as tar:
             for info in tar:
                 if not info.isdir():
                     check_member(info, str(path))
@@ -94,7 +113,7 @@ class _Limited(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         self._left -= size
         if self._left < 0:
-            raise DataError(f"{self._path} expands to more than {_MAX_EXPANDED >> 30} GiB; it is not used")
+            raise DataError(f"{self._path} expands to more than {_MAX_EXPANDED >> 30} GiB; download it again")
         return self._file.read(size)
 
 

@@ -1,39 +1,374 @@
-"""`CLASS/*.jpg`, or `train|val|test/CLASS/*.jpg`."""
+"""Images in class folders, however deep, and flat folders of images that a text file labels.
+
+train|val|test/CLASS/*.jpg, CLASS/*.jpg, tiny-imagenet-200, Food-101, CUB-200-2011, Places365, ImageNet-100, ImageNetV2,
+Kaggle's ILSVRC/Data/CLS-LOC, and what Roboflow and Kaggle export are all of this kind.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from pipelines.base import DataError
-from pipelines.sources.sample import UNSPLIT, Listing, Sample
-from pipelines.storage.manifest import SPLIT_ALIASES
-from pipelines.storage.source import class_names, find_split_folder, image_files
+from pipelines.sources import labels as label_files
+from pipelines.sources.names import is_image, order_classes, split_of
+from pipelines.sources.sample import UNSPLIT, Choice, Claim, Sample
+from pipelines.sources.tree import Tree, join, shown, some
+
+_PLACES = {"data_256": "train", "data_large": "train"}  # Places365 calls its training images so
 
 
-def list_folder(source: Path) -> Listing:
-    """The images of class folders; `DataError` where there are none."""
-    folders = {split: found for split in SPLIT_ALIASES if (found := find_split_folder(source, split))}
-    folders = folders or {UNSPLIT: source}
-    classes = class_names(next(iter(folders.values())))
-    if not classes:
+@dataclass
+class Part:
+    """The images of one split."""
+
+    folders: list[str]
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    """Full names of files by class; empty for a flat folder."""
+    flat: list[str] = field(default_factory=list)
+    """Full names of the images of a folder without class folders, sorted."""
+
+    @property
+    def images(self) -> list[str]:
+        return self.flat or [name for names in self.classes.values() for name in names]
+
+
+class Layout:
+    """Where in a tree the images are."""
+
+    def __init__(self, tree: Tree, choice: Choice) -> None:
+        self.tree, self.choice = tree, choice
+        self.images = {
+            folder: found for folder, names in tree.folders.items() if (found := self._images(folder, names))
+        }
+        self.populated = {above for folder in self.images for above in _and_above(folder)}
+        self.notes: list[str] = []
+
+    def _images(self, folder: str, names: list[str]) -> list[str]:
+        found = [name for name in names if is_image(name)]
+        if (pattern := self.choice.images) is not None:
+            fits = [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(join(folder, n), pattern)]
+            found = sorted({*found, *fits})
+        return names if len(found) == len(names) else found  # the same list costs nothing
+
+    def shown(self, name: str) -> str:
+        return shown(self.tree.path(name) if name else self.tree.root)
+
+    def children(self, folder: str) -> list[str]:
+        """The folders in `folder` with images in them or below."""
+        return [child for child in self.tree.children(folder) if child in self.populated]
+
+    def below(self, folder: str) -> list[str]:
+        """All images in `folder` and below, as full names."""
+        return [join(one, name) for one in self.tree.below(folder) for name in self.images.get(one, ())]
+
+    def taken(self, left: Iterable[str]) -> dict[str, Sequence[str]]:
+        """All images by folder, but those that are left out."""
+        gone = set(left)
+        some_gone = {name.rpartition("/")[0] for name in gone}
+        return {
+            folder: [name for name in names if join(folder, name) not in gone] if folder in some_gone else names
+            for folder, names in self.images.items()
+        }
+
+    def base(self) -> str:
+        """The folder whose folders are splits or classes: down through folders that hold nothing else."""
+        at = ""
+        while not self.images.get(at) and len(children := self.children(at)) == 1:
+            (child,) = children
+            if self._word(child) or self.images.get(child):
+                break
+            at = child
+        return at
+
+    def _word(self, folder: str) -> str | None:
+        last = folder.rpartition("/")[2]
+        return _PLACES.get(last.lower()) or split_of(last)
+
+    def splits(self, base: str) -> dict[str, list[str]] | None:
+        """The folders of `base` by `train`, `val` and `test`; None if they are no splits."""
+        children = self.children(base)
+        if self.choice.one_split and not all(map(self._word_or_none, children)):
+            return None
+        words = {child: self._word_or_none(child) for child in children}
+        named = [child for child, word in words.items() if word]
+        if not named:
+            return None
+        if others := [child for child, word in words.items() if not word]:
+            raise DataError(
+                f"{self.shown(named[0])} is called like a split and {self.shown(others[0])} beside it like a class; "
+                f"leave one out with --ignore, or give --split if all are classes"
+            )
+        found: dict[str, list[str]] = {}
+        for child in named:
+            found.setdefault(str(self._word(child)), []).append(child)
+        for split, folders in found.items():
+            if len({re.sub(r"\d+", "", folder) for folder in folders}) > 1:
+                raise DataError(
+                    f"{self.tree.root} has two folders for {split}: {some(folders)}; leave one out with --ignore"
+                )
+        return found
+
+    def _word_or_none(self, folder: str) -> str | None:
+        try:
+            return self._word(folder)
+        except DataError:
+            return None
+
+    def part(self, folders: list[str], known: Iterable[str] = ()) -> Part:
+        """What the folders of one split hold; `known` are the classes of the training split."""
+        part = Part(folders)
+        for folder in folders:
+            direct, children = self.images.get(folder, []), self.children(folder)
+            if direct and children:
+                raise DataError(
+                    f"{self.shown(join(folder, direct[0]))} lies beside the class folders of {self.shown(folder)}"
+                    f"{f', with {len(direct) - 1} more' if len(direct) > 1 else ''}; move it, or leave it out with "
+                    "--ignore"
+                )
+            if not direct and len(children) == 1 and not self.children(children[0]) and known:
+                name = children[0].rpartition("/")[2]
+                if name not in known:  # tiny-imagenet-200 keeps them in val/images
+                    folder, direct = children[0], self.images[children[0]]
+            if direct:
+                part.flat += [join(folder, name) for name in direct]
+            else:
+                for name, files in self._classes(folder, children).items():
+                    part.classes.setdefault(name, []).extend(files)
+        if part.flat and part.classes:
+            raise DataError(
+                f"{some(folders)} in {self.tree.root}: some hold class folders, others images; --ignore some"
+            )
+        part.flat.sort()
+        return part
+
+    def _classes(self, folder: str, children: list[str]) -> dict[str, list[str]]:
+        level = self.choice.class_level or self._level(folder, children)
+        found: dict[str, list[str]] = {}
+        start = len(folder) + 1 if folder else 0
+        for one in self.tree.below(folder):
+            if one in self.images:
+                parts = one[start:].split("/")
+                if level > len(parts):
+                    raise DataError(
+                        f"{self.shown(one)} holds images less than {level} folders below {self.shown(folder)}; lower "
+                        "--class-level, or leave it out with --ignore"
+                    )
+                name = "/".join(parts if level == 0 else parts[:level])
+                found.setdefault(name, []).extend(join(one, image) for image in self.images[one])
+        empty = [one for one in self.tree.children(folder) if one not in self.populated]
+        if empty and self.choice.class_level is None and level == 1:
+            raise DataError(
+                f"class folder {self.shown(empty[0])} holds no image that is read; add some, or leave it out with "
+                "--ignore"
+            )
+        return found
+
+    def _level(self, folder: str, children: list[str]) -> int:
+        """Which folder below `folder` is the class; 0: the last one, whatever its depth."""
+        nested = [child for child in children if self.children(child)]
+        if not nested:
+            return 1
+        if not any(self.images.get(child) for child in children):
+            if len({tuple(one.rpartition("/")[2] for one in self.children(child)) for child in children}) == 1:
+                (first, *more) = self.children(children[0])
+                if not more and not self.children(first):  # CLASS/images/*.jpg everywhere
+                    return 1
+            if all(self._of_letter(child) for child in children):
+                return 0  # Places365: a/airfield, a/apartment_building/outdoor
+        elif all(self.images.get(child) for child in nested):
+            below = sum(len(self.below(child)) - len(self.images[child]) for child in nested)
+            self.notes.append(
+                f"{below} images lie in folders below a class folder and are of that class: "
+                f"{some([one for child in nested for one in self.children(child)])}"
+            )
+            return 1
+        deep = nested[0]
         raise DataError(
-            f"{next(iter(folders.values()))} has no class folder; expected <class>/*.jpg or "
-            "train|val/<class>/*.jpg in the source"
+            f"{self.shown(self.children(deep)[0])} holds images two folders below {self.shown(folder)}: is the class "
+            f"{deep.rpartition('/')[2]!r} or {self.children(deep)[0].rpartition('/')[2]!r}? Say --class-level 1 or 2, "
+            "or "
+            "leave folders out with --ignore"
         )
-    return Listing(classes, {split: list_classes(folder, classes) for split, folder in folders.items()})
+
+    def _of_letter(self, child: str) -> bool:
+        letter = child.rpartition("/")[2].lower()
+        return len(letter) == 1 and all(
+            one.rpartition("/")[2].lower().startswith(letter) for one in self.children(child)
+        )
 
 
-def list_classes(folder: Path, classes: Sequence[str]) -> list[Sample]:
-    """Every image in `<folder>/<class>/`, by class and name; `DataError` for an empty or unknown class."""
-    if unknown := sorted(set(class_names(folder)) - set(classes)):
-        raise DataError(f"{folder} has the class {unknown[0]!r}, which the training split has not")
-    samples: list[Sample] = []
-    for label, name in enumerate(classes):
-        images = image_files(folder / name) if (folder / name).is_dir() else ()
-        if not images:
-            raise DataError(f"class {name!r} has no image in {folder / name}; add some or remove the folder")
-        for image in images:
-            path = str(folder / name / image)
-            samples.append(Sample(path, label, path))
-    return samples
+def claim_folders(tree: Tree, choice: Choice) -> Claim | None:
+    """What class folders or flat folders with a label file hold; None where there is no image.
+
+    Raises:
+        DataError: more than one reading is possible, or a part of the images would be left out.
+    """
+    layout = Layout(tree, choice)
+    if not layout.images:
+        return None
+    base = layout.base()
+    folders = layout.splits(base)
+    if folders is None:
+        return _claim_unsplit(layout, base)
+    train = layout.part(folders["train"]) if "train" in folders else None
+    if train is not None and train.flat:
+        raise _no_label(layout, train, "training")
+    known = order_classes(train.classes, choice.class_order, tree.root) if train is not None else ()
+    val, test = (layout.part(folders[split], known) if split in folders else None for split in ("val", "test"))
+    parts = {"train": train} if train is not None else {}
+    unused: dict[str, list[str]] = {}
+    labelled = Labelled(layout, known)
+    if test is not None:
+        if choice.use_test or (val is None and not choice.held_out and (test.classes or labelled.can(test))):
+            if val is not None:
+                unused["validation images, as --use-test asks for the test split"] = val.images
+            elif not choice.use_test:
+                layout.notes.append(f"{some(test.folders)} becomes the validation split, as there is no other")
+            val = test
+        else:
+            why = "test images" if test.classes else "test images without labels"
+            unused[why] = test.images
+    if val is not None:
+        parts["val"] = val
+    return claim_parts(layout, parts, labelled, unused)
+
+
+def claim_parts(layout: Layout, parts: Mapping[str, Part], labelled: Labelled, unused: dict[str, list[str]]) -> Claim:
+    """A claim on the images of `parts`, by `train` and `val`."""
+    classes = labelled.classes
+    names = {split: part.images for split, part in parts.items()}
+    told = "folders"
+    if not classes:
+        first = next(iter(parts.values()))
+        classes = (
+            labelled.order(first)
+            if first.flat
+            else order_classes(first.classes, layout.choice.class_order, layout.tree.root)
+        )
+    splits: dict[str, list[int]] = {}
+    for split, part in parts.items():
+        if part.flat:
+            number = {name: label for label, name in enumerate(classes)}
+            splits[split] = [number[name] for name in labelled.of(part)]
+            told = f"folders, and {labelled.told}" if len(parts) > 1 else labelled.told
+        else:
+            names[split], splits[split] = ordered_files(layout, part, classes, split)
+    tree = layout.tree
+    return Claim(
+        "folders",
+        "class folders" if all(part.classes for part in parts.values()) else "folders of images",
+        classes,
+        dict(splits),
+        {split: some([one or "." for one in part.folders]) for split, part in parts.items()},
+        _order_in_words(told, classes, layout.choice),
+        lambda spool: {split: file_samples(tree, names[split], labels) for split, labels in splits.items()},
+        taken=layout.taken([name for left in unused.values() for name in left]),
+        metadata=dict(labelled.metadata),
+        unused=unused,
+        notes=layout.notes,
+    )
+
+
+def ordered_files(layout: Layout, part: Part, classes: Sequence[str], split: str) -> tuple[list[str], list[int]]:
+    """The files in class folders by class and name, and their labels; `DataError` for a class that is not known."""
+    number = {name: label for label, name in enumerate(classes)}
+    if unknown := sorted(set(part.classes) - set(number)):
+        raise DataError(
+            f"{layout.tree.root} has the class {unknown[0]!r} in the {split} split, which is no training class; mend "
+            "it, "
+            "or leave it out with --ignore"
+        )
+    ordered = sorted(part.classes, key=number.__getitem__)
+    names = [file for name in ordered for file in sorted(part.classes[name])]
+    return names, [number[name] for name in ordered for _ in part.classes[name]]
+
+
+def file_samples(tree: Tree, names: Sequence[str], labels: Sequence[int]) -> list[Sample]:
+    """Whole files as samples."""
+    root = f"{tree.root}/"
+    return [Sample(path, label, path) for name, label in zip(names, labels, strict=True) for path in [root + name]]
+
+
+class Labelled:
+    """The labels of flat folders, from the text files of a tree."""
+
+    def __init__(self, layout: Layout, classes: tuple[str, ...]) -> None:
+        self.layout, self.classes = layout, classes
+        self.told = ""
+        self.metadata: dict[str, str] = {}
+        self._found: dict[str, list[str]] = {}
+
+    def can(self, part: Part) -> bool:
+        """Whether there are labels for it."""
+        try:
+            self.of(part)
+        except DataError:
+            return False
+        return True
+
+    def of(self, part: Part) -> list[str]:
+        """The class of every image; `DataError` where no file says it, or several say different things."""
+        key = part.folders[0]
+        if key not in self._found:
+            found = label_files.find(self.layout.tree, part.flat, self.classes)
+            if found is None:
+                raise _no_label(self.layout, part, "validation")
+            self._found[key] = found.names
+            self.told = found.told
+            self.metadata |= found.metadata
+        return self._found[key]
+
+    def order(self, part: Part) -> tuple[str, ...]:
+        """The classes that its labels name, where nothing else does."""
+        return order_classes(dict.fromkeys(self.of(part)), self.layout.choice.class_order, self.layout.tree.root)
+
+
+def _no_label(layout: Layout, part: Part, what: str) -> DataError:
+    place = layout.shown(part.folders[0])
+    return DataError(
+        f"{place} holds {len(part.flat)} {what} images without class folders, and no text file beside it labels them, "
+        "with a line FILE CLASS for each; add one (for ImageNet, ILSVRC2012_devkit_t12.tar.gz), or leave the folder "
+        "out "
+        f"with --ignore {part.folders[0] or '*'}"
+    )
+
+
+def _claim_unsplit(layout: Layout, base: str) -> Claim:
+    tree, choice = layout.tree, layout.choice
+    part = layout.part([base])
+    if part.flat:
+        labelled = Labelled(layout, ())
+        if not labelled.can(part):
+            raise DataError(
+                f"{layout.shown(base)} has no class folder, and no text file labels its images; expected <class>/*.jpg "
+                "or "
+                "train|val/<class>/*.jpg in the source"
+            )
+        return claim_parts(layout, {"val": part}, labelled, {})
+    classes = order_classes(part.classes, choice.class_order, tree.root)
+    lists = None if choice.one_split or choice.held_out else label_files.split_lists(tree, base, part.images)
+    labelled = Labelled(layout, classes)
+    if lists is None:
+        return claim_parts(layout, {UNSPLIT: part}, labelled, {})
+    labelled.metadata |= lists.metadata
+    layout.notes.append(f"splits are those of {lists.told}; its test images are the validation split")
+    parts = {split: Part([base]) for split in ("train", "val")}
+    for name, files in part.classes.items():
+        for file in files:
+            parts[lists.split[file]].classes.setdefault(name, []).append(file)
+    return claim_parts(layout, parts, labelled, {})
+
+
+def _order_in_words(told: str, classes: Sequence[str], choice: Choice) -> str:
+    if choice.class_order not in (None, "name", "number"):
+        return f"{told}, in the order of {choice.class_order}"
+    by_name = list(classes) == sorted(classes)
+    return f"{told}, in the order of their {'names' if by_name else 'numbers'}"
+
+
+def _and_above(folder: str) -> list[str]:
+    parts = folder.split("/")
+    return ["", *("/".join(parts[: i + 1]) for i in range(len(parts)))] if folder else [""]

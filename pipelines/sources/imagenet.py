@@ -1,144 +1,148 @@
-"""ImageNet as it is downloaded: the training and validation tars, with the labels of the devkit or of a text file."""
+"""ImageNet as it is downloaded: the training and validation archives, or one of them beside class folders."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from pipelines.base import DataError
-from pipelines.sources.archive import image_member, read_compressed, tar_members
-from pipelines.sources.folder import list_classes
-from pipelines.sources.sample import Listing, Sample
-from pipelines.storage.source import class_names, find_split_folder, image_files
+from pipelines.sources import labels as label_files
+from pipelines.sources.archive import Member, image_member, tar_members
+from pipelines.sources.folder import Layout, Part, file_samples, ordered_files
+from pipelines.sources.names import is_image, order_classes
+from pipelines.sources.sample import Choice, Claim, Sample
+from pipelines.sources.tree import Tree, some
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-_DEVKIT = "ILSVRC2012_devkit_t12"
-_META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+_NOT_USED = "another archive of ImageNet"
 
 
-def is_imagenet(source: Path) -> bool:
-    """Whether `list_imagenet` can read this file or folder."""
-    if source.is_file():
-        return source.name == TRAIN_TAR
-    return any((source / name).exists() for name in (TRAIN_TAR, VAL_TAR)) or _flat_validation(source) is not None
+def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
+    """Training classes in the order of their WordNet ids, and validation images with the labels of the devkit or of a
+    text file; None where neither archive is there.
 
-
-def list_imagenet(source: Path) -> Listing:
-    """Training classes in the order of their WordNet ids; validation labels from the devkit or the one text file
-    with a line for each image: `FILE WNID`, `FILE NUMBER` (of the class in that order, from 0) or `WNID`."""
-    folder, train_tar = (source.parent, source) if source.is_file() else (source, source / TRAIN_TAR)
-    splits: dict[str, Sequence[Sample]] = {}
+    Raises:
+        DataError: a split is there twice, or has no labels.
+    """
+    train_tar, val_tar = (_one(tree, name) for name in (TRAIN_TAR, VAL_TAR))
+    if train_tar is None and val_tar is None:
+        return None
+    layout = Layout(tree, choice)
+    base = layout.base()
+    folders = (layout.splits(base) or {}) if layout.images else {}
+    unused: dict[str, list[str]] = {}
+    for split, tar in (("train", train_tar), ("val", val_tar)):
+        if tar and (twice := folders.get(split)):
+            raise DataError(
+                f"{tree.root} holds the {split} split twice, {tar} and the folder {twice[0]}/, of which one is to be left out with --ignore"
+            )
+    if "test" in folders:
+        unused["test images"] = layout.below(folders["test"][0])
+    splits: dict[str, list[Sample]] = {}
+    places: dict[str, str] = {}
     classes: tuple[str, ...] = ()
-    if train_tar.exists():
-        classes, splits["train"] = _list_training(train_tar)
-    elif train_folder := find_split_folder(folder, "train"):
-        classes = class_names(train_folder)
-        splits["train"] = list_classes(train_folder, classes)
-    images = [] if source.is_file() else _validation_images(folder)
-    if images:
-        labels = _validation_labels(folder, images, classes)
-        classes = classes or tuple(sorted(set(labels)))
-        number = {name: label for label, name in enumerate(classes)}
-        if unknown := sorted(set(labels) - set(number)):
-            raise DataError(f"the validation labels in {folder} name {unknown[0]!r}, which is no training class")
-        splits["val"] = [
-            Sample(image.name, number[label], image.path, image.offset, image.length)
-            for image, label in zip(images, labels, strict=True)
-        ]
-    return Listing(classes, splits)
+    if train_tar:
+        classes, splits["train"] = _training(tree, train_tar)
+        places["train"] = train_tar
+    elif "train" in folders:
+        part = layout.part(folders["train"])
+        classes = order_classes(part.classes, choice.class_order, tree.root)
+        splits["train"] = file_samples(tree, *ordered_files(layout, part, classes, "train"))
+        places["train"] = some(folders["train"])
+    told, metadata = "the WordNet ids of the training images", dict[str, str]()
+    if val_tar or "val" in folders:
+        part = layout.part(folders["val"], classes) if "val" in folders else Part([])
+        if part.classes:
+            splits["val"] = file_samples(tree, *ordered_files(layout, part, classes, "val"))
+        else:
+            images = _members(tree, val_tar) if val_tar else file_samples(tree, part.flat, [0] * len(part.flat))
+            found = label_files.find(tree, [one.name for one in images], classes, [_last(one) for one in images])
+            if found is None:
+                raise DataError(
+                    f"{tree.path(val_tar) if val_tar else tree.root} holds {len(images)} validation images without "
+                    "labels; "
+                    f"add {label_files.DEVKIT}.tar.gz, or a text file with a line FILE CLASS for each"
+                )
+            classes = classes or tuple(sorted(set(found.names)))
+            number = {name: label for label, name in enumerate(classes)}
+            if unknown := sorted(set(found.names) - set(number)):
+                raise DataError(
+                    f"{tree.root} has validation labels {some(unknown)}, which are no training classes; mend them"
+                )
+            splits["val"] = [
+                Sample(one.name, number[name], one.path, one.offset, one.length)
+                for one, name in zip(images, found.names, strict=True)
+            ]
+            told, metadata = f"WordNet ids, and {found.told}", found.metadata
+        places["val"] = val_tar or some(folders["val"])
+    others = [name for name in tree.files() if _is_other(name) and name not in metadata]
+    if others:
+        unused[_NOT_USED] = others
+    taken = {folder: list(names) for folder, names in layout.taken(unused.get("test images", ())).items()}
+    for tar in (train_tar, val_tar):
+        if tar:
+            folder, _, last = tar.rpartition("/")
+            taken[folder] = [*taken.get(folder, ()), last]
+    return Claim(
+        "imagenet",
+        "ImageNet as it is downloaded",
+        classes,
+        {split: [sample.label for sample in samples] for split, samples in splits.items()},
+        places,
+        f"{told}, in the order of their names",
+        lambda spool: dict(splits),
+        taken=dict(taken),
+        metadata=metadata,
+        unused=unused,
+        notes=layout.notes,
+    )
 
 
-def _list_training(path: Path) -> tuple[tuple[str, ...], list[Sample]]:
+def _one(tree: Tree, wanted: str) -> str | None:
+    found = [name for name in tree.files() if name.rpartition("/")[2] == wanted]
+    if len(found) > 1:
+        raise DataError(f"{tree.root} holds {wanted} twice, {some(found)}; leave one out with --ignore")
+    return found[0] if found else None
+
+
+def _is_other(name: str) -> bool:
+    last = name.rpartition("/")[2]
+    return (
+        last.startswith("ILSVRC2012_") and last not in (TRAIN_TAR, VAL_TAR) and last.endswith((".tar", ".gz", ".tgz"))
+    )
+
+
+def _training(tree: Tree, name: str) -> tuple[tuple[str, ...], list[Sample]]:
+    path = tree.path(name)
     tars = sorted(tar_members(path), key=lambda member: member.name)
     for member in tars:
         if not member.name.endswith(".tar"):
             raise DataError(f"{path} holds {member.name}; expected a tar for every class, as ImageNet is distributed")
     samples = []
     for label, tar in enumerate(tars):
-        for member in sorted(tar_members(path, tar), key=lambda member: member.name):
-            image = image_member(member, path)
-            samples.append(
-                Sample(f"{path}, {tar.name}, {image.name}", label, str(path), image.offset, image.length),
-            )
+        images = sorted(tar_members(path, tar), key=lambda member: member.name)
+        if not images:
+            raise DataError(f"{path}, {tar.name} holds no image; download it again")
+        samples += [_sample(path, tar.name, member, label) for member in images]
     return tuple(PurePosixPath(tar.name).stem for tar in tars), samples
 
 
-def _validation_images(folder: Path) -> list[Sample]:
-    """Sorted by name; their labels are still 0."""
-    tar = folder / VAL_TAR
-    if tar.exists():
-        members = sorted((image_member(m, tar) for m in tar_members(tar)), key=lambda m: m.name)
-        return [Sample(f"{tar}, {m.name}", 0, str(tar), m.offset, m.length) for m in members]
-    flat = _flat_validation(folder)
-    return [Sample(str(flat / name), 0, str(flat / name)) for name in image_files(flat)] if flat else []
+def _sample(path: object, inside: str, member: Member, label: int) -> Sample:
+    if not is_image(member.name):
+        raise DataError(f"{path}, {inside} holds {member.name}, which is no image; download it again")
+    image = image_member(member, f"{path}")
+    return Sample(f"{path}, {inside}, {image.name}", label, str(path), image.offset, image.length)
 
 
-def _flat_validation(folder: Path) -> Path | None:
-    """The folder that holds the validation images without class folders."""
-    place = find_split_folder(folder, "val")
-    if place is None and (any(folder.glob("*.txt")) or any(folder.glob(f"{_DEVKIT}*"))):
-        place = folder
-    return place if place is not None and image_files(place) else None
+def _members(tree: Tree, name: str) -> list[Sample]:
+    path = tree.path(name)
+    found = []
+    for member in sorted(tar_members(path), key=lambda member: member.name):
+        if not is_image(member.name):
+            raise DataError(f"{path} holds {member.name}, which is no image; download it again")
+        image = image_member(member, path)
+        found.append(Sample(f"{path}, {image.name}", 0, str(path), image.offset, image.length))
+    return found
 
 
-def _validation_labels(folder: Path, images: Sequence[Sample], classes: Sequence[str]) -> list[str]:
-    """The WordNet id of every image."""
-    devkit = _devkit(folder)
-    if devkit is not None:
-        name_of = _devkit_classes(devkit[_META])
-        lines = devkit[_TRUTH].decode().split()
-        if len(lines) != len(images):
-            raise DataError(f"the devkit in {folder} labels {len(lines)} images, but there are {len(images)}")
-        return [name_of[int(line)] for line in lines]
-    texts = {path: path.read_text(errors="replace").splitlines() for path in sorted(folder.glob("*.txt"))}
-    fitting = [path for path, lines in texts.items() if len(lines) == len(images)]
-    if len(fitting) != 1:
-        found = "none" if not fitting else ", ".join(path.name for path in fitting)
-        raise DataError(
-            f"{folder} needs {_DEVKIT}.tar.gz or one text file with {len(images)} lines to label the validation "
-            f"images ({found} found)"
-        )
-    rows = [line.split() for line in texts[fitting[0]]]
-    if all(len(row) == 1 for row in rows):
-        return [row[0] for row in rows]
-    if any(len(row) != 2 for row in rows):
-        raise DataError(f"{fitting[0]} has a line without exactly a file name and a label; mend it")
-    label_of = {PurePosixPath(name).name: label for name, label in rows}
-    names = [PurePosixPath(image.name.rsplit(", ", 1)[-1]).name for image in images]
-    if missing := [name for name in names if name not in label_of]:
-        raise DataError(f"{fitting[0]} has no line for {missing[0]}; download it again")
-    labels = [label_of[name] for name in names]
-    if not all(label.isdigit() for label in labels):
-        return labels
-    if not classes:
-        raise DataError(f"{fitting[0]} numbers the classes; their names come from the training images, which lack")
-    if high := [label for label in labels if int(label) >= len(classes)]:
-        raise DataError(f"{fitting[0]} has label {high[0]}, but there are {len(classes)} training classes, from 0")
-    return [classes[int(label)] for label in labels]
-
-
-def _devkit(folder: Path) -> dict[str, bytes] | None:
-    packed, unpacked = folder / f"{_DEVKIT}.tar.gz", folder / _DEVKIT / "data"
-    if packed.exists():
-        files = read_compressed(packed, {_META, _TRUTH})
-        if len(files) != 2:
-            raise DataError(f"{packed} lacks data/{_META} or data/{_TRUTH}; download it again")
-        return files
-    if unpacked.is_dir():
-        return {name: (unpacked / name).read_bytes() for name in (_META, _TRUTH)}
-    return None
-
-
-def _devkit_classes(meta: bytes) -> dict[int, str]:
-    """The WordNet id of every leaf class, by the devkit's own number (from 1, in no useful order)."""
-    from scipy.io import loadmat
-
-    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    return {
-        int(number): str(name)
-        for number, name, children in zip(
-            synsets["ILSVRC2012_ID"], synsets["WNID"], synsets["num_children"], strict=True
-        )
-        if int(children) == 0
-    }
+def _last(sample: Sample) -> str:
+    return PurePosixPath(sample.name.rpartition(", ")[2]).name

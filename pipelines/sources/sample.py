@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.base import DataError
+from pipelines.sources.tree import some
+
+if TYPE_CHECKING:
+    from pipelines.sources.spool import Spool
 
 MAX_ENCODED = 256 << 20
 """Bytes of the largest encoded image that is read."""
@@ -40,6 +46,29 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What the user has decided about a source."""
+
+    format: str | None = None
+    """Of `listing.FORMATS`: the only reader that is asked."""
+    images: str | None = None
+    """Which column, or which extension of a sample's members, holds the image; of folders: a pattern of further files
+    that are images."""
+    label: str | None = None
+    """Which column, or which key of a sample's JSON, holds the label."""
+    class_order: str | None = None
+    """`name`, `number`, or a text file with a class per line."""
+    class_level: int | None = None
+    """Which folder below the split is the class, from 1."""
+    use_test: bool = False
+    """Whether test images are the validation split though there are others."""
+    one_split: bool = False
+    """Whether the user says that all images are of one split."""
+    held_out: bool = False
+    """Whether some of the training images become validation images."""
+
+
+@dataclass(frozen=True)
 class Listing:
     """All samples of a source, in an order that depends on its content alone."""
 
@@ -48,17 +77,86 @@ class Listing:
     """By `train`, `val` or, alone, `UNSPLIT`."""
 
 
-def check_labels(listing: Listing, source: Path | str) -> None:
-    """Raise `DataError` unless every label has a class and every class has a sample in every split."""
-    for split, samples in listing.splits.items():
-        counts = [0] * len(listing.classes)
-        for sample in samples:
-            if not 0 <= sample.label < len(counts):
-                raise DataError(
-                    f"{sample.name} has label {sample.label}, but {source} has the classes 0 ... {len(counts) - 1}"
-                )
-            counts[sample.label] += 1
-        if 0 in counts:
-            name = listing.classes[counts.index(0)]
-            where = source if split == UNSPLIT else f"the {split} split of {source}"
-            raise DataError(f"class {name!r} has no image in {where}; add some or remove the class")
+@dataclass
+class Claim:
+    """What a reader would make of a source: all that can be known before an image is looked at."""
+
+    format: str
+    """A name of `listing.FORMATS`."""
+    described: str
+    """The layout in words."""
+    classes: tuple[str, ...]
+    """In the order of their labels."""
+    splits: dict[str, Sequence[int]]
+    """The label of every sample, by `train`, `val` or, alone, `UNSPLIT`."""
+    places: dict[str, str]
+    """Where each split lies."""
+    labels: str
+    """Where the labels come from, in words."""
+    read: Callable[[Spool], dict[str, Sequence[Sample]]]
+    """The samples of every split, in the order of `splits`."""
+    taken: dict[str, Sequence[str]] = field(default_factory=dict)
+    """By folder: the names of the files that hold the samples, images themselves or archives and tables of them."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Files that were used in another way, and for what."""
+    unused: dict[str, list[str]] = field(default_factory=dict)
+    """By reason: files that the layout is known to bring along and that are not read."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences that the user should know."""
+    members: dict[str, Counter[str]] = field(default_factory=dict)
+    """Of archives: what else is in them, by suffix."""
+
+    def counts(self, split: str) -> list[int]:
+        """Samples per class."""
+        found = Counter(self.splits[split])
+        return [found[label] for label in range(len(self.classes))]
+
+
+def check_labels(claim: Claim, source: Path | str) -> None:
+    """Look at the labels of a claim as a whole; validation classes without an image get a note.
+
+    Raises:
+        DataError: there is no sample, a label has no class, or a class has no training image.
+    """
+    for split, labels in claim.splits.items():
+        where = f"{source}" if split == UNSPLIT else f"the {split} split of {source}"
+        if not len(labels):
+            raise DataError(f"there is no sample in {where}; check its files, or leave them out with --ignore")
+        found = Counter(labels)
+        if wrong := [label for label in found if not 0 <= label < len(claim.classes)]:
+            raise DataError(
+                f"{where} has the label {wrong[0]}, but there are {len(claim.classes)} classes, from 0; mend the labels"
+            )
+        empty = [name for label, name in enumerate(claim.classes) if not found[label]]
+        if not empty:
+            continue
+        if split == "val" and "train" in claim.splits:
+            claim.notes.append(f"{len(empty)} of {len(claim.classes)} classes have no validation image: {some(empty)}")
+        else:
+            raise DataError(f"class {empty[0]!r} has no image in {where}; add some or remove the class")
+
+
+def number_classes(source: Path | str, labels: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    """Names for classes that are numbered only: their numbers.
+
+    Raises:
+        DataError: there are more than training images; a few large numbers must not become a billion names.
+    """
+    highest = max((max(some_labels) for some_labels in labels.values() if len(some_labels)), default=-1)
+    total = sum(map(len, labels.values()))
+    if highest >= total:
+        raise DataError(
+            f"{source} has the label {highest}, and {total} samples: that number is no class; name the right label "
+            "with "
+            "--label"
+        )
+    return tuple(str(label) for label in range(highest + 1))
+
+
+def check_class_names(names: Sequence[str], what: str) -> tuple[str, ...]:
+    """`names`, if they can be those of classes. Raises `DataError`: there are none, or one of them twice."""
+    if not names or not all(names):
+        raise DataError(f"{what} names no class; mend it, or leave it out with --ignore")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{what} names the class {twice[0]!r} twice; mend it")
+    return tuple(names)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipelines.base import DataError
-from pipelines.sources.sample import UNSPLIT, Listing, Sample
+from pipelines.sources.sample import Sample
 
 
 class Spool:
@@ -49,10 +49,3 @@ class Spool:
         unfinished = index.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(rows))
         unfinished.replace(index)
-
-
-def list_digits(spool: Spool) -> Listing:
-    """The handwritten digits of scikit-learn."""
-    from pipelines.sources.digits import digit_images
-
-    return Listing(tuple("0123456789"), {UNSPLIT: spool.fill(UNSPLIT, digit_images())})

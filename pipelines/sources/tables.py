@@ -2,127 +2,193 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.base import DataError, in_words
-from pipelines.sources.names import by_split
-from pipelines.sources.sample import UNSPLIT, Listing
-from pipelines.sources.spool import Spool
-from pipelines.storage.manifest import SPLIT_ALIASES
+from pipelines.sources.features import ClassNames, named_by, saved_files, saved_splits
+from pipelines.sources.names import WORDS, by_split, check_parts
+from pipelines.sources.sample import MAX_ENCODED, UNSPLIT, Choice, Claim, Sample, check_class_names, number_classes
+from pipelines.sources.tree import Tree, shown, some
 
 if TYPE_CHECKING:
     import pyarrow
 
-_IMAGES, _LABELS = ("image", "img", "jpg", "png"), ("label", "labels", "fine_label", "cls")
-_ROWS = 64  # read at a time
+    from pipelines.sources.spool import Spool
+
+_IMAGES = ("image", "img", "jpg", "png", "picture", "photo", "pixel_values")
+_LABELS = ("label", "labels", "class", "cls", "target", "category", "fine_label")
+_ROWS = 16  # read at a time
+_MAX_GROWTH = 32  # of the images' bytes against those of their files; images are compressed already
+_FREE_GROWTH = 256 << 20
 
 
-def parquet_files(source: Path) -> list[Path]:
-    """The Parquet files of a folder or of its `data` folder; a Parquet file itself."""
-    if source.is_file():
-        return [source] if source.suffix == ".parquet" else []
-    return sorted([*source.glob("*.parquet"), *source.glob("data/*.parquet")])
+@dataclass(frozen=True)
+class _Files:
+    """The files of one split, and how rows are read from one of them."""
+
+    names: list[str]
+    batches: Callable[[Path, list[str]], Iterator[Any]]
+    schema: Callable[[Path], pyarrow.Schema]
 
 
-def is_saved(source: Path) -> bool:
-    """Whether `datasets` wrote this folder with `save_to_disk`."""
-    return any((source / name).is_file() for name in ("dataset_dict.json", "state.json"))
+def claim_parquet(tree: Tree, choice: Choice) -> Claim | None:
+    """The rows of all Parquet files, in order; None where no file has a column of images.
+
+    Raises:
+        DataError: a file is missing or damaged, or it is not certain which column is which.
+    """
+    names = [name for name in tree.files() if name.lower().endswith(".parquet")]
+    if not names:
+        return None
+    with _told(tree.root):
+        holding = [name for name in names if _image_columns(_parquet_schema(tree.path(name)))]
+    if not holding:
+        return None
+    if others := sorted(set(names) - set(holding)):
+        raise DataError(
+            f"{shown(tree.path(others[0]))} has no column of images, {shown(tree.path(holding[0]))} has; leave it out "
+            "with "
+            "--ignore"
+        )
+    if tree.single is None:
+        check_parts(tree, holding)
+    if len(configurations := sorted({_configuration(name) for name in holding})) > 1:
+        raise DataError(
+            f"{tree.root} holds {len(configurations)} configurations, {some(configurations)}; leave all but one out "
+            "with "
+            "--ignore"
+        )
+    splits = by_split(tree, holding)
+    files = {split: _Files(own, _parquet_batches, _parquet_schema) for split, own in splits.items()}
+    return _claim(tree, choice, "parquet", "Parquet", files)
 
 
-def list_parquet(source: Path, spool: Spool) -> Listing:
-    """The rows of all files, in order."""
-    parquet = _pyarrow("pyarrow.parquet")
-    splits = by_split(source, parquet_files(source))
-
-    def batches(paths: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
-        for path in paths:
-            with parquet.ParquetFile(path) as file:
-                columns = list(_columns(path, file.schema_arrow))
-                for batch in file.iter_batches(_ROWS, columns=columns):
-                    yield path, batch
-
-    first = next(iter(splits.values()))[0]
-    return _list(source, splits, lambda paths: batches(paths), lambda: parquet.read_schema(first), spool)
+def _configuration(name: str) -> str:
+    """What a repository's folders say besides the split."""
+    parts = [part for part in name.split("/")[:-1] if part.lower() not in WORDS and part != "data"]
+    return "/".join(parts)
 
 
-def list_saved(source: Path, spool: Spool) -> Listing:
-    """The rows of a saved data set, or of every split of a saved dictionary of them."""
-    ipc = _pyarrow("pyarrow.ipc")
-    if not (source / "dataset_dict.json").is_file():
-        splits = {UNSPLIT: _saved_files(source)}
+def claim_saved(tree: Tree, choice: Choice) -> Claim | None:
+    """The rows of what `datasets` wrote with `save_to_disk`, of one split or of several; None where there is none."""
+    at = saved_splits(tree)
+    if at is None:
+        return None
+    found: dict[str | None, _Files] = {}
+    for split, folder in at.folders.items():
+        found[split] = _Files(saved_files(tree, folder), _stream_batches, _stream_schema)
+    claim = _claim(tree, choice, "arrow", "a data set saved by Hugging Face's datasets", found)
+    claim.metadata |= at.metadata
+    caches = [name for name in tree.files() if re.match(r"(cache-|tmp).*\.arrow$", name.rpartition("/")[2])]
+    if caches:
+        claim.unused["a cache of the datasets library"] = caches
+    return claim
+
+
+def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mapping[str | None, _Files]) -> Claim:
+    unused: dict[str, list[str]] = {}
+    notes: list[str] = []
+    splits: dict[str, _Files]
+    if None in found:
+        splits = {UNSPLIT: found[None]}
     else:
-        names = json.loads((source / "dataset_dict.json").read_text())["splits"]
-        splits = {
-            split: _saved_files(source / alias)
-            for split, aliases in SPLIT_ALIASES.items()
-            if (alias := next((alias for alias in aliases if alias in names), None))
-        }
-        if not splits:
-            raise DataError(f"{source} has the splits {', '.join(names)}; expected train, validation or test")
+        splits = {split: found[split] for split in ("train", "val") if split in found}
+        if "test" in found and ("val" not in splits or choice.use_test) and not choice.held_out:
+            if "val" in splits:
+                unused["validation images, as --use-test asks for the test split"] = splits["val"].names
+            else:
+                notes.append(f"{found['test'].names[0]} becomes the validation split, as there is no other")
+            splits["val"] = found["test"]
+        elif "test" in found:
+            unused["test images"] = found["test"].names
+    first = next(iter(splits.values()))
+    with _told(tree.root):
+        example = tree.path(first.names[0])
+        schema = first.schema(example)
+        image, label, names = _columns(example, schema, choice)
+        values = {split: _labels(tree, own, label) for split, own in splits.items()}
+    labels, classes = _numbered(tree.root, label, values, names)
+    taken: dict[str, list[str]] = {}
+    for name in (name for own in splits.values() for name in own.names):
+        folder, _, last = name.rpartition("/")
+        taken.setdefault(folder, []).append(last)
 
-    def batches(paths: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
-        for path in paths:
-            with path.open("rb") as file, ipc.open_stream(file) as stream:
-                for batch in stream:
-                    yield path, batch
+    def read(spool: Spool) -> dict[str, Sequence[Sample]]:
+        return {split: _spooled(tree, own, image, labels[split], spool, split) for split, own in splits.items()}
 
-    def schema() -> Any:
-        with next(iter(splits.values()))[0].open("rb") as file, ipc.open_stream(file) as stream:
-            return stream.schema
-
-    return _list(source, splits, lambda paths: batches(paths), schema, spool)
-
-
-def _saved_files(folder: Path) -> list[Path]:
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        paths = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} is no complete save_to_disk folder ({in_words(error)}); save it again") from error
-    if state.get("_indices_data_files"):
-        raise DataError(f"{folder} was saved with an index over its rows; save flatten_indices() of it instead")
-    return paths
-
-
-def _list(source: Path, splits: dict[str, list[Path]], batches: Any, schema: Any, spool: Spool) -> Listing:
-    pyarrow = _pyarrow("pyarrow")
-    try:
-        classes = _class_names(schema())
-        samples = {
-            split: spool.fill(split, _images(batches(paths)), sum(path.stat().st_size for path in paths))
-            for split, paths in splits.items()
-        }
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{source} cannot be read ({in_words(error)}); download it again") from error
-    if not classes:
-        count = 1 + max((sample.label for part in samples.values() for sample in part), default=-1)
-        classes = tuple(str(label) for label in range(count))
-    return Listing(classes, dict(samples))
+    return Claim(
+        format,
+        described,
+        classes,
+        dict(labels),
+        {split: some(own.names) for split, own in splits.items()},
+        f"the column {label!r}, named by " + ("the table's features" if names else "its own values"),
+        read,
+        taken=dict(taken),
+        unused=unused,
+        notes=notes,
+    )
 
 
-def _images(batches: Iterator[tuple[Path, Any]]) -> Iterator[tuple[str, int, bytes]]:
-    number: dict[Path, int] = {}
-    for path, batch in batches:
-        image, label = _columns(path, batch.schema)
-        first = number.get(path, 0)
-        number[path] = first + len(batch)
-        for i, (content, value) in enumerate(
-            zip(batch.column(image).to_pylist(), batch.column(label).to_pylist(), strict=True), first
-        ):
-            name = f"{path}, row {i}"
-            encoded = content.get("bytes") if isinstance(content, dict) else content
-            if encoded is None:
-                raise DataError(f"{name} names an image file instead of holding it; embed the images first")
-            if value is None:
-                raise DataError(f"{name} has no label; give it one, or remove it")
-            yield name, value, encoded
+def _numbered(
+    source: Path, label: str, values: Mapping[str, list[Any]], names: ClassNames
+) -> tuple[dict[str, list[int]], tuple[str, ...]]:
+    """Labels as numbers, and the classes, from what a column holds."""
+    words = {type(value) for own in values.values() for value in own}
+    if words == {str}:
+        classes = names or tuple(sorted({value for own in values.values() for value in own}))
+        number = {name: at for at, name in enumerate(classes)}
+        if unknown := [value for own in values.values() for value in own if value not in number]:
+            raise DataError(f"{source}, column {label!r} has the value {unknown[0]!r}, which its features do not name")
+        return {split: [number[value] for value in own] for split, own in values.items()}, check_class_names(
+            classes, f"column {label!r} of {source}"
+        )
+    return dict(values), names or number_classes(source, values)
 
 
-def _columns(path: Path, schema: pyarrow.Schema) -> tuple[str, str]:
-    """The names of the image and of the label column."""
+def _columns(path: Path, schema: pyarrow.Schema, choice: Choice) -> tuple[str, str, ClassNames]:
+    """The image column, the label column, and the classes that the label's feature names."""
+    what, columns = shown(path), ", ".join(schema.names)
+    image = _chosen(what, "image", choice.images, _image_columns(schema), _IMAGES, schema.names)
+    features = named_by(schema.metadata or {}, what)
+    types = _pyarrow("pyarrow.types")
+    fitting = [
+        field.name
+        for field in schema
+        if types.is_integer(field.type) or types.is_string(field.type) or types.is_large_string(field.type)
+    ]
+    usual = [name for name in fitting if name.lower() in _LABELS]
+    classes = [name for name in fitting if name in features]
+    labels = classes if len(classes) == 1 else usual
+    if choice.label is None and len(labels) != 1:
+        told = f"{some(labels)} may be it" if labels else "none is called like one"
+        raise DataError(f"{what} has no certain label column ({told}); say --label COLUMN, one of {columns}")
+    label = _chosen(what, "label", choice.label, fitting, tuple(labels), schema.names)
+    return image, label, features.get(label, ())
+
+
+def _chosen(
+    what: str, kind: str, wanted: str | None, fitting: list[str], usual: Sequence[str], names: list[str]
+) -> str:
+    option, columns = f"--{kind}s" if kind == "image" else f"--{kind}", ", ".join(names)
+    if wanted is not None:
+        if wanted not in fitting:
+            why = "is no column of it" if wanted not in names else f"holds no {kind}"
+            raise DataError(f"{what}: {option} {wanted} {why}; its columns are {columns}")
+        return wanted
+    if names.count(fitting[0]) > 1:
+        raise DataError(f"{what} has two columns called {fitting[0]!r}; rename one")
+    found = fitting if len(fitting) == 1 else [name for name in fitting if name.lower() in usual or name in usual]
+    if len(found) != 1:
+        raise DataError(f"{what} has several {kind} columns, {some(fitting)}; say {option} COLUMN")
+    return found[0]
+
+
+def _image_columns(schema: pyarrow.Schema) -> list[str]:
     types = _pyarrow("pyarrow.types")
 
     def holds_images(kind: Any) -> bool:
@@ -131,25 +197,103 @@ def _columns(path: Path, schema: pyarrow.Schema) -> tuple[str, str]:
             return at >= 0 and holds_images(kind.field(at).type)
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
-    image = [field.name for field in schema if holds_images(field.type)]
-    label = [field.name for field in schema if types.is_integer(field.type)]
-    chosen = []
-    for what, found, usual in (("image", image, _IMAGES), ("integer label", label, _LABELS)):
-        names = found if len(found) == 1 else [name for name in usual if name in found]
-        if not names:
-            raise DataError(f"{path} has no {what} column; its columns are {', '.join(schema.names)}")
-        chosen.append(names[0])
-    return chosen[0], chosen[1]
+    return [field.name for field in schema if holds_images(field.type)]
 
 
-def _class_names(schema: pyarrow.Schema) -> tuple[str, ...]:
-    """From the `huggingface` entry of the schema's metadata; empty if it names none."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError):
-        return ()
-    named = [features[name]["names"] for name in (*_LABELS, *features) if "names" in features.get(name, ())]
-    return tuple(named[0]) if named else ()
+def _labels(tree: Tree, files: _Files, label: str) -> list[Any]:
+    """The label of every row, in order."""
+    found: list[Any] = []
+    for name in files.names:
+        path = tree.path(name)
+        if label not in files.schema(path).names:
+            raise DataError(
+                f"{shown(path)} has no column {label!r}, as the other files have; leave it out with --ignore"
+            )
+        for batch in files.batches(path, [label]):
+            values = batch.column(0).to_pylist()
+            if None in values:
+                row = len(found) + values.index(None)
+                raise DataError(f"{shown(path)}, row {row} has no label; give it one, or remove it")
+            found += values
+    return found
+
+
+def _spooled(
+    tree: Tree, files: _Files, image: str, labels: Sequence[int], spool: Spool, split: str
+) -> Sequence[Sample]:
+    size = sum(tree.path(name).stat().st_size for name in files.names)
+    with _told(tree.root):
+        return spool.fill(split, _images(tree, files, image, labels, size), size)
+
+
+def _images(
+    tree: Tree, files: _Files, image: str, labels: Sequence[int], size: int
+) -> Iterator[tuple[str, int, bytes]]:
+    at, total = 0, 0
+    for name in files.names:
+        path, first = tree.path(name), at
+        for batch in files.batches(path, [image]):
+            column = batch.column(0)
+            for row in range(len(column)):
+                what = f"{shown(path)}, row {at - first}"
+                encoded = _encoded(column[row], what)
+                total += len(encoded)
+                if total > _MAX_GROWTH * size + _FREE_GROWTH:
+                    raise DataError(
+                        f"{what}: {total >> 20} MiB of images come out of {size >> 20} MiB of files, which no images "
+                        "do; "
+                        "download them again"
+                    )
+                yield what, labels[at], encoded
+                at += 1
+
+
+def _encoded(value: Any, what: str) -> bytes:
+    """The bytes of an image; their number is looked at before they are copied."""
+    inner = value["bytes"] if hasattr(value, "keys") and value.is_valid else value
+    if not inner.is_valid:
+        raise DataError(f"{what} names an image file instead of holding it; embed the images first")
+    buffer = inner.as_buffer()
+    if buffer.size > MAX_ENCODED:
+        raise DataError(f"{what} has {buffer.size} bytes; images have at most {MAX_ENCODED}, so remove it")
+    encoded: bytes = buffer.to_pybytes()
+    return encoded
+
+
+def _parquet_schema(path: Path) -> Any:
+    return _pyarrow("pyarrow.parquet").read_schema(path)
+
+
+def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
+    with _pyarrow("pyarrow.parquet").ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        yield from file.iter_batches(_ROWS if len(columns) == 1 else 1, columns=columns, use_threads=False)
+
+
+def _stream_schema(path: Path) -> Any:
+    with path.open("rb") as file, _pyarrow("pyarrow.ipc").open_stream(file) as stream:
+        return stream.schema
+
+
+def _stream_batches(path: Path, columns: list[str]) -> Iterator[Any]:
+    memory_map = _pyarrow("pyarrow").memory_map
+    with memory_map(str(path)) as file, _pyarrow("pyarrow.ipc").open_stream(file) as stream:
+        for batch in stream:
+            yield batch.select(columns)
+
+
+class _told:
+    """Within, what pyarrow cannot read is said of the source."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        _pyarrow("pyarrow")
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        errors = (_pyarrow("pyarrow").ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError)
+        if isinstance(error, errors) and not isinstance(error, DataError):
+            raise DataError(f"{self.source} cannot be read ({in_words(error)}); download it again") from error
 
 
 def _pyarrow(module: str) -> Any:

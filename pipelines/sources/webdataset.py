@@ -3,55 +3,201 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
+from typing import Any
 
 from pipelines.base import DataError
 from pipelines.sources.archive import Member, image_member, tar_members
-from pipelines.sources.names import by_split
-from pipelines.sources.sample import Listing, Sample
-from pipelines.storage.source import IMAGE_SUFFIXES
+from pipelines.sources.names import by_split, check_parts, is_image
+from pipelines.sources.sample import UNSPLIT, Choice, Claim, Sample, check_class_names, number_classes
+from pipelines.sources.tree import Tree, join, shown, some
 
 _LABELS = (".cls", ".lab", ".json")
 _JSON_KEYS = ("label", "cls", "class")
 _MAX_LABEL = 1 << 20  # bytes of a member that holds a label
+_MAX_DIGITS = 9
+_INFO = ("_info.json", "info.json")
+_MAX_INFO = 64 << 20
+NAMES = "classes.txt"
 
 
-def shard_files(source: Path) -> list[Path]:
-    """The tars of a folder, or of its split folders; a tar itself."""
-    if source.is_file():
-        return [source] if source.suffix == ".tar" else []
-    return sorted([*source.glob("*.tar"), *source.glob("*/*.tar")])
+def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
+    """The samples of all tars in the order of their names; None where there is no tar.
+
+    Classes are named by the lines of a `classes.txt` beside the shards, else by their numbers.
+
+    Raises:
+        DataError: a shard is missing or damaged, a sample has no label, or more than one image.
+    """
+    tars = [name for name in tree.files() if name.lower().endswith(".tar")]
+    if not tars:
+        return None
+    if tree.single is None:
+        check_parts(tree, tars)
+    described, metadata = _info(tree, tars)
+    splits = by_split(tree, tars)
+    notes, unused = [], dict[str, list[str]]()
+    chosen: dict[str, list[str]] = {}
+    if None in splits:
+        chosen[UNSPLIT] = splits[None]
+    else:
+        chosen = {split: splits[split] for split in ("train", "val") if split in splits}
+        if "test" in splits and ("val" not in chosen or choice.use_test) and not choice.held_out:
+            if "val" in chosen:
+                unused["validation images, as --use-test asks for the test split"] = chosen["val"]
+            else:
+                notes.append(f"{splits['test'][0]} becomes the validation split, as there is no other")
+            chosen["val"] = splits["test"]
+        elif "test" in splits:
+            unused["test images"] = splits["test"]
+    members: dict[str, Counter[str]] = {}
+    samples: dict[str, list[Sample]] = {}
+    for split, names in chosen.items():
+        members[split] = Counter()
+        samples[split] = [sample for name in names for sample in _Shard(tree, name, choice, members[split]).samples()]
+    labels = {split: [sample.label for sample in some_samples] for split, some_samples in samples.items()}
+    names_file = [name for name in tree.folders.get("", ()) if name == NAMES]
+    if names_file:
+        path = tree.path(NAMES)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8; save it as such, or leave it out with --ignore") from error
+        classes = check_class_names(lines, f"{path}")
+        metadata[NAMES] = "class names"
+    else:
+        classes = number_classes(tree.root, labels)
+    taken: dict[str, list[str]] = {}
+    for name in (name for names in chosen.values() for name in names):
+        folder, _, last = name.rpartition("/")
+        taken.setdefault(folder, []).append(last)
+    known = set(tree.files())
+    for name in tars:  # img2dataset describes the images of each tar in a table and a file beside it
+        for beside in (f"{name[:-4]}.parquet", f"{name[:-4]}_stats.json", f"{name[:-4]}.csv"):
+            if beside in known:
+                metadata[beside] = "a description of the tar beside it"
+    return Claim(
+        "webdataset",
+        described,
+        classes,
+        dict(labels),
+        {split: some(names) for split, names in chosen.items()},
+        "the member of each sample that holds it" + (f", named by {NAMES}" if names_file else ", classes by number"),
+        lambda spool: dict(samples),
+        taken=dict(taken),
+        metadata=metadata,
+        unused=unused,
+        notes=notes,
+        members=members,
+    )
 
 
-def list_webdataset(source: Path) -> Listing:
-    """The samples of all shards in the order of the tars. The classes are named by their numbers, or by the lines of
-    a `classes.txt` beside the shards."""
-    splits = {
-        split: [sample for path in paths for sample in _list_shard(path)]
-        for split, paths in by_split(source, shard_files(source)).items()
-    }
-    names = (source if source.is_dir() else source.parent) / "classes.txt"
-    if names.exists():
-        return Listing(tuple(names.read_text().splitlines()), dict(splits))
-    count = 1 + max((sample.label for samples in splits.values() for sample in samples), default=-1)
-    return Listing(tuple(str(label) for label in range(count)), dict(splits))
+def _info(tree: Tree, tars: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """timm's list of the shards, if there is one: all that it names must be there."""
+    found = [name for name in tree.files() if name.rpartition("/")[2] in _INFO]
+    for name in found:
+        path = tree.path(name)
+        files = _shard_names(path)
+        if files is None:
+            continue
+        folder = name.rpartition("/")[0]
+        if missing := [one for one in files if join(folder, one) not in set(tars)]:
+            raise DataError(
+                f"{shown(path)} lists the shard {missing[0]!r}, one of {len(missing)} that are not there; download it "
+                "again, or leave the list out with --ignore"
+            )
+        return "WebDataset tars as timm keeps them", {name: "the list of the shards"}
+    return "WebDataset tars", {}
 
 
-def _list_shard(path: Path) -> list[Sample]:
-    samples: list[Sample] = []
-    group: list[Member] = []
-    key = None
-    for member in tar_members(path):
-        found = _key(member.name)
-        if group and found != key:
-            samples.append(_sample(path, group))
-            group = []
-        key = found
-        group.append(member)
-    if group:
-        samples.append(_sample(path, group))
-    return samples
+def _shard_names(path: Any) -> list[str] | None:
+    if path.stat().st_size > _MAX_INFO:
+        return None
+    try:
+        splits = json.loads(path.read_bytes())["splits"]
+        names = [name for split in splits.values() for name in split["filenames"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # some other program's
+    return names if all(isinstance(name, str) for name in names) else None
+
+
+class _Shard:
+    """One tar."""
+
+    def __init__(self, tree: Tree, name: str, choice: Choice, members: Counter[str]) -> None:
+        self.path, self.choice, self.members = tree.path(name), choice, members
+
+    def samples(self) -> list[Sample]:
+        found: list[Sample] = []
+        group: list[Member] = []
+        key, seen = None, set[str]()
+        for member in tar_members(self.path):
+            last = member.name.rpartition("/")[2]
+            if last.startswith("._") or "__MACOSX/" in member.name:
+                self.members["left by an operating system"] += 1
+                continue
+            its = _key(member.name)
+            if its != key:
+                if group:
+                    found.append(self._sample(group))
+                    group = []
+                if its in seen:
+                    raise DataError(
+                        f"{shown(self.path)} has members of the sample {its!r} in two places; pack it so that they "
+                        "follow "
+                        "each other"
+                    )
+                seen.add(its)
+                key = its
+            group.append(member)
+        if group:
+            found.append(self._sample(group))
+        return found
+
+    def _sample(self, group: Sequence[Member]) -> Sample:
+        what = f"{shown(self.path)}, {group[0].name}"
+        by_extension: dict[str, Member] = {}
+        for member in group:
+            extension = _extension(member.name)
+            if extension in by_extension:
+                raise DataError(
+                    f"{shown(self.path)} has two members {by_extension[extension].name} and {member.name} of one "
+                    "sample, "
+                    f"{_key(member.name)!r}: what is before the first dot; rename them"
+                )
+            by_extension[extension] = member
+        images = {extension: one for extension, one in by_extension.items() if is_image(one.name)}
+        if self.choice.images is not None:
+            wanted = self.choice.images.lower().lstrip(".")
+            images = {extension: one for extension, one in by_extension.items() if extension == wanted}
+        if len(images) != 1:
+            hint = f"; say which with --images {next(iter(images))}" if images else ""
+            told = some(list(images)) if images else "none"
+            raise DataError(f"{what}: expected one image in a sample, found {told}{hint or '; repair the tar'}")
+        exact = [by_extension[suffix[1:]] for suffix in _LABELS if suffix[1:] in by_extension]
+        labels = exact or [one for suffix in _LABELS for one in group if one.name.lower().endswith(suffix)]
+        if not exact and len(labels) > 1:
+            raise DataError(
+                f"{what}: two members may hold the class, {labels[0].name} and {labels[1].name}; call one of them "
+                f"{_key(group[0].name)}.cls"
+            )
+        if self.choice.label is not None:
+            labels = [one for one in labels if one.name.lower().endswith(".json")] or labels
+        if not labels:
+            raise DataError(
+                f"{what}: expected a {', '.join(_LABELS)} member with the class beside the image; pack one, as pss "
+                "trains "
+                "on labels"
+            )
+        (image,) = images.values()
+        for extension in by_extension:
+            self.members[f".{extension}"] += 1
+        image_member(image, self.path)
+        label = _label(self.path, labels[0], self.choice.label)
+        return Sample(f"{shown(self.path)}, {image.name}", label, str(self.path), image.offset, image.length)
 
 
 def _key(name: str) -> str:
@@ -60,29 +206,36 @@ def _key(name: str) -> str:
     return str(place.parent / place.name.split(".", 1)[0])
 
 
-def _sample(path: Path, group: Sequence[Member]) -> Sample:
-    suffix = {PurePosixPath(member.name).suffix.lower(): member for member in group}
-    images = [member for extension, member in suffix.items() if extension in IMAGE_SUFFIXES]
-    labels = [suffix[extension] for extension in _LABELS if extension in suffix]
-    what = f"{path}, {group[0].name}"
-    if len(images) != 1 or not labels:
-        raise DataError(f"{what}: expected one image and a {', '.join(_LABELS)} member with the same name")
-    image = image_member(images[0], path)
-    return Sample(f"{path}, {image.name}", _label(path, labels[0]), str(path), image.offset, image.length)
+def _extension(name: str) -> str:
+    """Everything behind it."""
+    return PurePosixPath(name).name.partition(".")[2].lower()
 
 
-def _label(path: Path, member: Member) -> int:
+def _label(path: Any, member: Member, key: str | None) -> int:
     if member.length > _MAX_LABEL:
-        raise DataError(f"{path}, {member.name} has {member.length} bytes, too many for a label")
+        raise DataError(f"{shown(path)}, {member.name} has {member.length} bytes, too many for a label; repair the tar")
     content = Sample(member.name, 0, str(path), member.offset, member.length).read()
     try:
-        if member.name.endswith(".lab"):
+        if member.name.lower().endswith(".lab"):
             if len(content) != 4:
                 raise ValueError("not four bytes")
             return int.from_bytes(content, "little", signed=True)
-        if member.name.endswith(".cls"):
-            return int(content)
+        if member.name.lower().endswith(".cls"):
+            return _number(content.decode("ascii").strip())
         described = json.loads(content)
-        return int(next(described[key] for key in _JSON_KEYS if key in described))
-    except (ValueError, TypeError, StopIteration) as error:
-        raise DataError(f"{path}, {member.name} holds no class number: {content[:40]!r}") from error
+        value = next(described[name] for name in ((key,) if key else _JSON_KEYS) if name in described)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        return _number(str(value))
+    except (ValueError, TypeError, StopIteration, RecursionError) as error:
+        raise DataError(
+            f"{shown(path)}, {member.name} holds no class number: {content[:40]!r}; repair the tar, or name its entry "
+            "with "
+            "--label"
+        ) from error
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch(rf"-?[0-9]{{1,{_MAX_DIGITS}}}", text):
+        raise ValueError(f"{text[:20]!r} is no class number")
+    return int(text)

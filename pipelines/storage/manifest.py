@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ class Manifest:
     """Images stored as PNG because no loader reads their own format."""
     warned: tuple[Mapping[str, str], ...] = ()
     """Images that decode, but look damaged to the JPEG library: file and warning."""
+    account: Mapping[str, Any] = field(default_factory=dict)
+    """What became of every file of the source; empty in sets of earlier versions."""
 
     def to_json(self) -> str:
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
@@ -135,5 +137,6 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         skipped=tuple(content["skipped"]),
         transcoded=tuple(content["transcoded"]),
         warned=tuple(content["warned"]),
+        account=content.get("account", {}),
     )
     return manifest, hashlib.sha256(text).hexdigest()

@@ -1,0 +1,218 @@
+"""One listing of a source folder: every file in it, or why it is not looked at."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from pipelines.base import DataError, in_words
+
+_LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+_MAX_DEPTH = 64
+_NAMED = 3  # of many, in one sentence
+
+HIDDEN, LITTER = "hidden", "left by an operating system"
+
+
+@dataclass
+class Tree:
+    """The files of a source by folder; names are relative to `root`, with `/` between their parts."""
+
+    root: Path
+    """The source if it is a folder, else the folder of that file."""
+    folders: dict[str, list[str]] = field(default_factory=dict)
+    """Sorted names of the files by folder, which is "" for the root; folders without a file as well."""
+    ignored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """By rule: files and whole folders (`name/`) that are not looked at."""
+    single: str | None = None
+    """The one file, where the source is a file."""
+
+    def __post_init__(self) -> None:
+        self._below: dict[str, list[str]] | None = None
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def files(self) -> Iterator[str]:
+        """All files, by folder and name."""
+        for folder in sorted(self.folders):
+            for name in self.folders[folder]:
+                yield join(folder, name)
+
+    def children(self, folder: str) -> list[str]:
+        """The folders in `folder`, sorted, as full names."""
+        if self._below is None:
+            self._below = defaultdict(list)
+            for name in sorted(self.folders):
+                if name:
+                    self._below[name.rpartition("/")[0]].append(name)
+        return self._below.get(folder, [])
+
+    def below(self, folder: str) -> Iterator[str]:
+        """`folder` and all folders in it, at any depth."""
+        yield folder
+        for child in self.children(folder):
+            yield from self.below(child)
+
+    @property
+    def found(self) -> int:
+        """How many entries the listing has seen: files, and folders that are ignored as a whole."""
+        return sum(map(len, self.folders.values())) + sum(map(len, self.ignored.values()))
+
+
+def join(folder: str, name: str) -> str:
+    """A full name."""
+    return f"{folder}/{name}" if folder else name
+
+
+def shown(path: Path | str) -> str:
+    """A path as it can be printed, whatever bytes are in it."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def list_tree(source: Path, ignore: Sequence[str] = (), follow_links: bool = False) -> Tree:
+    """Everything in `source`, a folder or a file.
+
+    Args:
+        source: resolved.
+        ignore: patterns of names that are left out, each of a file or a folder: `*.txt`, `val`, `extra/*`.
+        follow_links: whether links may lead out of the source.
+
+    Raises:
+        DataError: something in it cannot be read, is neither file nor folder, leads out of it, or has a name that is
+            not UTF-8.
+    """
+    if not source.is_dir():
+        return Tree(source.parent, {"": [source.name]}, single=source.name)
+    tree = Tree(source)
+    walk = _Walk(tree, tuple(ignore), follow_links)
+    walk.folder("", (source.stat().st_dev, source.stat().st_ino), ())
+    walk.conclude()
+    return tree
+
+
+class _Walk:
+    """One walk through the source. What is wrong is collected, so that one sentence names it."""
+
+    def __init__(self, tree: Tree, ignore: tuple[str, ...], follow_links: bool) -> None:
+        self.tree, self.ignore, self.follow_links = tree, ignore, follow_links
+        self.real = os.path.realpath(tree.root)
+        self.used: set[str] = set()
+        self.problems: dict[str, list[str]] = defaultdict(list)
+
+    def folder(self, folder: str, identity: tuple[int, int], above: tuple[tuple[int, int], ...]) -> None:
+        place = self.tree.path(folder) if folder else self.tree.root
+        if len(above) > _MAX_DEPTH:
+            raise DataError(f"{shown(place)} lies {_MAX_DEPTH} folders deep; name a folder further down as the source")
+        try:
+            with os.scandir(place) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(
+                f"{shown(place)} cannot be read ({in_words(error)}); change who may read it, or leave it out with "
+                "--ignore"
+            ) from error
+        files = self.tree.folders[folder] = []
+        inside: list[tuple[str, tuple[int, int]]] = []
+        for entry in found:
+            name = join(folder, entry.name)
+            if rule := self._rule(name, entry.name):
+                is_folder = entry.is_dir(follow_symlinks=False)
+                self.tree.ignored[rule].append(f"{name}/" if is_folder else name)
+                continue
+            if not entry.name.isprintable() and _undecodable(entry.name):
+                self.problems["utf-8"].append(shown(place / entry.name))
+            elif (kind := self._kind(entry, name)) == "file":
+                files.append(entry.name)
+            elif kind == "folder":
+                about = entry.stat()
+                inside.append((name, (about.st_dev, about.st_ino)))
+        self._compare_forms(place, files + [name.rpartition("/")[2] for name, _ in inside])
+        for name, its_identity in inside:
+            if its_identity in (*above, identity):
+                self.problems["circle"].append(shown(self.tree.path(name)))
+            else:
+                self.folder(name, its_identity, (*above, identity))
+
+    def _rule(self, name: str, last: str) -> str | None:
+        for pattern in self.ignore:
+            plain = pattern.rstrip("/")
+            if plain.startswith("./"):
+                plain = plain[2:]
+            if fnmatchcase(name, plain) or ("/" not in plain and fnmatchcase(last, plain)):
+                self.used.add(pattern)
+                return f"--ignore {pattern}"
+        if last in _LITTER or last.startswith("._"):
+            return LITTER
+        return HIDDEN if last.startswith(".") else None
+
+    def _kind(self, entry: os.DirEntry[str], name: str) -> str | None:
+        path = shown(entry.path)
+        if entry.is_symlink():
+            try:
+                target = os.path.realpath(entry.path, strict=True)
+            except OSError as error:
+                self.problems["circle" if error.errno == errno.ELOOP else "dangling"].append(path)
+                return None
+            outside = os.path.commonpath([target, self.real]) != self.real
+            if outside and not self.follow_links:
+                self.problems["outside"].append(path)
+                return None
+        mode = entry.stat().st_mode
+        if stat.S_ISREG(mode):
+            return "file"
+        if stat.S_ISDIR(mode):
+            return "folder"
+        self.problems["special"].append(path)
+        return None
+
+    def _compare_forms(self, place: Path, names: list[str]) -> None:
+        if all(name.isascii() for name in names):
+            return
+        forms: dict[str, str] = {}
+        for name in names:
+            other = forms.setdefault(unicodedata.normalize("NFC", name), name)
+            if other != name:
+                self.problems["forms"].append(f"{shown(place / name)} ({other!a} and {name!a})")
+
+    def conclude(self) -> None:
+        """Raise `DataError` for what was found to be wrong."""
+        for kind, told in _PROBLEMS.items():
+            if names := self.problems.get(kind):
+                raise DataError(told.format(names=some(names)))
+        if unused := [pattern for pattern in self.ignore if pattern not in self.used]:
+            raise DataError(f"--ignore {unused[0]} fits nothing in {self.tree.root}; mend the pattern or leave it out")
+
+
+_PROBLEMS = {
+    "dangling": "{names}: a link to what is not there; mount its disk, mend it, or leave it out with --ignore",
+    "circle": "{names}: a link that goes in circles; remove it, or leave it out with --ignore",
+    "special": "{names}: no plain file (a pipe, socket or device); remove it, or leave it out with --ignore",
+    "outside": "{names}: a link that leads out of the source; --follow-links reads what it points to, --ignore leaves "
+    "it out",
+    "utf-8": "{names}: a name that is not UTF-8; rename it (convmv can), or leave it out with --ignore",
+    "forms": "{names}: two names that differ in their Unicode form alone; rename one of them, or leave it out with "
+    "--ignore",
+}
+"""By kind, in the order in which they are told."""
+
+
+def _undecodable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
