@@ -20,7 +20,7 @@ from pipelines.conversion.jpeg_warnings import turbojpeg_found
 from pipelines.conversion.processes import Progress, WorkerLost
 from pipelines.conversion.scan import ImageFile, Unreadable, check_chunk, checked_images
 from pipelines.conversion.shards import Shard, plan_shards, write_file, write_shard
-from pipelines.conversion.splits import SHUFFLE, divide, permuted
+from pipelines.conversion.splits import SHUFFLE, check_splits, divide, permuted
 from pipelines.conversion.verify import LISTED, check_samples, listed
 from pipelines.conversion.work import Busy, Crew, Finished, Workplace, chunks_of, write_whole
 from pipelines.sources.listing import DIGITS, FORMATS, Choice, Inspected, Listing, Sample, Spool, inspect
@@ -204,12 +204,13 @@ class _Conversion:
         if self.source == DIGITS and self.options.split is not None:
             raise DataError("--split is for other sources; the digits are split by --val-fraction")
         self.inspected = self.options.inspect(self.source)
-        self.tell("\n".join(self.inspected.in_words()))
-        listing = self.inspected.listing(Spool(self.place.work))
-        self._compare_listing(listing)
         fraction = self.options.val_fraction
         if self.source == DIGITS and fraction is None:
             fraction = DIGITS_VAL_FRACTION
+        check_splits(self.inspected.claim.splits, self.source, self.options.split, fraction)
+        self.tell("\n".join(self.inspected.in_words()))
+        listing = self.inspected.listing(Spool(self.place.work))
+        self._compare_listing(listing)
         samples = divide(listing, self.source, self.options.split, fraction, self.options.seed)
         images, skipped = self._check(samples, listing.classes)
         if "train" in images:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -15,23 +15,28 @@ T = TypeVar("T")
 SHUFFLE, HOLD_OUT = 1, 1 << 32  # second Philox keys, keeping the uses of the seed apart
 
 
-def divide(
-    listing: Listing, source: str, split: str | None, val_fraction: float | None, seed: int
-) -> dict[str, Sequence[Sample]]:
-    """The samples by split; `DataError` where source and options do not agree on them."""
-    splits = dict(listing.splits)
-    if UNSPLIT not in splits:
+def check_splits(found: Collection[str], source: str, split: str | None, val_fraction: float | None) -> None:
+    """Raise `DataError` where the splits that a source has and the options do not agree."""
+    if UNSPLIT not in found:
         if split is not None:
-            raise DataError(f"--split is for a source that names no split; {source} has {' and '.join(splits)} itself")
-        if val_fraction is None:
-            return splits
-        if set(splits) != {"train"}:
+            raise DataError(f"--split is for a source that names no split; {source} has {' and '.join(found)} itself")
+        if val_fraction is not None and set(found) != {"train"}:
             raise DataError(f"{source} has a validation split of its own; leave --val-fraction out")
     elif (split is None) == (val_fraction is None):
         raise DataError(
             f"{source} holds classes, not splits; give either --val-fraction, to hold some out for validation, "
             "or --split, to say which split they are"
         )
+
+
+def divide(
+    listing: Listing, source: str, split: str | None, val_fraction: float | None, seed: int
+) -> dict[str, Sequence[Sample]]:
+    """The samples by split; `DataError` as `check_splits`, or for a class that is too small."""
+    splits = dict(listing.splits)
+    check_splits(splits, source, split, val_fraction)
+    if UNSPLIT not in splits and val_fraction is None:
+        return splits
     (samples,) = splits.values()
     if split is not None:
         return {canonical_split(split): samples}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipelines.base import DataError, in_words
 from pipelines.sources.tree import Tree
+from pipelines.storage.manifest import in_label_order
 from pipelines.storage.source import IMAGE_SUFFIXES
 
 WORDS = {
@@ -154,15 +155,13 @@ def order_classes(names: Iterable[str], order: str | None, source: Path) -> tupl
         DataError: two are one number, or the file and the folders do not agree.
     """
     found = list(names)
-    numbers = all(name.isdecimal() and name.isascii() for name in found)
-    if order is None:
-        order = "number" if numbers else "name"
+    numbers = all(name.isascii() and name.isdecimal() for name in found)
     if order == "name":
         return tuple(sorted(found))
-    if order == "number":
-        ordered = sorted(found, key=by_number)
+    if order in (None, "number"):
+        ordered = sorted(found, key=by_number) if order == "number" else list(in_label_order(found))
         for one, other in pairwise(ordered):
-            if by_number(one) == by_number(other):
+            if (numbers or order == "number") and by_number(one) == by_number(other):
                 raise DataError(f"classes {one!r} and {other!r} of {source} are one number; rename one of them")
         return tuple(ordered)
     return _in_order_of(Path(order), found)

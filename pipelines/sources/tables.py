@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
 
 _IMAGES = ("image", "img", "jpg", "png", "picture", "photo", "pixel_values")
 _LABELS = ("label", "labels", "class", "cls", "target", "category", "fine_label")
-_ROWS = 16  # read at a time
+_ROWS, _LABEL_ROWS = 16, 1 << 16  # read at a time
 _MAX_GROWTH = 32  # of the images' bytes against those of their files; images are compressed already
 _FREE_GROWTH = 256 << 20
+_MEMORY = 1 << 30  # bytes that reading a few rows may take
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class _Files:
     """The files of one split, and how rows are read from one of them."""
 
     names: list[str]
-    batches: Callable[[Path, list[str]], Iterator[Any]]
+    batches: Callable[[Path, str, int], Iterator[Any]]
+    """Of one column, so many rows at a time at most."""
     schema: Callable[[Path], pyarrow.Schema]
 
 
@@ -209,7 +213,7 @@ def _labels(tree: Tree, files: _Files, label: str) -> list[Any]:
             raise DataError(
                 f"{shown(path)} has no column {label!r}, as the other files have; leave it out with --ignore"
             )
-        for batch in files.batches(path, [label]):
+        for batch in files.batches(path, label, _LABEL_ROWS):
             values = batch.column(0).to_pylist()
             if None in values:
                 row = len(found) + values.index(None)
@@ -222,30 +226,29 @@ def _spooled(
     tree: Tree, files: _Files, image: str, labels: Sequence[int], spool: Spool, split: str
 ) -> Sequence[Sample]:
     size = sum(tree.path(name).stat().st_size for name in files.names)
-    with _told(tree.root):
-        return spool.fill(split, _images(tree, files, image, labels, size), size)
+    return spool.fill(split, _images(tree, files, image, labels, size), size)
 
 
 def _images(
     tree: Tree, files: _Files, image: str, labels: Sequence[int], size: int
 ) -> Iterator[tuple[str, int, bytes]]:
     at, total = 0, 0
-    for name in files.names:
-        path, first = tree.path(name), at
-        for batch in files.batches(path, [image]):
-            column = batch.column(0)
-            for row in range(len(column)):
-                what = f"{shown(path)}, row {at - first}"
-                encoded = _encoded(column[row], what)
-                total += len(encoded)
-                if total > _MAX_GROWTH * size + _FREE_GROWTH:
-                    raise DataError(
-                        f"{what}: {total >> 20} MiB of images come out of {size >> 20} MiB of files, which no images "
-                        "do; "
-                        "download them again"
-                    )
-                yield what, labels[at], encoded
-                at += 1
+    with _told(tree.root):
+        for name in files.names:
+            path, first = tree.path(name), at
+            for batch in files.batches(path, image, _ROWS):
+                column = batch.column(0)
+                for row in range(len(column)):
+                    what = f"{shown(path)}, row {at - first}"
+                    encoded = _encoded(column[row], what)
+                    total += len(encoded)
+                    if total > _MAX_GROWTH * size + _FREE_GROWTH:
+                        raise DataError(
+                            f"{what}: {total >> 20} MiB of images come out of {size >> 20} MiB of files, which no images "
+                            "do; download them again"
+                        )
+                    yield what, labels[at], encoded
+                    at += 1
 
 
 def _encoded(value: Any, what: str) -> bytes:
@@ -264,9 +267,9 @@ def _parquet_schema(path: Path) -> Any:
     return _pyarrow("pyarrow.parquet").read_schema(path)
 
 
-def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
+def _parquet_batches(path: Path, column: str, rows: int) -> Iterator[Any]:
     with _pyarrow("pyarrow.parquet").ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-        yield from file.iter_batches(_ROWS if len(columns) == 1 else 1, columns=columns, use_threads=False)
+        yield from file.iter_batches(rows, columns=[column], use_threads=False)
 
 
 def _stream_schema(path: Path) -> Any:
@@ -274,26 +277,48 @@ def _stream_schema(path: Path) -> Any:
         return stream.schema
 
 
-def _stream_batches(path: Path, columns: list[str]) -> Iterator[Any]:
+def _stream_batches(path: Path, column: str, _: int) -> Iterator[Any]:
     memory_map = _pyarrow("pyarrow").memory_map
     with memory_map(str(path)) as file, _pyarrow("pyarrow.ipc").open_stream(file) as stream:
         for batch in stream:
-            yield batch.select(columns)
+            yield batch.select([column])
 
 
-class _told:
-    """Within, what pyarrow cannot read is said of the source."""
+@contextmanager
+def _told(source: Path) -> Iterator[None]:
+    """Within, what pyarrow cannot read is said of the source, and it gets so much memory and no more: a page of a table
+    may be of any size, and there is no other way to ask how large it will be."""
+    pyarrow = _pyarrow("pyarrow")
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    pool = pyarrow.default_memory_pool()
+    if (used := _data_bytes()) is not None:
+        pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the others reserve far more than they use
+        limits = [limit for limit in (used + _MEMORY, *before) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
+    try:
+        yield
+    except DataError:
+        raise
+    except MemoryError as error:
+        raise DataError(
+            f"{source}: a few rows of it take more than {_MEMORY >> 20} MiB of memory, which no images do; download it "
+            "again, or write it with smaller images"
+        ) from error
+    except (pyarrow.ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError) as error:
+        raise DataError(f"{source} cannot be read ({in_words(error)}); download it again") from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+        pyarrow.set_memory_pool(pool)
 
-    def __init__(self, source: Path) -> None:
-        self.source = source
 
-    def __enter__(self) -> None:
-        _pyarrow("pyarrow")
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        errors = (_pyarrow("pyarrow").ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError)
-        if isinstance(error, errors) and not isinstance(error, DataError):
-            raise DataError(f"{self.source} cannot be read ({in_words(error)}); download it again") from error
+def _data_bytes() -> int | None:
+    """Of this process, as RLIMIT_DATA counts them; None where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^VmData:\s+(\d+) kB$", status, re.MULTILINE)
+    return None if found is None else int(found[1]) << 10
 
 
 def _pyarrow(module: str) -> Any:

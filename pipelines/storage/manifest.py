@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,16 @@ SAMPLE = np.dtype(
     ]
 )
 
-SPLIT_ALIASES = {"train": ("train",), "val": ("val", "validation", "test")}
+SPLIT_ALIASES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev", "test")}
 """The two splits, and the names under which a folder or a caller may give them."""
+
+
+def in_label_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names as their labels count them: by name, or, where all are numbers, by number."""
+    found = list(names)
+    if all(name.isascii() and name.isdecimal() for name in found):
+        return tuple(sorted(found, key=lambda name: (int(name), name)))
+    return tuple(sorted(found))
 
 
 def canonical_split(name: str) -> str:

@@ -29,6 +29,7 @@ from pipelines.storage.manifest import (
     Split,
     canonical_split,
     hash_file,
+    in_label_order,
     read_manifest,
 )
 from pipelines.storage.reading import DiskWaits, Readers
@@ -316,9 +317,9 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """The class folders of a split, sorted by name."""
+    """The class folders of a split, in the order of their labels."""
     with os.scandir(folder) as entries:
-        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")))
+        return in_label_order(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def image_files(folder: Path) -> Sequence[str]:

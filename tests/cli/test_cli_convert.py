@@ -65,7 +65,10 @@ def test_help_is_quick_and_complete() -> None:
 
 def test_a_conversion_says_what_it_did(source: Path, tmp_path: Path) -> None:
     result = run(source, tmp_path / "set", "--format", "dali", "--val-fraction", "0.5")
-    assert (result.returncode, result.stdout.count("\n")) == (0, 2)
+    assert (result.returncode, result.stdout.count("\n")) == (0, 4)
+    assert "files of the source: 12 found = 12 with samples + 0 used otherwise + 0 not read" in result.stdout
+    assert "samples: 12 found = 6 train + 6 val + 0 skipped" in result.stdout
+    assert "12 in 2 classes, from ." in result.stderr  # before it works
     assert "2 classes, 6 train, 6 val images" in result.stdout
     assert re.search(r"images/s: checking \d+, writing \d+, verifying \d+", result.stdout)
     assert "checking train: 6/6 images" in result.stderr  # plain lines: this is no terminal

@@ -18,7 +18,7 @@ from conftest import convert_folder, missing, picture, write_folder
 from PIL import Image
 
 from pipelines.base import DataError
-from pipelines.sources.listing import Spool, list_source
+from pipelines.sources.listing import Choice, Spool, inspect
 from pipelines.storage.beton import RAW, stored_path
 from pipelines.storage.manifest import SPLIT_ALIASES, read_manifest
 from pipelines.storage.source import TarSource
@@ -304,7 +304,7 @@ def test_a_pickle_cannot_run_anything(tmp_path: Path) -> None:
 
 def _listed(source: Path, tmp_path: Path) -> None:
     (tmp_path / "spool").mkdir(exist_ok=True)
-    list_source(str(source), Spool(tmp_path / "spool"))
+    inspect(str(source), Choice()).listing(Spool(tmp_path / "spool"))
 
 
 @pytest.mark.parametrize("name", ["../out.jpg", "/tmp/out.jpg", "a/../../out.jpg"])
@@ -362,7 +362,7 @@ def test_labels_that_do_not_fit(samples: Samples, tmp_path: Path) -> None:
     for text, message in (
         (good.replace(" 1", " 2"), "label 2, but there are 2 training classes"),
         (good.replace("0001.JPEG", "9999.JPEG"), "has no line for ILSVRC2012_val_00000001"),
-        (good.split("\n", 1)[1], "one text file with 5 lines"),
+        (good.split("\n", 1)[1], "has no line for ILSVRC2012_val_00000001"),
         (good.replace(" 1", " n99999999"), "which is no training class"),
     ):
         labels.write_text(text)
@@ -374,9 +374,9 @@ def test_tables_that_do_not_fit(samples: Samples, tmp_path: Path) -> None:
     whole = table(samples["train"], True)
     path = tmp_path / "train.parquet"
     for rows, message in (
-        (whole.drop_columns(["label"]), "no integer label column"),
-        (whole.drop_columns(["image"]), "no image column"),
-        (table([(b"x", 5)], True), "has label 5"),
+        (whole.drop_columns(["label"]), "has no certain label column"),
+        (whole.drop_columns(["image"]), "train.parquet is a table"),
+        (table([(b"x", 5)], True), "has the label 5"),
     ):
         parquet_files.write_table(rows, path)
         (tmp_path / "spool").mkdir()
@@ -392,7 +392,7 @@ def test_tables_that_do_not_fit(samples: Samples, tmp_path: Path) -> None:
 
 def test_unlabelled_or_unsplit_shards(samples: Samples, tmp_path: Path) -> None:
     write_tar(tmp_path / "train-0.tar", {"a.jpg": samples["train"][0][0]})
-    with pytest.raises(DataError, match=r"expected one image and a \.cls"):
+    with pytest.raises(DataError, match=r"expected a \.cls"):
         _listed(tmp_path, tmp_path)
     write_tar(tmp_path / "train-0.tar", {"a.jpg": b"", "a.cls": b"dog"})
     with pytest.raises(DataError, match="holds no class number: b'dog'"):
