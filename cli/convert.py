@@ -25,7 +25,8 @@ app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_
 
 _SOURCES = (
     "'digits'; a folder of CLASS/*.jpg or train|val|test/CLASS/*.jpg; ImageNet's downloaded tars; Parquet; a saved "
-    "Hugging Face data set; WebDataset tars; CIFAR's archive; tiny-imagenet-200, Food-101, CUB, Places365, Kaggle's ILSVRC"
+    "Hugging Face data set; WebDataset tars; CIFAR's archive; tiny-imagenet-200, Food-101, CUB, Places365, Kaggle's "
+    "ILSVRC"
 )
 
 

@@ -1,3 +1,3 @@
-"""What pss-convert can read. `listing` recognises a source; each other module lists one kind of it as samples: byte
+"""What pss-convert can read. `listing` asks every reader what it would make of a source; samples are byte
 ranges with a name and a label.
 """

@@ -33,7 +33,8 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
     for split, tar in (("train", train_tar), ("val", val_tar)):
         if tar and (twice := folders.get(split)):
             raise DataError(
-                f"{tree.root} holds the {split} split twice, {tar} and the folder {twice[0]}/, of which one is to be left out with --ignore"
+                f"{tree.root} holds the {split} split twice, {tar} and the folder {twice[0]}/, of which one is to be "
+                "left out with --ignore"
             )
     if "test" in folders:
         unused["test images"] = layout.below(folders["test"][0])

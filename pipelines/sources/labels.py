@@ -58,7 +58,7 @@ def find(
         names: what the files call the images, where that is not the last part of their name.
 
     Raises:
-        DataError: a file labels some of them only, or several disagree, or labels are numbers whose meaning is not known.
+        DataError: a file labels some of them only, or several disagree, or labels are numbers of an unknown meaning.
     """
     last = [PurePosixPath(name).name for name in images] if names is None else list(names)
     if (devkit := _devkit_labels(tree, last)) is not None:

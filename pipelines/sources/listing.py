@@ -43,8 +43,8 @@ _READS = {
     "use_test": ("folders", "parquet", "arrow", "webdataset"),
 }
 _UNPACK = {
-    ".zip": "unzip", ".7z": "7z x", ".rar": "unrar x", ".tgz": "gunzip", ".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz",
-    ".zst": "unzstd", ".lz4": "unlz4",
+    ".zip": "unzip", ".7z": "7z x", ".rar": "unrar x", ".tgz": "gunzip", ".gz": "gunzip", ".bz2": "bunzip2",
+    ".xz": "unxz", ".zst": "unzstd", ".lz4": "unlz4",
 }  # fmt: skip
 _NOT_DATA = "no images or labels"
 _NAMED = 100  # of each rule, in the manifest

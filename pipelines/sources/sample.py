@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pipelines.base import DataError
 from pipelines.sources.tree import some
-
-if TYPE_CHECKING:
-    from pipelines.sources.spool import Spool
 
 MAX_ENCODED = 256 << 20
 """Bytes of the largest encoded image that is read."""
@@ -68,6 +65,14 @@ class Choice:
     """Whether some of the training images become validation images."""
 
 
+class Store(Protocol):
+    """Keeps images that do not lie in their files as they are: see `pipelines.sources.spool`."""
+
+    def fill(self, split: str, images: Iterable[tuple[str, int, bytes]], expected_bytes: int = 0) -> list[Sample]:
+        """Write the (name, label, encoded image) of `images` once."""
+        ...
+
+
 @dataclass(frozen=True)
 class Listing:
     """All samples of a source, in an order that depends on its content alone."""
@@ -93,7 +98,7 @@ class Claim:
     """Where each split lies."""
     labels: str
     """Where the labels come from, in words."""
-    read: Callable[[Spool], dict[str, Sequence[Sample]]]
+    read: Callable[[Store], dict[str, Sequence[Sample]]]
     """The samples of every split, in the order of `splits`."""
     taken: dict[str, Sequence[str]] = field(default_factory=dict)
     """By folder: the names of the files that hold the samples, images themselves or archives and tables of them."""

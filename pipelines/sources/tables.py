@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING, Any
 from pipelines.base import DataError, in_words
 from pipelines.sources.features import ClassNames, named_by, saved_files, saved_splits
 from pipelines.sources.names import WORDS, by_split, check_parts
-from pipelines.sources.sample import MAX_ENCODED, UNSPLIT, Choice, Claim, Sample, check_class_names, number_classes
+from pipelines.sources.sample import (
+    MAX_ENCODED,
+    UNSPLIT,
+    Choice,
+    Claim,
+    Sample,
+    Store,
+    check_class_names,
+    number_classes,
+)
 from pipelines.sources.tree import Tree, shown, some
 
 if TYPE_CHECKING:
     import pyarrow
-
-    from pipelines.sources.spool import Spool
 
 _IMAGES = ("image", "img", "jpg", "png", "picture", "photo", "pixel_values")
 _LABELS = ("label", "labels", "class", "cls", "target", "category", "fine_label")
@@ -121,7 +128,7 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
         folder, _, last = name.rpartition("/")
         taken.setdefault(folder, []).append(last)
 
-    def read(spool: Spool) -> dict[str, Sequence[Sample]]:
+    def read(spool: Store) -> dict[str, Sequence[Sample]]:
         return {split: _spooled(tree, own, image, labels[split], spool, split) for split, own in splits.items()}
 
     return Claim(
@@ -223,7 +230,7 @@ def _labels(tree: Tree, files: _Files, label: str) -> list[Any]:
 
 
 def _spooled(
-    tree: Tree, files: _Files, image: str, labels: Sequence[int], spool: Spool, split: str
+    tree: Tree, files: _Files, image: str, labels: Sequence[int], spool: Store, split: str
 ) -> Sequence[Sample]:
     size = sum(tree.path(name).stat().st_size for name in files.names)
     return spool.fill(split, _images(tree, files, image, labels, size), size)
@@ -244,7 +251,8 @@ def _images(
                     total += len(encoded)
                     if total > _MAX_GROWTH * size + _FREE_GROWTH:
                         raise DataError(
-                            f"{what}: {total >> 20} MiB of images come out of {size >> 20} MiB of files, which no images "
+                            f"{what}: {total >> 20} MiB of images come out of {size >> 20} MiB of files, which no "
+                            "images "
                             "do; download them again"
                         )
                     yield what, labels[at], encoded

@@ -190,24 +190,31 @@ class _Walk:
 
     def conclude(self) -> None:
         """Raise `DataError` for what was found to be wrong."""
-        for kind, told in _PROBLEMS.items():
-            if names := self.problems.get(kind):
-                raise DataError(told.format(names=some(names)))
+        found = {kind: some(names) for kind, names in self.problems.items()}
+        if names := found.get("dangling"):
+            raise DataError(
+                f"{names}: a link to what is not there; mount its disk, mend it, or leave it out with --ignore"
+            )
+        if names := found.get("circle"):
+            raise DataError(f"{names}: a link that goes in circles; remove it, or leave it out with --ignore")
+        if names := found.get("special"):
+            raise DataError(
+                f"{names}: no plain file (a pipe, socket or device); remove it, or leave it out with --ignore"
+            )
+        if names := found.get("outside"):
+            raise DataError(
+                f"{names}: a link that leads out of the source; --follow-links reads what it points to, --ignore leaves "
+                "it out"
+            )
+        if names := found.get("utf-8"):
+            raise DataError(f"{names}: a name that is not UTF-8; rename it (convmv can), or leave it out with --ignore")
+        if names := found.get("forms"):
+            raise DataError(
+                f"{names}: two names that differ in their Unicode form alone; rename one of them, or leave it out with "
+                "--ignore"
+            )
         if unused := [pattern for pattern in self.ignore if pattern not in self.used]:
             raise DataError(f"--ignore {unused[0]} fits nothing in {self.tree.root}; mend the pattern or leave it out")
-
-
-_PROBLEMS = {
-    "dangling": "{names}: a link to what is not there; mount its disk, mend it, or leave it out with --ignore",
-    "circle": "{names}: a link that goes in circles; remove it, or leave it out with --ignore",
-    "special": "{names}: no plain file (a pipe, socket or device); remove it, or leave it out with --ignore",
-    "outside": "{names}: a link that leads out of the source; --follow-links reads what it points to, --ignore leaves "
-    "it out",
-    "utf-8": "{names}: a name that is not UTF-8; rename it (convmv can), or leave it out with --ignore",
-    "forms": "{names}: two names that differ in their Unicode form alone; rename one of them, or leave it out with "
-    "--ignore",
-}
-"""By kind, in the order in which they are told."""
 
 
 def _undecodable(name: str) -> bool:

@@ -236,6 +236,4 @@ def _label(path: Any, member: Member, key: str | None) -> int:
 
 
 def _number(text: str) -> int:
-    if not re.fullmatch(rf"-?[0-9]{{1,{_MAX_DIGITS}}}", text):
-        raise ValueError(f"{text[:20]!r} is no class number")
-    return int(text)
+    return int(text if re.fullmatch(rf"-?[0-9]{{1,{_MAX_DIGITS}}}", text) else "no class number")
