@@ -17,7 +17,7 @@ from cli import errors
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from pipelines.conversion.convert import Options
+    from pipelines.conversion.options import Options
     from pipelines.storage.manifest import Manifest
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -71,6 +71,9 @@ def convert(
     shard_size: Annotated[int, typer.Option(help="images per tar")] = 2000,
     seed: Annotated[int, typer.Option(help="of the shuffle and of the held-out choice")] = 0,
     engine: Annotated[str, typer.Option(help="processes, or ray: the nodes of a Ray cluster")] = "processes",
+    patience: Annotated[
+        float, typer.Option(help="seconds without a finished image after which the work is taken to be stuck")
+    ] = 60.0,
     part: Annotated[str | None, typer.Option(help="i/n: do one of n shares; the last one merges")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="drop an unfinished conversion to DEST")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="finish SOURCE, a folder begun with --part")] = False,
@@ -83,6 +86,7 @@ def convert(
     """
     from pipelines.conversion import convert as conversion
     from pipelines.conversion import verify as verification
+    from pipelines.conversion.options import PROFILES, Options
 
     signal.signal(signal.SIGTERM, _terminate)
     jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
@@ -90,7 +94,7 @@ def convert(
         raise ValueError("--full is for --verify; add it, or leave --full out")
     if verify:
         with _Display("files") as display:
-            manifest = verification.verify(Path(source), jobs, display, full=full)
+            manifest = verification.verify(Path(source), jobs, display, full=full, patience=patience)
         how = "every sample and checksum" if full else "sizes, tables and a sample of the images; --full checks all"
         print(f"{source}: {len(manifest.files)} files are as they were written ({how})")
         return
@@ -104,10 +108,10 @@ def convert(
         raise ValueError("--inspect writes nothing; leave DEST and --format out")
     if not inspect and (dest is None or not format):
         raise ValueError("give a folder to write and --format dali, ffcv or ffcv,dali")
-    if profile is not None and (profile not in conversion.PROFILES or max_size is not None):
-        raise ValueError(f"--profile is {profile!r}; use {', '.join(conversion.PROFILES)}, and no --max-size with it")
-    size, store = (500 if max_size is None else max_size, "jpg") if profile is None else conversion.PROFILES[profile]
-    options = conversion.Options(
+    if profile is not None and (profile not in PROFILES or max_size is not None):
+        raise ValueError(f"--profile is {profile!r}; use {', '.join(PROFILES)}, and no --max-size with it")
+    size, store = (500 if max_size is None else max_size, "jpg") if profile is None else PROFILES[profile]
+    options = Options(
         formats=("dali",) if inspect else tuple(dict.fromkeys(format.split(","))),  # type: ignore[arg-type]  # checked there
         source_format=source_format,
         images=images,
@@ -127,6 +131,7 @@ def convert(
         seed=seed,
         jobs=jobs,
         engine=engine,  # type: ignore[arg-type]
+        patience=patience,
         part=_part(part),
         restart=restart,
     )

@@ -21,7 +21,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from pipelines.conversion.convert import Options, convert
+from pipelines.conversion.convert import convert
+from pipelines.conversion.options import Options
 from pipelines.storage.manifest import Manifest
 from pss.inference import timing
 

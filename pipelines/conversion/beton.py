@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import DataError
+from pipelines.conversion.processes import beat
 from pipelines.conversion.scan import ImageFile, decode_rgb
 from pipelines.conversion.shards import write_file
 from pipelines.conversion.work import Finished, load_finished
@@ -69,13 +70,15 @@ def encode_piece(piece: Piece) -> Finished:
             file.write(payload)
             height, width = pixels.shape[:2]
             rows[i] = (0, len(payload), RAW if raw else JPEG, width, height, zlib.crc32(payload))
+            beat()
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(data)
     return Finished(rows)
 
 
-def _opencv() -> Any:
+def opencv() -> Any:
+    """The module; `DataError` where it is missing."""
     try:
         import cv2
     except ImportError as error:
@@ -84,15 +87,18 @@ def _opencv() -> Any:
     return cv2
 
 
+def too_narrow(image: ImageFile, max_size: int) -> bool:
+    """Whether nothing would be left of its shorter side."""
+    return min(image.height, image.width) * max_size < max(image.height, image.width)
+
+
 def _scaled(image: ImageFile, max_size: int) -> NDArray[np.uint8]:
     height, width = image.height, image.width
-    if min(height, width) * max_size < max(height, width):
-        raise DataError(f"{image.sample.name}: it is too narrow to be scaled down to {max_size} pixels")
     pixels = decode_rgb(image.read())
     ratio = max_size / max(height, width)
     if ratio >= 1:
         return pixels
-    cv2 = _opencv()
+    cv2 = opencv()
     # float64 first, as FFCV has it: the products decide which way a size is cut
     size = (ratio * np.array([width, height])).astype(int).tolist()
     scaled: NDArray[np.uint8] = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
@@ -100,7 +106,7 @@ def _scaled(image: ImageFile, max_size: int) -> NDArray[np.uint8]:
 
 
 def _jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
-    cv2 = _opencv()
+    cv2 = opencv()
     _, encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     content: bytes = encoded.tobytes()
     return content

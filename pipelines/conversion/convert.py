@@ -2,141 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import io
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from pipelines.base import DataError
-from pipelines.conversion.beton import BetonFile, Piece, Store, encode_piece, plan_raw
-from pipelines.conversion.engines import Engine, map_tasks
+from pipelines.base import DataError, in_words
+from pipelines.conversion.beton import BetonFile, Piece, encode_piece, opencv, plan_raw, too_narrow
+from pipelines.conversion.engines import map_tasks
 from pipelines.conversion.jpeg_warnings import turbojpeg_found
-from pipelines.conversion.processes import Progress, WorkerLost
+from pipelines.conversion.options import DIGITS_VAL_FRACTION, Options
+from pipelines.conversion.processes import Kept, Progress
+from pipelines.conversion.ray_tasks import need_ray
 from pipelines.conversion.scan import ImageFile, Unreadable, check_chunk, checked_images
 from pipelines.conversion.shards import Shard, plan_shards, write_file, write_shard
 from pipelines.conversion.splits import SHUFFLE, check_splits, divide, permuted
-from pipelines.conversion.verify import LISTED, check_samples, listed
+from pipelines.conversion.verify import LISTED, check_samples, hashed, listed
 from pipelines.conversion.work import Busy, Crew, Finished, Workplace, chunks_of, write_whole
-from pipelines.sources.listing import DIGITS, FORMATS, Choice, Inspected, Listing, Sample, Spool, inspect
+from pipelines.sources.listing import DIGITS, Inspected, Listing, Sample, Spool
 from pipelines.storage.beton import stored_path
-from pipelines.storage.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split, hash_file
-
-DIGITS_VAL_FRACTION = 0.2
-
-Format = Literal["ffcv", "dali"]
-
-PROFILES: Mapping[str, tuple[int, Store]] = {
-    "jpg500": (500, "jpg"),
-    "jpg400": (400, "jpg"),
-    "mix500": (500, "mix"),
-    "raw400": (400, "raw"),
-    "raw256": (256, "raw"),
-}
-"""FFCV: longest side in pixels, and whether images are stored as JPEG, as pixels, or half of them each way."""
-
-_HOW = ("jobs", "engine", "part", "restart")
-"""Options that say how the work is done; the result does not depend on them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a conversion can be told."""
-
-    formats: tuple[Format, ...]
-    """`dali`: tars with the original bytes, for DALI and torch. `ffcv`: .beton files, and tars for validation."""
-    source_format: str | None = None
-    """The only reader that is asked, a name of `FORMATS`; all are if None."""
-    images: str | None = None
-    """Which column or which member of a sample is the image; of folders, a pattern of further files that are images."""
-    label: str | None = None
-    """Which column or entry is the label."""
-    ignore: tuple[str, ...] = ()
-    """Patterns of files and folders that are left out."""
-    follow_links: bool = False
-    """Whether links may lead out of the source."""
-    class_order: str | None = None
-    """Of class folders: `name`, `number`, or a text file with a class per line."""
-    class_level: int | None = None
-    """Of class folders: how many folders below the split the class is, from 1."""
-    use_test: bool = False
-    """Whether test images are the validation split though there are others."""
-    split: str | None = None
-    """Of a source that names no split: the one all images belong to."""
-    val_fraction: float | None = None
-    """Share of every class held out for validation, where the source has no validation split."""
-    max_size: int = 500
-    """FFCV: longest side in pixels; larger images are scaled down."""
-    quality: int = 90
-    """FFCV: JPEG quality."""
-    store: Store = "jpg"
-    """FFCV: images as JPEG, as pixels (`raw`), or a random half of them each way (`mix`)."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """What an unreadable image means. One that decodes with a warning of the JPEG library is kept in any case and
-    listed under `warned` in the manifest: real collections hold such images, most of them without a visible flaw."""
-    shard_size: int = 2000
-    """Images per tar."""
-    seed: int = 0
-    """Of the one shuffle the training split gets, and of the choice of held-out images."""
-    jobs: int = 1
-    """Processes."""
-    engine: Engine = "processes"
-    """`processes` of this machine, or tasks of a `ray` cluster."""
-    part: tuple[int, int] | None = None
-    """(i, n): do the i-th of n shares of the work, from 1, in a folder that all n can reach."""
-    restart: bool = False
-    """Drop what an interrupted conversion to the same destination has left."""
-
-    def __post_init__(self) -> None:
-        if not self.formats or not set(self.formats) <= {"ffcv", "dali"}:
-            raise ValueError(f"--format is {','.join(self.formats)!r}; use ffcv, dali or ffcv,dali")
-        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            raise ValueError(f"--val-fraction is {self.val_fraction}; it must lie between 0 and 1")
-        for name, allowed in (("on_error", ("fail", "skip")), ("engine", ("processes", "ray"))):
-            if getattr(self, name) not in allowed:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} is {getattr(self, name)!r}; use {' or '.join(allowed)}")
-        if not 16 <= self.max_size <= 16384:
-            raise ValueError(f"--max-size is {self.max_size}; it must lie in 16 ... 16384 pixels")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality is {self.quality}; it must lie in 1 ... 100")
-        if self.source_format not in (None, *FORMATS):
-            raise ValueError(f"--source-format is {self.source_format!r}; use {', '.join(FORMATS)}")
-        if self.class_level is not None and not 1 <= self.class_level <= 32:
-            raise ValueError(f"--class-level is {self.class_level}; it must lie in 1 ... 32")
-        if self.use_test and self.val_fraction is not None:
-            raise ValueError("--use-test and --val-fraction both say where validation comes from; leave one out")
-        for name, least, most in (("jobs", 1, 4096), ("shard_size", 1, 10**9), ("seed", 0, (1 << 63) - 1)):
-            if not least <= (value := getattr(self, name)) <= most:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie in {least} ... {most}")
-        if self.part is not None:
-            if not 1 <= self.part[0] <= self.part[1]:
-                raise ValueError(f"--part is {self.part[0]}/{self.part[1]}; use 1/n to n/n")
-            if self.restart:
-                raise ValueError("--restart would drop the work of the other parts; leave --part or --restart out")
-
-    def inspect(self, source: str) -> Inspected:
-        """What there is in a source, as these options have it; `DataError` if it cannot be used."""
-        choice = Choice(
-            self.source_format,
-            self.images,
-            self.label,
-            self.class_order,
-            self.class_level,
-            self.use_test,
-            one_split=self.split is not None,
-            held_out=self.val_fraction is not None,
-        )
-        return inspect(source, choice, self.ignore, self.follow_links)
-
-    def purpose(self) -> dict[str, Any]:
-        """The options that the result depends on."""
-        return {name: value for name, value in asdict(self).items() if name not in _HOW}
+from pipelines.storage.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split
 
 
 def convert(
@@ -149,20 +42,31 @@ def convert(
     """Convert `source`, the word "digits", a file or a folder, to the new folder `dest`.
 
     Everything is written beside `dest` and renamed at the end. Raises `DataError` or `ValueError`, with nothing left
-    behind, for what is wrong with source and options. Any other way out, Ctrl-C included, keeps what is finished: the
-    same call continues it. None: the share of `options.part` is done, but others are not. `tell` hears sentences.
+    behind, for what is wrong with source and options. Any other way out, Ctrl-C and `Kept` included, keeps what is
+    finished: the same call continues it. None: the share of `options.part` is done, but others are not. `tell` hears
+    sentences.
     """
-    if dest.exists():
-        raise DataError(f"{dest} already exists; remove it or choose another name")
+    if os.path.lexists(dest):
+        link = ", as a link to what is not there" if not dest.exists() else ""
+        raise DataError(f"{dest} already exists{link}; remove it or choose another name")
+    if "ffcv" in options.formats:
+        opencv()
+    if options.engine == "ray":
+        need_ray()
     source = source if source == DIGITS else str(Path(source).resolve())
     purpose = {"source": source, **options.purpose()}
     place = Workplace(dest, purpose, restart=options.restart, shared=options.part is not None)
     if place.continued and options.part is None:
         tell(f"continuing the unfinished conversion to {dest}")
+    if not place.locked:
+        tell(f"{dest.parent} lies on a file system without locks: see to it that nothing else writes {dest}")
+    kept = f"what is finished is kept; the same command continues, and --restart drops it ({place.folder})"
     try:
         manifest = _Conversion(place, source, options, progress, tell).run()
-    except (Busy, WorkerLost):
+    except Kept as error:
         place.leave()
+        if not isinstance(error, Busy):
+            tell(kept)
         raise
     except ValueError:
         if options.part is None:
@@ -172,10 +76,19 @@ def convert(
         place.leave()
         if options.part is not None and isinstance(error, FileNotFoundError) and dest.exists():
             return None  # the last part has cleared up
-        tell(f"what is finished is kept; the same command continues, and --restart drops it ({place.folder})")
+        tell(kept)
+        if isinstance(error, OSError) and error.errno in _DISK:
+            at = error.filename if isinstance(error.filename, str) else place.folder.parent
+            raise Kept(
+                f"{at} cannot be written ({in_words(error)}); mend that, and the same command continues"
+            ) from error
         raise
     place.leave()
     return manifest
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a disk says when it cannot be written to any more."""
 
 
 def merge(dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None]) -> Manifest:
@@ -191,6 +104,9 @@ def merge(dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None]
     return manifest
 
 
+_BESIDE = 3000  # bytes in a tar besides an image: headers, label, number
+
+
 class _Conversion:
     """One run of a conversion in its workplace."""
 
@@ -198,7 +114,7 @@ class _Conversion:
         self, place: Workplace, source: str, options: Options, progress: Progress, tell: Callable[[str], None]
     ) -> None:
         self.place, self.source, self.options, self.progress, self.tell = place, source, options, progress, tell
-        self.crew = Crew(place.work, options.jobs, options.engine, options.part)
+        self.crew = Crew(place.work, options.jobs, options.engine, options.part, options.patience)
 
     def run(self) -> Manifest | None:
         if self.source == DIGITS and self.options.split is not None:
@@ -213,6 +129,7 @@ class _Conversion:
         self._compare_listing(listing)
         samples = divide(listing, self.source, self.options.split, fraction, self.options.seed)
         images, skipped = self._check(samples, listing.classes)
+        self._check_room(images)
         if "train" in images:
             images["train"] = permuted(images["train"], self.options.seed, SHUFFLE)
         for split, members in images.items():
@@ -225,6 +142,19 @@ class _Conversion:
             return None
         with self.place.merging() as ours:
             return self._merge(listing.classes, images, tars, skipped) if ours else None
+
+    def _check_room(self, images: Mapping[str, Sequence[ImageFile]]) -> None:
+        """Raise `Kept` where the tars will not fit on the disk. How large FFCV's JPEG files become is not known."""
+        tars = [members for split, members in images.items() if "dali" in self.options.formats or split == "val"]
+        needed = sum(image.size + _BESIDE for members in tars for image in members)
+        there = sum(path.stat().st_size for path in self.place.set.iterdir())
+        free = shutil.disk_usage(self.place.folder).free
+        if needed > free + there:
+            raise Kept(
+                f"{self.place.folder.parent} has {free >> 20:,} MiB left, and the result needs "
+                f"{needed - there >> 20:,} MiB "
+                "at least; make room, and the same command continues, or choose another disk with --restart"
+            )
 
     @property
     def _ffcv(self) -> bool:
@@ -260,8 +190,10 @@ class _Conversion:
             images[split] = []
             for chunk, finished in zip(chunks, results, strict=True):
                 good, bad = checked_images(chunk, finished)
-                images[split].extend(good)
-                unreadable.extend(bad)
+                narrow = [image for image in good if self._ffcv and too_narrow(image, self.options.max_size)]
+                why = f"too narrow to be scaled down to {self.options.max_size} pixels for FFCV"
+                unreadable.extend([*bad, *(Unreadable(image.sample.name, why) for image in narrow)])
+                images[split].extend(image for image in good if image not in narrow)
             if self.options.on_error == "skip":
                 left = {image.sample.label for image in images[split]}
                 if empty := [name for label, name in enumerate(classes) if label not in left]:
@@ -272,7 +204,7 @@ class _Conversion:
             names = "; ".join(f"{bad.name}: {bad.reason}" for bad in unreadable[:LISTED])
             more = f"; and {len(unreadable) - LISTED} more" if len(unreadable) > LISTED else ""
             raise DataError(
-                f"{len(unreadable)} image(s) cannot be read ({names}{more}); repair or remove them, "
+                f"{len(unreadable)} image(s) cannot be used ({names}{more}); repair or remove them, "
                 "or leave them out with --on-error skip"
             )
         return images, unreadable
@@ -352,11 +284,19 @@ class _Conversion:
                 beton=f"{split}.beton" if self._ffcv else None,
             )
         options = self.options
-        problems = check_samples(folder, splits, options.jobs, self.progress, options.max_size, engine=options.engine)
+        problems = check_samples(
+            folder,
+            splits,
+            options.jobs,
+            self.progress,
+            options.max_size,
+            engine=options.engine,
+            patience=options.patience,
+        )
         if problems:
             raise DataError(f"{listed(problems)} cannot be read back as written; check the disk of {folder}")
         betons = [folder / entry.beton for entry in splits.values() if entry.beton]
-        hashes = map_tasks(hash_file, betons, self.options.jobs, lambda _: None)
+        hashes = map_tasks(hashed, betons, options.jobs, lambda _: None, patience=options.patience)
         files.update({path.name: entry for path, entry in zip(betons, hashes, strict=True)})
         manifest = Manifest(
             classes=classes,

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Protocol, TypeVar
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
+
+PATIENCE = 60.0
+"""Seconds in which something must be done, unless somebody says otherwise."""
+
+_LOOK_SECONDS = 0.2
+_LONGEST_FOLDER = 60  # bytes; a socket's name has at most 107, and multiprocessing adds 30
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -27,35 +37,112 @@ class Progress(Protocol):
         """So many more are done."""
 
 
-class WorkerLost(DataError):
-    """A process died under its work. What the others finished is good."""
+class Kept(DataError):
+    """An end after which what is finished stays, so that the same command continues."""
+
+
+class WorkerLost(Kept):
+    """A process died under its work, or stopped answering. What the others finished is good."""
 
 
 def map_processes(
-    function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int, on_result: Callable[[Result], None]
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    jobs: int,
+    on_result: Callable[[Result], None],
+    patience: float = PATIENCE,
 ) -> list[Result]:
     """`[function(task) for task in tasks]`, `jobs` at a time; `on_result` hears of each as it is done.
 
     The processes come from a fork server: forked from here, they could inherit a lock that some thread holds. It has
-    imported what they use, once for all of them.
+    imported what they use, once for all of them. Whatever ends this, none of them is left.
+
+    Raises:
+        WorkerLost: one was killed, or in `patience` seconds none has called `beat`.
+        DataError: the system has no place for what processes share.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "pipelines.conversion.convert"])
-    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_prepare_worker)
+    _make_room_for_sockets()
+    heard, beats = context.Pipe(duplex=False)
+    try:
+        pool = ProcessPoolExecutor(
+            min(jobs, len(tasks)), mp_context=context, initializer=_prepare_worker, initargs=(beats,)
+        )
+    except OSError as error:
+        raise DataError(
+            f"/dev/shm, where processes keep the locks that they share, cannot be used ({in_words(error)}); make room "
+            "there, or mount it (containers have --shm-size)"
+        ) from error
     try:
         futures = [pool.submit(function, task) for task in tasks]
-        for future in as_completed(futures):
-            on_result(future.result())
+        waiting, last = set(futures), time.monotonic()
+        while waiting:
+            done, waiting = wait(waiting, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                on_result(future.result())
+            if done or _drained(heard):
+                last = time.monotonic()
+            elif time.monotonic() - last > patience:
+                raise WorkerLost(
+                    f"nothing has been done for {patience:g} s: a disk or a process of pss-convert does not answer; "
+                    "the "
+                    "same command continues, and --patience SECONDS waits longer"
+                )
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
         raise WorkerLost(
             "a process of pss-convert was killed, perhaps for want of memory; the same command continues"
         ) from error
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.kill()  # one that is stopped, or waits for a disk, would not hear anything else
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+        heard.close()
+        beats.close()
 
 
-def _prepare_worker() -> None:
+def beat() -> None:
+    """Say that this process gets on: to be called for every image that is done, and while a long file is read."""
+    if _beats is not None:
+        with suppress(OSError):  # a full pipe has not been looked at yet, and says the same
+            os.write(_beats.fileno(), b".")
+
+
+_beats: Connection | None = None
+
+
+def _drained(heard: Connection) -> bool:
+    """Whether some process has called `beat` since the last time."""
+    found = False
+    while heard.poll():
+        found = bool(os.read(heard.fileno(), 1 << 16)) or found
+    return found
+
+
+def _make_room_for_sockets() -> None:
+    """Have multiprocessing keep its socket in a folder whose name is short enough, whatever TMPDIR says."""
+    if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_FOLDER:
+        return
+    for folder in ("/tmp", "/var/tmp", "/dev/shm"):  # mkdtemp makes a private one in it
+        if os.access(folder, os.W_OK | os.X_OK):
+            before, tempfile.tempdir = tempfile.tempdir, folder
+            try:
+                multiprocessing.util.get_temp_dir()  # which it keeps from now on
+            finally:
+                tempfile.tempdir = before
+            return
+    raise DataError(
+        f"TMPDIR has {len(tempfile.gettempdir())} characters, too many for a socket in it; set a shorter one"
+    )
+
+
+def _prepare_worker(beats: Connection) -> None:
+    global _beats
+    os.set_blocking(beats.fileno(), False)
+    _beats = beats
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone reacts
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 

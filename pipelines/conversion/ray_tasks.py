@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipelines.base import DataError
 from pipelines.conversion.processes import WorkerLost
@@ -22,10 +22,7 @@ def map_ray(
 
     Joins the cluster that RAY_ADDRESS or Ray's own settings name, and starts one on this machine where there is none.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise DataError("--engine ray needs Ray; install the ray extra or leave --engine out") from error
+    ray = need_ray()
     if not ray.is_initialized():
         # Workers on other nodes import this program from the same place as here.
         here = Path(__file__).resolve().parents[2]
@@ -47,6 +44,15 @@ def map_ray(
     finally:
         for reference in waiting:
             ray.cancel(reference)
+
+
+def need_ray() -> Any:
+    """The module; `DataError` where it is missing."""
+    try:
+        import ray
+    except ImportError as error:
+        raise DataError("--engine ray needs Ray; install the ray extra or leave --engine out") from error
+    return ray
 
 
 def _call(function: Callable[[Task], Result], task: Task) -> Result:

@@ -12,15 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.base import DataError, in_words
+from pipelines.base import in_words
 from pipelines.conversion.jpeg_warnings import jpeg_warning
+from pipelines.conversion.processes import Kept, beat
 from pipelines.conversion.work import Finished
 from pipelines.sources.sample import Sample
 
 # What torchvision, Pillow and DALI all decode to the same colours. MPO is a JPEG with more pictures behind it.
 _KEPT = {"JPEG": ("L", "RGB", "CMYK"), "MPO": ("L", "RGB", "CMYK"), "PNG": ("L", "RGB")}
 
-CHECKED = np.dtype([("height", "<i4"), ("width", "<i4"), ("crc32", "<u4"), ("transcode", "?"), ("good", "?")])
+CHECKED = np.dtype(
+    [("height", "<i4"), ("width", "<i4"), ("crc32", "<u4"), ("bytes", "<i8"), ("transcode", "?"), ("good", "?")]
+)
 
 
 @dataclass(frozen=True, slots=True)  # there are a million of them
@@ -31,6 +34,8 @@ class ImageFile:
     height: int
     width: int
     crc32: int
+    size: int
+    """Of the encoded image."""
     transcode: bool
     """No loader reads this format: store it as PNG."""
     warning: str | None = None
@@ -42,8 +47,17 @@ class ImageFile:
             encoded = self.sample.read()
         except FileNotFoundError:
             encoded = b""
+        except OSError as error:
+            raise Kept(
+                f"{self.sample.name} could be read before and cannot now ({in_words(error)}); mend that, and the same "
+                "command continues"
+            ) from error
         if zlib.crc32(encoded) != self.crc32:
-            raise DataError(f"{self.sample.name} changed while it was being converted; convert again when it rests")
+            raise Kept(
+                f"{self.sample.name} changed while it was being converted; restore it, and the same command continues, "
+                "or "
+                "begin again with --restart"
+            )
         return encoded
 
 
@@ -61,8 +75,9 @@ def check_chunk(samples: Sequence[Sample]) -> Finished:
     reasons, warned = {}, {}
     for i, sample in enumerate(samples):
         image = check_image(sample)
+        beat()
         if isinstance(image, ImageFile):
-            rows[i] = (image.height, image.width, image.crc32, image.transcode, True)
+            rows[i] = (image.height, image.width, image.crc32, image.size, image.transcode, True)
             if image.warning:
                 warned[str(i)] = image.warning
         else:
@@ -74,8 +89,8 @@ def checked_images(samples: Sequence[Sample], finished: Finished) -> tuple[list[
     """What `check_chunk` found out about `samples`."""
     warned = finished.notes["warned"]
     images = [
-        ImageFile(sample, height, width, crc32, transcode, warned.get(str(i)))
-        for i, (sample, (height, width, crc32, transcode, good)) in enumerate(
+        ImageFile(sample, height, width, crc32, size, transcode, warned.get(str(i)))
+        for i, (sample, (height, width, crc32, size, transcode, good)) in enumerate(
             zip(samples, finished.rows.tolist(), strict=True)
         )
         if good
@@ -97,7 +112,9 @@ def check_image(sample: Sample) -> ImageFile | Unreadable:
                     return Unreadable(sample.name, "its 32-bit pixels have no known range")
                 kept = image.mode in _KEPT.get(image.format or "", ())
                 warning = jpeg_warning(encoded) if image.format in ("JPEG", "MPO") else None
-                return ImageFile(sample, image.height, image.width, zlib.crc32(encoded), not kept, warning)
+                return ImageFile(
+                    sample, image.height, image.width, zlib.crc32(encoded), len(encoded), not kept, warning
+                )
     except UnidentifiedImageError:
         return Unreadable(sample.name, "not an image" if encoded else "empty file")
     except FileNotFoundError:

@@ -20,6 +20,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from pipelines.conversion.processes import beat
 from pipelines.conversion.scan import ImageFile, decode_rgb
 from pipelines.conversion.work import Finished
 from pipelines.storage.manifest import SAMPLE, FileEntry
@@ -73,6 +74,7 @@ def write_shard(shard: Shard) -> Finished:
                         label, image.height, image.width, shard.number, offset, len(content), zlib.crc32(content)
                     )  # fmt: skip
             lines.append(" ".join(located))
+            beat()
         out.write(bytes(2 * BLOCK))  # end of archive
         out.sync()
     unfinished.replace(tar)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import zlib
@@ -13,20 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
 from pipelines.conversion.engines import Engine, map_tasks
-from pipelines.conversion.processes import Progress
+from pipelines.conversion.processes import PATIENCE, Progress, beat
 from pipelines.conversion.shards import BLOCK, member_header
 from pipelines.storage.beton import RAW, damaged_frame, stored_path
-from pipelines.storage.manifest import FileEntry, Manifest, Split, hash_file, read_manifest
+from pipelines.storage.manifest import FileEntry, Manifest, Split, read_manifest
 
 LISTED = 10  # damaged files or samples named in a message
 _SAMPLED = 64  # of each file format of a split, in a quick verification
 _CHUNK = 256  # samples per task
 _LARGE = (".tar", ".beton")
+_READ = 16 << 20  # bytes at a time
 
 
-def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False) -> Manifest:
+def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False, patience: float = PATIENCE) -> Manifest:
     """Compare a converted data set with its manifest; `DataError` names the files and samples that differ.
 
     Quickly: all sizes, everything but the images themselves, and 64 random samples of each split and format. With
@@ -34,10 +36,11 @@ def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False) -> 
     """
     manifest, _ = read_manifest(root)
     names = sorted(manifest.files)
-    hashed = [name for name in names if full or not name.endswith(_LARGE)]
-    progress.start("verifying files", len(hashed))
-    entries = map_tasks(_entry, [root / name for name in hashed], jobs, lambda _: progress.advance(1))
-    found = dict(zip(hashed, entries, strict=True))
+    checked = [name for name in names if full or not name.endswith(_LARGE)]
+    progress.start("verifying files", len(checked))
+    paths = [root / name for name in checked]
+    entries = map_tasks(_entry, paths, jobs, lambda _: progress.advance(1), patience=patience)
+    found = dict(zip(checked, entries, strict=True))
     bad = [
         name for name in names if found.get(name, _same_size(root / name, manifest.files[name])) != manifest.files[name]
     ]
@@ -47,7 +50,8 @@ def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False) -> 
         if entry.table not in bad and (entry.beton is None or f"{entry.beton}.npy" not in bad)
     }
     max_size = manifest.made["options"]["max_size"]
-    problems = check_samples(root, tables_good, jobs, progress, max_size, sampled=None if full else _SAMPLED)
+    sampled = None if full else _SAMPLED
+    problems = check_samples(root, tables_good, jobs, progress, max_size, sampled=sampled, patience=patience)
     if bad or problems:
         named = {problem.split(",")[0] for problem in problems}
         which = listed([*problems, *(name for name in bad if name not in named)])
@@ -70,6 +74,7 @@ def check_samples(
     *,
     sampled: int | None = None,
     engine: Engine = "processes",
+    patience: float = PATIENCE,
 ) -> list[str]:
     """What is wrong with the samples in the tars and .beton files, by file and number.
 
@@ -92,7 +97,8 @@ def check_samples(
                 problems.append(f"{split.beton}, {problem}")
             tasks.extend(_Task(root, split, chunk, True) for chunk in chunks)
     progress.start("verifying samples", sum(len(task.index) for task in tasks))
-    for _, found in map_tasks(_check_chunk, tasks, jobs, lambda result: progress.advance(result[0]), engine):
+    results = map_tasks(_check_chunk, tasks, jobs, lambda result: progress.advance(result[0]), engine, patience)
+    for _, found in results:
         problems.extend(found)
     return problems
 
@@ -107,16 +113,35 @@ class _Task:
 
 def _entry(path: Path) -> FileEntry | None:
     try:
-        return hash_file(path)
-    except OSError:
+        return hashed(path)
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({in_words(error)}); change who may read it, or mend the disk"
+        ) from error
+
+
+def hashed(path: Path) -> FileEntry:
+    """Size and sha256 of a file, however long it takes to read."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while content := file.read(_READ):
+            digest.update(content)
+            size += len(content)
+            beat()
+    return FileEntry(size, digest.hexdigest())
 
 
 def _same_size(path: Path, expected: FileEntry) -> FileEntry | None:
     try:
         return expected if path.stat().st_size == expected.bytes else None
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({in_words(error)}); change who may read it, or mend the disk"
+        ) from error
 
 
 def _check_chunk(task: _Task) -> tuple[int, list[str]]:
@@ -176,6 +201,12 @@ def _read(path: Path, offset: int, length: int) -> bytes:
     try:
         with path.open("rb") as file:
             file.seek(offset)
-            return file.read(length)
-    except OSError:
-        return b""
+            content = file.read(length)
+    except FileNotFoundError:
+        content = b""
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({in_words(error)}); change who may read it, or mend the disk"
+        ) from error
+    beat()
+    return content

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -23,13 +22,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.base import DataError
 from pipelines.conversion.engines import Engine, map_tasks
+from pipelines.conversion.processes import Kept
+from pipelines.storage.locks import NoLocks, lock
 
 Task = TypeVar("Task")
 
 
-class Busy(DataError):
+class Busy(Kept):
     """Another conversion is at work here: nothing of it may be touched."""
 
 
@@ -51,8 +51,18 @@ class Workplace:
         self._made = [parent for parent in dest.parents if not parent.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
+        self.locked = True
+        """False where the file system has no locks; nothing then keeps two conversions apart."""
         try:
-            fcntl.flock(self._lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            lock(self._lock, shared=shared, wait=False)
+        except NoLocks as error:
+            self.locked = False
+            if shared:
+                self._lock.close()
+                raise Busy(
+                    f"{dest.parent} lies on a file system without locks, which --part needs; write to another one, or "
+                    "leave --part out"
+                ) from error
         except OSError as error:
             self._lock.close()
             raise Busy(f"another pss-convert is writing {dest}; wait for it, or end it") from error
@@ -68,6 +78,9 @@ class Workplace:
             write_whole(journal, json.dumps(purpose, indent=1).encode())
         self.set.mkdir(exist_ok=True)
         self.work.mkdir(exist_ok=True)
+        if not shared:
+            for left in self.work.glob("*.unfinished"):  # by processes that were killed
+                left.unlink(missing_ok=True)
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         differing = [
@@ -105,9 +118,11 @@ class Workplace:
     @contextlib.contextmanager
     def merging(self) -> Any:
         """Yields whether this process may merge: the first that asks."""
-        with (self.folder / "merge-lock").open("w") as lock:
+        with (self.folder / "merge-lock").open("w") as file:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, wait=False)
+            except NoLocks:
+                pass  # and no other part, which needs them
             except OSError:
                 yield False
                 return
@@ -122,6 +137,7 @@ class Crew:
     jobs: int
     engine: Engine
     part: tuple[int, int] | None
+    patience: float
 
     def run(
         self,
@@ -146,7 +162,7 @@ class Crew:
             progress(len(load_finished(paths[k]).rows))
         for share in shares:
             todo = [(tasks[k], str(paths[k])) for k in share if not paths[k].exists()]
-            map_tasks(partial(_run_piece, function), todo, self.jobs, progress, self.engine)
+            map_tasks(partial(_run_piece, function), todo, self.jobs, progress, self.engine, self.patience)
 
     def paths(self, phase: str, num_tasks: int) -> list[Path]:
         """Where the results of a phase are, or will be."""

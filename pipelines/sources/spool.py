@@ -5,15 +5,16 @@ Training images are written in shuffled order, so every one of them must be with
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from pipelines.base import DataError
 from pipelines.sources.sample import Sample
+from pipelines.storage.locks import NoLocks, lock
 
 
 class Spool:
@@ -25,8 +26,9 @@ class Spool:
     def fill(self, split: str, images: Iterable[tuple[str, int, bytes]], expected_bytes: int = 0) -> list[Sample]:
         """Write the (name, label, encoded image) of `images`, or find that it has been done."""
         data, index = self.folder / f"spool-{split}", self.folder / f"spool-{split}.json"
-        with (self.folder / f"spool-{split}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another part of the same conversion may be at it
+        with (self.folder / f"spool-{split}.lock").open("w") as file:
+            with suppress(NoLocks):  # then there are no other parts of the same conversion that may be at it
+                lock(file)
             if not index.exists():
                 self._write(data, index, images, expected_bytes)
         rows = json.loads(index.read_text())

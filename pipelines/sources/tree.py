@@ -203,7 +203,8 @@ class _Walk:
             )
         if names := found.get("outside"):
             raise DataError(
-                f"{names}: a link that leads out of the source; --follow-links reads what it points to, --ignore leaves "
+                f"{names}: a link that leads out of the source; --follow-links reads what it points to, --ignore "
+                "leaves "
                 "it out"
             )
         if names := found.get("utf-8"):

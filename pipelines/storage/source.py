@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import mmap
 import os
-import resource
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,6 +30,7 @@ from pipelines.storage.manifest import (
     in_label_order,
     read_manifest,
 )
+from pipelines.storage.mapping import map_file, will_need
 from pipelines.storage.reading import DiskWaits, Readers
 from pipelines.storage.unlocked import differing, differing_at, fetch_at
 from pipelines.storage.unreadable import UNREADABLE, has_stray_marker, unreadable
@@ -139,12 +138,10 @@ class TarSource(ConvertedTable):
             )
         for shard in self.entry.shards:
             self.check_size(shard)
-        _allow_open_files(len(self.entry.shards))
         self._shard, self._offset, self._length, self._crc32 = (
             np.ascontiguousarray(self._rows[name]) for name in ("shard", "offset", "length", "crc32")
         )
         self._mapping = threading.Lock()
-        self._maps: dict[int, mmap.mmap] = {}
         self._tars = [np.zeros(0, np.uint8)] * len(self.entry.shards)  # their bytes, once they are mapped
         self._tar_bytes = np.zeros(len(self.entry.shards), dtype=np.int64)  # 0: not mapped yet
         self._tar_address = np.zeros(len(self.entry.shards), dtype=np.int64)
@@ -162,9 +159,8 @@ class TarSource(ConvertedTable):
     def read_many(self, index: NDArray[np.int64]) -> list[Bytes]:
         shards, first, length = self._located(index)
         if self._waiting():  # let the system fetch the whole batch while its first images are decoded
-            pages = first - first % mmap.PAGESIZE
-            for shard, begin, end in zip(shards.tolist(), pages.tolist(), (first + length).tolist(), strict=True):
-                self._maps[shard].madvise(mmap.MADV_WILLNEED, begin, end - begin)
+            for shard, begin, end in zip(shards.tolist(), first.tolist(), (first + length).tolist(), strict=True):
+                will_need(self._tars[shard][begin:end])
         tars = self._tars
         bounds = zip(shards.tolist(), first.tolist(), (first + length).tolist(), strict=True)
         encoded = [tars[shard][begin:end] for shard, begin, end in bounds]
@@ -209,10 +205,8 @@ class TarSource(ConvertedTable):
         with self._mapping:  # a tar has one address
             if self._tar_bytes[shard]:
                 return
-            with (self.root / self.entry.shards[shard]).open("rb") as file:
-                mapped = self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._tars[shard] = np.frombuffer(mapped, dtype=np.uint8)
-            self._tar_address[shard] = self._tars[shard].ctypes.data
+            mapped = self._tars[shard] = map_file(self.root / self.entry.shards[shard])
+            self._tar_address[shard] = mapped.ctypes.data
             self._tar_bytes[shard] = len(mapped)  # last: other threads look here
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -336,11 +330,3 @@ def _split_entry(manifest: Manifest, root: Path, split: str) -> Split:
     if split not in manifest.splits:
         raise DataError(f"{root} has no {split} split, only {', '.join(manifest.splits)}")
     return manifest.splits[split]
-
-
-def _allow_open_files(more: int) -> None:
-    """Every mapped tar holds a file descriptor; ImageNet has about 650 of them and the usual limit is 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = more + 1024 if hard == resource.RLIM_INFINITY else min(more + 1024, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -44,7 +44,7 @@ from pipelines import Batch, DataConfig, DataError, build, open_dataset
 from pipelines.augment import Mixing, MixingConfig
 from pipelines.augment.device import DeviceTransform
 from pipelines.base import GpuDecoding
-from pipelines.conversion.convert import PROFILES
+from pipelines.conversion.options import PROFILES
 from pipelines.storage.manifest import MANIFEST
 from pipelines.storage.source import Source, open_source
 from tools.benchmarks.augment import SPEC, keep_a_bit

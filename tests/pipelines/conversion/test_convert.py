@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipelines.base import DataError
 from pipelines.conversion import convert as conversion
-from pipelines.conversion.convert import Options
+from pipelines.conversion.options import Options
 from pipelines.storage.manifest import SAMPLE, read_manifest
 from pipelines.storage.source import TarSource
 

@@ -21,7 +21,7 @@ from conftest import Silent, convert_folder, missing, write_folder
 
 from pipelines.base import DataError
 from pipelines.conversion import convert as conversion
-from pipelines.conversion.convert import Options
+from pipelines.conversion.options import Options
 from pipelines.conversion.processes import map_processes
 
 ROOT = Path(__file__).parents[3]

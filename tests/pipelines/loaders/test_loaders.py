@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 
 from pipelines import Batch, DataConfig, DataError, Loader, build, choose_backend, open_dataset
 from pipelines.base import Progressive
-from pipelines.conversion.convert import PROFILES
+from pipelines.conversion.options import PROFILES
 from pipelines.loaders.prefetch import Inputs
 from pipelines.storage.beton import JPEG, RAW
 from pipelines.storage.manifest import read_manifest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import resource
 import shutil
 import threading
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from pipelines.base import DataError
 from pipelines.storage import source as sources
 from pipelines.storage import unlocked
+from pipelines.storage.mapping import map_file, will_need
 from pipelines.storage.reading import _BATCHES_AFTER_A_WAIT, DiskWaits, Readers
 from pipelines.storage.source import TarSource
 
@@ -130,12 +130,11 @@ def test_a_tar_has_one_address(converted_root: Path, monkeypatch: pytest.MonkeyP
     """Also if several threads come to it first: what one of them was told must stay mapped."""
     source, together, mapped = TarSource(converted_root, "train"), threading.Barrier(4), []
 
-    class Slow(mmap.mmap):
-        def __new__(cls, *arguments: Any, **options: Any) -> Any:
-            mapped.append(threading.current_thread())
-            return super().__new__(cls, *arguments, **options)
+    def slow(path: Path) -> NDArray[np.uint8]:
+        mapped.append(threading.current_thread())
+        return map_file(path)
 
-    monkeypatch.setattr(sources.mmap, "mmap", Slow)  # type: ignore[attr-defined]
+    monkeypatch.setattr(sources, "map_file", slow)
 
     def read() -> None:
         together.wait(20)
@@ -173,22 +172,19 @@ def test_pages_are_asked_for_while_they_come_from_a_disk(
     source, index, asked = TarSource(converted_root, "train"), np.array([5, 40, 12]), []
     faults = Faults(monkeypatch)
 
-    class Mapped(mmap.mmap):
-        def madvise(self, advice: int, start: int = 0, length: int = 0) -> None:
-            assert advice == mmap.MADV_WILLNEED
-            asked.append((start, length))
-            super().madvise(advice, start, length)
+    def need(content: NDArray[np.uint8]) -> None:
+        asked.append((content.ctypes.data, len(content)))
+        will_need(content)
 
     def fetch(address: NDArray[np.int64], length: NDArray[np.int64]) -> None:
         asked.extend(zip(address.tolist(), length.tolist(), strict=True))
         unlocked.fetch_at(address, length)
 
-    monkeypatch.setattr(sources.mmap, "mmap", Mapped)  # type: ignore[attr-defined]
+    monkeypatch.setattr(sources, "will_need", need)
     monkeypatch.setattr(sources, "fetch_at", fetch)
     read(source, index)
-    begin, length = source.locate(index) if read is addresses else (source._offset[index], source._length[index])
-    before = 0 if read is addresses else begin % mmap.PAGESIZE  # which compiled code does by itself
-    assert asked[:3] == list(zip((begin - before).tolist(), (length + before).tolist(), strict=True))
+    begin, length = source.locate(index)
+    assert asked[:3] == list(zip(begin.tolist(), length.tolist(), strict=True))
     del asked[3:]
     for _ in range(2 * _BATCHES_AFTER_A_WAIT):
         read(source, index)
@@ -200,3 +196,29 @@ def test_pages_are_asked_for_while_they_come_from_a_disk(
     read(source, index)
     assert len(asked) == 3
     source.close()
+
+
+def test_mapped_files_hold_no_descriptor_and_go_with_their_last_view(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 64)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    maps = [map_file(tmp_path / "file") for _ in range(200)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path / "file"))
+
+    assert mapped() == 200
+    part = maps[7][100:105]
+    assert part.tolist() == [100, 101, 102, 103, 104]
+    assert not part.flags.writeable
+    del maps
+    assert mapped() == 1
+    assert part.tolist() == [100, 101, 102, 103, 104]
+    del part
+    assert mapped() == 0
+
+
+@pytest.mark.parametrize("name", ["nothing", ""])
+def test_what_cannot_be_mapped_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"{tmp_path / name} cannot be read \("):
+        map_file(tmp_path / name)
