@@ -419,7 +419,7 @@ def run(column: str, sets: Path, every: int) -> dict[str, str]:
     return seen
 
 
-def _one_by_one(function: Any, tasks: Any, jobs: int, on_result: Any) -> list[Any]:
+def _one_by_one(function: Any, tasks: Any, jobs: int, on_result: Any, patience: float = 0) -> list[Any]:
     results = [function(task) for task in tasks]
     for result in results:
         on_result(result)

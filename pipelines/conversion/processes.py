@@ -135,7 +135,8 @@ def _make_room_for_sockets() -> None:
                 tempfile.tempdir = before
             return
     raise DataError(
-        f"TMPDIR has {len(tempfile.gettempdir())} characters, too many for a socket in it; set a shorter one"
+        f"the folder that TMPDIR names has a path of {len(tempfile.gettempdir())} characters, too long for a socket in "
+        "it; set TMPDIR to a shorter one"
     )
 
 

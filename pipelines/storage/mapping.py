@@ -27,17 +27,14 @@ def map_file(path: Path) -> NDArray[np.uint8]:
     """
     library = _library()
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            length = os.fstat(descriptor).st_size
-            address = library.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-            if address == _FAILED:
-                number = ctypes.get_errno()
-                raise OSError(number, os.strerror(number))
-        finally:
-            os.close(descriptor)
+        with path.open("rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            address = library.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({in_words(error)}); restore it, or change who may read it") from error
+    if address == _FAILED:
+        why = os.strerror(ctypes.get_errno()).lower()
+        raise DataError(f"{path} cannot be read into memory ({why}); restore it, or lower the use of memory")
     content = (ctypes.c_ubyte * length).from_address(address)
     weakref.finalize(content, library.munmap, address, length).atexit = False
     found: NDArray[np.uint8] = np.frombuffer(memoryview(content), dtype=np.uint8)

@@ -121,7 +121,7 @@ def test_an_image_that_cannot_be_scaled_is_named(tmp_path: Path) -> None:
     result = run(tmp_path / "src", tmp_path / "set", "--format", "ffcv", "--max-size", "64", "--split", "train")
     assert result.returncode == 2
     message = result.stderr.splitlines()[-1]
-    assert "strip.jpg: it is too narrow" in message
+    assert "strip.jpg: too narrow" in message
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
