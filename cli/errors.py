@@ -97,5 +97,6 @@ def _end(told: str, code: int) -> NoReturn:
     with suppress(OSError):
         flush()
     with suppress(OSError):  # whoever would read it is gone, and the exit code still says it
-        print(f"error: {' '.join(told.split())}", file=sys.stderr)
+        told = " ".join(told.split())  # one line, whatever is in the names of files
+        print(f"error: {''.join(one if one.isprintable() else ascii(one)[1:-1] for one in told)}", file=sys.stderr)
     sys.exit(code)

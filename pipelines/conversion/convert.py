@@ -6,7 +6,6 @@ import errno
 import hashlib
 import importlib.metadata
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from pipelines.conversion.verify import LISTED, check_samples, hashed, listed
 from pipelines.conversion.work import Busy, Crew, Finished, Workplace, chunks_of, write_whole
 from pipelines.sources.listing import DIGITS, Inspected, Listing, Sample, Spool
 from pipelines.storage.beton import stored_path
+from pipelines.storage.json_files import read_json
 from pipelines.storage.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split
 
 
@@ -96,8 +96,12 @@ def merge(dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None]
     journal = dest.with_name(f".{dest.name}.partial") / "journal.json"
     if not journal.exists():
         raise DataError(f"there is no unfinished conversion to {dest}; start one with --part")
-    purpose = json.loads(journal.read_text())
-    source = purpose.pop("source")
+    purpose = read_json(journal, dict[str, Any], remedy="begin again with --restart")
+    source = purpose.pop("source", "")
+    if unknown := set(purpose) ^ set(Options(formats=("dali",)).purpose()):
+        raise DataError(
+            f"{journal} is of another version of pss or damaged ({min(unknown)}); begin again with --restart"
+        )
     options = Options(**{**purpose, **{name: tuple(purpose[name]) for name in ("formats", "ignore")}}, jobs=jobs)
     manifest = convert(source, dest, options, progress, tell)
     assert manifest is not None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pipelines.conversion.jpeg_warnings import jpeg_warning
 from pipelines.conversion.processes import Kept, beat
 from pipelines.conversion.work import Finished
 from pipelines.sources.sample import Sample
+from pipelines.storage.images import open_image
 
 # What torchvision, Pillow and DALI all decode to the same colours. MPO is a JPEG with more pictures behind it.
 _KEPT = {"JPEG": ("L", "RGB", "CMYK"), "MPO": ("L", "RGB", "CMYK"), "PNG": ("L", "RGB")}
@@ -104,19 +103,15 @@ def check_image(sample: Sample) -> ImageFile | Unreadable:
     encoded = b""
     try:
         encoded = sample.read()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(encoded)) as image:
-                image.load()
-                if image.mode in ("I", "F"):
-                    return Unreadable(sample.name, "its 32-bit pixels have no known range")
-                kept = image.mode in _KEPT.get(image.format or "", ())
-                warning = jpeg_warning(encoded) if image.format in ("JPEG", "MPO") else None
-                return ImageFile(
-                    sample, image.height, image.width, zlib.crc32(encoded), len(encoded), not kept, warning
-                )
+        with open_image(encoded) as image:
+            image.load()
+            if image.mode in ("I", "F"):
+                return Unreadable(sample.name, "its 32-bit pixels have no known range")
+            kept = image.mode in _KEPT.get(image.format or "", ())
+            warning = jpeg_warning(encoded) if image.format in ("JPEG", "MPO") else None
+            return ImageFile(sample, image.height, image.width, zlib.crc32(encoded), len(encoded), not kept, warning)
     except UnidentifiedImageError:
-        return Unreadable(sample.name, "not an image" if encoded else "empty file")
+        return Unreadable(sample.name, "not an image of a kind that is read" if encoded else "empty file")
     except FileNotFoundError:
         return Unreadable(sample.name, "the file is missing")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -127,7 +122,7 @@ def check_image(sample: Sample) -> ImageFile | Unreadable:
 
 def decode_rgb(encoded: bytes) -> NDArray[np.uint8]:
     """The pixels, (height, width, 3)."""
-    with Image.open(io.BytesIO(encoded)) as picture:
+    with open_image(encoded) as picture:
         if picture.mode.startswith("I;16"):  # Pillow would cut everything above 255
             gray = (np.asarray(picture) >> 8).astype(np.uint8)
             return np.repeat(gray[:, :, None], 3, axis=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.base import DataError, in_words
 from pipelines.conversion.engines import Engine, map_tasks
 from pipelines.conversion.processes import PATIENCE, Progress, beat
 from pipelines.conversion.shards import BLOCK, member_header
 from pipelines.storage.beton import RAW, damaged_frame, stored_path
+from pipelines.storage.images import open_image
 from pipelines.storage.manifest import FileEntry, Manifest, Split, read_manifest
+from pipelines.storage.unreadable import UNREADABLE
 
 LISTED = 10  # damaged files or samples named in a message
 _SAMPLED = 64  # of each file format of a split, in a quick verification
@@ -190,10 +190,10 @@ def _decodes(path: Path, row: np.void) -> bool:
     if row["mode"] == RAW:
         return len(payload) == 3 * size[0] * size[1]
     try:
-        with Image.open(io.BytesIO(payload)) as image:
+        with open_image(payload) as image:
             image.load()
             return (image.size, image.mode) == (size, "RGB")
-    except (OSError, SyntaxError, ValueError):
+    except UNREADABLE:
         return False
 
 

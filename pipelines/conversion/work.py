@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from pipelines.conversion.engines import Engine, map_tasks
 from pipelines.conversion.processes import Kept
+from pipelines.storage.json_files import read_json
 from pipelines.storage.locks import NoLocks, lock
 
 Task = TypeVar("Task")
@@ -73,7 +74,9 @@ class Workplace:
             journal.unlink(missing_ok=True)
         self.continued = journal.exists()
         if self.continued:
-            self._compare(json.loads(journal.read_text()), json.loads(json.dumps(purpose)))
+            self._compare(
+                read_json(journal, dict[str, Any], remedy="begin again with --restart"), json.loads(json.dumps(purpose))
+            )
         else:
             write_whole(journal, json.dumps(purpose, indent=1).encode())
         self.set.mkdir(exist_ok=True)

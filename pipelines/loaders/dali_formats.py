@@ -7,17 +7,16 @@ is listed here, by the first bytes of a file, and all else is decoded as the tor
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.base import DataError, choose_loader
 from pipelines.loaders.dali_memory import AddressReader
 from pipelines.loaders.torch_loader import decode
+from pipelines.storage.images import open_image
 from pipelines.storage.reading import Readers
 from pipelines.storage.source import Bytes, Source, TarSource
 from pipelines.storage.unreadable import UNREADABLE, unreadable
@@ -117,7 +116,7 @@ def undecodable(source: Source, samples: NDArray[np.int64], error: RuntimeError)
     for i in samples.tolist():
         encoded = source.read(i)
         try:
-            with Image.open(io.BytesIO(encoded.data)) as image:
+            with open_image(encoded.data) as image:
                 image.load()
         except UNREADABLE as reason:
             return unreadable(source.name(i), len(encoded), reason)

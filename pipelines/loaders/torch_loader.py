@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Generator
 from functools import partial
@@ -22,6 +21,7 @@ from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
 from pipelines.loaders.resize import crop_and_resize, resize_and_crop
 from pipelines.loaders.threads import FilledBatch, LatestThreads, Threads
+from pipelines.storage.images import open_image
 from pipelines.storage.source import Bytes, Source
 from pipelines.storage.unreadable import UNREADABLE, unreadable
 
@@ -54,7 +54,7 @@ def _decode_jpeg(encoded: Bytes) -> Tensor | None:
 def _decode_other(encoded: Bytes, name: str) -> Tensor:
     """Pillow's decoder."""
     try:
-        with Image.open(io.BytesIO(encoded.data)) as image:
+        with open_image(encoded.data) as image:
             deep = image.mode.startswith("I;16")  # Pillow's conversion would clip it instead of scaling it
             shallow = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image
             return torch.from_numpy(np.array(shallow.convert("RGB"))).permute(2, 0, 1)

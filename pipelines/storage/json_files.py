@@ -1,30 +1,61 @@
-"""temporary"""
+"""JSON that others may have written: bounded in size, and checked as a whole before anything of it is used."""
 
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+MAX_BYTES = 256 << 20
+"""Of a file; the manifest of ten thousand tars has two million."""
+
+
+def read_json(path: Path, kind: Any, *, remedy: str) -> Any:
+    """The content of a file, if it is of `kind`, a type that pydantic knows; further keys are let be.
+
+    Raises:
+        DataError: it cannot be read, is too large, or is not of that kind; `remedy` says what to do then.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path} has more than {MAX_BYTES >> 20} MiB, too many for what it should be; {remedy}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({in_words(error)}); {remedy}") from error
+    return parse_json(content, kind, f"{path}", remedy=remedy)
 
 
 def parse_json(content: bytes, kind: Any, what: str, *, remedy: str) -> Any:
-    import pydantic
-
+    """`content` as JSON, if it is of `kind`; `DataError` as `read_json`, of `what`."""
     try:
         raw = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} is damaged; {remedy}") from error
+    except RecursionError as error:
+        raise DataError(f"{what} is damaged (nested too deeply); {remedy}") from error
+    except ValueError as error:
+        raise DataError(f"{what} is damaged ({in_words(error)}); {remedy}") from error
+    return checked(raw, kind, what, remedy=remedy)
+
+
+def checked(raw: Any, kind: Any, what: str, *, remedy: str) -> Any:
+    """`raw`, if it is of `kind`; `DataError` as `read_json`, of `what`."""
+    from pydantic import ValidationError
+
     try:
-        return pydantic.TypeAdapter(
-            pydantic.with_config(pydantic.ConfigDict(extra="allow", strict=True))(kind)
-        ).validate_python(raw)
-    except pydantic.ValidationError as error:
+        return _adapter(kind).validate_python(raw)
+    except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"])) or "it"
         raise DataError(f"{what} is damaged ({where}: {problem['msg'].lower()}); {remedy}") from None
 
 
-def read_json(path: Path, kind: Any, *, remedy: str) -> Any:
-    return parse_json(path.read_bytes(), kind, str(path), remedy=remedy)
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    import pydantic
+
+    return pydantic.TypeAdapter(pydantic.with_config(pydantic.ConfigDict(extra="allow", strict=True))(kind))

@@ -15,11 +15,17 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Le, Len
+from typing_extensions import TypedDict  # pydantic reads that of typing from Python 3.12 on only
 
-from pipelines.base import DataError, in_words
+from pipelines.base import DataError
+from pipelines.storage.json_files import checked, read_json
+
+_Count = Annotated[int, Ge(0), Le(1 << 48)]
+_Name = Annotated[str, Len(1, 255)]
 
 FORMAT = "pss-dataset"
 FORMAT_VERSION = 2
@@ -115,19 +121,18 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
     path = root / MANIFEST
     if not path.exists():
         raise DataError(f"{root} holds no {MANIFEST}; convert it with pss-convert first")
-    try:
-        text = path.read_bytes()
-        content = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({in_words(error)}); convert the data set again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_json(path, dict[str, Any], remedy="convert the data set again")
+    if content.get("format") != FORMAT:
         raise DataError(f"{path} was not written by pss-convert; point at a converted data set")
     if (version := content.get("format_version")) != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}; convert the data set again"
+            f"{path} has format version {str(version)[:20]}, this program reads {FORMAT_VERSION}; convert the data set "
+            "again"
         )
     if content.pop("sha256", None) != _digest(content):
         raise DataError(f"{path} is not as it was written; copy it again or convert anew")
+    checked(content, _Content, f"{path}", remedy="copy it again or convert anew")
+    _check_agreement(content, path)
     manifest = Manifest(
         classes=tuple(content["classes"]),
         splits={
@@ -147,4 +152,39 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         warned=tuple(content["warned"]),
         account=content.get("account", {}),
     )
-    return manifest, hashlib.sha256(text).hexdigest()
+    return manifest, hash_file(path).sha256
+
+
+class _Part(TypedDict):
+    num_samples: _Count
+    per_class: list[_Count]
+    table: _Name
+    shards: list[_Name]
+    beton: _Name | None
+
+
+class _File(TypedDict):
+    bytes: _Count
+    sha256: str
+
+
+class _Content(TypedDict):
+    classes: list[str]
+    splits: dict[Literal["train", "val"], _Part]
+    files: dict[_Name, _File]
+    made: dict[str, Any]
+    skipped: list[dict[str, str]]
+    transcoded: list[str]
+    warned: list[dict[str, str]]
+
+
+def _check_agreement(content: Mapping[str, Any], path: Path) -> None:
+    """Raise `DataError` unless what the parts of a manifest say of each other is so."""
+    if paths := [one for one in content["files"] if one in (".", "..") or "/" in one or "\0" in one]:
+        raise DataError(f"{path} lists {paths[0]!r}, which is no file in its folder; copy it again or convert anew")
+    for name, split in content["splits"].items():
+        named = [split["table"], *split["shards"], *([split["beton"]] if split["beton"] else [])]
+        if missing := [one for one in named if one not in content["files"]]:
+            raise DataError(f"{path} says nothing of {missing[0]!r}, a file of its {name} split; copy it again")
+        if len(split["per_class"]) != len(content["classes"]) or sum(split["per_class"]) != split["num_samples"]:
+            raise DataError(f"{path} counts other samples in the {name} split than in its classes; copy it again")

@@ -7,7 +7,6 @@ other processes: what they keep open is opened again there.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -17,9 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.base import DataError, choose_loader, in_words
+from pipelines.storage.images import open_image
 from pipelines.storage.manifest import (
     MANIFEST,
     SPLIT_ALIASES,
@@ -101,8 +100,12 @@ class ConvertedTable:
         self.check_size(name)
         if hash_file(path) != self.manifest.files[name]:
             raise DataError(f"{path} is damaged or belongs to another data set; copy it again")
-        rows: NDArray[Any] = np.load(path, mmap_mode="r")
-        assert len(rows) == self.num_samples
+        try:
+            rows: NDArray[Any] = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError, OSError) as error:
+            raise DataError(f"{path} is no table ({in_words(error)}); copy it again") from error
+        if rows.shape != (self.num_samples,) or rows.dtype.names is None:
+            raise DataError(f"{path} is no table of {self.num_samples} samples; copy it again")
         return rows
 
     def check_size(self, name: str) -> None:
@@ -238,7 +241,8 @@ class FolderSource:
         self.names = [name for name, _ in files]
         self.labels = np.array([label for _, label in files], dtype=np.int64)
         self.num_samples = len(files)
-        self.fingerprint = hashlib.sha256("\n".join((*self.classes, "", *self.names)).encode()).hexdigest()
+        names = "\n".join((*self.classes, "", *self.names))
+        self.fingerprint = hashlib.sha256(os.fsencode(names)).hexdigest()  # as they are on the disk
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int32)  # filled as samples are first asked for
         self._readers = Readers(_READ_THREADS)
 
@@ -256,7 +260,7 @@ class FolderSource:
             raise DataError(f"{self.name(i)} cannot be read ({in_words(error)}); restore it or remove it") from error
         if not self._sizes[i, 0]:
             try:
-                with Image.open(io.BytesIO(encoded.data)) as image:
+                with open_image(encoded.data) as image:
                     if image.mode in ("I", "F"):
                         raise DataError(f"{self.name(i)} has 32-bit pixels, whose range is not known; remove it")
                     if image.format == "JPEG" and has_stray_marker(encoded.data):
@@ -319,11 +323,13 @@ def class_names(folder: Path) -> tuple[str, ...]:
 def image_files(folder: Path) -> Sequence[str]:
     """The image files of a class folder, sorted by name."""
     with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
-        )
+        found = [
+            entry for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
+        ]
+        for entry in found:
+            if not entry.is_file():  # to open a pipe would wait for ever
+                raise DataError(f"{entry.path} is no plain file, nor a link to one; remove it")
+        return sorted(entry.name for entry in found)
 
 
 def _split_entry(manifest: Manifest, root: Path, split: str) -> Split:

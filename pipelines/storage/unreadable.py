@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 
 from PIL import Image, UnidentifiedImageError
 
@@ -12,7 +14,10 @@ _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in pixel data; the others 
 _END, _SCAN = 0xD9, 0xDA
 _BETWEEN_SCANS = (0xC4, 0xCC, 0xDB, 0xDC, 0xDD, _SCAN, *range(0xE0, 0xF0), 0xFE)  # tables, sizes, comments
 
-UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, EOFError, OverflowError, MemoryError,
+    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
 """What Pillow raises for damaged files, by way of their format's parser."""
 
 

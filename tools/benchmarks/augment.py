@@ -19,7 +19,6 @@ pixels and everything as on a GPU but for the driver: neither the copies to pinn
 from __future__ import annotations
 
 import argparse
-import io
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +50,7 @@ from pipelines.augment import (
 from pipelines.augment import device as augment_device
 from pipelines.augment import mixing as augment_mixing
 from pipelines.augment.device import DeviceTransform
+from pipelines.storage.images import open_image
 from tools.benchmarks.fake_gpu import FakeGpu
 from tools.benchmarks.measure import Result, cells, conclude, in_turns, page, parser, spread, wait_for
 
@@ -96,7 +96,7 @@ def unpacked(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def photographs(archive: Path, num: int) -> list[Image.Image]:
-    pictures = (Image.open(io.BytesIO(content)).convert("RGB") for _, content in islice(unpacked(archive), num))
+    pictures = (open_image(content).convert("RGB") for _, content in islice(unpacked(archive), num))
     return [ImageOps.fit(picture, (SIDE, SIDE), Image.Resampling.BICUBIC) for picture in pictures]
 
 

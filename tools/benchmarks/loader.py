@@ -20,7 +20,6 @@ of its JPEG engines, several pipelines, and part of the images left to the CPU.
 """
 
 import argparse
-import io
 import subprocess
 import sys
 import tempfile
@@ -45,6 +44,7 @@ from pipelines.augment import Mixing, MixingConfig
 from pipelines.augment.device import DeviceTransform
 from pipelines.base import GpuDecoding
 from pipelines.conversion.options import PROFILES
+from pipelines.storage.images import open_image
 from pipelines.storage.manifest import MANIFEST
 from pipelines.storage.source import Source, open_source
 from tools.benchmarks.augment import SPEC, keep_a_bit
@@ -98,7 +98,7 @@ class Pictures(Dataset[Any]):
         return self.source.num_samples
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
-        with Image.open(io.BytesIO(self.source.read(i).tobytes())) as image:
+        with open_image(self.source.read(i).tobytes()) as image:
             return self.transform(image.convert("RGB")), int(self.source.labels[i])
 
 
