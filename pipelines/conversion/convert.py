@@ -15,6 +15,7 @@ import numpy as np
 
 from pipelines.base import DataError
 from pipelines.conversion.beton import BetonFile, Piece, Store, encode_piece, plan_raw
+from pipelines.conversion.companions import companion_files
 from pipelines.conversion.engines import Engine, map_tasks
 from pipelines.conversion.jpeg_warnings import turbojpeg_found
 from pipelines.conversion.processes import Progress, WorkerLost
@@ -25,7 +26,7 @@ from pipelines.conversion.verify import LISTED, check_samples, listed
 from pipelines.conversion.work import Busy, Crew, Finished, Workplace, chunks_of, write_whole
 from pipelines.sources.listing import DIGITS, Listing, Sample, Spool, list_source
 from pipelines.storage.beton import stored_path
-from pipelines.storage.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split, hash_file
+from pipelines.storage.manifest import FORMAT_VERSION, MANIFEST, SAMPLE, FileEntry, Manifest, Split, hash_file
 
 DIGITS_VAL_FRACTION = 0.2
 
@@ -242,12 +243,12 @@ class _Conversion:
         return plan_shards(self.place.set, self.place.work, split, images, self.options.shard_size)
 
     def _tar_results(self, split: str, images: Sequence[ImageFile]) -> list[Finished] | None:
-        return self.crew.results(f"tar-{split}", len(self._shards(split, images)))
+        return self.crew.results(_tar_phase(split), len(self._shards(split, images)))
 
     def _write_tars(self, split: str, images: Sequence[ImageFile]) -> None:
         if shards := self._shards(split, images):
             self.progress.start(f"writing {split} tars", len(images))
-            self.crew.run(f"tar-{split}", write_shard, shards, self.progress.advance)
+            self.crew.run(_tar_phase(split), write_shard, shards, self.progress.advance)
 
     def _write_beton(self, split: str, images: Sequence[ImageFile]) -> None:
         if not self._ffcv:
@@ -310,6 +311,9 @@ class _Conversion:
                 shards=tuple(name for shard in shards for name in shard.notes["files"] if name.endswith(".tar")),
                 beton=f"{split}.beton" if self._ffcv else None,
             )
+        lengths = {split: [len(shard.rows) for shard in shards or []] for split, shards in tars.items()}
+        for name, text in companion_files(classes, splits, lengths).items():
+            files[name] = write_file(folder / name, text)
         options = self.options
         problems = check_samples(folder, splits, options.jobs, self.progress, options.max_size, engine=options.engine)
         if problems:
@@ -339,6 +343,11 @@ class _Conversion:
         write_file(folder / MANIFEST, manifest.to_json().encode())
         self.place.finish()
         return manifest
+
+
+def _tar_phase(split: str) -> str:
+    """Tars that an older version of the program has begun differ in their members: none of them may be taken over."""
+    return f"tar-{FORMAT_VERSION}-{split}"
 
 
 def _rows_without_tars(images: Sequence[ImageFile]) -> Any:

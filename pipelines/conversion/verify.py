@@ -16,7 +16,7 @@ from PIL import Image
 from pipelines.base import DataError
 from pipelines.conversion.engines import Engine, map_tasks
 from pipelines.conversion.processes import Progress
-from pipelines.conversion.shards import BLOCK, member_header
+from pipelines.conversion.shards import BLOCK, member_header, members_behind
 from pipelines.storage.beton import RAW, damaged_frame, stored_path
 from pipelines.storage.manifest import FileEntry, Manifest, Split, hash_file, read_manifest
 
@@ -47,7 +47,15 @@ def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False) -> 
         if entry.table not in bad and (entry.beton is None or f"{entry.beton}.npy" not in bad)
     }
     max_size = manifest.made["options"]["max_size"]
-    problems = check_samples(root, tables_good, jobs, progress, max_size, sampled=None if full else _SAMPLED)
+    problems = check_samples(
+        root,
+        tables_good,
+        jobs,
+        progress,
+        max_size,
+        sampled=None if full else _SAMPLED,
+        decimal=manifest.format_version > 2,
+    )
     if bad or problems:
         named = {problem.split(",")[0] for problem in problems}
         which = listed([*problems, *(name for name in bad if name not in named)])
@@ -69,11 +77,12 @@ def check_samples(
     max_size: int,
     *,
     sampled: int | None = None,
+    decimal: bool = True,
     engine: Engine = "processes",
 ) -> list[str]:
     """What is wrong with the samples in the tars and .beton files, by file and number.
 
-    `max_size` is the option the .beton files were written with.
+    `max_size` is the option the .beton files were written with, `decimal` whether the tars have `.cls` members.
     """
     tasks: list[_Task] = []
     problems: list[str] = []
@@ -84,13 +93,13 @@ def check_samples(
             index = np.sort(np.random.default_rng(seed).choice(index, sampled, replace=False))
         chunks = [index[i : i + _CHUNK] for i in range(0, len(index), _CHUNK)]
         if split.shards:
-            tasks.extend(_Task(root, split, chunk, False) for chunk in chunks)
+            tasks.extend(_Task(root, split, chunk, False, decimal) for chunk in chunks)
         if split.beton is not None:
             labels = np.load(root / split.table, mmap_mode="r")["label"].astype(np.int64)
             rows = np.load(stored_path(root / split.beton))
             if problem := damaged_frame(root / split.beton, rows, labels, max_size):
                 problems.append(f"{split.beton}, {problem}")
-            tasks.extend(_Task(root, split, chunk, True) for chunk in chunks)
+            tasks.extend(_Task(root, split, chunk, True, decimal) for chunk in chunks)
     progress.start("verifying samples", sum(len(task.index) for task in tasks))
     for _, found in map_tasks(_check_chunk, tasks, jobs, lambda result: progress.advance(result[0]), engine):
         problems.extend(found)
@@ -103,6 +112,7 @@ class _Task:
     split: Split
     index: NDArray[np.int64]
     beton: bool
+    decimal: bool
 
 
 def _entry(path: Path) -> FileEntry | None:
@@ -132,11 +142,9 @@ def _damaged_in_tars(task: _Task) -> list[str]:
         row = rows[i]
         tar = task.split.shards[int(row["shard"])]
         offset, length = int(row["offset"]), int(row["length"])
-        label = np.array(row["label"], dtype="<i4").tobytes()
-        number = np.array(i, dtype="<i8").tobytes()
         behind = b"".join(
             member_header(f"{i:08d}.{name}", len(content)) + content + bytes(-len(content) % BLOCK)
-            for name, content in (("lab", label), ("sid", number))
+            for name, content in members_behind(int(row["label"]), i, decimal=task.decimal).items()
         )
         padding = bytes(-length % BLOCK)
         content = _read(task.root / tar, offset - BLOCK, BLOCK + length + len(padding) + len(behind))

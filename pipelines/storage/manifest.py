@@ -6,6 +6,7 @@ DEST/<split>-00000.tar     original bytes (a split has these, or a .beton file, 
 DEST/<split>-00000.idx     DALI's index of that tar, for its own reader
 DEST/train.beton           the FFCV file
 DEST/train.beton.npy       place and crc32 of each of its images
+DEST/_info.json, README.md, classes.txt   for other programs
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import numpy as np
 from pipelines.base import DataError, in_words
 
 FORMAT = "pss-dataset"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Version 2 has no `.cls` members in its tars, and nothing for other programs beside them; all else is the same."""
+_READ_VERSIONS = (2, 3)
 MANIFEST = "dataset.json"
 
 SAMPLE = np.dtype(
@@ -83,9 +86,10 @@ class Manifest:
     """Images stored as PNG because no loader reads their own format."""
     warned: tuple[Mapping[str, str], ...] = ()
     """Images that decode, but look damaged to the JPEG library: file and warning."""
+    format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        content = {"format": FORMAT, **asdict(self)}
         return json.dumps({**content, "sha256": _digest(content)}, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -112,9 +116,10 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         raise DataError(f"{path} cannot be read ({in_words(error)}); convert the data set again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path} was not written by pss-convert; point at a converted data set")
-    if (version := content.get("format_version")) != FORMAT_VERSION:
+    if (version := content.get("format_version")) not in _READ_VERSIONS:
         raise DataError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}; convert the data set again"
+            f"{path} has format version {version}, this program reads {' and '.join(map(str, _READ_VERSIONS))}; "
+            "convert the data set again, or use a newer pss"
         )
     if content.pop("sha256", None) != _digest(content):
         raise DataError(f"{path} is not as it was written; copy it again or convert anew")
@@ -135,5 +140,6 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         skipped=tuple(content["skipped"]),
         transcoded=tuple(content["transcoded"]),
         warned=tuple(content["warned"]),
+        format_version=version,
     )
     return manifest, hashlib.sha256(text).hexdigest()
