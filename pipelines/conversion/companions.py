@@ -59,7 +59,14 @@ def _readme(classes: Sequence[str], splits: Mapping[str, Split]) -> bytes:
     label: Any = "int64"
     if len(set(classes)) == len(classes):
         label = {"class_label": {"names": {str(number): name for number, name in enumerate(classes)}}}
-    features = {"jpg": "image", "cls": label, "lab": "binary", "sid": "binary", "__key__": "string", "__url__": "string"}
+    features = {
+        "jpg": "image",
+        "cls": label,
+        "lab": "binary",
+        "sid": "binary",
+        "__key__": "string",
+        "__url__": "string",
+    }
     front_matter = {
         "configs": [
             {

@@ -47,12 +47,14 @@ def write_images(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder that holds `my-set`, as in the snippets, and `raw-set`, whose .beton has pixels."""
+    """The folder that holds `my-set`, as in the snippets, its .beton with pixels, and `jpeg-set`, its .beton with JPEGs."""
 
     def make(folder: Path) -> None:
         write_images(folder / "source")
         formats = "dali" if missing("ffcv") else "ffcv,dali"
         convert_folder(folder / "source", folder / "my-set", formats, store="raw", max_size=SIDE)
+        if not missing("ffcv"):
+            convert_folder(folder / "source", folder / "jpeg-set", "ffcv", max_size=SIDE)
 
     with shared(tmp_path_factory, "interop", make) as folder:
         yield folder
@@ -105,7 +107,7 @@ def test_the_pixels_and_labels_are_those_of_the_originals(place: Path) -> None:
     assert len(originals) == 5 * len(CLASSES)
 
 
-@pytest.mark.filterwarnings("default")  # these are about the libraries' own insides
+@pytest.mark.filterwarnings("ignore")  # webdataset leaves tars open
 class TestOthers:
     def test_webdataset(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("webdataset", reason="webdataset is not installed")
@@ -176,19 +178,27 @@ def test_dalis_reader_finds_every_member(place: Path) -> None:
 
 
 @needs_ffcv
+@pytest.mark.exhaustive
 def test_ffcv(place: Path, tmp_path: Path) -> None:
     """In a process that has nothing of pss: pss changes what FFCV does."""
-    script = snippet("In the `.beton`") + "import numpy\nnumpy.savez('found.npz', images=images, labels=labels)\n"
-    (tmp_path / "my-set").symlink_to(place / "my-set")
+    code = snippet("In the `.beton`")
+    script = "import numpy\n" + "".join(
+        code.replace("my-set", name) + f"numpy.savez('{name}.npz', images=images, labels=labels)\n"
+        for name in ("my-set", "jpeg-set")
+    )
+    for name in ("my-set", "jpeg-set"):
+        (tmp_path / name).symlink_to(place / name)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
     )
     assert ended.returncode == 0, ended.stderr
-    found = np.load(tmp_path / "found.npz")
     images, labels = stored(place, "train")
-    assert found["labels"].tolist() == labels[:8]
-    assert np.array_equal(found["images"], np.stack(images[:8]))
+    raw, jpeg = np.load(tmp_path / "my-set.npz"), np.load(tmp_path / "jpeg-set.npz")
+    assert raw["labels"].tolist() == jpeg["labels"].tolist() == labels[:8]
+    assert np.array_equal(raw["images"], np.stack(images[:8]))
+    for found, image in zip(jpeg["images"], images, strict=False):
+        assert np.abs(found.astype(int) - image).mean() < 4
 
 
 def test_classes_that_share_a_name_stay_numbers_for_datasets() -> None:
