@@ -1,7 +1,8 @@
 """Write images with their original bytes into USTAR tars, each with DALI's index beside it.
 
 A sample is four members with the same key: `.jpg` the image, `.lab` its label (int32 little-endian) and `.sid` its
-number in the split (int64) for DALI, `.cls` the label in decimal for everyone else. Nothing in a tar depends on when or by whom it was written.
+number in the split (int64) for DALI, and `.cls` the label in decimal for everyone else. Nothing in a tar depends on
+when or by whom it was written.
 """
 
 from __future__ import annotations

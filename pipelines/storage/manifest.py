@@ -89,7 +89,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        content = {"format": FORMAT, **asdict(self)}
+        content = {"format": FORMAT, "format_version": self.format_version, **asdict(self)}
         return json.dumps({**content, "sha256": _digest(content)}, indent=1, ensure_ascii=False) + "\n"
 
 
