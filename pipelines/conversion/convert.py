@@ -16,6 +16,7 @@ import numpy as np
 
 from pipelines.base import DataError, in_words
 from pipelines.conversion.beton import BetonFile, Piece, encode_piece, opencv, plan_raw, too_narrow
+from pipelines.conversion.companions import companion_files
 from pipelines.conversion.engines import map_tasks
 from pipelines.conversion.jpeg_warnings import turbojpeg_found
 from pipelines.conversion.options import DIGITS_VAL_FRACTION, Options
@@ -29,7 +30,7 @@ from pipelines.conversion.work import Busy, Crew, Finished, Workplace, chunks_of
 from pipelines.sources.listing import DIGITS, Inspected, Listing, Sample, Spool
 from pipelines.storage.beton import stored_path
 from pipelines.storage.json_files import read_json
-from pipelines.storage.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split
+from pipelines.storage.manifest import FORMAT_VERSION, MANIFEST, SAMPLE, FileEntry, Manifest, Split
 
 
 def convert(
@@ -219,12 +220,12 @@ class _Conversion:
         return plan_shards(self.place.set, self.place.work, split, images, self.options.shard_size)
 
     def _tar_results(self, split: str, images: Sequence[ImageFile]) -> list[Finished] | None:
-        return self.crew.results(f"tar-{split}", len(self._shards(split, images)))
+        return self.crew.results(_tar_phase(split), len(self._shards(split, images)))
 
     def _write_tars(self, split: str, images: Sequence[ImageFile]) -> None:
         if shards := self._shards(split, images):
             self.progress.start(f"writing {split} tars", len(images))
-            self.crew.run(f"tar-{split}", write_shard, shards, self.progress.advance)
+            self.crew.run(_tar_phase(split), write_shard, shards, self.progress.advance)
 
     def _write_beton(self, split: str, images: Sequence[ImageFile]) -> None:
         if not self._ffcv:
@@ -287,6 +288,9 @@ class _Conversion:
                 shards=tuple(name for shard in shards for name in shard.notes["files"] if name.endswith(".tar")),
                 beton=f"{split}.beton" if self._ffcv else None,
             )
+        lengths = {split: [len(shard.rows) for shard in shards or []] for split, shards in tars.items()}
+        for name, text in companion_files(classes, splits, lengths).items():
+            files[name] = write_file(folder / name, text)
         options = self.options
         problems = check_samples(
             folder,
@@ -334,6 +338,11 @@ def _account(inspected: Inspected, splits: Mapping[str, Split], skipped: Sequenc
     found = sum(account["samples"].values())
     assert found == sum(converted.values()) + len(skipped)
     return account | {"samples": {"found": found, **converted, "skipped": len(skipped)}}
+
+
+def _tar_phase(split: str) -> str:
+    """Tars that an older version of the program has begun differ in their members: none of them may be taken over."""
+    return f"tar-{FORMAT_VERSION}-{split}"
 
 
 def _rows_without_tars(images: Sequence[ImageFile]) -> Any:

@@ -1,7 +1,8 @@
 """Write images with their original bytes into USTAR tars, each with DALI's index beside it.
 
-A sample is three members with the same key: `.jpg` the image, `.lab` its label (int32 little-endian), `.sid` its
-number in the split (int64). Nothing in a tar depends on when or by whom it was written.
+A sample is four members with the same key: `.jpg` the image, `.lab` its label (int32 little-endian) and `.sid` its
+number in the split (int64) for DALI, and `.cls` the label in decimal for everyone else. Nothing in a tar depends on
+when or by whom it was written.
 """
 
 from __future__ import annotations
@@ -59,11 +60,7 @@ def write_shard(shard: Shard) -> Finished:
             encoded = _encoded(image)
             number = shard.first + i
             label = image.sample.label
-            members = {
-                "jpg": encoded,
-                "lab": np.array(label, dtype="<i4").tobytes(),
-                "sid": np.array(number, dtype="<i8").tobytes(),
-            }
+            members = {"jpg": encoded, **members_behind(label, number)}
             located = []
             for extension, content in members.items():
                 name = f"{number:08d}.{extension}"
@@ -80,6 +77,12 @@ def write_shard(shard: Shard) -> Finished:
     unfinished.replace(tar)
     index_entry = write_file(index, ("\n".join(lines) + "\n").encode())
     return Finished(rows, {"files": {tar.name: asdict(out.entry()), index.name: asdict(index_entry)}})
+
+
+def members_behind(label: int, number: int, *, decimal: bool = True) -> dict[str, bytes]:
+    """What follows the image of sample `number`, by extension; sets of format version 2 have no `decimal` label."""
+    members = {"lab": np.array(label, dtype="<i4").tobytes(), "sid": np.array(number, dtype="<i8").tobytes()}
+    return {**members, "cls": str(label).encode()} if decimal else members
 
 
 def member_header(name: str, size: int) -> bytes:

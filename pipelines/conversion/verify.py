@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipelines.base import DataError, in_words
 from pipelines.conversion.engines import Engine, map_tasks
 from pipelines.conversion.processes import PATIENCE, Progress, beat
-from pipelines.conversion.shards import BLOCK, member_header
+from pipelines.conversion.shards import BLOCK, member_header, members_behind
 from pipelines.storage.beton import RAW, damaged_frame, stored_path
 from pipelines.storage.images import open_image
 from pipelines.storage.manifest import FileEntry, Manifest, Split, read_manifest
@@ -50,8 +50,10 @@ def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False, pat
         if entry.table not in bad and (entry.beton is None or f"{entry.beton}.npy" not in bad)
     }
     max_size = manifest.made["options"]["max_size"]
-    sampled = None if full else _SAMPLED
-    problems = check_samples(root, tables_good, jobs, progress, max_size, sampled=sampled, patience=patience)
+    sampled, decimal = None if full else _SAMPLED, manifest.format_version > 2
+    problems = check_samples(
+        root, tables_good, jobs, progress, max_size, sampled=sampled, decimal=decimal, patience=patience
+    )
     if bad or problems:
         named = {problem.split(",")[0] for problem in problems}
         which = listed([*problems, *(name for name in bad if name not in named)])
@@ -73,12 +75,13 @@ def check_samples(
     max_size: int,
     *,
     sampled: int | None = None,
+    decimal: bool = True,
     engine: Engine = "processes",
     patience: float = PATIENCE,
 ) -> list[str]:
     """What is wrong with the samples in the tars and .beton files, by file and number.
 
-    `max_size` is the option the .beton files were written with.
+    `max_size` is the option the .beton files were written with, `decimal` whether the tars have `.cls` members.
     """
     tasks: list[_Task] = []
     problems: list[str] = []
@@ -89,13 +92,13 @@ def check_samples(
             index = np.sort(np.random.default_rng(seed).choice(index, sampled, replace=False))
         chunks = [index[i : i + _CHUNK] for i in range(0, len(index), _CHUNK)]
         if split.shards:
-            tasks.extend(_Task(root, split, chunk, False) for chunk in chunks)
+            tasks.extend(_Task(root, split, chunk, False, decimal) for chunk in chunks)
         if split.beton is not None:
             labels = np.load(root / split.table, mmap_mode="r")["label"].astype(np.int64)
             rows = np.load(stored_path(root / split.beton))
             if problem := damaged_frame(root / split.beton, rows, labels, max_size):
                 problems.append(f"{split.beton}, {problem}")
-            tasks.extend(_Task(root, split, chunk, True) for chunk in chunks)
+            tasks.extend(_Task(root, split, chunk, True, decimal) for chunk in chunks)
     progress.start("verifying samples", sum(len(task.index) for task in tasks))
     results = map_tasks(_check_chunk, tasks, jobs, lambda result: progress.advance(result[0]), engine, patience)
     for _, found in results:
@@ -109,6 +112,7 @@ class _Task:
     split: Split
     index: NDArray[np.int64]
     beton: bool
+    decimal: bool
 
 
 def _entry(path: Path) -> FileEntry | None:
@@ -157,11 +161,9 @@ def _damaged_in_tars(task: _Task) -> list[str]:
         row = rows[i]
         tar = task.split.shards[int(row["shard"])]
         offset, length = int(row["offset"]), int(row["length"])
-        label = np.array(row["label"], dtype="<i4").tobytes()
-        number = np.array(i, dtype="<i8").tobytes()
         behind = b"".join(
             member_header(f"{i:08d}.{name}", len(content)) + content + bytes(-len(content) % BLOCK)
-            for name, content in (("lab", label), ("sid", number))
+            for name, content in members_behind(int(row["label"]), i, decimal=task.decimal).items()
         )
         padding = bytes(-length % BLOCK)
         content = _read(task.root / tar, offset - BLOCK, BLOCK + length + len(padding) + len(behind))

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from pipelines.base import DataError, in_words
 from pipelines.sources.sample import MAX_ENCODED
+from pipelines.sources.tree import shown
 
 _MAX_HEADER = 1 << 20  # bytes of a name or an extension
 _MAX_EXPANDED = 2 << 30  # bytes that a compressed archive may expand to; the largest known one has 190 MB
@@ -43,7 +44,7 @@ def tar_members(path: Path, inside: Member | None = None) -> Iterator[Member]:
                     if info.isdir():
                         continue
                     check_member(info, what)
-                    yield Member(info.name, start + info.offset_data, info.size)
+                    yield Member(shown(info.name), start + info.offset_data, info.size)
                     tar.members.clear()  # type: ignore[attr-defined]  # a million of them
         except tarfile.TarError as error:
             raise DataError(f"{what} is damaged or no tar ({in_words(error)}); download it again") from error

@@ -6,6 +6,7 @@ DEST/<split>-00000.tar     original bytes (a split has these, or a .beton file, 
 DEST/<split>-00000.idx     DALI's index of that tar, for its own reader
 DEST/train.beton           the FFCV file
 DEST/train.beton.npy       place and crc32 of each of its images
+DEST/_info.json, README.md, classes.txt   for other programs
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _Count = Annotated[int, Ge(0), Le(1 << 48)]
 _Name = Annotated[str, Len(1, 255)]
 
 FORMAT = "pss-dataset"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Version 2 has no `.cls` members in its tars, and nothing for other programs beside them; all else is the same."""
+_READ_VERSIONS = (2, 3)
 MANIFEST = "dataset.json"
 
 SAMPLE = np.dtype(
@@ -99,9 +102,10 @@ class Manifest:
     """Images that decode, but look damaged to the JPEG library: file and warning."""
     account: Mapping[str, Any] = field(default_factory=dict)
     """What became of every file of the source; empty in sets of earlier versions."""
+    format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        content = {"format": FORMAT, "format_version": self.format_version, **asdict(self)}
         return json.dumps({**content, "sha256": _digest(content)}, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -124,10 +128,11 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
     content = read_json(path, dict[str, Any], remedy="convert the data set again")
     if content.get("format") != FORMAT:
         raise DataError(f"{path} was not written by pss-convert; point at a converted data set")
-    if (version := content.get("format_version")) != FORMAT_VERSION:
+    version = content.get("format_version")
+    if not isinstance(version, int) or version not in _READ_VERSIONS:
         raise DataError(
-            f"{path} has format version {str(version)[:20]}, this program reads {FORMAT_VERSION}; convert the data set "
-            "again"
+            f"{path} has format version {str(version)[:20]}, this program reads "
+            f"{' and '.join(map(str, _READ_VERSIONS))}; convert the data set again, or use a newer pss"
         )
     if content.pop("sha256", None) != _digest(content):
         raise DataError(f"{path} is not as it was written; copy it again or convert anew")
@@ -151,6 +156,7 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         transcoded=tuple(content["transcoded"]),
         warned=tuple(content["warned"]),
         account=content.get("account", {}),
+        format_version=version,
     )
     return manifest, hash_file(path).sha256
 

@@ -51,7 +51,7 @@ def test_the_table_says_where_every_image_is(converted_root: Path) -> None:
                     content = tar.extractfile(member)
                     assert content is not None
                     members[member.name] = (number, member.offset_data, content.read())
-        assert len(members) == 3 * len(rows)
+        assert len(members) == 4 * len(rows)
         for i, row in enumerate(rows):
             shard, offset, encoded = members[f"{i:08d}.jpg"]
             assert (row["shard"], row["offset"], row["length"]) == (shard, offset, len(encoded))
@@ -60,6 +60,7 @@ def test_the_table_says_where_every_image_is(converted_root: Path) -> None:
                 assert image.size == (row["width"], row["height"])
             assert np.frombuffer(members[f"{i:08d}.lab"][2], "<i4") == row["label"]
             assert np.frombuffer(members[f"{i:08d}.sid"][2], "<i8") == i
+            assert members[f"{i:08d}.cls"][2] == str(row["label"]).encode()
 
 
 @needs_dali
