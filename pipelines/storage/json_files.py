@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import is_typeddict
+
 from pipelines.base import DataError, in_words
 
 if TYPE_CHECKING:
@@ -58,4 +60,7 @@ def checked(raw: Any, kind: Any, what: str, *, remedy: str) -> Any:
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     import pydantic
 
-    return pydantic.TypeAdapter(pydantic.with_config(pydantic.ConfigDict(extra="allow", strict=True))(kind))
+    config = pydantic.ConfigDict(extra="allow", strict=True)
+    if is_typeddict(kind):
+        return pydantic.TypeAdapter(pydantic.with_config(config)(kind))
+    return pydantic.TypeAdapter(kind, config=config)
