@@ -313,7 +313,7 @@ def model_of(run: Path) -> ModelConfig:
         return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["model"])
     except FileNotFoundError:
         raise ValueError(f"{path} not found; name the --output folder of a pss-train run") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is no run configuration of this version of pss ({error}); use the version that wrote it"
         ) from None

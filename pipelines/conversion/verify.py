@@ -16,9 +16,10 @@ from pipelines.base import DataError, in_words
 from pipelines.conversion.engines import Engine, map_tasks
 from pipelines.conversion.processes import PATIENCE, Progress, beat
 from pipelines.conversion.shards import BLOCK, member_header, members_behind
-from pipelines.storage.beton import RAW, damaged_frame, stored_path
+from pipelines.sources.sample import MAX_ENCODED
+from pipelines.storage.beton import RAW, STORED, damaged_frame, stored_path
 from pipelines.storage.images import open_image
-from pipelines.storage.manifest import FileEntry, Manifest, Split, read_manifest
+from pipelines.storage.manifest import SAMPLE, FileEntry, Manifest, Split, load_rows, read_manifest
 from pipelines.storage.unreadable import UNREADABLE
 
 LISTED = 10  # damaged files or samples named in a message
@@ -26,6 +27,7 @@ _SAMPLED = 64  # of each file format of a split, in a quick verification
 _CHUNK = 256  # samples per task
 _LARGE = (".tar", ".beton")
 _READ = 16 << 20  # bytes at a time
+_LARGEST_PAYLOAD = 1 << 30  # bytes: pixels of the largest image that --max-size allows
 
 
 def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False, patience: float = PATIENCE) -> Manifest:
@@ -94,8 +96,8 @@ def check_samples(
         if split.shards:
             tasks.extend(_Task(root, split, chunk, False, decimal) for chunk in chunks)
         if split.beton is not None:
-            labels = np.load(root / split.table, mmap_mode="r")["label"].astype(np.int64)
-            rows = np.load(stored_path(root / split.beton))
+            labels = load_rows(root / split.table, SAMPLE, split.num_samples)["label"].astype(np.int64)
+            rows = load_rows(stored_path(root / split.beton), STORED, split.num_samples)
             if problem := damaged_frame(root / split.beton, rows, labels, max_size):
                 problems.append(f"{split.beton}, {problem}")
             tasks.extend(_Task(root, split, chunk, True, decimal) for chunk in chunks)
@@ -155,12 +157,15 @@ def _check_chunk(task: _Task) -> tuple[int, list[str]]:
 
 
 def _damaged_in_tars(task: _Task) -> list[str]:
-    rows = np.load(task.root / task.split.table, mmap_mode="r")
+    rows = load_rows(task.root / task.split.table, SAMPLE, task.split.num_samples)
     damaged = []
     for i in task.index.tolist():
         row = rows[i]
-        tar = task.split.shards[int(row["shard"])]
-        offset, length = int(row["offset"]), int(row["length"])
+        shard, offset, length = int(row["shard"]), int(row["offset"]), int(row["length"])
+        if not 0 <= shard < len(task.split.shards) or offset < BLOCK or not 0 < length <= MAX_ENCODED:
+            damaged.append(f"{task.split.table}, sample {i}")
+            continue
+        tar = task.split.shards[shard]
         behind = b"".join(
             member_header(f"{i:08d}.{name}", len(content)) + content + bytes(-len(content) % BLOCK)
             for name, content in members_behind(int(row["label"]), i, decimal=task.decimal).items()
@@ -180,11 +185,13 @@ def _damaged_in_tars(task: _Task) -> list[str]:
 def _damaged_in_beton(task: _Task) -> list[str]:
     assert task.split.beton is not None
     path = task.root / task.split.beton
-    rows = np.load(stored_path(path), mmap_mode="r")
+    rows = load_rows(stored_path(path), STORED, task.split.num_samples)
     return [f"{path.name}, sample {i}" for i in task.index.tolist() if not _decodes(path, rows[i])]
 
 
 def _decodes(path: Path, row: np.void) -> bool:
+    if not 0 < int(row["size"]) <= _LARGEST_PAYLOAD:
+        return False
     payload = _read(path, int(row["ptr"]), int(row["size"]))
     if zlib.crc32(payload) != row["crc32"]:
         return False

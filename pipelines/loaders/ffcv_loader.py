@@ -31,7 +31,7 @@ from pipelines.loaders.order import sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
 from pipelines.loaders.threads import PixelMemory
 from pipelines.loaders.waiting import LONG_SECONDS, Signs, WatchedThread, wait_for
-from pipelines.storage.beton import RAW, damaged_frame, stored_path
+from pipelines.storage.beton import RAW, STORED, damaged_frame, stored_path
 from pipelines.storage.ffcv_file import FFCV_VERSION, import_ffcv
 from pipelines.storage.reading import join
 from pipelines.storage.source import ConvertedTable
@@ -252,7 +252,7 @@ class FfcvLoader(PlannedLoader):
         super().__init__(table, **settings)
         table.check_size(table.entry.beton)
         self._path = root / table.entry.beton
-        rows = table.load_table(stored_path(self._path).name)
+        rows = table.load_table(stored_path(self._path).name, STORED)
         if part := damaged_frame(self._path, rows, table.labels, table.manifest.made["options"]["max_size"]):
             raise DataError(f"{self._path}, {part}: it is damaged or belongs to another data set; copy it again")
         self._rows: NDArray[Any] = np.asarray(rows)

@@ -73,8 +73,8 @@ def join(folder: str, name: str) -> str:
 
 
 def shown(path: Path | str) -> str:
-    """A path or another text of the source as it can be printed: what is no UTF-8, commands to a terminal, ends of lines
-    and marks that turn the direction of writing are spelled out."""
+    """A path or another text of the source as it can be printed: what is no UTF-8, commands to a terminal, ends of
+    lines and marks that turn the direction of writing are spelled out."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return text if text.isprintable() else "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 

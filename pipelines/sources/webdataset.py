@@ -14,6 +14,7 @@ from pipelines.sources.archive import Member, image_member, tar_members
 from pipelines.sources.names import by_split, check_parts, is_image
 from pipelines.sources.sample import UNSPLIT, Choice, Claim, Sample, check_class_names, number_classes
 from pipelines.sources.tree import Tree, join, shown, some
+from pipelines.storage.json_files import bounded
 
 _LABELS = (".cls", ".lab", ".json")
 _JSON_KEYS = ("label", "cls", "class")
@@ -114,10 +115,10 @@ def _info(tree: Tree, tars: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def _shard_names(path: Any) -> list[str] | None:
-    if path.stat().st_size > _MAX_INFO:
+    if (content := bounded(path, _MAX_INFO)) is None:
         return None
     try:
-        splits = json.loads(path.read_bytes())["splits"]
+        splits = json.loads(content)["splits"]
         names = [name for split in splits.values() for name in split["filenames"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # some other program's

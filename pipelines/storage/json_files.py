@@ -25,18 +25,29 @@ def read_json(path: Path, kind: Any, *, remedy: str) -> Any:
         DataError: it cannot be read, is too large, or is not of that kind; `remedy` says what to do then.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path} has more than {MAX_BYTES >> 20} MiB, too many for what it should be; {remedy}")
-        content = path.read_bytes()
+        content = bounded(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({in_words(error)}); {remedy}") from error
+    if content is None:
+        raise DataError(f"{path} is no plain file of at most {MAX_BYTES >> 20} MiB; {remedy}")
     return parse_json(content, kind, f"{path}", remedy=remedy)
+
+
+def bounded(path: Path, most: int = MAX_BYTES) -> bytes | None:
+    """The content of a plain file of at most so many bytes; None for another one, and for what is no file: a pipe would
+    be waited for, and a device read, for ever."""
+    if not path.is_file():
+        path.stat()  # raises where it is not there
+        return None
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    return content if len(content) <= most else None
 
 
 def parse_json(content: bytes, kind: Any, what: str, *, remedy: str) -> Any:
     """`content` as JSON, if it is of `kind`; `DataError` as `read_json`, of `what`."""
     try:
-        raw = json.loads(content)
+        raw = json.loads(content, parse_constant=int)  # which NaN and Infinity are not
     except RecursionError as error:
         raise DataError(f"{what} is damaged (nested too deeply); {remedy}") from error
     except ValueError as error:

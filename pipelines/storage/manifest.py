@@ -20,9 +20,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Le, Len
+from numpy.typing import NDArray
 from typing_extensions import TypedDict  # pydantic reads that of typing from Python 3.12 on only
 
-from pipelines.base import DataError
+from pipelines.base import DataError, in_words
 from pipelines.storage.json_files import checked, read_json
 
 _Count = Annotated[int, Ge(0), Le(1 << 48)]
@@ -115,6 +116,17 @@ def hash_file(path: Path) -> FileEntry:
         return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
+def load_rows(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    """A table of `count` rows, mapped; `DataError` for anything else."""
+    try:
+        rows: NDArray[Any] = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path} is no table ({in_words(error)}); copy it again") from error
+    if rows.shape != (count,) or rows.dtype != dtype:
+        raise DataError(f"{path} is no table of {count} samples; copy it again")
+    return rows
+
+
 def _digest(content: Mapping[str, Any]) -> str:
     """Of a manifest's content, however it is spaced and ordered."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -174,11 +186,19 @@ class _File(TypedDict):
     sha256: str
 
 
+class _Options(TypedDict):
+    max_size: Annotated[int, Ge(1), Le(1 << 20)]
+
+
+class _Made(TypedDict):
+    options: _Options
+
+
 class _Content(TypedDict):
     classes: list[str]
     splits: dict[Literal["train", "val"], _Part]
     files: dict[_Name, _File]
-    made: dict[str, Any]
+    made: _Made
     skipped: list[dict[str, str]]
     transcoded: list[str]
     warned: list[dict[str, str]]

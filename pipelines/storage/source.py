@@ -21,12 +21,14 @@ from pipelines.base import DataError, choose_loader, in_words
 from pipelines.storage.images import open_image
 from pipelines.storage.manifest import (
     MANIFEST,
+    SAMPLE,
     SPLIT_ALIASES,
     Manifest,
     Split,
     canonical_split,
     hash_file,
     in_label_order,
+    load_rows,
     read_manifest,
 )
 from pipelines.storage.mapping import map_file, will_need
@@ -87,12 +89,14 @@ class ConvertedTable:
         self.entry: Split = _split_entry(self.manifest, root, self.split)
         self.classes = self.manifest.classes
         self.num_samples = self.entry.num_samples
-        self._rows = self.load_table(self.entry.table)
+        self._rows = self.load_table(self.entry.table, SAMPLE)
         self.labels: NDArray[np.int64] = self._rows["label"].astype(np.int64)
+        if self.num_samples and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise DataError(f"{root / self.entry.table} has labels that are no classes; copy it again or convert anew")
         self._height, self._width = (np.ascontiguousarray(self._rows[name]) for name in ("height", "width"))
 
-    def load_table(self, name: str) -> NDArray[Any]:
-        """Table `name` with a row per sample; `DataError` unless it has the checksum of the manifest.
+    def load_table(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Table `name` with a row of `dtype` per sample; `DataError` unless it has the checksum of the manifest.
 
         Labels, places and checksums of the images are taken from it. About 0.1 s for a million samples.
         """
@@ -100,13 +104,7 @@ class ConvertedTable:
         self.check_size(name)
         if hash_file(path) != self.manifest.files[name]:
             raise DataError(f"{path} is damaged or belongs to another data set; copy it again")
-        try:
-            rows: NDArray[Any] = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError, OSError) as error:
-            raise DataError(f"{path} is no table ({in_words(error)}); copy it again") from error
-        if rows.shape != (self.num_samples,) or rows.dtype.names is None:
-            raise DataError(f"{path} is no table of {self.num_samples} samples; copy it again")
-        return rows
+        return load_rows(path, dtype, self.num_samples)
 
     def check_size(self, name: str) -> None:
         """Raise `DataError` unless file `name` is present with the size the manifest gives."""
@@ -327,9 +325,16 @@ def image_files(folder: Path) -> Sequence[str]:
             entry for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
         ]
         for entry in found:
-            if not entry.is_file():  # to open a pipe would wait for ever
+            if not _is_file(entry):  # to open a pipe would wait for ever
                 raise DataError(f"{entry.path} is no plain file, nor a link to one; remove it")
         return sorted(entry.name for entry in found)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that goes in circles
+        return False
 
 
 def _split_entry(manifest: Manifest, root: Path, split: str) -> Split:

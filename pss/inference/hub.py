@@ -171,7 +171,7 @@ def check_target(folder: Path) -> None:
 def _is_ours(folder: Path) -> bool:
     try:
         return "name" in json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["pss"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -26,7 +26,7 @@ from pss.inference.accuracy import Accuracy, accuracy, evaluation_inputs
 from pss.inference.exhibit import Curator, Exhibit
 from pss.inference.opening import Run
 from pss.inference.plots import plot_sweep
-from pss.inference.text import printable
+from pss.inference.text import cell, printable
 from pss.inference.timing import Spread, enough_memory, latencies, loader_rates, peak_memory, rates
 from pss.methods import Point, mean_tokens
 from pss.models.files import found_at
@@ -238,7 +238,7 @@ def _csv(rows: Sequence[Row]) -> str:
     fields = dict.fromkeys(name for row in rows for name in row)
     table = csv.DictWriter(text, fieldnames=list(fields), lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows({name: cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 

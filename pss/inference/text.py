@@ -34,3 +34,12 @@ def shortened(name: str, most: int) -> str:
 def markdown(name: str) -> str:
     """A name as Markdown shows it: in no other face, no link, no tag, and in a table in one cell."""
     return re.sub(r"([\\`*_{}\[\]<>()#+.!|~$&:@-])", r"\\\1", printable(name))
+
+
+def cell(value: object) -> object:
+    """What goes into a table of comma-separated values: a text that a spreadsheet would compute is quoted as it has "
+    "it."""
+    if not isinstance(value, str):
+        return value
+    shown = printable(value)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown

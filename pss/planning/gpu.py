@@ -211,7 +211,7 @@ def read_host(paths: Iterable[Path]) -> Host:
     for path in paths:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"--measured {path} cannot be read ({in_words(error)}); name a file of --json") from None
         try:
             found = _figures(raw)

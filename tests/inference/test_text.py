@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from pss.inference import hub, plots, sweep
-from pss.inference.text import markdown, printable, shortened
+from pss.inference.text import cell, markdown, printable, shortened
 from pss.runtime.processes import World
 
 NAMES = [
@@ -87,3 +87,10 @@ def test_a_card_keeps_its_form(name):
     assert heading == f"# {markdown(name)}"
     plain = "".join(one for place, one in enumerate(heading) if heading[place - 1] != "\\")
     assert not set("|`<>[]*_") & set(plain[2:])
+
+
+def test_a_spreadsheet_computes_no_name():
+    for name in ("=1+1", "+x", "-2", "@SUM(A1)"):
+        assert cell(name) == f"'{name}"
+    assert cell("\x1b[31m=x") == "\\x1b[31m=x"
+    assert (cell("plain"), cell(-2.5), cell(None)) == ("plain", -2.5, None)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pss.inference.text import cell
 from pss.runtime.files import in_words
 from tools.benchmarks.measure import table, told
 from tools.comparing.lines import COLUMNS
@@ -204,7 +205,7 @@ def as_csv(result: Row) -> str:
     rows = [_flat(line, point) for line in result["lines"] for point in line["points"]]
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 
