@@ -86,8 +86,7 @@ def map_processes(
             elif time.monotonic() - last > patience:
                 raise WorkerLost(
                     f"nothing has been done for {patience:g} s: a disk or a process of pss-convert does not answer; "
-                    "the "
-                    "same command continues, and --patience SECONDS waits longer"
+                    "the same command continues, and --patience SECONDS waits longer"
                 )
         return [future.result() for future in futures]
     except BrokenProcessPool as error:

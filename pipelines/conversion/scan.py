@@ -54,8 +54,7 @@ class ImageFile:
         if zlib.crc32(encoded) != self.crc32:
             raise Kept(
                 f"{self.sample.name} changed while it was being converted; restore it, and the same command continues, "
-                "or "
-                "begin again with --restart"
+                "or begin again with --restart"
             )
         return encoded
 

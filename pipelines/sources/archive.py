@@ -56,8 +56,7 @@ def tar_members(path: Path, inside: Member | None = None) -> Iterator[Member]:
             if block.count(0) != len(block):
                 raise DataError(
                     f"{what} goes on behind its end at byte {end}, as if two archives had been joined; unpack both "
-                    "with "
-                    "tar --ignore-zeros, or leave it out with --ignore"
+                    "with tar --ignore-zeros, or leave it out with --ignore"
                 )
 
 

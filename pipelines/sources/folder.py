@@ -90,7 +90,8 @@ class Layout:
     def splits(self, base: str) -> dict[str, list[str]] | None:
         """The folders of `base` by `train`, `val` and `test`; None if they are no splits."""
         children = self.children(base)
-        if self.choice.one_split and not all(map(self._word_or_none, children)):
+        decided = self.choice.one_split or self.choice.class_level is not None
+        if decided and not all(map(self._word_or_none, children)):
             return None
         words = {child: self._word_or_none(child) for child in children}
         named = [child for child, word in words.items() if word]
@@ -99,7 +100,7 @@ class Layout:
         if others := [child for child, word in words.items() if not word]:
             raise DataError(
                 f"{self.shown(named[0])} is called like a split and {self.shown(others[0])} beside it like a class; "
-                f"leave one out with --ignore, or give --split if all are classes"
+                f"leave one out with --ignore, or give --class-level 1 if all are classes"
             )
         found: dict[str, list[str]] = {}
         for child in named:
@@ -189,8 +190,7 @@ class Layout:
         raise DataError(
             f"{self.shown(self.children(deep)[0])} holds images two folders below {self.shown(folder)}: is the class "
             f"{deep.rpartition('/')[2]!r} or {self.children(deep)[0].rpartition('/')[2]!r}? Say --class-level 1 or 2, "
-            "or "
-            "leave folders out with --ignore"
+            "or leave folders out with --ignore"
         )
 
     def _of_letter(self, child: str) -> bool:
@@ -278,8 +278,7 @@ def ordered_files(layout: Layout, part: Part, classes: Sequence[str], split: str
     if unknown := sorted(set(part.classes) - set(number)):
         raise DataError(
             f"{layout.tree.root} has the class {unknown[0]!r} in the {split} split, which is no training class; mend "
-            "it, "
-            "or leave it out with --ignore"
+            "it, or leave it out with --ignore"
         )
     ordered = sorted(part.classes, key=number.__getitem__)
     names = [file for name in ordered for file in sorted(part.classes[name])]
@@ -331,8 +330,7 @@ def _no_label(layout: Layout, part: Part, what: str) -> DataError:
     return DataError(
         f"{place} holds {len(part.flat)} {what} images without class folders, and no text file beside it labels them, "
         "with a line FILE CLASS for each; add one (for ImageNet, ILSVRC2012_devkit_t12.tar.gz), or leave the folder "
-        "out "
-        f"with --ignore {part.folders[0] or '*'}"
+        f"out with --ignore {part.folders[0] or '*'}"
     )
 
 
@@ -344,8 +342,7 @@ def _claim_unsplit(layout: Layout, base: str) -> Claim:
         if not labelled.can(part):
             raise DataError(
                 f"{layout.shown(base)} has no class folder, and no text file labels its images; expected <class>/*.jpg "
-                "or "
-                "train|val/<class>/*.jpg in the source"
+                "or train|val/<class>/*.jpg in the source"
             )
         return claim_parts(layout, {"val": part}, labelled, {})
     classes = order_classes(part.classes, choice.class_order, tree.root)

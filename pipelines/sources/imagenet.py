@@ -60,8 +60,7 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
             if found is None:
                 raise DataError(
                     f"{tree.path(val_tar) if val_tar else tree.root} holds {len(images)} validation images without "
-                    "labels; "
-                    f"add {label_files.DEVKIT}.tar.gz, or a text file with a line FILE CLASS for each"
+                    f"labels; add {label_files.DEVKIT}.tar.gz, or a text file with a line FILE CLASS for each"
                 )
             classes = classes or tuple(sorted(set(found.names)))
             number = {name: label for label, name in enumerate(classes)}

@@ -18,6 +18,7 @@ _SUFFIXES = (".txt", ".csv", ".tsv")
 _MAX_BYTES = 256 << 20
 _MAX_DIGITS = 9
 _MAX_TEXTS = 5000
+_BOXED = re.compile(r"(\S+)(?: \d+){4}(?: \S+(?: \d+){4})*\s*")  # Kaggle writes a class and its boxes
 _CATEGORIES = "categories_places365.txt"
 DEVKIT = "ILSVRC2012_devkit_t12"
 META, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
@@ -68,7 +69,7 @@ def find(
     partial: list[DataError] = []
     for name, rows in tables.items():
         try:
-            labels = _by_file(tree, name, rows, last)
+            labels = _by_file(tree, name, rows, last, images if names is None else last)
         except DataError as error:
             partial.append(error)
             continue
@@ -85,8 +86,7 @@ def find(
     if disagree := [name for name in resolved if resolved[name] != resolved[first]]:
         raise DataError(
             f"{shown(tree.path(first))} and {shown(tree.path(disagree[0]))} label the images differently; leave one "
-            "out "
-            "with --ignore"
+            "out with --ignore"
         )
     numbers = all(_is_number(label) for label in found[first])
     told = f"{first}" + (" (numbers of the classes, from 0)" if numbers and not _categories(tree) else "")
@@ -123,10 +123,12 @@ def _read(tree: Tree, name: str) -> list[list[str]] | None:
             return None
         return [[field.strip() for field in row] for row in rows]
     lines = [line for line in text.splitlines() if line.strip()]
-    return [[f.strip() for f in line.split("\t")] if "\t" in line else line.split() for line in lines]
+    return [[f.strip() for f in line.split("\t")] if "\t" in line else line.split(maxsplit=1) for line in lines]
 
 
-def _by_file(tree: Tree, name: str, rows: list[list[str]], images: Sequence[str]) -> list[str] | None:
+def _by_file(
+    tree: Tree, name: str, rows: list[list[str]], images: Sequence[str], paths: Sequence[str]
+) -> list[str] | None:
     """The labels in a file whose lines begin with a file's name, with or without its suffix; None if it is not one."""
     wanted = {image: i for i, image in enumerate(images)}
     stems = {PurePosixPath(image).stem: i for i, image in enumerate(images)}
@@ -135,11 +137,15 @@ def _by_file(tree: Tree, name: str, rows: list[list[str]], images: Sequence[str]
     for row in rows:
         if len(row) < 2 or not row[1].split():
             continue
-        last = row[0].rpartition("/")[2]
-        at = wanted.get(last, stems.get(last))
+        folder, _, last = row[0].removeprefix("./").rpartition("/")
+        at = wanted.get(last, stems.get(PurePosixPath(last).stem if is_image(last) else last))
         if at is None:
             continue
-        label = row[1].split()[0]  # Kaggle writes a class and its boxes
+        own, _, base = paths[at].rpartition("/")
+        if folder and own and not f"/{own}/{base}".endswith(f"/{folder}/{base}"):
+            continue  # it lies in another folder, and has the name of one of these
+        boxed = _BOXED.fullmatch(row[1])
+        label = boxed[1] if boxed else row[1]
         if labels[at] not in (None, label):
             raise DataError(f"{shown(tree.path(name))} labels {images[at]} twice, {labels[at]} and {label}; mend it")
         labels[at] = label
@@ -149,9 +155,8 @@ def _by_file(tree: Tree, name: str, rows: list[list[str]], images: Sequence[str]
     if number < len(images):
         missing = images[labels.index(None)]
         raise DataError(
-            f"{shown(tree.path(name))} has no line for {missing}, one of {len(images) - number} images that it does "
-            "not "
-            "label; download it again, or leave the images out with --ignore"
+            f"{shown(tree.path(name))} has no line for {missing}, one of {len(images) - number} without a label; "
+            "download it again, or leave the images out with --ignore"
         )
     return [label for label in labels if label is not None]
 
@@ -193,8 +198,7 @@ def _resolve(
     if bad := [label for label in labels if not _is_number(label) or int(label) >= len(classes)]:
         raise DataError(
             f"{what} has label {bad[0][:20]}, but there are {len(classes)} training classes, from 0; write class names "
-            "in "
-            "place of numbers"
+            "in place of numbers"
         )
     return [classes[int(label)] for label in labels]
 

@@ -172,8 +172,7 @@ def _refuse_converted(tree: Tree) -> None:
                 raise DataError(f"{shown(tree.root)} has been converted already; convert its original source")
             raise DataError(
                 f"{shown(tree.path(folder))} in the source is a data set of pss-convert; move it away, or leave it out "
-                "with "
-                f"--ignore {shown(folder)}"
+                f"with --ignore {shown(folder)}"
             )
 
 
@@ -206,8 +205,7 @@ def _only_claim(tree: Tree, choice: Choice) -> Claim:
         both = " and ".join(f"{claim.described} ({_example(claim)})" for claim in claims[:2])
         raise DataError(
             f"{shown(tree.root)} holds {both}; say which with --source-format {claims[0].format} or "
-            f"{claims[1].format}, or "
-            "leave one out with --ignore"
+            f"{claims[1].format}, or leave one out with --ignore"
         )
     if errors and claims:
         raise DataError(

@@ -152,8 +152,7 @@ def number_classes(source: Path | str, labels: Mapping[str, Sequence[int]]) -> t
     if highest >= total:
         raise DataError(
             f"{source} has the label {highest}, and {total} samples: that number is no class; name the right label "
-            "with "
-            "--label"
+            "with --label"
         )
     return tuple(str(label) for label in range(highest + 1))
 

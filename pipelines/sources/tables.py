@@ -62,16 +62,14 @@ def claim_parquet(tree: Tree, choice: Choice) -> Claim | None:
     if others := sorted(set(names) - set(holding)):
         raise DataError(
             f"{shown(tree.path(others[0]))} has no column of images, {shown(tree.path(holding[0]))} has; leave it out "
-            "with "
-            "--ignore"
+            "with --ignore"
         )
     if tree.single is None:
         check_parts(tree, holding)
     if len(configurations := sorted({_configuration(name) for name in holding})) > 1:
         raise DataError(
             f"{tree.root} holds {len(configurations)} configurations, {some(configurations)}; leave all but one out "
-            "with "
-            "--ignore"
+            "with --ignore"
         )
     splits = by_split(tree, holding)
     files = {split: _Files(own, _parquet_batches, _parquet_schema) for split, own in splits.items()}
@@ -167,10 +165,12 @@ def _columns(path: Path, schema: pyarrow.Schema, choice: Choice) -> tuple[str, s
     image = _chosen(what, "image", choice.images, _image_columns(schema), _IMAGES, schema.names)
     features = named_by(schema.metadata or {}, what)
     types = _pyarrow("pyarrow.types")
+    kinds = (types.is_integer, types.is_string, types.is_large_string)
     fitting = [
         field.name
         for field in schema
-        if types.is_integer(field.type) or types.is_string(field.type) or types.is_large_string(field.type)
+        if any(is_kind(getattr(field.type, "value_type", field.type)) for is_kind in kinds)
+        and not types.is_nested(field.type)
     ]
     usual = [name for name in fitting if name.lower() in _LABELS]
     classes = [name for name in fitting if name in features]
@@ -252,8 +252,7 @@ def _images(
                     if total > _MAX_GROWTH * size + _FREE_GROWTH:
                         raise DataError(
                             f"{what}: {total >> 20} MiB of images come out of {size >> 20} MiB of files, which no "
-                            "images "
-                            "do; download them again"
+                            "images do; download them again"
                         )
                     yield what, labels[at], encoded
                     at += 1

@@ -206,8 +206,7 @@ class _Walk:
         if names := found.get("outside"):
             raise DataError(
                 f"{names}: a link that leads out of the source; --follow-links reads what it points to, --ignore "
-                "leaves "
-                "it out"
+                "leaves it out"
             )
         if names := found.get("utf-8"):
             raise DataError(f"{names}: a name that is not UTF-8; rename it (convmv can), or leave it out with --ignore")

@@ -148,8 +148,7 @@ class _Shard:
                 if its in seen:
                     raise DataError(
                         f"{shown(self.path)} has members of the sample {its!r} in two places; pack it so that they "
-                        "follow "
-                        "each other"
+                        "follow each other"
                     )
                 seen.add(its)
                 key = its
@@ -166,8 +165,7 @@ class _Shard:
             if extension in by_extension:
                 raise DataError(
                     f"{shown(self.path)} has two members {by_extension[extension].name} and {member.name} of one "
-                    "sample, "
-                    f"{_key(member.name)!r}: what is before the first dot; rename them"
+                    f"sample, {_key(member.name)!r}: what is before the first dot; rename them"
                 )
             by_extension[extension] = member
         images = {extension: one for extension, one in by_extension.items() if is_image(one.name)}
@@ -190,8 +188,7 @@ class _Shard:
         if not labels:
             raise DataError(
                 f"{what}: expected a {', '.join(_LABELS)} member with the class beside the image; pack one, as pss "
-                "trains "
-                "on labels"
+                "trains on labels"
             )
         (image,) = images.values()
         for extension in by_extension:
@@ -231,8 +228,7 @@ def _label(path: Any, member: Member, key: str | None) -> int:
     except (ValueError, TypeError, StopIteration, RecursionError) as error:
         raise DataError(
             f"{shown(path)}, {member.name} holds no class number: {content[:40]!r}; repair the tar, or name its entry "
-            "with "
-            "--label"
+            "with --label"
         ) from error
 
 
