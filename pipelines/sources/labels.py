@@ -89,8 +89,12 @@ def find(
             "out with --ignore"
         )
     numbers = all(_is_number(label) for label in found[first])
-    told = f"{first}" + (" (numbers of the classes, from 0)" if numbers and not _categories(tree) else "")
-    return Found(resolved[first], told, dict.fromkeys(resolved, "labels"))
+    metadata = dict.fromkeys(resolved, "labels")
+    if numbers and (categories := _categories_file(tree)):
+        return Found(
+            resolved[first], f"{first}, named by {categories}", metadata | {categories: "names of the numbers"}
+        )
+    return Found(resolved[first], f"{first}{' (numbers of the classes, from 0)' if numbers else ''}", metadata)
 
 
 def _tables(tree: Tree) -> dict[str, list[list[str]]]:
@@ -207,13 +211,17 @@ def _is_number(label: str) -> bool:
     return label.isascii() and label.isdecimal() and len(label) <= _MAX_DIGITS
 
 
+def _categories_file(tree: Tree) -> str | None:
+    found = [name for name in tree.files() if name.rpartition("/")[2] == _CATEGORIES]
+    return found[0] if len(found) == 1 else None
+
+
 def _categories(tree: Tree) -> dict[str, str] | None:
     """Places365's names of its numbers: `/a/airfield 0`."""
-    found = [name for name in tree.files() if name.rpartition("/")[2] == _CATEGORIES]
-    if len(found) != 1:
+    name = _categories_file(tree)
+    if name is None:
         return None
-    rows = _read(tree, found[0]) or []
-    return {row[1]: _place(row[0]) for row in rows if len(row) == 2}
+    return {row[1]: _place(row[0]) for row in _read(tree, name) or [] if len(row) == 2}
 
 
 def _place(name: str) -> str:

@@ -15,7 +15,7 @@ from pipelines.sources.names import kind_of, looks_like_image, suffix_of
 from pipelines.sources.sample import UNSPLIT, Choice, Claim, Listing, Sample, check_labels
 from pipelines.sources.spool import Spool
 from pipelines.sources.tables import claim_parquet, claim_saved
-from pipelines.sources.tree import Tree, join, list_tree, shown, some
+from pipelines.sources.tree import HIDDEN, LITTER, Tree, join, list_tree, shown, some
 from pipelines.sources.webdataset import claim_webdataset
 from pipelines.storage.manifest import FORMAT, MANIFEST
 
@@ -46,7 +46,8 @@ _UNPACK = {
     ".zip": "unzip", ".7z": "7z x", ".rar": "unrar x", ".tgz": "gunzip", ".gz": "gunzip", ".bz2": "bunzip2",
     ".xz": "unxz", ".zst": "unzstd", ".lz4": "unlz4",
 }  # fmt: skip
-_NOT_DATA = "no images or labels"
+_NOT_DATA = "neither images nor labels"
+_EXPECTED = (_NOT_DATA, HIDDEN, LITTER)
 _NAMED = 100  # of each rule, in the manifest
 
 
@@ -117,7 +118,7 @@ class Inspected:
         lines.append(f"  labels   {shown(claim.labels)}")
         if self.found:
             lines.append(f"  files    {self.account_in_words()}")
-        for rule, names in sorted(self.rest.items()):
+        for rule, names in sorted(self.rest.items(), key=lambda item: (item[0] in _EXPECTED, item[0])):
             lines.append(f"           {rule}: {shown(some(names))}")
         return [*lines, *(f"  note     {shown(note)}" for note in claim.notes)]
 

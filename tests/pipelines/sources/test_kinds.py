@@ -84,9 +84,7 @@ def test_a_class_that_is_called_like_a_split(src: Path) -> None:
 
 
 @pytest.mark.parametrize(("there", "lacking"), [((2, 3), 1), ((1, 3), 2), ((0, 2), 1), ((0, 1), 2)])
-def test_missing_parts_are_named_wherever_they_are_counted_from(
-    there: tuple[int, ...], lacking: int, src: Path
-) -> None:
+def test_missing_parts_are_named_from_whatever_they_count(there: tuple[int, ...], lacking: int, src: Path) -> None:
     for number in there:
         parquet(src / f"train-{number}-of-3.parquet", 2)
     refused(src, rf"train-{lacking}-of-3\.parquet is missing: 2 of 3 files")

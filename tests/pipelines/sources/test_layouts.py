@@ -140,7 +140,12 @@ def places(root: Path) -> Expected:
     put(root, {"places365_train_standard.txt": "/a/airfield/1.jpg 0\n"})
     classes = ("a/airfield", "a/apartment_building/outdoor", "b/bakery/shop", "b/beach")
     return Expected(
-        {"train": 5, "val": 3}, classes, labels="places365_val.txt", unread=2, used=("places365_val.txt",), notes=1
+        {"train": 5, "val": 3},
+        classes,
+        labels="places365_val.txt",
+        unread=1,
+        used=("places365_val.txt", "categories_places365.txt"),
+        notes=1,
     )
 
 
