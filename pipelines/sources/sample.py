@@ -14,6 +14,8 @@ from pipelines.sources.tree import some
 MAX_ENCODED = 256 << 20
 """Bytes of the largest encoded image that is read."""
 
+_LONGEST = 1000  # characters of a class name
+
 UNSPLIT = "all"
 """The key of samples whose source does not say which split they belong to."""
 
@@ -161,6 +163,8 @@ def check_class_names(names: Sequence[str], what: str) -> tuple[str, ...]:
     """`names`, if they can be those of classes. Raises `DataError`: there are none, or one of them twice."""
     if not names or not all(names):
         raise DataError(f"{what} names no class; mend it, or leave it out with --ignore")
+    if long := [name for name in names if len(name) > _LONGEST]:
+        raise DataError(f"{what} has a class name of {len(long[0])} characters, more than {_LONGEST}; shorten it")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{what} names the class {twice[0]!r} twice; mend it")
     return tuple(names)
