@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Protocol, TypeVar
 
@@ -21,6 +22,7 @@ PATIENCE = 60.0
 """Seconds in which something must be done, unless somebody says otherwise."""
 
 _LOOK_SECONDS = 0.2
+_LEAVE_SECONDS = 1.0
 _LONGEST_FOLDER = 60  # bytes; a socket's name has at most 107, and multiprocessing adds 30
 
 Task = TypeVar("Task")
@@ -74,6 +76,7 @@ def map_processes(
             f"/dev/shm, where processes keep the locks that they share, cannot be used ({in_words(error)}); make room "
             "there, or mount it (containers have --shm-size)"
         ) from error
+    finished = False
     try:
         futures = [pool.submit(function, task) for task in tasks]
         waiting, last = set(futures), time.monotonic()
@@ -88,19 +91,40 @@ def map_processes(
                     f"nothing has been done for {patience:g} s: a disk or a process of pss-convert does not answer; "
                     "the same command continues, and --patience SECONDS waits longer"
                 )
+        finished = True
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
         raise WorkerLost(
             "a process of pss-convert was killed, perhaps for want of memory; the same command continues"
         ) from error
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.kill()  # one that is stopped, or waits for a disk, would not hear anything else
-        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        _end(pool, gently=finished)
         heard.close()
         beats.close()
+
+
+def _end(pool: ProcessPoolExecutor, *, gently: bool) -> None:
+    """End the processes of a pool; gently, they get a moment to leave by themselves.
+
+    The pool's own end waits for each of them, also for one that is stopped or waits for a disk, and so does the
+    interpreter's exit: neither may be reached while one is left.
+    """
+    manager: threading.Thread | None = pool._executor_manager_thread  # type: ignore[assignment]  # typeshed errs
+    workers = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    if manager is None:
+        return  # nothing was started
+    try:
+        if gently:
+            manager.join(_LEAVE_SECONDS)
+    finally:
+        for process in workers:
+            process.kill()  # one that does not answer would not hear anything else
+        manager.join(_LEAVE_SECONDS)
+        if manager.is_alive():  # what should report their end does not answer itself, or one cannot die yet
+            server = vars(forkserver._forkserver)["_forkserver_pid"]
+            os.kill(server, signal.SIGKILL)  # the next pool starts another
+            manager.join()
 
 
 def beat() -> None:

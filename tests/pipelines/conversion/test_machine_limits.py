@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,65 @@ def test_a_worker_that_stops_does_not_stop_the_conversion_for_ever(ending: str, 
     manifest = conversion.convert(str(large), tmp_path / "set", options, Silent())
     assert manifest is not None
     assert manifest.splits["train"].num_samples == 100
+
+
+_ENDS = {
+    "finished, its worker stopped": ("['1 + 1']", "stop_all", "finished"),
+    "a worker stopped, another killed": (
+        # what is done in between has the pool look at both of them
+        "[f'{KILL} {STOP})', '__import__(\"time\").sleep(0.3)', f'{KILL} 9)']",
+        "ignore",
+        "lost",
+    ),
+    "interrupted, workers and fork server stopped": ("['1 + 1', '2 + 2']", "stop_all_and_interrupt", "interrupted"),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("end", _ENDS)
+def test_no_end_waits_for_what_is_stopped(end: str) -> None:
+    tasks, on_result, said = _ENDS[end]
+    code = f"""
+import os, signal
+from multiprocessing import forkserver
+from pathlib import Path
+from pipelines.conversion.processes import WorkerLost, map_processes
+
+KILL, STOP = '__import__("os").kill(__import__("os").getpid(),', int(signal.SIGSTOP)
+
+def below(pid):
+    return Path(f"/proc/{{pid}}/task/{{pid}}/children").read_text().split()
+
+def ignore(_):
+    pass
+
+def stop_all(_):
+    server = vars(forkserver._forkserver)["_forkserver_pid"]
+    for pid in below(server):
+        os.kill(int(pid), signal.SIGSTOP)
+    return server
+
+def stop_all_and_interrupt(_):
+    os.kill(stop_all(_), signal.SIGSTOP)
+    raise KeyboardInterrupt
+
+try:
+    map_processes(eval, {tasks}, 2, {on_result})
+    print("finished")
+except WorkerLost:
+    print("lost")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            told, _ = process.communicate(timeout=20)  # stopped processes would hold its end, too
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert (told.split(), process.returncode) == ([said], 0)
 
 
 def _is_dead(pid: int) -> bool:
