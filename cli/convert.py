@@ -100,7 +100,7 @@ def convert(
         return
     if merge:
         with _Display("images") as display:
-            _report(Path(source), conversion.merge(Path(source), jobs, display, _tell), display)
+            _report(Path(source), conversion.merge(Path(source), jobs, display, _tell, patience), display)
         return
     if as_json and not inspect:
         raise ValueError("--json is for --inspect; add it, or leave --json out")

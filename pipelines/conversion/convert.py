@@ -20,7 +20,7 @@ from pipelines.conversion.companions import companion_files
 from pipelines.conversion.engines import map_tasks
 from pipelines.conversion.jpeg_warnings import turbojpeg_found
 from pipelines.conversion.options import DIGITS_VAL_FRACTION, Options
-from pipelines.conversion.processes import Kept, Progress
+from pipelines.conversion.processes import PATIENCE, Kept, Progress
 from pipelines.conversion.ray_tasks import need_ray
 from pipelines.conversion.scan import ImageFile, Unreadable, check_chunk, checked_images
 from pipelines.conversion.shards import Shard, plan_shards, write_file, write_shard
@@ -92,7 +92,9 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a disk says when it cannot be written to any more."""
 
 
-def merge(dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None]) -> Manifest:
+def merge(
+    dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None], patience: float = PATIENCE
+) -> Manifest:
     """Finish a conversion that was begun in parts: do what is missing, put all together, verify."""
     journal = dest.with_name(f".{dest.name}.partial") / "journal.json"
     if not journal.exists():
@@ -103,7 +105,9 @@ def merge(dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None]
         raise DataError(
             f"{journal} is of another version of pss or damaged ({min(unknown)}); begin again with --restart"
         )
-    options = Options(**{**purpose, **{name: tuple(purpose[name]) for name in ("formats", "ignore")}}, jobs=jobs)
+    options = Options(
+        **{**purpose, **{name: tuple(purpose[name]) for name in ("formats", "ignore")}}, jobs=jobs, patience=patience
+    )
     manifest = convert(source, dest, options, progress, tell)
     assert manifest is not None
     return manifest
@@ -156,9 +160,9 @@ class _Conversion:
         free = shutil.disk_usage(self.place.folder).free
         if needed > free + there:
             raise Kept(
-                f"{self.place.folder.parent} has {free >> 20:,} MiB left, and the result needs "
-                f"{needed - there >> 20:,} MiB "
-                "at least; make room, and the same command continues, or choose another disk with --restart"
+                f"{self.place.folder.parent} has {free / 1e6:,.1f} MB left, and the result needs "
+                f"{(needed - there) / 1e6:,.1f} MB at least; make room, and the same command continues, or choose "
+                "another disk with --restart"
             )
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pipelines.conversion.beton import Store
 from pipelines.conversion.engines import Engine
-from pipelines.conversion.processes import PATIENCE
+from pipelines.conversion.processes import PATIENCE, check_patience
 from pipelines.sources.listing import FORMATS, Choice, Inspected, inspect
 
 DIGITS_VAL_FRACTION = 0.2
@@ -100,8 +100,7 @@ class Options:
         for name, least, most in (("jobs", 1, 4096), ("shard_size", 1, 10**9), ("seed", 0, (1 << 63) - 1)):
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie in {least} ... {most}")
-        if not 1 <= self.patience <= 86400:
-            raise ValueError(f"--patience is {self.patience:g}; it must lie in 1 ... 86400 seconds")
+        check_patience(self.patience)
         if self.engine == "ray" and self.patience != PATIENCE:
             raise ValueError("--patience is for --engine processes; Ray has its own, so leave it out")
         if self.part is not None:

@@ -127,6 +127,12 @@ def _end(pool: ProcessPoolExecutor, *, gently: bool) -> None:
             manager.join()
 
 
+def check_patience(seconds: float) -> None:
+    """Raise `ValueError` for a patience that is none."""
+    if not 1 <= seconds <= 86400:
+        raise ValueError(f"--patience is {seconds:g}; it must lie in 1 ... 86400 seconds")
+
+
 def beat() -> None:
     """Say that this process gets on: to be called for every image that is done, and while a long file is read."""
     if _beats is not None:

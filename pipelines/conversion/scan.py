@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.base import in_words
+from pipelines.base import DataError, in_words
 from pipelines.conversion.jpeg_warnings import jpeg_warning
 from pipelines.conversion.processes import Kept, beat
 from pipelines.conversion.work import Finished
@@ -19,6 +20,9 @@ from pipelines.storage.images import open_image
 
 # What torchvision, Pillow and DALI all decode to the same colours. MPO is a JPEG with more pictures behind it.
 _KEPT = {"JPEG": ("L", "RGB", "CMYK"), "MPO": ("L", "RGB", "CMYK"), "PNG": ("L", "RGB")}
+
+_OF_THE_IMAGE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG)
+"""What the system says of a file for its own sake, and not for want of something."""
 
 CHECKED = np.dtype(
     [("height", "<i4"), ("width", "<i4"), ("crc32", "<u4"), ("bytes", "<i8"), ("transcode", "?"), ("good", "?")]
@@ -99,9 +103,10 @@ def checked_images(samples: Sequence[Sample], finished: Finished) -> tuple[list[
 
 def check_image(sample: Sample) -> ImageFile | Unreadable:
     """Read and fully decode one image."""
-    encoded = b""
+    encoded = _read(sample)
+    if isinstance(encoded, Unreadable):
+        return encoded
     try:
-        encoded = sample.read()
         with open_image(encoded) as image:
             image.load()
             if image.mode in ("I", "F"):
@@ -111,12 +116,29 @@ def check_image(sample: Sample) -> ImageFile | Unreadable:
             return ImageFile(sample, image.height, image.width, zlib.crc32(encoded), len(encoded), not kept, warning)
     except UnidentifiedImageError:
         return Unreadable(sample.name, "not an image of a kind that is read" if encoded else "empty file")
-    except FileNotFoundError:
-        return Unreadable(sample.name, "the file is missing")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return Unreadable(sample.name, f"more than {Image.MAX_IMAGE_PIXELS} pixels")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         return Unreadable(sample.name, in_words(error))
+
+
+def _read(sample: Sample) -> bytes | Unreadable:
+    """The encoded bytes. Raises `Kept` for what is no fault of the image: it is gone, or the machine cannot read."""
+    try:
+        return sample.read()
+    except FileNotFoundError as error:
+        raise Kept(
+            f"{sample.name} is not there any more; restore it, and the same command continues, or begin again with "
+            "--restart"
+        ) from error
+    except OSError as error:
+        if error.errno in _OF_THE_IMAGE:
+            return Unreadable(sample.name, in_words(error))
+        raise Kept(
+            f"{sample.name} cannot be read ({in_words(error)}); mend that, and the same command continues"
+        ) from error
+    except DataError as error:
+        return Unreadable(sample.name, str(error))
 
 
 def decode_rgb(encoded: bytes) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines.base import DataError, in_words
 from pipelines.conversion.engines import Engine, map_tasks
-from pipelines.conversion.processes import PATIENCE, Progress, beat
+from pipelines.conversion.processes import PATIENCE, Progress, beat, check_patience
 from pipelines.conversion.shards import BLOCK, member_header, members_behind
 from pipelines.sources.sample import MAX_ENCODED
 from pipelines.storage.beton import RAW, STORED, damaged_frame, stored_path
@@ -36,6 +36,7 @@ def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False, pat
     Quickly: all sizes, everything but the images themselves, and 64 random samples of each split and format. With
     `full`, every sample and the checksum of every file.
     """
+    check_patience(patience)
     manifest, _ = read_manifest(root)
     names = sorted(manifest.files)
     checked = [name for name in names if full or not name.endswith(_LARGE)]

@@ -332,3 +332,29 @@ def test_what_is_missing_is_noticed_before_the_first_image(tmp_path: Path, monke
         with pytest.raises(DataError, match="install the"):
             conversion.convert(str(tmp_path / "src"), tmp_path / "set", Options(**options), Silent())  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_what_the_machine_cannot_read_is_no_unreadable_image(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or --on-error skip would leave out good images for a disk that is away for a moment."""
+    picture(20, 20, 0).save(tmp_path / "a.png")
+
+    def read(_: Any) -> bytes:
+        raise OSError(number, os.strerror(number), "a.png")
+
+    monkeypatch.setattr(scan.Sample, "read", read)
+    sample = scan.Sample("a.png", 0, str(tmp_path / "a.png"))
+    if number == errno.EACCES:
+        assert scan.check_image(sample) == scan.Unreadable("a.png", "permission denied")
+    else:
+        with pytest.raises(Kept, match=r"a\.png .*the same command continues"):
+            scan.check_image(sample)
+
+
+@pytest.mark.parametrize("patience", ["0", "-3", "nan", "inf"])
+def test_a_patience_that_is_none_is_refused(patience: str, tmp_path: Path) -> None:
+    for arguments in ((tmp_path, "--verify"), (tmp_path, tmp_path / "set", "--format", "dali")):
+        result = run(*arguments, "--patience", patience)
+        assert (result.returncode, "--patience is" in result.stderr) == (2, True)
