@@ -11,8 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from pipelines.storage.manifest import Split
 
 _SPLIT_NAMES = {"train": "train", "val": "validation"}  # as timm and `datasets` call them
@@ -76,5 +74,7 @@ def _readme(classes: Sequence[str], splits: Mapping[str, Split]) -> bytes:
         ],
         "dataset_info": {"features": [{"name": name, "dtype": dtype} for name, dtype in features.items()]},
     }
+    import yaml
+
     text = yaml.safe_dump(front_matter, sort_keys=False)  # everything but ASCII is escaped
     return f"---\n{text}---\n\n{_README}".encode()

@@ -527,9 +527,9 @@ def test_damaged_or_missing_files_are_refused_at_once(converted_root: Path, tmp_
     assert "train.beton has" in refused("train.beton", "ffcv", lambda b: b[:-100])
     assert "is damaged" in refused("train.beton", "ffcv", lambda b: b[:3200] + bytes(400) + b[3600:])
     assert "is damaged" in refused("train.beton", "ffcv", lambda b: b"\7" + b[1:])
-    assert "cannot be read" in refused("dataset.json", "torch", lambda b: b[:-20])
+    assert "is damaged" in refused("dataset.json", "torch", lambda b: b[:-20])
     assert "format version" in refused(
-        "dataset.json", "torch", lambda b: b.replace(b'"format_version": 2', b'"format_version": 9')
+        "dataset.json", "torch", lambda b: b.replace(b'"format_version": 3', b'"format_version": 9')
     )
 
 
