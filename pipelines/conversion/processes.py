@@ -8,10 +8,10 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Protocol, TypeVar
@@ -22,6 +22,7 @@ PATIENCE = 60.0
 """Seconds in which something must be done, unless somebody says otherwise."""
 
 _LOOK_SECONDS = 0.2
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 _LEAVE_SECONDS = 1.0
 _LONGEST_FOLDER = 60  # bytes; a socket's name has at most 107, and multiprocessing adds 30
 
@@ -78,7 +79,8 @@ def map_processes(
         ) from error
     finished = False
     try:
-        futures = [pool.submit(function, task) for task in tasks]
+        with signals_later():
+            futures = [pool.submit(function, task) for task in tasks]
         waiting, last = set(futures), time.monotonic()
         while waiting:
             done, waiting = wait(waiting, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
@@ -101,6 +103,24 @@ def map_processes(
         _end(pool, gently=finished)
         heard.close()
         beats.close()
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM are kept for the end: they could leave a lock of the pool's behind, for which its own
+    thread would then wait for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _end(pool: ProcessPoolExecutor, *, gently: bool) -> None:

@@ -22,7 +22,7 @@ from pipelines.base import DataError
 from pipelines.conversion import convert as conversion
 from pipelines.conversion import scan
 from pipelines.conversion.options import Options
-from pipelines.conversion.processes import Kept
+from pipelines.conversion.processes import Kept, signals_later
 from pipelines.conversion.verify import verify
 from pipelines.storage.source import TarSource
 
@@ -358,3 +358,22 @@ def test_a_patience_that_is_none_is_refused(patience: str, tmp_path: Path) -> No
     for arguments in ((tmp_path, "--verify"), (tmp_path, tmp_path / "set", "--format", "dali")):
         result = run(*arguments, "--patience", patience)
         assert (result.returncode, "--patience is" in result.stderr) == (2, True)
+
+
+def test_ctrl_c_waits_until_the_work_is_handed_out() -> None:
+    """And comes then: within, it could leave a lock of the pool's behind."""
+    done = []
+
+    def hand_out() -> None:
+        with signals_later():
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+            done.append("handed out")
+
+    with pytest.raises(KeyboardInterrupt):
+        hand_out()
+    assert done == ["handed out"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with signals_later():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
