@@ -17,14 +17,11 @@ import os
 import pickle
 import re
 import shutil
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from pss.runs import records
 from pss.runtime.files import in_words
@@ -32,122 +29,7 @@ from pss.runtime.files import in_words
 _NAME = re.compile(r"step-(?P<step>\d{9})(?:-c(?P<continuation>\d+))?-(?P<hash>[0-9a-f]{16})\.pt")
 _BEST = "best.json"
 ABANDONED = "abandoned"
-_LOOK_SECONDS = 1.0
 _log = logging.getLogger(__name__)
-
-
-class Writer:
-    """Saves checkpoints of one run in a thread, one at a time and in order, while training goes on."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        keep: int,
-        epoch_steps: int | None = None,
-        continuation: int = 0,
-        resume_step: int | None = None,
-    ) -> None:
-        """Only one writer may work in `folder`: what another left half-written is removed.
-
-        Args:
-            folder: where the checkpoints are, or will be; the run's folder is the one above.
-            keep: how many of the newest stay.
-            epoch_steps: the newest one of the end of an epoch of so many steps stays too.
-            continuation: which one of the run this is.
-            resume_step: where it begins; checkpoints behind it, of earlier continuations, are abandoned.
-        """
-        self.folder, self.keep, self.epoch_steps = folder, keep, epoch_steps
-        self.continuation, self._resume_step = continuation, resume_step
-        self._identity, self._looked = _identity(folder.parent), time.monotonic()
-        for pattern in (".partial-*", ".pss-*.partial"):
-            for partial in folder.glob(pattern):
-                partial.unlink(missing_ok=True)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pss-checkpoint")
-        self._written: Future[Any] | None = None
-
-    def save(self, state: dict[str, Any], *, step: int) -> None:
-        """Copy `state` to the host's memory and leave the rest to the thread; see the function `save`.
-
-        Waits for the checkpoint before it, and raises what that one failed with.
-        """
-        self.wait()
-        self._written = self._thread.submit(self._save, snapshot(state), step)
-
-    def _save(self, state: dict[str, Any], step: int) -> None:
-        self.check_place()
-        save(
-            self.folder,
-            state,
-            step=step,
-            keep=self.keep,
-            epoch_steps=self.epoch_steps,
-            continuation=self.continuation,
-            resume_step=self._resume_step,
-        )
-        self._resume_step = None
-
-    def note_best(self, *, step: int, score: float, weights: str) -> None:
-        """Once it is written, hold the checkpoint of `step` against the best one so far; see `note_best`."""
-        before = self._written
-
-        def note() -> None:
-            if before is not None:
-                before.result()
-            note_best(self.folder, step=step, continuation=self.continuation, score=score, weights=weights)
-
-        self._written = self._thread.submit(note)
-
-    def failed(self) -> bool:
-        """Whether nothing can be saved any more; to be asked at every step."""
-        if self._written is not None and self._written.done() and self._written.exception() is not None:
-            return True
-        if time.monotonic() - self._looked < _LOOK_SECONDS:  # a network's file system takes its time
-            return False
-        self._looked = time.monotonic()
-        return _identity(self.folder.parent) != self._identity
-
-    def check_place(self) -> None:
-        """Raise `ValueError` where the folder is not the one it was."""
-        run = self.folder.parent
-        if _identity(run) != self._identity:
-            raise ValueError(
-                f"{run} was removed, renamed or replaced while the run was writing to it, so nothing more can be "
-                "saved; put it back and go on with --resume"
-            )
-
-    def wait(self) -> None:
-        """Until all is on the disk. Raises `OSError` or `ValueError` where it could not be written."""
-        written, self._written = self._written, None
-        if written is not None:
-            written.result()
-
-    def close(self) -> None:
-        """Let the thread finish and end; what it fails with is only logged, since something else ended the run."""
-        try:
-            self.wait()
-        except (OSError, ValueError) as error:
-            _log.warning("%s", error)
-        finally:
-            self._thread.shutdown()
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def snapshot(state: dict[str, Any]) -> dict[str, Any]:
-    """`state` with copies on the CPU in place of its tensors."""
-    copied: dict[str, Any] = tree_map_only(
-        torch.Tensor, lambda tensor: tensor.detach().to("cpu", non_blocking=True, copy=True), state
-    )
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-    return copied
 
 
 def save(
@@ -172,7 +54,7 @@ def save(
     assert_plain(state)
     partial = folder / f".partial-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # a run's folder that is gone is not made anew
         with partial.open("wb") as file:
             torch.save(state, file)
             file.flush()
@@ -195,7 +77,7 @@ def _cannot_write(folder: Path, step: int, error: Exception) -> str:
     while not isinstance(reason, OSError) and isinstance(cause := reason.__cause__ or reason.__context__, Exception):
         reason = cause
     what = reason.strerror or str(reason) if isinstance(reason, OSError) else str(reason)
-    usage = shutil.disk_usage(folder if folder.is_dir() else folder.parent)
+    usage = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.is_dir()))
     earlier = list_checkpoints(folder)
     left = f"{earlier[0].name} is untouched" if earlier else "there is no earlier one"
     return (

@@ -15,6 +15,7 @@ from pss.config import Config, check_same_run
 from pss.methods import Method
 from pss.runs import checkpoint, records
 from pss.runs.lock import CHECKPOINTS
+from pss.runs.writer import Writer
 from pss.runtime.processes import World
 from pss.training.guard import Guard
 from pss.training.sharding import gather
@@ -41,7 +42,7 @@ class Saver:
         self.continuation = 0
         """How often the run has gone back to the end of an epoch."""
         self._resume_step: int | None = None
-        self._writer: checkpoint.Writer | None = None
+        self._writer: Writer | None = None
         self._last = time.monotonic()
         self._asked = False
 
@@ -52,7 +53,7 @@ class Saver:
     def open(self) -> None:
         """Begin to write, on the main process."""
         if self.world.is_main:
-            self._writer = checkpoint.Writer(
+            self._writer = Writer(
                 self._folder,
                 keep=self.config.train.keep_checkpoints,
                 epoch_steps=self.loader.steps_per_epoch,

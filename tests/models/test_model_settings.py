@@ -211,6 +211,7 @@ def test_averages_and_best_ones_can_be_asked_for(tmp_path: Path) -> None:
             start_from(model, f"{tmp_path / 'one.pt'}{where}")
 
     folder = tmp_path / "run"
+    folder.mkdir()
     for step, score in ((1, 9.0), (2, 5.0)):
         models = tiny(10 * step), tiny(10 * step + 1)
         state = {"method": models[0].state_dict(), "ema": models[1].state_dict()}

@@ -17,6 +17,7 @@ import torch
 import warm
 
 from pss.runs import checkpoint, records
+from pss.runs.writer import Writer
 
 
 def save(folder, step, keep=3):
@@ -98,7 +99,7 @@ def test_the_writer_saves_what_was_there_when_it_was_asked(tmp_path, monkeypatch
         return original(folder, state, step=step, **options)
 
     monkeypatch.setattr(checkpoint, "save", slow)
-    writer = checkpoint.Writer(tmp_path, keep=5)
+    writer = Writer(tmp_path, keep=5)
     assert list(tmp_path.iterdir()) == []
     weights = torch.zeros(4)
     writer.save({"w": weights, "nested": [{"w": weights[:2]}]}, step=1)
@@ -127,7 +128,7 @@ def limited():
 
 def test_a_full_disk_leaves_the_earlier_checkpoints_alone(tmp_path, limited, caplog):
     small = checkpoint.save(tmp_path, {"w": torch.zeros(10)}, step=1, keep=1)
-    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer = Writer(tmp_path, keep=1)
     writer.save({"w": torch.zeros(100_000)}, step=2)
     message = rf"checkpoint of step 2 cannot be written to {tmp_path} \(File too large; .* GB are free"
     with pytest.raises(OSError, match=rf"{message}.*{small.name} is untouched.*--resume"):

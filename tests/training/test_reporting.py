@@ -18,7 +18,7 @@ from test_train import CLASSES, HERE, SETTINGS, assert_same, final_state, traine
 import cli.errors
 import cli.train
 from pss import recipes
-from pss.runs import checkpoint, lock, log
+from pss.runs import checkpoint, lock, log, writer
 from pss.runs.log import RunLog, read_rows
 from pss.training import reporting
 from pss.training.console import TrainView
@@ -123,7 +123,7 @@ def claimed(folder, body=lambda: None, **options):
 
 @pytest.mark.parametrize("kind", ["removed", "renamed", "replaced"])
 def test_a_folder_that_goes_away_ends_the_run_in_a_sentence(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(checkpoint, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "_LOOK_SECONDS", 0.0)
     output = tmp_path / "run"
     output.mkdir()
 
@@ -140,6 +140,44 @@ def test_a_folder_that_goes_away_ends_the_run_in_a_sentence(tmp_path, monkeypatc
     assert not output.exists() or list(output.iterdir()) == []
     if kind == "renamed":  # goes on from where it is now
         assert trainer(tmp_path / "elsewhere").step == 5
+
+
+@pytest.mark.parametrize("kind", ["removed", "renamed", "replaced"])
+@pytest.mark.parametrize("at", ["before the folder", "in the checkpoint", "in best.json"])
+def test_a_folder_that_goes_away_while_it_is_written_to_is_told_as_such(tmp_path, monkeypatch, kind, at):
+    run = tmp_path / "run"
+    run.mkdir()
+    saving = writer.Writer(run / "checkpoints", keep=3)
+
+    def before(module, name):
+        original = getattr(module, name)
+
+        def gone(*args, **kwargs):
+            monkeypatch.setattr(module, name, original)
+            run.rename(tmp_path / "elsewhere")
+            if kind == "removed":
+                shutil.rmtree(tmp_path / "elsewhere")
+            if kind == "replaced":
+                run.mkdir()
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, gone)
+
+    if at == "in best.json":
+        saving.save({"step": 5}, step=5)
+        saving.wait()
+        before(checkpoint.records, "write")
+        saving.note_best(step=5, score=1.0, weights="method")
+    else:
+        if at == "in the checkpoint":
+            before(checkpoint.torch, "save")
+        else:
+            before(checkpoint, "assert_plain")
+        saving.save({"step": 5}, step=5)
+    with pytest.raises(ValueError, match=rf"{run} was removed, renamed or replaced .*--resume"):
+        saving.wait()
+    saving.close()
+    assert not list(run.rglob("step-*")) or kind == "replaced"
 
 
 def test_a_folder_that_nothing_was_trained_in_is_removed_and_its_parents_too(tmp_path):

@@ -80,6 +80,7 @@ def test_it_learns(tmp_path, method):
 def test_a_run_starts_from_another_runs_weights(tmp_path, uninterrupted):
     """Its own checkpoints come first: a resumed run does not start again, even where the weights are gone."""
     source = tmp_path / "source"
+    (source / "checkpoints").mkdir(parents=True)
     checkpoint.save(source / "checkpoints", uninterrupted, step=uninterrupted["step"], keep=1)
     weights = f"model.weights={source}"
     begun = trainer(tmp_path / "run", weights)
