@@ -5,17 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from pipelines.base import DataError, in_words
 from pipelines.sources.archive import read_compressed
-from pipelines.sources.names import is_image, order_is_certain
+from pipelines.sources.names import is_image, order_is_certain, said_split
 from pipelines.sources.tree import Tree, shown, some
 
 _SUFFIXES = (".txt", ".csv", ".tsv")
 _MAX_BYTES = 256 << 20
+_TITLES = ("label", "labels", "class", "class_name", "classname", "category", "target", "breed", "species", "wnid")
 _MAX_DIGITS = 9
 _MAX_TEXTS = 5000
 _BOXED = re.compile(r"(\S+)(?: \d+){4}(?: \S+(?: \d+){4})*\s*")  # Kaggle writes a class and its boxes
@@ -48,7 +49,12 @@ class Lists:
 
 
 def find(
-    tree: Tree, images: Sequence[str], classes: tuple[str, ...], names: Sequence[str] | None = None
+    tree: Tree,
+    images: Sequence[str],
+    classes: tuple[str, ...],
+    names: Sequence[str] | None = None,
+    split: str | None = None,
+    others: Collection[str] = (),
 ) -> Found | None:
     """The class of each of `images`; None where no file of the tree says it.
 
@@ -57,6 +63,8 @@ def find(
         images: full names, sorted.
         classes: those of the training split in the order of their labels; empty if there is none.
         names: what the files call the images, where that is not the last part of their name.
+        split: `train`, `val` or `test`, if it is known: files that are called like another one are not asked.
+        others: the last parts of the names of all other images.
 
     Raises:
         DataError: a file labels some of them only, or several disagree, or labels are numbers of an unknown meaning.
@@ -65,11 +73,15 @@ def find(
     if (devkit := _devkit_labels(tree, last)) is not None:
         return devkit
     tables = _tables(tree)
+    words = {name: said_split(name) for name in tables}
+    tables = {name: rows for name, rows in tables.items() if None in (words[name], split) or words[name] == split}
+    twice = next((one for one in last if one in others), None)
     by_file: dict[str, list[str]] = {}
     partial: list[DataError] = []
     for name, rows in tables.items():
+        sure = twice is None or (split is not None and words[name] == split)
         try:
-            labels = _by_file(tree, name, rows, last, images if names is None else last)
+            labels = _by_file(tree, name, rows, last, images if names is None else last, None if sure else twice)
         except DataError as error:
             partial.append(error)
             continue
@@ -88,7 +100,7 @@ def find(
             f"{shown(tree.path(first))} and {shown(tree.path(disagree[0]))} label the images differently; leave one "
             "out with --ignore"
         )
-    numbers = all(_is_number(label) for label in found[first])
+    numbers = resolved[first] != found[first]
     metadata = dict.fromkeys(resolved, "labels")
     if numbers and (categories := _categories_file(tree)):
         return Found(
@@ -99,11 +111,16 @@ def find(
 
 def _tables(tree: Tree) -> dict[str, list[list[str]]]:
     """The text files of a tree; where there are a great many, without those that lie among images."""
-    texts = [name for name in tree.files() if name.lower().endswith(_SUFFIXES)]
+    texts = [name for name in tree.files() if name.lower().endswith(_SUFFIXES) and not _is_example(name)]
     if len(texts) > _MAX_TEXTS:
         pictures = {folder for folder, names in tree.folders.items() if any(map(is_image, names))}
         texts = [name for name in texts if name.rpartition("/")[0] not in pictures][:_MAX_TEXTS]
     return {name: rows for name in texts if (rows := _read(tree, name)) is not None}
+
+
+def _is_example(name: str) -> bool:
+    """Whether it is Kaggle's example of what to hand in: it names the test images, with labels that mean nothing."""
+    return "submission" in name.rpartition("/")[2].lower()
 
 
 def _is_numbering(labels: Sequence[str]) -> bool:
@@ -122,7 +139,9 @@ def _read(tree: Tree, name: str) -> list[list[str]] | None:
         return None
     if name.lower().endswith(".csv"):
         try:
-            rows = [row for row in csv.reader(io.StringIO(text)) if row]
+            first = text.partition("\n")[0]
+            mark = ";" if ";" in first and "," not in first else ","
+            rows = [row for row in csv.reader(io.StringIO(text), delimiter=mark) if row]
         except csv.Error:
             return None
         return [[field.strip() for field in row] for row in rows]
@@ -130,10 +149,22 @@ def _read(tree: Tree, name: str) -> list[list[str]] | None:
     return [[f.strip() for f in line.split("\t")] if "\t" in line else line.split(maxsplit=1) for line in lines]
 
 
+def _class_in(row: list[str], header: list[str]) -> str | None:
+    """The class in a line that begins with a file's name; None where it is not certain which entry that is."""
+    called = [at for at, title in enumerate(header) if title.lower() in _TITLES]
+    if len(row) > 2 and len(called) == 1 and called[0] < len(row):
+        return row[called[0]]
+    if boxed := _BOXED.fullmatch(" ".join(row[1:])):
+        return boxed[1]
+    numbers = [part.lstrip("-").replace(".", "", 1).isdecimal() for part in row[1].split()]
+    return None if len(row) > 2 or (len(numbers) > 1 and all(numbers)) else row[1]
+
+
 def _by_file(
-    tree: Tree, name: str, rows: list[list[str]], images: Sequence[str], paths: Sequence[str]
+    tree: Tree, name: str, rows: list[list[str]], images: Sequence[str], paths: Sequence[str], twice: str | None
 ) -> list[str] | None:
-    """The labels in a file whose lines begin with a file's name, with or without its suffix; None if it is not one."""
+    """The labels in a file whose lines begin with a file's name, with or without its suffix; None if it is not one.
+    `twice`: one of the names that images elsewhere have as well."""
     wanted = {image: i for i, image in enumerate(images)}
     stems = {PurePosixPath(image).stem: i for i, image in enumerate(images)}
     stems = stems if len(stems) == len(images) else {}
@@ -148,8 +179,17 @@ def _by_file(
         own, _, base = paths[at].rpartition("/")
         if folder and own and not f"/{own}/{base}".endswith(f"/{folder}/{base}"):
             continue  # it lies in another folder, and has the name of one of these
-        boxed = _BOXED.fullmatch(row[1])
-        label = boxed[1] if boxed else row[1]
+        if twice is not None and not folder:
+            raise DataError(
+                f"{shown(tree.path(name))} does not say the folder of its files, and there are several {twice}; write "
+                "it before each name, or give the file the name of its split"
+            )
+        label = _class_in(row, rows[0])
+        if label is None:
+            raise DataError(
+                f"{shown(tree.path(name))} has a line of {len(row[1].split()) + len(row) - 1} entries, and it is not "
+                f"certain which is the class of {images[at]}; keep FILE and CLASS"
+            )
         if labels[at] not in (None, label):
             raise DataError(f"{shown(tree.path(name))} labels {images[at]} twice, {labels[at]} and {label}; mend it")
         labels[at] = label
@@ -166,7 +206,9 @@ def _by_file(
 
 
 def _is_by_line(rows: list[list[str]], images: Sequence[str]) -> bool:
-    return len(rows) == len(images) and all(len(row) == 1 for row in rows)
+    if len(rows) != len(images) or any(len(row) != 1 or is_image(row[0]) for row in rows):
+        return False
+    return len(rows) < 3 or len({row[0] for row in rows}) < len(rows)  # else it lists files, or the classes
 
 
 def _resolve(
@@ -195,10 +237,7 @@ def _resolve(
             f"{what} holds numbers of ImageNet's devkit or of another list; add {need} to say what they mean"
         )
     if not classes:
-        raise DataError(
-            f"{what} numbers the classes, and nothing names them; add the training images, or write names in their "
-            "place"
-        )
+        return list(labels)
     if bad := [label for label in labels if not _is_number(label) or int(label) >= len(classes)]:
         raise DataError(
             f"{what} has label {bad[0][:20]}, but there are {len(classes)} training classes, from 0; write class names "

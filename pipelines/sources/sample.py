@@ -44,6 +44,12 @@ class Sample:
         return encoded
 
 
+def file_samples(root: Path, names: Sequence[str], labels: Sequence[int]) -> list[Sample]:
+    """Whole files as samples."""
+    paths = (f"{root}/{name}" for name in names)
+    return [Sample(path, label, path) for path, label in zip(paths, labels, strict=True)]
+
+
 @dataclass(frozen=True)
 class Choice:
     """What the user has decided about a source."""
@@ -110,6 +116,8 @@ class Claim:
     """By reason: files that the layout is known to bring along and that are not read."""
     notes: list[str] = field(default_factory=list)
     """Sentences that the user should know."""
+    uses_test: bool = False
+    """Whether test images are the validation split."""
     members: dict[str, Counter[str]] = field(default_factory=dict)
     """Of archives: what else is in them, by suffix."""
 

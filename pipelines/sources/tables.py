@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.base import DataError, in_words
 from pipelines.sources.features import ClassNames, named_by, saved_files, saved_splits
-from pipelines.sources.names import WORDS, by_split, check_parts
+from pipelines.sources.names import WORDS, by_split, check_parts, order_classes
 from pipelines.sources.sample import (
     MAX_ENCODED,
     UNSPLIT,
@@ -102,6 +102,7 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
     unused: dict[str, list[str]] = {}
     notes: list[str] = []
     splits: dict[str, _Files]
+    uses_test = False
     if None in found:
         splits = {UNSPLIT: found[None]}
     else:
@@ -111,7 +112,7 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
                 unused["validation images, as --use-test asks for the test split"] = splits["val"].names
             else:
                 notes.append(f"{found['test'].names[0]} becomes the validation split, as there is no other")
-            splits["val"] = found["test"]
+            splits["val"], uses_test = found["test"], True
         elif "test" in found:
             unused["test images"] = found["test"].names
     first = next(iter(splits.values()))
@@ -119,6 +120,7 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
         example = tree.path(first.names[0])
         schema = first.schema(example)
         image, label, names = _columns(example, schema, choice)
+        _compare(tree, [name for own in splits.values() for name in own.names], first.schema, image, label, names)
         values = {split: _labels(tree, own, label) for split, own in splits.items()}
     labels, classes = _numbered(tree.root, label, values, names)
     taken: dict[str, list[str]] = {}
@@ -140,6 +142,7 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
         taken=dict(taken),
         unused=unused,
         notes=notes,
+        uses_test=uses_test,
     )
 
 
@@ -148,8 +151,14 @@ def _numbered(
 ) -> tuple[dict[str, list[int]], tuple[str, ...]]:
     """Labels as numbers, and the classes, from what a column holds."""
     words = {type(value) for own in values.values() for value in own}
+    if len(words) > 1:
+        raise DataError(
+            f"{source}, column {label!r} is of {' and '.join(sorted(one.__name__ for one in words))} in different "
+            "files; leave some out with --ignore"
+        )
     if words == {str}:
-        classes = names or tuple(sorted({value for own in values.values() for value in own}))
+        found = dict.fromkeys(value for own in values.values() for value in own)
+        classes = names or order_classes(check_class_names(list(found), f"column {label!r} of {source}"), None, source)
         number = {name: at for at, name in enumerate(classes)}
         if unknown := [value for own in values.values() for value in own if value not in number]:
             raise DataError(f"{source}, column {label!r} has the value {unknown[0]!r}, which its features do not name")
@@ -211,15 +220,38 @@ def _image_columns(schema: pyarrow.Schema) -> list[str]:
     return [field.name for field in schema if holds_images(field.type)]
 
 
+def _compare(
+    tree: Tree, files: Sequence[str], schema_of: Callable[[Path], Any], image: str, label: str, names: ClassNames
+) -> None:
+    """Raise `DataError` where a file lacks one of the columns, or numbers other classes than the first one."""
+    for name in files:
+        path = tree.path(name)
+        schema = schema_of(path)
+        if lacking := [column for column in (image, label) if column not in schema.names]:
+            raise DataError(
+                f"{shown(path)} has no column {lacking[0]!r}, as {shown(tree.path(files[0]))} has; leave one of them "
+                "out with --ignore"
+            )
+        others = named_by(schema.metadata or {}, shown(path)).get(label, ())
+        if others != names:
+            raise DataError(
+                f"{shown(path)} names the classes of {label!r} otherwise than {shown(tree.path(files[0]))} does "
+                f"({_differ(names, others)}); leave one of them out with --ignore"
+            )
+
+
+def _differ(names: ClassNames, others: ClassNames) -> str:
+    if not names or not others:
+        return "only one of them names any"
+    pairs = ((one, other) for one, other in zip(names, others, strict=False) if one != other)
+    return next((f"{one!r} and {other!r}" for one, other in pairs), f"{len(names)} and {len(others)} classes")
+
+
 def _labels(tree: Tree, files: _Files, label: str) -> list[Any]:
     """The label of every row, in order."""
     found: list[Any] = []
     for name in files.names:
         path = tree.path(name)
-        if label not in files.schema(path).names:
-            raise DataError(
-                f"{shown(path)} has no column {label!r}, as the other files have; leave it out with --ignore"
-            )
         for batch in files.batches(path, label, _LABEL_ROWS):
             values = batch.column(0).to_pylist()
             if None in values:

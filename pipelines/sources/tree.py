@@ -72,6 +72,12 @@ def join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
+def and_above(folder: str) -> list[str]:
+    """A folder and all that it lies in, the root first."""
+    parts = folder.split("/")
+    return ["", *("/".join(parts[: i + 1]) for i in range(len(parts)))] if folder else [""]
+
+
 def shown(path: Path | str) -> str:
     """A path or another text of the source as it can be printed: what is no UTF-8, commands to a terminal, ends of
     lines and marks that turn the direction of writing are spelled out."""
