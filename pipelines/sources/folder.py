@@ -283,9 +283,8 @@ def claim_parts(layout: Layout, parts: Mapping[str, Part], labelled: Labelled, u
     splits: dict[str, list[int]] = {}
     for split, part in parts.items():
         if part.flat:
-            number = {name: label for label, name in enumerate(classes)}
             found = labelled.of(part)
-            splits[split] = [number[name] for name in found.names]
+            splits[split] = list(map({name: label for label, name in enumerate(classes)}.__getitem__, found.names))
             told.append(found.told)
         else:
             names[split], splits[split] = ordered_files(layout, part, classes, split)
@@ -312,12 +311,12 @@ def claim_parts(layout: Layout, parts: Mapping[str, Part], labelled: Labelled, u
 
 def ordered_files(layout: Layout, part: Part, classes: Sequence[str], split: str) -> tuple[list[str], list[int]]:
     """The files in class folders by class and name, and their labels; `DataError` for a class that is not known."""
-    number = {name: label for label, name in enumerate(classes)}
-    if unknown := sorted(set(part.classes) - set(number)):
+    if unknown := sorted(set(part.classes).difference(classes)):
         raise DataError(
             f"{layout.tree.root} has the class {unknown[0]!r} in the {split} split, which is no training class; mend "
             "it, or leave it out with --ignore"
         )
+    number = {name: label for label, name in enumerate(classes)}
     ordered = sorted(part.classes, key=number.__getitem__)
     names = [file for name in ordered for file in sorted(part.classes[name])]
     return names, [number[name] for name in ordered for _ in part.classes[name]]
@@ -396,4 +395,6 @@ def _claim_unsplit(layout: Layout, base: str) -> Claim:
     for name, files in part.classes.items():
         for file in files:
             parts[lists.split[file]].classes.setdefault(name, []).append(file)
-    return claim_parts(layout, parts, labelled, {})
+    claim = claim_parts(layout, parts, labelled, {})
+    claim.uses_test = True
+    return claim

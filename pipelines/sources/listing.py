@@ -12,8 +12,7 @@ from pipelines.sources.arrays import claim_cifar, claim_digits
 from pipelines.sources.folder import claim_folders
 from pipelines.sources.imagenet import claim_imagenet
 from pipelines.sources.names import kind_of, looks_like_image, suffix_of
-from pipelines.sources.sample import UNSPLIT, Choice, Claim, Listing, Sample, check_labels
-from pipelines.sources.spool import Spool
+from pipelines.sources.sample import UNSPLIT, Choice, Claim, Listing, Sample, Spool, check_labels
 from pipelines.sources.tables import claim_parquet, claim_saved
 from pipelines.sources.tree import HIDDEN, LITTER, Tree, join, list_tree, shown, some
 from pipelines.sources.webdataset import claim_webdataset

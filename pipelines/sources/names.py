@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipelines.base import DataError, in_words
-from pipelines.sources.tree import Tree
+from pipelines.sources.tree import Tree, shown
 from pipelines.storage.json_files import bounded
 from pipelines.storage.manifest import in_label_order
 from pipelines.storage.source import IMAGE_SUFFIXES
@@ -127,12 +127,19 @@ def kind_of(name: str) -> str | None:
 
 
 def looks_like_image(path: Path) -> bool:
-    """Whether the first bytes of a file are those of an image that is read, whatever it is called."""
+    """Whether the first bytes of a file are those of an image that is read, whatever it is called.
+
+    Raises:
+        DataError: they cannot be read.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(16)
-    except OSError:
-        return False
+    except OSError as error:
+        raise DataError(
+            f"{shown(path)} cannot be read ({in_words(error)}), so that nobody knows whether it is an image; change "
+            "who may read it, or leave it out with --ignore"
+        ) from error
     if head.startswith(b"BM"):  # two letters are little: the size of the file follows
         return int.from_bytes(head[2:6], "little") == path.stat().st_size
     return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")

@@ -19,7 +19,7 @@ from pipelines.sources.sample import (
     Choice,
     Claim,
     Sample,
-    Store,
+    Spool,
     check_class_names,
     number_classes,
 )
@@ -128,7 +128,7 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
         folder, _, last = name.rpartition("/")
         taken.setdefault(folder, []).append(last)
 
-    def read(spool: Store) -> dict[str, Sequence[Sample]]:
+    def read(spool: Spool) -> dict[str, Sequence[Sample]]:
         return {split: _spooled(tree, own, image, labels[split], spool, split) for split, own in splits.items()}
 
     return Claim(
@@ -250,6 +250,7 @@ def _differ(names: ClassNames, others: ClassNames) -> str:
 def _labels(tree: Tree, files: _Files, label: str) -> list[Any]:
     """The label of every row, in order."""
     found: list[Any] = []
+    known: dict[Any, Any] = {}
     for name in files.names:
         path = tree.path(name)
         for batch in files.batches(path, label, _LABEL_ROWS):
@@ -257,12 +258,12 @@ def _labels(tree: Tree, files: _Files, label: str) -> list[Any]:
             if None in values:
                 row = len(found) + values.index(None)
                 raise DataError(f"{shown(path)}, row {row} has no label; give it one, or remove it")
-            found += values
+            found += [known.setdefault(value, value) for value in values]  # each word once in memory
     return found
 
 
 def _spooled(
-    tree: Tree, files: _Files, image: str, labels: Sequence[int], spool: Store, split: str
+    tree: Tree, files: _Files, image: str, labels: Sequence[int], spool: Spool, split: str
 ) -> Sequence[Sample]:
     size = sum(tree.path(name).stat().st_size for name in files.names)
     return spool.fill(split, _images(tree, files, image, labels, size), size)
@@ -303,7 +304,8 @@ def _encoded(value: Any, what: str) -> bytes:
 
 
 def _parquet_schema(path: Path) -> Any:
-    return _pyarrow("pyarrow.parquet").read_schema(path)
+    with path.open("rb") as file:  # what may not be read is named by Python, not by pyarrow
+        return _pyarrow("pyarrow.parquet").read_schema(file)
 
 
 def _parquet_batches(path: Path, column: str, rows: int) -> Iterator[Any]:
@@ -343,6 +345,8 @@ def _told(source: Path) -> Iterator[None]:
             f"{source}: a few rows of it take more than {_MEMORY >> 20} MiB of memory, which no images do; download it "
             "again, or write it with smaller images"
         ) from error
+    except PermissionError:
+        raise
     except (pyarrow.ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError) as error:
         raise DataError(f"{source} cannot be read ({in_words(error)}); download it again") from error
     finally:

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,6 +16,7 @@ from pipelines.base import DataError, in_words
 
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 _MAX_DEPTH = 64
+_MAX_VISITS = 100  # links to links to folders would be followed for ever, though not in circles
 _NAMED = 3  # of many, in one sentence
 
 HIDDEN, LITTER = "hidden", "left by an operating system"
@@ -119,6 +120,7 @@ class _Walk:
         self.tree, self.ignore, self.follow_links = tree, ignore, follow_links
         self.real = os.path.realpath(tree.root)
         self.used: set[str] = set()
+        self.visits: Counter[tuple[int, int]] = Counter()
         self.problems: dict[str, list[str]] = defaultdict(list)
 
     def folder(self, folder: str, identity: tuple[int, int], above: tuple[tuple[int, int], ...]) -> None:
@@ -150,8 +152,14 @@ class _Walk:
                 inside.append((name, (about.st_dev, about.st_ino)))
         self._compare_forms(place, files + [name.rpartition("/")[2] for name, _ in inside])
         for name, its_identity in inside:
+            self.visits[its_identity] += 1
             if its_identity in (*above, identity):
                 self.problems["circle"].append(shown(self.tree.path(name)))
+            elif self.visits[its_identity] > _MAX_VISITS:
+                raise DataError(
+                    f"{shown(self.tree.path(name))} is reached in more than {_MAX_VISITS} ways, through links to it or "
+                    "to folders above it; remove some, or leave them out with --ignore"
+                )
             else:
                 self.folder(name, its_identity, (*above, identity))
 

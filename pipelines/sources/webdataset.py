@@ -258,7 +258,7 @@ def _label(path: Any, member: Member, key: str | None) -> int:
         if member.name.lower().endswith(".cls"):
             return _number(content.decode("ascii").strip())
         described = json.loads(content)
-        values = [described[name] for name in ((key,) if key else _JSON_KEYS) if name in described]
+        values = [described[name] for name in (_JSON_KEYS if key is None else (key,)) if name in described]
         numbers = [value for value in values if type(value) is int] or [_number(str(value)) for value in values]
         first = numbers[0]
         if len(set(numbers)) == 1:  # beside the number of a class, its name is no contradiction
