@@ -15,7 +15,7 @@ from pipelines.base import DataError
 from pipelines.sources import labels as label_files
 from pipelines.sources.names import is_image, order_classes, order_in_words, split_of
 from pipelines.sources.sample import UNSPLIT, Choice, Claim, file_samples
-from pipelines.sources.tree import Tree, and_above, join, shown, some
+from pipelines.sources.tree import Tree, and_above, join, pattern_of, shown, some
 
 _PLACES = {"data_256": "train", "data_large": "train"}  # Places365 calls its training images so
 _PLAIN = frozenset(("images", "image", "imgs", "img", "jpg", "jpeg", "jpegs", "png", "photos", "pictures", "data"))
@@ -236,14 +236,13 @@ def claim_folders(tree: Tree, choice: Choice) -> Claim | None:
     if direct := layout.images.get(base):
         raise DataError(
             f"{layout.shown(join(base, direct[0]))} lies beside the folders of the splits"
-            f"{f', with {len(direct) - 1} more' if len(direct) > 1 else ''}; move it, or leave it out with --ignore"
+            f"{f', with {len(direct) - 1} more' if len(direct) > 1 else ''}; move it, or leave it out with --ignore "
+            f"{pattern_of(join(base, direct[0]))}"
         )
     train = layout.part(folders["train"]) if "train" in folders else None
     labelled = Labelled(layout, ())
     if train is not None:
-        labelled.classes = (
-            labelled.order(train) if train.flat else order_classes(train.classes, choice.class_order, tree.root)
-        )
+        labelled.classes = labelled.order(train)
     known = labelled.classes
     val, test = (layout.part(folders[split], known) if split in folders else None for split in ("val", "test"))
     parts = {"train": train} if train is not None else {}
@@ -274,17 +273,13 @@ def claim_parts(layout: Layout, parts: Mapping[str, Part], labelled: Labelled, u
     names = {split: part.images for split, part in parts.items()}
     told = ["folders"] if any(part.classes for part in parts.values()) else []
     if not classes:
-        first = next(iter(parts.values()))
-        classes = (
-            labelled.order(first)
-            if first.flat
-            else order_classes(first.classes, layout.choice.class_order, layout.tree.root)
-        )
+        classes = labelled.order(next(iter(parts.values())))
     splits: dict[str, list[int]] = {}
     for split, part in parts.items():
         if part.flat:
             found = labelled.of(part)
-            splits[split] = list(map({name: label for label, name in enumerate(classes)}.__getitem__, found.names))
+            number = {name: label for label, name in enumerate(classes)}
+            splits[split] = [number[name] for name in found.names]
             told.append(found.told)
         else:
             names[split], splits[split] = ordered_files(layout, part, classes, split)
@@ -354,6 +349,9 @@ class Labelled:
 
     def order(self, part: Part) -> tuple[str, ...]:
         """The classes that its labels name, where nothing else does."""
+        order, root = self.layout.choice.class_order, self.layout.tree.root
+        if not part.flat:
+            return order_classes(part.classes, order, root)
         found = self.of(part)
         names = dict.fromkeys(found.names)
         if len(names) == len(part.flat) > 2:
@@ -362,7 +360,7 @@ class Labelled:
                 f"{self.layout.shown(part.folders[0])} a class of its own, so it names something else; leave it out "
                 "with --ignore, and add a text file with a line FILE CLASS for each"
             )
-        return order_classes(names, self.layout.choice.class_order, self.layout.tree.root)
+        return order_classes(names, order, root)
 
 
 def _no_label(layout: Layout, part: Part) -> DataError:
@@ -370,7 +368,7 @@ def _no_label(layout: Layout, part: Part) -> DataError:
     return DataError(
         f"{layout.shown(folder)} holds {len(part.flat)} images without class folders, and no text file labels them, "
         "with a line FILE CLASS for each; add one (for ImageNet, ILSVRC2012_devkit_t12.tar.gz), or put them into class "
-        f"folders{f', or leave them out with --ignore {shown(folder)!r}' if folder else ''}"
+        f"folders{f', or leave them out with --ignore {pattern_of(folder)}' if folder else ''}"
     )
 
 

@@ -14,7 +14,7 @@ from pipelines.sources.imagenet import claim_imagenet
 from pipelines.sources.names import kind_of, looks_like_image, suffix_of
 from pipelines.sources.sample import UNSPLIT, Choice, Claim, Listing, Sample, Spool, check_labels
 from pipelines.sources.tables import claim_parquet, claim_saved
-from pipelines.sources.tree import HIDDEN, LITTER, Tree, join, list_tree, shown, some
+from pipelines.sources.tree import HIDDEN, LITTER, Tree, join, list_tree, pattern_of, shown, some
 from pipelines.sources.webdataset import claim_webdataset
 from pipelines.storage.manifest import FORMAT, MANIFEST
 
@@ -286,7 +286,7 @@ def _left_out(tree: Tree, data: Mapping[str, str]) -> DataError:
     name, kind = next(iter(data.items()))
     more = f", one of {len(data)} files that would be left out" if len(data) > 1 else ""
     suffix = suffix_of(name)
-    pattern = f"'*{suffix}'" if suffix and kind != "an image" else f"'{shown(name)}'"
+    pattern = f"'*{suffix}'" if suffix and kind != "an image" else pattern_of(name)
     if kind == "a compressed archive":
         tool = next((tool for end, tool in _UNPACK.items() if suffix.endswith(end)), "tar -xf")
         remedy = f"unpack it with {tool} first"

@@ -79,6 +79,11 @@ def and_above(folder: str) -> list[str]:
     return ["", *("/".join(parts[: i + 1]) for i in range(len(parts)))] if folder else [""]
 
 
+def pattern_of(name: str) -> str:
+    """What `--ignore` takes for this file or folder and no other, in quotes for a shell."""
+    return f"'{shown(name if '/' in name else f'./{name}')}'"
+
+
 def shown(path: Path | str) -> str:
     """A path or another text of the source as it can be printed: what is no UTF-8, commands to a terminal, ends of
     lines and marks that turn the direction of writing are spelled out."""
@@ -97,7 +102,8 @@ def list_tree(source: Path, ignore: Sequence[str] = (), follow_links: bool = Fal
 
     Args:
         source: resolved.
-        ignore: patterns of names that are left out, each of a file or a folder: `*.txt`, `val`, `extra/*`.
+        ignore: patterns of names that are left out, each of a file or a folder: `*.txt` and `val` wherever they are,
+            `extra/*` and `./val` as seen from the source.
         follow_links: whether links may lead out of the source.
 
     Raises:
@@ -165,10 +171,9 @@ class _Walk:
 
     def _rule(self, name: str, last: str) -> str | None:
         for pattern in self.ignore:
-            plain = pattern.rstrip("/")
-            if plain.startswith("./"):
-                plain = plain[2:]
-            if fnmatchcase(name, plain) or ("/" not in plain and fnmatchcase(last, plain)):
+            plain = pattern.rstrip("/").removeprefix("./")
+            anywhere = "/" not in pattern.rstrip("/")
+            if plain in (name, last if anywhere else name) or fnmatchcase(last if anywhere else name, plain):
                 self.used.add(pattern)
                 return f"--ignore {pattern}"
         if last in _LITTER or last.startswith("._"):
