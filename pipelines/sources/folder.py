@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pipelines.base import DataError
 from pipelines.sources import labels as label_files
 from pipelines.sources.names import is_image, order_classes, order_in_words, split_of
-from pipelines.sources.sample import UNSPLIT, Choice, Claim, file_samples
+from pipelines.sources.sample import UNSPLIT, Choice, Claim, file_samples, only_test
 from pipelines.sources.tree import Tree, and_above, join, pattern_of, shown, some
 
 _PLACES = {"data_256": "train", "data_large": "train"}  # Places365 calls its training images so
@@ -259,6 +259,8 @@ def claim_folders(tree: Tree, choice: Choice) -> Claim | None:
             unused[why] = test.images
     if val is not None:
         parts["val"] = val
+    if not parts:
+        raise only_test(layout.shown("")) if test is None or test.classes else _no_label(layout, test)
     for child in tree.children(base):
         if child not in layout.populated and split_of(child.rpartition("/")[2]):
             layout.notes.append(f"{child} is called like a split and holds no image")

@@ -86,7 +86,7 @@ def find(
             continue
         if labels is not None and not _is_numbering(labels):
             by_file[name] = labels
-        elif lines is not None:
+        elif lines is not None and classes:  # else any text of so many lines would do
             by_line[name] = lines
     if wrong and not by_file:
         raise wrong[0]

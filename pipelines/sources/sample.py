@@ -188,6 +188,14 @@ def check_labels(claim: Claim, source: Path | str) -> None:
             raise DataError(f"class {empty[0]!r} has no image in {where}; add some or remove the class")
 
 
+def only_test(source: str) -> DataError:
+    """What to raise where there are test images only, and they are not to be the validation split."""
+    return DataError(
+        f"{source} has test images only, and --val-fraction takes validation images from others; leave it out to "
+        "validate on the test images"
+    )
+
+
 def number_classes(source: Path | str, labels: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
     """Names for classes that are numbered only: their numbers.
 

@@ -22,6 +22,7 @@ from pipelines.sources.sample import (
     Spool,
     check_class_names,
     number_classes,
+    only_test,
 )
 from pipelines.sources.tree import Tree, shown, some
 
@@ -115,6 +116,8 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
             splits["val"], uses_test = found["test"], True
         elif "test" in found:
             unused["test images"] = found["test"].names
+    if not splits:
+        raise only_test(shown(tree.root))
     first = next(iter(splits.values()))
     with _told(tree.root):
         example = tree.path(first.names[0])

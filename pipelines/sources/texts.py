@@ -36,8 +36,8 @@ def _is_example(name: str) -> bool:
 
 
 def rows(path: Path) -> Iterator[list[str]]:
-    """The fields of every line that is not empty: by commas or semicolons in a .csv, else by tabs, else the first word
-    and the others.
+    """The fields of every line that is not empty: by commas or semicolons in a .csv, else by tabs or commas, else
+    the first word and the others.
 
     Raises:
         NoTable: it cannot be read, is too large, or is no text in UTF-8.
@@ -60,7 +60,9 @@ def rows(path: Path) -> Iterator[list[str]]:
                     fields = next(csv.reader([line], delimiter=mark)) if '"' in line else line.split(mark)
                     yield [field.strip() for field in fields]
                 else:
-                    yield [f.strip() for f in line.split("\t")] if "\t" in line else line.strip().split(maxsplit=1)
+                    apart = next((mark for mark in "\t," if mark in line and (mark == "\t" or " " not in line)), None)
+                    fields = line.strip().split(maxsplit=1) if apart is None else line.split(apart)
+                    yield [field.strip() for field in fields]
     except UnicodeDecodeError as error:
         raise NoTable(f"{what} is not UTF-8; {remedy}") from error
     except (OSError, csv.Error) as error:

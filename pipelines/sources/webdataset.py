@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.base import DataError
 from pipelines.sources.archive import Member, image_member, tar_members
 from pipelines.sources.names import by_split, check_parts, is_image
-from pipelines.sources.sample import UNSPLIT, Choice, Claim, Sample, check_class_names, number_classes
+from pipelines.sources.sample import UNSPLIT, Choice, Claim, Sample, check_class_names, number_classes, only_test
 from pipelines.sources.tree import Tree, join, shown, some
 from pipelines.storage.json_files import bounded
 
@@ -55,6 +55,8 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
             chosen["val"], uses_test = splits["test"], True
         elif "test" in splits:
             unused["test images"] = splits["test"]
+    if not chosen:
+        raise only_test(shown(tree.root))
     members: dict[str, Counter[str]] = {}
     samples: dict[str, list[Sample]] = {}
     told: set[str] = set()

@@ -292,6 +292,21 @@ def test_test_images_can_be_asked_for(layout: str, src: Path) -> None:
     assert set(sizes(src, Choice(use_test=True))) == {"train", "val"}
 
 
+@pytest.mark.parametrize("kind", ["folders", "tars", "tables", "images"])
+def test_nothing_is_held_out_of_test_images(kind: str, src: Path) -> None:
+    if kind == "folders":
+        images(src, ["test/a/1.jpg", "test/b/1.jpg"])
+    elif kind == "tars":
+        tar(src / "test-0.tar", wds(0, 3))
+    elif kind == "tables":
+        parquet(src / "test.parquet", 4)
+    else:
+        images(src, ["test/1.jpg", "test/2.jpg"])
+        return refused(src, "2 images without class folders, and no text file labels them", Choice(held_out=True))
+    refused(src, "has test images only, and --val-fraction takes validation images from others", Choice(held_out=True))
+    assert set(sizes(src)) == {"val"}
+
+
 @pytest.mark.parametrize("option", [{"class_order": "name"}, {"class_level": 1}, {"images": "*.x"}])
 def test_the_archives_of_imagenet_leave_nothing_to_decide(option: dict[str, Any], src: Path) -> None:
     LAYOUTS["downloads"](src)
