@@ -98,6 +98,8 @@ def read_compressed(path: Path, wanted: set[str]) -> dict[str, bytes]:
                         content = tar.extractfile(info)
                         assert content is not None
                         found[name] = content.read()
+    except PermissionError:
+        raise
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, OSError) as error:
         raise DataError(f"{path} is damaged ({in_words(error)}); download it again") from error
     return found

@@ -134,6 +134,8 @@ def saved_files(tree: Tree, folder: str) -> list[str]:
     names = [entry["filename"] for entry in state["_data_files"]]
     if not names:
         raise DataError(f"{shown(path)} lists no file; save it again")
+    if len(set(names)) < len(names):
+        raise DataError(f"{shown(path)} lists a file twice; save it again")
     for name in names:
         if name not in tree.folders[folder]:
             raise DataError(

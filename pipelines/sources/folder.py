@@ -13,11 +13,14 @@ from fnmatch import fnmatchcase
 
 from pipelines.base import DataError
 from pipelines.sources import labels as label_files
-from pipelines.sources.names import is_image, order_classes, split_of
-from pipelines.sources.sample import UNSPLIT, Choice, Claim, Sample
-from pipelines.sources.tree import Tree, join, shown, some
+from pipelines.sources.names import is_image, order_classes, order_in_words, split_of
+from pipelines.sources.sample import UNSPLIT, Choice, Claim, file_samples, only_test
+from pipelines.sources.tree import Tree, and_above, join, pattern_of, shown, some
 
 _PLACES = {"data_256": "train", "data_large": "train"}  # Places365 calls its training images so
+_PLAIN = frozenset(("images", "image", "imgs", "img", "jpg", "jpeg", "jpegs", "png", "photos", "pictures", "data"))
+"""What a folder of images is called that is no class."""
+_BESIDE = re.compile(r"ILSVRC2012_(devkit|bbox)_\w+\.(tar\.gz|tgz|tar)")
 
 
 @dataclass
@@ -40,17 +43,20 @@ class Layout:
 
     def __init__(self, tree: Tree, choice: Choice) -> None:
         self.tree, self.choice = tree, choice
+        self.named = 0
+        """Files that are images because `choice.images` says so."""
         self.images = {
             folder: found for folder, names in tree.folders.items() if (found := self._images(folder, names))
         }
-        self.populated = {above for folder in self.images for above in _and_above(folder)}
+        self.populated = {above for folder in self.images for above in and_above(folder)}
         self.notes: list[str] = []
 
     def _images(self, folder: str, names: list[str]) -> list[str]:
         found = [name for name in names if is_image(name)]
         if (pattern := self.choice.images) is not None:
-            fits = [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(join(folder, n), pattern)]
-            found = sorted({*found, *fits})
+            fits = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(join(folder, n), pattern)}
+            self.named += len(fits.difference(found))
+            found = sorted(fits.union(found))
         return names if len(found) == len(names) else found  # the same list costs nothing
 
     def shown(self, name: str) -> str:
@@ -78,10 +84,16 @@ class Layout:
         at = ""
         while not self.images.get(at) and len(children := self.children(at)) == 1:
             (child,) = children
-            if self._word(child) or self.images.get(child):
+            if self._word(child) or (self.images.get(child) and not self.is_plain(child)):
                 break
             at = child
         return at
+
+    def is_plain(self, folder: str) -> bool:
+        """Whether it holds images, no folders of them, and its name is that of no class."""
+        above, last = folder.split("/")[-2:] if "/" in folder else ("", folder)
+        plain = last.lower() in _PLAIN or last == above
+        return plain and not self.children(folder) and self.choice.class_level is None
 
     def _word(self, folder: str) -> str | None:
         last = folder.rpartition("/")[2]
@@ -90,10 +102,12 @@ class Layout:
     def splits(self, base: str) -> dict[str, list[str]] | None:
         """The folders of `base` by `train`, `val` and `test`; None if they are no splits."""
         children = self.children(base)
-        decided = self.choice.one_split or self.choice.class_level is not None
-        if decided and not all(map(self._word_or_none, children)):
+        if self.choice.class_level == 1 and not any(self.children(child) for child in children):
             return None
-        words = {child: self._word_or_none(child) for child in children}
+        decided = self.choice.one_split or self.choice.class_level is not None
+        if decided and not all(map(self.word_or_none, children)):
+            return None
+        words = {child: self.word_or_none(child) for child in children}
         named = [child for child, word in words.items() if word]
         if not named:
             return None
@@ -108,11 +122,12 @@ class Layout:
         for split, folders in found.items():
             if len({re.sub(r"\d+", "", folder) for folder in folders}) > 1:
                 raise DataError(
-                    f"{self.tree.root} has two folders for {split}: {some(folders)}; leave one out with --ignore"
+                    f"{self.tree.root} has two folders for {split}: {some(folders)}; leave one out with --ignore, or "
+                    "give --class-level 1 if they are classes"
                 )
         return found
 
-    def _word_or_none(self, folder: str) -> str | None:
+    def word_or_none(self, folder: str) -> str | None:
         try:
             return self._word(folder)
         except DataError:
@@ -129,9 +144,9 @@ class Layout:
                     f"{f', with {len(direct) - 1} more' if len(direct) > 1 else ''}; move it, or leave it out with "
                     "--ignore"
                 )
-            if not direct and len(children) == 1 and not self.children(children[0]) and known:
+            if not direct and len(children) == 1 and not self.children(children[0]):
                 name = children[0].rpartition("/")[2]
-                if name not in known:  # tiny-imagenet-200 keeps them in val/images
+                if self.is_plain(children[0]) or (known and name not in known):  # tiny-imagenet-200: val/images
                     folder, direct = children[0], self.images[children[0]]
             if direct:
                 part.flat += [join(folder, name) for name in direct]
@@ -209,18 +224,29 @@ def claim_folders(tree: Tree, choice: Choice) -> Claim | None:
     layout = Layout(tree, choice)
     if not layout.images:
         return None
+    if choice.images is not None and not layout.named:
+        raise DataError(
+            f"--images {choice.images} fits no file of {layout.shown('')} but images that are read anyway; mend the "
+            "pattern, or leave it out (--ignore leaves images out)"
+        )
     base = layout.base()
     folders = layout.splits(base)
     if folders is None:
         return _claim_unsplit(layout, base)
+    if direct := layout.images.get(base):
+        raise DataError(
+            f"{layout.shown(join(base, direct[0]))} lies beside the folders of the splits"
+            f"{f', with {len(direct) - 1} more' if len(direct) > 1 else ''}; move it, or leave it out with --ignore "
+            f"{pattern_of(join(base, direct[0]))}"
+        )
     train = layout.part(folders["train"]) if "train" in folders else None
-    if train is not None and train.flat:
-        raise _no_label(layout, train, "training")
-    known = order_classes(train.classes, choice.class_order, tree.root) if train is not None else ()
+    labelled = Labelled(layout, ())
+    if train is not None:
+        labelled.classes = labelled.order(train)
+    known = labelled.classes
     val, test = (layout.part(folders[split], known) if split in folders else None for split in ("val", "test"))
     parts = {"train": train} if train is not None else {}
     unused: dict[str, list[str]] = {}
-    labelled = Labelled(layout, known)
     if test is not None:
         if choice.use_test or (val is None and not choice.held_out and (test.classes or labelled.can(test))):
             if val is not None:
@@ -233,38 +259,46 @@ def claim_folders(tree: Tree, choice: Choice) -> Claim | None:
             unused[why] = test.images
     if val is not None:
         parts["val"] = val
-    return claim_parts(layout, parts, labelled, unused)
+    if not parts:
+        raise only_test(layout.shown("")) if test is None or test.classes else _no_label(layout, test)
+    for child in tree.children(base):
+        if child not in layout.populated and split_of(child.rpartition("/")[2]):
+            layout.notes.append(f"{child} is called like a split and holds no image")
+    claim = claim_parts(layout, parts, labelled, unused)
+    claim.uses_test = val is not None and val is test
+    return claim
 
 
 def claim_parts(layout: Layout, parts: Mapping[str, Part], labelled: Labelled, unused: dict[str, list[str]]) -> Claim:
     """A claim on the images of `parts`, by `train` and `val`."""
     classes = labelled.classes
     names = {split: part.images for split, part in parts.items()}
-    told = "folders"
+    told = ["folders"] if any(part.classes for part in parts.values()) else []
     if not classes:
-        first = next(iter(parts.values()))
-        classes = (
-            labelled.order(first)
-            if first.flat
-            else order_classes(first.classes, layout.choice.class_order, layout.tree.root)
-        )
+        classes = labelled.order(next(iter(parts.values())))
     splits: dict[str, list[int]] = {}
     for split, part in parts.items():
         if part.flat:
+            found = labelled.of(part)
             number = {name: label for label, name in enumerate(classes)}
-            splits[split] = [number[name] for name in labelled.of(part)]
-            told = f"folders, and {labelled.told}" if len(parts) > 1 else labelled.told
+            splits[split] = [number[name] for name in found.names]
+            told.append(found.told)
         else:
             names[split], splits[split] = ordered_files(layout, part, classes, split)
     tree = layout.tree
+    if len(classes) == 1:
+        layout.notes.append(f"there is one class only, {classes[0]}")
+    beside = [name for name in tree.files() if _BESIDE.fullmatch(name.rpartition("/")[2])]
+    if beside := [name for name in beside if name not in labelled.metadata]:
+        unused["another archive of ImageNet"] = beside
     return Claim(
         "folders",
         "class folders" if all(part.classes for part in parts.values()) else "folders of images",
         classes,
         dict(splits),
         {split: some([one or "." for one in part.folders]) for split, part in parts.items()},
-        _order_in_words(told, classes, layout.choice),
-        lambda spool: {split: file_samples(tree, names[split], labels) for split, labels in splits.items()},
+        f"{', and '.join(dict.fromkeys(told))}, in the order of {order_in_words(classes, layout.choice.class_order)}",
+        lambda spool: {split: file_samples(tree.root, names[split], labels) for split, labels in splits.items()},
         taken=layout.taken([name for left in unused.values() for name in left]),
         metadata=dict(labelled.metadata),
         unused=unused,
@@ -274,21 +308,15 @@ def claim_parts(layout: Layout, parts: Mapping[str, Part], labelled: Labelled, u
 
 def ordered_files(layout: Layout, part: Part, classes: Sequence[str], split: str) -> tuple[list[str], list[int]]:
     """The files in class folders by class and name, and their labels; `DataError` for a class that is not known."""
-    number = {name: label for label, name in enumerate(classes)}
-    if unknown := sorted(set(part.classes) - set(number)):
+    if unknown := sorted(set(part.classes).difference(classes)):
         raise DataError(
             f"{layout.tree.root} has the class {unknown[0]!r} in the {split} split, which is no training class; mend "
             "it, or leave it out with --ignore"
         )
+    number = {name: label for label, name in enumerate(classes)}
     ordered = sorted(part.classes, key=number.__getitem__)
     names = [file for name in ordered for file in sorted(part.classes[name])]
     return names, [number[name] for name in ordered for _ in part.classes[name]]
-
-
-def file_samples(tree: Tree, names: Sequence[str], labels: Sequence[int]) -> list[Sample]:
-    """Whole files as samples."""
-    root = f"{tree.root}/"
-    return [Sample(path, label, path) for name, label in zip(names, labels, strict=True) for path in [root + name]]
 
 
 class Labelled:
@@ -296,9 +324,8 @@ class Labelled:
 
     def __init__(self, layout: Layout, classes: tuple[str, ...]) -> None:
         self.layout, self.classes = layout, classes
-        self.told = ""
         self.metadata: dict[str, str] = {}
-        self._found: dict[str, list[str]] = {}
+        self._found: dict[str, label_files.Found] = {}
 
     def can(self, part: Part) -> bool:
         """Whether there are labels for it."""
@@ -308,29 +335,42 @@ class Labelled:
             return False
         return True
 
-    def of(self, part: Part) -> list[str]:
+    def of(self, part: Part) -> label_files.Found:
         """The class of every image; `DataError` where no file says it, or several say different things."""
         key = part.folders[0]
         if key not in self._found:
-            found = label_files.find(self.layout.tree, part.flat, self.classes)
+            own = {name.rpartition("/")[0] for name in part.flat}
+            others = {name for folder, names in self.layout.images.items() if folder not in own for name in names}
+            split = self.layout.word_or_none(key)
+            found = label_files.find(self.layout.tree, part.flat, self.classes, split=split, others=others)
             if found is None:
-                raise _no_label(self.layout, part, "validation")
-            self._found[key] = found.names
-            self.told = found.told
+                raise _no_label(self.layout, part)
+            self._found[key] = found
             self.metadata |= found.metadata
         return self._found[key]
 
     def order(self, part: Part) -> tuple[str, ...]:
         """The classes that its labels name, where nothing else does."""
-        return order_classes(dict.fromkeys(self.of(part)), self.layout.choice.class_order, self.layout.tree.root)
+        order, root = self.layout.choice.class_order, self.layout.tree.root
+        if not part.flat:
+            return order_classes(part.classes, order, root)
+        found = self.of(part)
+        names = dict.fromkeys(found.names)
+        if len(names) == len(part.flat) > 2:
+            raise DataError(
+                f"{found.told} in {self.layout.shown('')} gives each of the {len(names)} images in "
+                f"{self.layout.shown(part.folders[0])} a class of its own, so it names something else; leave it out "
+                "with --ignore, and add a text file with a line FILE CLASS for each"
+            )
+        return order_classes(names, order, root)
 
 
-def _no_label(layout: Layout, part: Part, what: str) -> DataError:
-    place = layout.shown(part.folders[0])
+def _no_label(layout: Layout, part: Part) -> DataError:
+    folder = part.flat[0].rpartition("/")[0]
     return DataError(
-        f"{place} holds {len(part.flat)} {what} images without class folders, and no text file beside it labels them, "
-        "with a line FILE CLASS for each; add one (for ImageNet, ILSVRC2012_devkit_t12.tar.gz), or leave the folder "
-        f"out with --ignore {part.folders[0] or '*'}"
+        f"{layout.shown(folder)} holds {len(part.flat)} images without class folders, and no text file labels them, "
+        "with a line FILE CLASS for each; add one (for ImageNet, ILSVRC2012_devkit_t12.tar.gz), or put them into class "
+        f"folders{f', or leave them out with --ignore {pattern_of(folder)}' if folder else ''}"
     )
 
 
@@ -338,13 +378,12 @@ def _claim_unsplit(layout: Layout, base: str) -> Claim:
     tree, choice = layout.tree, layout.choice
     part = layout.part([base])
     if part.flat:
-        labelled = Labelled(layout, ())
-        if not labelled.can(part):
-            raise DataError(
-                f"{layout.shown(base)} has no class folder, and no text file labels its images; expected <class>/*.jpg "
-                "or train|val/<class>/*.jpg in the source"
-            )
-        return claim_parts(layout, {"val": part}, labelled, {})
+        words = {layout.word_or_none(name.rpartition("/")[2]) for name in part.flat}
+        return claim_parts(layout, {"val" if words == {"val"} else UNSPLIT: part}, Labelled(layout, ()), {})
+    if len(part.classes) == 1 and choice.class_level is None:
+        flat = Part([base], flat=sorted(part.images))
+        if (labelled := Labelled(layout, ())).can(flat):
+            return claim_parts(layout, {UNSPLIT: flat}, labelled, {})
     classes = order_classes(part.classes, choice.class_order, tree.root)
     lists = None if choice.one_split or choice.held_out else label_files.split_lists(tree, base, part.images)
     labelled = Labelled(layout, classes)
@@ -356,16 +395,6 @@ def _claim_unsplit(layout: Layout, base: str) -> Claim:
     for name, files in part.classes.items():
         for file in files:
             parts[lists.split[file]].classes.setdefault(name, []).append(file)
-    return claim_parts(layout, parts, labelled, {})
-
-
-def _order_in_words(told: str, classes: Sequence[str], choice: Choice) -> str:
-    if choice.class_order not in (None, "name", "number"):
-        return f"{told}, in the order of {choice.class_order}"
-    by_name = list(classes) == sorted(classes)
-    return f"{told}, in the order of their {'names' if by_name else 'numbers'}"
-
-
-def _and_above(folder: str) -> list[str]:
-    parts = folder.split("/")
-    return ["", *("/".join(parts[: i + 1]) for i in range(len(parts)))] if folder else [""]
+    claim = claim_parts(layout, parts, labelled, {})
+    claim.uses_test = True
+    return claim

@@ -7,9 +7,9 @@ from pathlib import PurePosixPath
 from pipelines.base import DataError
 from pipelines.sources import labels as label_files
 from pipelines.sources.archive import Member, image_member, tar_members
-from pipelines.sources.folder import Layout, Part, file_samples, ordered_files
+from pipelines.sources.folder import Layout, Part, ordered_files
 from pipelines.sources.names import is_image, order_classes
-from pipelines.sources.sample import Choice, Claim, Sample
+from pipelines.sources.sample import Choice, Claim, Sample, file_samples
 from pipelines.sources.tree import Tree, some
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -30,6 +30,12 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
     base = layout.base()
     folders = (layout.splits(base) or {}) if layout.images else {}
     unused: dict[str, list[str]] = {}
+    for name, used in (("class_order", train_tar is None), ("class_level", folders), ("images", layout.named)):
+        if getattr(choice, name) is not None and not used:
+            raise DataError(
+                f"--{name.replace('_', '-')} means nothing for {tree.path(train_tar or val_tar or '')}, an archive "
+                "whose classes are WordNet ids; leave it out"
+            )
     for split, tar in (("train", train_tar), ("val", val_tar)):
         if tar and (twice := folders.get(split)):
             raise DataError(
@@ -40,23 +46,28 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
         unused["test images"] = layout.below(folders["test"][0])
     splits: dict[str, list[Sample]] = {}
     places: dict[str, str] = {}
+    files: list[str] = []
     classes: tuple[str, ...] = ()
     if train_tar:
         classes, splits["train"] = _training(tree, train_tar)
         places["train"] = train_tar
     elif "train" in folders:
         part = layout.part(folders["train"])
+        files += part.images
         classes = order_classes(part.classes, choice.class_order, tree.root)
-        splits["train"] = file_samples(tree, *ordered_files(layout, part, classes, "train"))
+        splits["train"] = file_samples(tree.root, *ordered_files(layout, part, classes, "train"))
         places["train"] = some(folders["train"])
     told, metadata = "the WordNet ids of the training images", dict[str, str]()
     if val_tar or "val" in folders:
         part = layout.part(folders["val"], classes) if "val" in folders else Part([])
+        files += part.images
         if part.classes:
-            splits["val"] = file_samples(tree, *ordered_files(layout, part, classes, "val"))
+            splits["val"] = file_samples(tree.root, *ordered_files(layout, part, classes, "val"))
         else:
-            images = _members(tree, val_tar) if val_tar else file_samples(tree, part.flat, [0] * len(part.flat))
-            found = label_files.find(tree, [one.name for one in images], classes, [_last(one) for one in images])
+            images = _members(tree, val_tar) if val_tar else file_samples(tree.root, part.flat, [0] * len(part.flat))
+            found = label_files.find(
+                tree, [one.name for one in images], classes, [_last(one) for one in images], split="val"
+            )
             if found is None:
                 raise DataError(
                     f"{tree.path(val_tar) if val_tar else tree.root} holds {len(images)} validation images without "
@@ -77,11 +88,10 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
     others = [name for name in tree.files() if _is_other(name) and name not in metadata]
     if others:
         unused[_NOT_USED] = others
-    taken = {folder: list(names) for folder, names in layout.taken(unused.get("test images", ())).items()}
-    for tar in (train_tar, val_tar):
-        if tar:
-            folder, _, last = tar.rpartition("/")
-            taken[folder] = [*taken.get(folder, ()), last]
+    taken: dict[str, list[str]] = {}
+    for file in (*filter(None, (train_tar, val_tar)), *files):
+        folder, _, last = file.rpartition("/")
+        taken.setdefault(folder, []).append(last)
     return Claim(
         "imagenet",
         "ImageNet as it is downloaded",

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from pipelines.base import DataError, in_words
 from pipelines.sources.archive import read_compressed
-from pipelines.sources.names import is_image, order_is_certain
+from pipelines.sources.names import is_image, order_is_certain, said_split
+from pipelines.sources.texts import NoTable, rows, text_files
 from pipelines.sources.tree import Tree, shown, some
 
-_SUFFIXES = (".txt", ".csv", ".tsv")
-_MAX_BYTES = 256 << 20
+_TITLES = ("label", "labels", "class", "class_name", "classname", "category", "target", "breed", "species", "wnid")
 _MAX_DIGITS = 9
-_MAX_TEXTS = 5000
 _BOXED = re.compile(r"(\S+)(?: \d+){4}(?: \S+(?: \d+){4})*\s*")  # Kaggle writes a class and its boxes
 _CATEGORIES = "categories_places365.txt"
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -48,7 +46,12 @@ class Lists:
 
 
 def find(
-    tree: Tree, images: Sequence[str], classes: tuple[str, ...], names: Sequence[str] | None = None
+    tree: Tree,
+    images: Sequence[str],
+    classes: tuple[str, ...],
+    names: Sequence[str] | None = None,
+    split: str | None = None,
+    others: Collection[str] = (),
 ) -> Found | None:
     """The class of each of `images`; None where no file of the tree says it.
 
@@ -57,6 +60,8 @@ def find(
         images: full names, sorted.
         classes: those of the training split in the order of their labels; empty if there is none.
         names: what the files call the images, where that is not the last part of their name.
+        split: `train`, `val` or `test`, if it is known: files that are called like another one are not asked.
+        others: the last parts of the names of all other images.
 
     Raises:
         DataError: a file labels some of them only, or several disagree, or labels are numbers of an unknown meaning.
@@ -64,21 +69,30 @@ def find(
     last = [PurePosixPath(name).name for name in images] if names is None else list(names)
     if (devkit := _devkit_labels(tree, last)) is not None:
         return devkit
-    tables = _tables(tree)
+    twice = next((one for one in last if one in others), None)
+    images_of = _Images(last, last if names is not None else images)
     by_file: dict[str, list[str]] = {}
-    partial: list[DataError] = []
-    for name, rows in tables.items():
+    by_line: dict[str, list[str]] = {}
+    wrong: list[DataError] = []
+    unread: list[DataError] = []
+    for name in text_files(tree):
+        said = said_split(name)
+        if split is not None and said not in (None, split):
+            continue
         try:
-            labels = _by_file(tree, name, rows, last, images if names is None else last)
+            labels, lines = images_of.labels(tree, name, None if split is not None and said == split else twice)
         except DataError as error:
-            partial.append(error)
+            (unread if isinstance(error, NoTable) else wrong).append(error)
             continue
         if labels is not None and not _is_numbering(labels):
             by_file[name] = labels
-    by_line = {name: [row[0] for row in rows] for name, rows in tables.items() if _is_by_line(rows, last)}
-    if partial and not by_file:
-        raise partial[0]
+        elif lines is not None and classes:  # else any text of so many lines would do
+            by_line[name] = lines
+    if wrong and not by_file:
+        raise wrong[0]
     found = by_file or by_line
+    if not found and unread:
+        raise unread[0]
     if not found:
         return None
     resolved = {name: _resolve(tree, name, labels, classes, name in by_file, last) for name, labels in found.items()}
@@ -88,7 +102,7 @@ def find(
             f"{shown(tree.path(first))} and {shown(tree.path(disagree[0]))} label the images differently; leave one "
             "out with --ignore"
         )
-    numbers = all(_is_number(label) for label in found[first])
+    numbers = resolved[first] != found[first]
     metadata = dict.fromkeys(resolved, "labels")
     if numbers and (categories := _categories_file(tree)):
         return Found(
@@ -97,76 +111,89 @@ def find(
     return Found(resolved[first], f"{first}{' (numbers of the classes, from 0)' if numbers else ''}", metadata)
 
 
-def _tables(tree: Tree) -> dict[str, list[list[str]]]:
-    """The text files of a tree; where there are a great many, without those that lie among images."""
-    texts = [name for name in tree.files() if name.lower().endswith(_SUFFIXES)]
-    if len(texts) > _MAX_TEXTS:
-        pictures = {folder for folder, names in tree.folders.items() if any(map(is_image, names))}
-        texts = [name for name in texts if name.rpartition("/")[0] not in pictures][:_MAX_TEXTS]
-    return {name: rows for name in texts if (rows := _read(tree, name)) is not None}
-
-
 def _is_numbering(labels: Sequence[str]) -> bool:
     """Whether they only count the images, from 1, as those in ImageNet's lists of its splits do."""
     return len(labels) > 1 and labels == [str(number) for number in range(1, len(labels) + 1)]
 
 
-def _read(tree: Tree, name: str) -> list[list[str]] | None:
-    """The fields of every line that is not empty; None for what is no table of text."""
-    path = tree.path(name)
-    if path.stat().st_size > _MAX_BYTES:
-        return None
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (UnicodeDecodeError, OSError):
-        return None
-    if name.lower().endswith(".csv"):
-        try:
-            rows = [row for row in csv.reader(io.StringIO(text)) if row]
-        except csv.Error:
-            return None
-        return [[field.strip() for field in row] for row in rows]
-    lines = [line for line in text.splitlines() if line.strip()]
-    return [[f.strip() for f in line.split("\t")] if "\t" in line else line.split(maxsplit=1) for line in lines]
+def _class_in(row: list[str], header: list[str]) -> str | None:
+    """The class in a line that begins with a file's name; None where it is not certain which entry that is."""
+    called = [at for at, title in enumerate(header) if title.lower() in _TITLES]
+    if len(row) > 2 and len(called) == 1 and called[0] < len(row):
+        return row[called[0]]
+    if boxed := _BOXED.fullmatch(" ".join(row[1:])):
+        return boxed[1]
+    numbers = [part.lstrip("-").replace(".", "", 1).isdecimal() for part in row[1].split()]
+    return None if len(row) > 2 or (len(numbers) > 1 and all(numbers)) else row[1]
 
 
-def _by_file(
-    tree: Tree, name: str, rows: list[list[str]], images: Sequence[str], paths: Sequence[str]
-) -> list[str] | None:
-    """The labels in a file whose lines begin with a file's name, with or without its suffix; None if it is not one."""
-    wanted = {image: i for i, image in enumerate(images)}
-    stems = {PurePosixPath(image).stem: i for i, image in enumerate(images)}
-    stems = stems if len(stems) == len(images) else {}
-    labels: list[str | None] = [None] * len(images)
-    for row in rows:
-        if len(row) < 2 or not row[1].split():
-            continue
-        folder, _, last = row[0].removeprefix("./").rpartition("/")
-        at = wanted.get(last, stems.get(PurePosixPath(last).stem if is_image(last) else last))
-        if at is None:
-            continue
-        own, _, base = paths[at].rpartition("/")
-        if folder and own and not f"/{own}/{base}".endswith(f"/{folder}/{base}"):
-            continue  # it lies in another folder, and has the name of one of these
-        boxed = _BOXED.fullmatch(row[1])
-        label = boxed[1] if boxed else row[1]
-        if labels[at] not in (None, label):
-            raise DataError(f"{shown(tree.path(name))} labels {images[at]} twice, {labels[at]} and {label}; mend it")
-        labels[at] = label
-    number = sum(label is not None for label in labels)
-    if not number:
-        return None
-    if number < len(images):
-        missing = images[labels.index(None)]
-        raise DataError(
-            f"{shown(tree.path(name))} has no line for {missing}, one of {len(images) - number} without a label; "
-            "download it again, or leave the images out with --ignore"
-        )
-    return [label for label in labels if label is not None]
+class _Images:
+    """The images that want labels, by what text files call them."""
 
+    def __init__(self, names: Sequence[str], paths: Sequence[str]) -> None:
+        self.names = names
+        self.folders = [path.rpartition("/")[0] for path in paths]
+        self.at = {name: i for i, name in enumerate(names)}
+        stems = {PurePosixPath(name).stem: i for i, name in enumerate(names)}
+        if len(stems) == len(names):
+            self.at = stems | self.at
 
-def _is_by_line(rows: list[list[str]], images: Sequence[str]) -> bool:
-    return len(rows) == len(images) and all(len(row) == 1 for row in rows)
+    def find(self, called: str) -> tuple[int | None, str]:
+        """Which image a file calls so, with or without its suffix, and in which folder it says the image is."""
+        folder, _, last = called.removeprefix("./").rpartition("/")
+        at = self.at.get(last)
+        if at is None and is_image(last):
+            at = self.at.get(PurePosixPath(last).stem)  # .JPEG for .jpg
+        if at is not None and folder and (own := self.folders[at]) and not f"/{own}/".endswith(f"/{folder}/"):
+            return None, folder  # it lies in another folder, and has the name of one of these
+        return at, folder
+
+    def labels(self, tree: Tree, name: str, twice: str | None) -> tuple[list[str] | None, list[str] | None]:
+        """The labels in a file that names images, or in one with a label a line; None for what it is not.
+
+        `twice` is one of the names that images elsewhere have as well; `DataError` as `find`.
+        """
+        what = shown(tree.path(name))
+        labels: list[str | None] = [None] * len(self.names)
+        lines: list[str] | None = []
+        header: list[str] = []
+        for row in rows(tree.path(name)):
+            header = header or row
+            if len(row) != 1 or is_image(row[0]) or (lines is not None and len(lines) == len(self.names)):
+                lines = None
+            elif lines is not None:
+                lines.append(row[0])
+            if len(row) < 2 or not row[1]:
+                continue
+            at, folder = self.find(row[0])
+            if at is None:
+                continue
+            if twice is not None and not folder:
+                raise DataError(
+                    f"{what} does not say the folder of its files, and there are several {twice}; write it before each "
+                    "name, or give the file the name of its split"
+                )
+            label = _class_in(row, header)
+            if label is None:
+                raise DataError(
+                    f"{what} has a line of {len(row[1].split()) + len(row) - 1} entries, and it is not certain which "
+                    f"is the class of {self.names[at]}; keep FILE and CLASS"
+                )
+            if labels[at] not in (None, label):
+                raise DataError(f"{what} labels {self.names[at]} twice, {labels[at]} and {label}; mend it")
+            labels[at] = label
+        if not any(label is not None for label in labels):
+            return None, lines if lines is not None and self._one_each(lines) else None
+        if missing := [image for image, label in zip(self.names, labels, strict=True) if label is None]:
+            raise DataError(
+                f"{what} has no line for {missing[0]}, one of {len(missing)} without a label; download it again, or "
+                "leave the images out with --ignore"
+            )
+        return [label for label in labels if label is not None], None
+
+    def _one_each(self, lines: Sequence[str]) -> bool:
+        """Whether they are a label for each image; as many different words are a list of files or of the classes."""
+        return len(lines) == len(self.names) and (len(lines) < 3 or len(set(lines)) < len(lines))
 
 
 def _resolve(
@@ -195,10 +222,7 @@ def _resolve(
             f"{what} holds numbers of ImageNet's devkit or of another list; add {need} to say what they mean"
         )
     if not classes:
-        raise DataError(
-            f"{what} numbers the classes, and nothing names them; add the training images, or write names in their "
-            "place"
-        )
+        return list(labels)
     if bad := [label for label in labels if not _is_number(label) or int(label) >= len(classes)]:
         raise DataError(
             f"{what} has label {bad[0][:20]}, but there are {len(classes)} training classes, from 0; write class names "
@@ -221,7 +245,7 @@ def _categories(tree: Tree) -> dict[str, str] | None:
     name = _categories_file(tree)
     if name is None:
         return None
-    return {row[1]: _place(row[0]) for row in _read(tree, name) or [] if len(row) == 2}
+    return {row[1]: _place(row[0]) for row in rows(tree.path(name)) if len(row) == 2}
 
 
 def _place(name: str) -> str:
@@ -238,8 +262,12 @@ def split_lists(tree: Tree, base: str, images: Sequence[str]) -> Lists | None:
     place = f"{above}/" if above else ""
     known = set(tree.folders.get(above, ()))
     if {"images.txt", "train_test_split.txt"} <= known:
-        rows = _pairs(tree, f"{place}images.txt"), _pairs(tree, f"{place}train_test_split.txt")
-        names, training = dict(rows[0]), dict(rows[1])
+        names, training = (dict(_pairs(tree, f"{place}{name}.txt")) for name in ("images", "train_test_split"))
+        if wrong := [flag for flag in training.values() if flag not in ("0", "1")]:
+            raise DataError(
+                f"{shown(tree.path(place))}train_test_split.txt holds {wrong[0][:20]!r}; expected 1 for training and 0 "
+                "for test, so download it again"
+            )
         listed = [(names.get(key, ""), "train" if flag == "1" else "val") for key, flag in training.items()]
         used = [f"{place}images.txt", f"{place}train_test_split.txt"]
     elif {"train.txt", "test.txt"} <= set(tree.folders.get(f"{place}meta", ())):
@@ -247,7 +275,7 @@ def split_lists(tree: Tree, base: str, images: Sequence[str]) -> Lists | None:
         listed = [
             (row[0], split)
             for name, split in zip(used, ("train", "val"), strict=True)
-            for row in _read(tree, name) or []
+            for row in rows(tree.path(name))
             if len(row) == 1
         ]
     else:
@@ -256,7 +284,7 @@ def split_lists(tree: Tree, base: str, images: Sequence[str]) -> Lists | None:
 
 
 def _pairs(tree: Tree, name: str) -> Iterator[tuple[str, str]]:
-    for row in _read(tree, name) or []:
+    for row in rows(tree.path(name)):
         if len(row) != 2:
             raise DataError(f"{shown(tree.path(name))} has a line without exactly two entries; download it again")
         yield row[0], row[1]

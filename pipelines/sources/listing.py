@@ -12,10 +12,9 @@ from pipelines.sources.arrays import claim_cifar, claim_digits
 from pipelines.sources.folder import claim_folders
 from pipelines.sources.imagenet import claim_imagenet
 from pipelines.sources.names import kind_of, looks_like_image, suffix_of
-from pipelines.sources.sample import UNSPLIT, Choice, Claim, Listing, Sample, check_labels
-from pipelines.sources.spool import Spool
+from pipelines.sources.sample import UNSPLIT, Choice, Claim, Listing, Sample, Spool, check_labels
 from pipelines.sources.tables import claim_parquet, claim_saved
-from pipelines.sources.tree import HIDDEN, LITTER, Tree, join, list_tree, shown, some
+from pipelines.sources.tree import HIDDEN, LITTER, Tree, join, list_tree, pattern_of, shown, some
 from pipelines.sources.webdataset import claim_webdataset
 from pipelines.storage.manifest import FORMAT, MANIFEST
 
@@ -162,6 +161,8 @@ def _checked(inspected: Inspected, choice: Choice) -> Inspected:
                 f"--{name.replace('_', '-')} means nothing for {claim.described}; leave it out (it is for "
                 f"{', '.join(readers)})"
             )
+    if choice.use_test and not claim.uses_test:
+        raise DataError(f"--use-test asks for test images, and {shown(inspected.source)} has none; leave it out")
     check_labels(claim, shown(inspected.source))
     return inspected
 
@@ -217,9 +218,9 @@ def _only_claim(tree: Tree, choice: Choice) -> Claim:
         raise errors[0]
     if claims:
         return claims[0]
-    if data := _unclaimed(tree, {}):
-        raise _left_out(tree, data)
     where = shown(tree.root if tree.single is None else tree.path(tree.single))
+    if choice.format is None and (data := _unclaimed(tree, {})):
+        raise _left_out(tree, data)
     if choice.format is not None:
         raise DataError(
             f"{where} holds nothing that --source-format {choice.format} reads; leave it out to try all of them"
@@ -285,7 +286,7 @@ def _left_out(tree: Tree, data: Mapping[str, str]) -> DataError:
     name, kind = next(iter(data.items()))
     more = f", one of {len(data)} files that would be left out" if len(data) > 1 else ""
     suffix = suffix_of(name)
-    pattern = f"'*{suffix}'" if suffix else shown(name)
+    pattern = f"'*{suffix}'" if suffix and kind != "an image" else pattern_of(name)
     if kind == "a compressed archive":
         tool = next((tool for end, tool in _UNPACK.items() if suffix.endswith(end)), "tar -xf")
         remedy = f"unpack it with {tool} first"

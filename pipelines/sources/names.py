@@ -8,13 +8,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipelines.base import DataError, in_words
-from pipelines.sources.tree import Tree
+from pipelines.sources.tree import Tree, shown
+from pipelines.storage.json_files import bounded
 from pipelines.storage.manifest import in_label_order
 from pipelines.storage.source import IMAGE_SUFFIXES
 
 WORDS = {
     "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val", "evaluation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
 """Splits as people call them. Test images are validation only where there is nothing else, or on request."""
@@ -50,6 +51,12 @@ def split_of(name: str) -> str | None:
     if len(found) > 1:
         raise DataError(f"{name} is called like two splits, {' and '.join(sorted(found))}; rename it, or --ignore it")
     return found.pop() if found else None
+
+
+def said_split(path: str) -> str | None:
+    """The split that a file or one of its folders is called after; None where they say none, or several."""
+    words = {WORDS[word] for word in re.split(r"[^a-z]+", path.lower()) if word in WORDS}
+    return words.pop() if len(words) == 1 else None
 
 
 def by_split(tree: Tree, names: Sequence[str]) -> dict[str | None, list[str]]:
@@ -120,12 +127,19 @@ def kind_of(name: str) -> str | None:
 
 
 def looks_like_image(path: Path) -> bool:
-    """Whether the first bytes of a file are those of an image that is read, whatever it is called."""
+    """Whether the first bytes of a file are those of an image that is read, whatever it is called.
+
+    Raises:
+        DataError: they cannot be read.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(16)
-    except OSError:
-        return False
+    except OSError as error:
+        raise DataError(
+            f"{shown(path)} cannot be read ({in_words(error)}), so that nobody knows whether it is an image; change "
+            "who may read it, or leave it out with --ignore"
+        ) from error
     if head.startswith(b"BM"):  # two letters are little: the size of the file follows
         return int.from_bytes(head[2:6], "little") == path.stat().st_size
     return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
@@ -167,11 +181,20 @@ def order_classes(names: Iterable[str], order: str | None, source: Path) -> tupl
     return _in_order_of(Path(order), found)
 
 
+def order_in_words(classes: Sequence[str], order: str | None) -> str:
+    """What `order_classes` went by."""
+    if order not in (None, "name", "number"):
+        return f"{order}"
+    return "their names" if list(classes) == sorted(classes) else "their numbers"
+
+
 def _in_order_of(path: Path, found: Sequence[str]) -> tuple[str, ...]:
     try:
-        if path.stat().st_size > _MAX_ORDER_FILE:
-            raise DataError(f"--class-order {path} is larger than {_MAX_ORDER_FILE >> 20} MiB; give one class a line")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if (content := bounded(path, _MAX_ORDER_FILE)) is None:
+            raise DataError(
+                f"--class-order {path} is no text file of at most {_MAX_ORDER_FILE >> 20} MiB; give one class a line"
+            )
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"--class-order {path} cannot be read ({in_words(error)}); use name, number, or a text file with a class a "

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from pipelines.base import DataError
 from pipelines.sources.tree import some
+from pipelines.storage.locks import NoLocks, lock
 
 MAX_ENCODED = 256 << 20
 """Bytes of the largest encoded image that is read."""
@@ -44,6 +48,12 @@ class Sample:
         return encoded
 
 
+def file_samples(root: Path, names: Sequence[str], labels: Sequence[int]) -> list[Sample]:
+    """Whole files as samples."""
+    paths = (f"{root}/{name}" for name in names)
+    return [Sample(path, label, path) for path, label in zip(paths, labels, strict=True)]
+
+
 @dataclass(frozen=True)
 class Choice:
     """What the user has decided about a source."""
@@ -67,12 +77,44 @@ class Choice:
     """Whether some of the training images become validation images."""
 
 
-class Store(Protocol):
-    """Keeps images that do not lie in their files as they are: see `pipelines.sources.spool`."""
+class Spool:
+    """A folder for images that do not lie in their files as they are: copied once into a file in which they do.
+
+    Training images are written in shuffled order, so every one of them must be within reach at any time. A finished
+    file is used again by a conversion that continues.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def fill(self, split: str, images: Iterable[tuple[str, int, bytes]], expected_bytes: int = 0) -> list[Sample]:
-        """Write the (name, label, encoded image) of `images` once."""
-        ...
+        """Write the (name, label, encoded image) of `images`, or find that it has been done."""
+        data, index = self.folder / f"spool-{split}", self.folder / f"spool-{split}.json"
+        with (self.folder / f"spool-{split}.lock").open("w") as file:
+            with suppress(NoLocks):  # then there are no other parts of the same conversion that may be at it
+                lock(file)
+            if not index.exists():
+                self._write(data, index, images, expected_bytes)
+        rows = json.loads(index.read_text())
+        return [Sample(name, label, str(data), offset, length) for name, label, offset, length in rows]
+
+    def _write(self, data: Path, index: Path, images: Iterable[tuple[str, int, bytes]], expected_bytes: int) -> None:
+        if (free := shutil.disk_usage(self.folder).free) < expected_bytes:
+            raise DataError(
+                f"{self.folder.parent.parent} has {free >> 20} MiB left, but a copy of the source needs "
+                f"{expected_bytes >> 20} MiB beside the result; make room"
+            )
+        rows, at = [], 0
+        with data.open("wb") as file:
+            for name, label, encoded in images:
+                file.write(encoded)
+                rows.append((name, label, at, len(encoded)))
+                at += len(encoded)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished = index.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(rows))
+        unfinished.replace(index)
 
 
 @dataclass(frozen=True)
@@ -100,7 +142,7 @@ class Claim:
     """Where each split lies."""
     labels: str
     """Where the labels come from, in words."""
-    read: Callable[[Store], dict[str, Sequence[Sample]]]
+    read: Callable[[Spool], dict[str, Sequence[Sample]]]
     """The samples of every split, in the order of `splits`."""
     taken: dict[str, Sequence[str]] = field(default_factory=dict)
     """By folder: the names of the files that hold the samples, images themselves or archives and tables of them."""
@@ -110,6 +152,8 @@ class Claim:
     """By reason: files that the layout is known to bring along and that are not read."""
     notes: list[str] = field(default_factory=list)
     """Sentences that the user should know."""
+    uses_test: bool = False
+    """Whether test images are the validation split."""
     members: dict[str, Counter[str]] = field(default_factory=dict)
     """Of archives: what else is in them, by suffix."""
 
@@ -132,7 +176,8 @@ def check_labels(claim: Claim, source: Path | str) -> None:
         found = Counter(labels)
         if wrong := [label for label in found if not 0 <= label < len(claim.classes)]:
             raise DataError(
-                f"{where} has the label {wrong[0]}, but there are {len(claim.classes)} classes, from 0; mend the labels"
+                f"{where} has the label {str(wrong[0])[:20]}, but there are {len(claim.classes)} classes, from 0; mend "
+                "the labels"
             )
         empty = [name for label, name in enumerate(claim.classes) if not found[label]]
         if not empty:
@@ -141,6 +186,14 @@ def check_labels(claim: Claim, source: Path | str) -> None:
             claim.notes.append(f"{len(empty)} of {len(claim.classes)} classes have no validation image: {some(empty)}")
         else:
             raise DataError(f"class {empty[0]!r} has no image in {where}; add some or remove the class")
+
+
+def only_test(source: str) -> DataError:
+    """What to raise where there are test images only, and they are not to be the validation split."""
+    return DataError(
+        f"{source} has test images only, and --val-fraction takes validation images from others; leave it out to "
+        "validate on the test images"
+    )
 
 
 def number_classes(source: Path | str, labels: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
@@ -153,8 +206,8 @@ def number_classes(source: Path | str, labels: Mapping[str, Sequence[int]]) -> t
     total = sum(map(len, labels.values()))
     if highest >= total:
         raise DataError(
-            f"{source} has the label {highest}, and {total} samples: that number is no class; name the right label "
-            "with --label"
+            f"{source} has the label {str(highest)[:20]}, and {total} samples: that number is no class; name the right "
+            "label with --label"
         )
     return tuple(str(label) for label in range(highest + 1))
 

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.base import DataError, in_words
 from pipelines.sources.features import ClassNames, named_by, saved_files, saved_splits
-from pipelines.sources.names import WORDS, by_split, check_parts
+from pipelines.sources.names import WORDS, by_split, check_parts, order_classes
 from pipelines.sources.sample import (
     MAX_ENCODED,
     UNSPLIT,
     Choice,
     Claim,
     Sample,
-    Store,
+    Spool,
     check_class_names,
     number_classes,
+    only_test,
 )
 from pipelines.sources.tree import Tree, shown, some
 
@@ -102,6 +103,7 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
     unused: dict[str, list[str]] = {}
     notes: list[str] = []
     splits: dict[str, _Files]
+    uses_test = False
     if None in found:
         splits = {UNSPLIT: found[None]}
     else:
@@ -111,14 +113,17 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
                 unused["validation images, as --use-test asks for the test split"] = splits["val"].names
             else:
                 notes.append(f"{found['test'].names[0]} becomes the validation split, as there is no other")
-            splits["val"] = found["test"]
+            splits["val"], uses_test = found["test"], True
         elif "test" in found:
             unused["test images"] = found["test"].names
+    if not splits:
+        raise only_test(shown(tree.root))
     first = next(iter(splits.values()))
     with _told(tree.root):
         example = tree.path(first.names[0])
         schema = first.schema(example)
         image, label, names = _columns(example, schema, choice)
+        _compare(tree, [name for own in splits.values() for name in own.names], first.schema, image, label, names)
         values = {split: _labels(tree, own, label) for split, own in splits.items()}
     labels, classes = _numbered(tree.root, label, values, names)
     taken: dict[str, list[str]] = {}
@@ -126,7 +131,7 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
         folder, _, last = name.rpartition("/")
         taken.setdefault(folder, []).append(last)
 
-    def read(spool: Store) -> dict[str, Sequence[Sample]]:
+    def read(spool: Spool) -> dict[str, Sequence[Sample]]:
         return {split: _spooled(tree, own, image, labels[split], spool, split) for split, own in splits.items()}
 
     return Claim(
@@ -140,6 +145,7 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
         taken=dict(taken),
         unused=unused,
         notes=notes,
+        uses_test=uses_test,
     )
 
 
@@ -148,8 +154,14 @@ def _numbered(
 ) -> tuple[dict[str, list[int]], tuple[str, ...]]:
     """Labels as numbers, and the classes, from what a column holds."""
     words = {type(value) for own in values.values() for value in own}
+    if len(words) > 1:
+        raise DataError(
+            f"{source}, column {label!r} is of {' and '.join(sorted(one.__name__ for one in words))} in different "
+            "files; leave some out with --ignore"
+        )
     if words == {str}:
-        classes = names or tuple(sorted({value for own in values.values() for value in own}))
+        found = dict.fromkeys(value for own in values.values() for value in own)
+        classes = names or order_classes(check_class_names(list(found), f"column {label!r} of {source}"), None, source)
         number = {name: at for at, name in enumerate(classes)}
         if unknown := [value for own in values.values() for value in own if value not in number]:
             raise DataError(f"{source}, column {label!r} has the value {unknown[0]!r}, which its features do not name")
@@ -211,26 +223,50 @@ def _image_columns(schema: pyarrow.Schema) -> list[str]:
     return [field.name for field in schema if holds_images(field.type)]
 
 
+def _compare(
+    tree: Tree, files: Sequence[str], schema_of: Callable[[Path], Any], image: str, label: str, names: ClassNames
+) -> None:
+    """Raise `DataError` where a file lacks one of the columns, or numbers other classes than the first one."""
+    for name in files:
+        path = tree.path(name)
+        schema = schema_of(path)
+        if lacking := [column for column in (image, label) if column not in schema.names]:
+            raise DataError(
+                f"{shown(path)} has no column {lacking[0]!r}, as {shown(tree.path(files[0]))} has; leave one of them "
+                "out with --ignore"
+            )
+        others = named_by(schema.metadata or {}, shown(path)).get(label, ())
+        if others != names:
+            raise DataError(
+                f"{shown(path)} names the classes of {label!r} otherwise than {shown(tree.path(files[0]))} does "
+                f"({_differ(names, others)}); leave one of them out with --ignore"
+            )
+
+
+def _differ(names: ClassNames, others: ClassNames) -> str:
+    if not names or not others:
+        return "only one of them names any"
+    pairs = ((one, other) for one, other in zip(names, others, strict=False) if one != other)
+    return next((f"{one!r} and {other!r}" for one, other in pairs), f"{len(names)} and {len(others)} classes")
+
+
 def _labels(tree: Tree, files: _Files, label: str) -> list[Any]:
     """The label of every row, in order."""
     found: list[Any] = []
+    known: dict[Any, Any] = {}
     for name in files.names:
         path = tree.path(name)
-        if label not in files.schema(path).names:
-            raise DataError(
-                f"{shown(path)} has no column {label!r}, as the other files have; leave it out with --ignore"
-            )
         for batch in files.batches(path, label, _LABEL_ROWS):
             values = batch.column(0).to_pylist()
             if None in values:
                 row = len(found) + values.index(None)
                 raise DataError(f"{shown(path)}, row {row} has no label; give it one, or remove it")
-            found += values
+            found += [known.setdefault(value, value) for value in values]  # each word once in memory
     return found
 
 
 def _spooled(
-    tree: Tree, files: _Files, image: str, labels: Sequence[int], spool: Store, split: str
+    tree: Tree, files: _Files, image: str, labels: Sequence[int], spool: Spool, split: str
 ) -> Sequence[Sample]:
     size = sum(tree.path(name).stat().st_size for name in files.names)
     return spool.fill(split, _images(tree, files, image, labels, size), size)
@@ -271,7 +307,8 @@ def _encoded(value: Any, what: str) -> bytes:
 
 
 def _parquet_schema(path: Path) -> Any:
-    return _pyarrow("pyarrow.parquet").read_schema(path)
+    with path.open("rb") as file:  # what may not be read is named by Python, not by pyarrow
+        return _pyarrow("pyarrow.parquet").read_schema(file)
 
 
 def _parquet_batches(path: Path, column: str, rows: int) -> Iterator[Any]:
@@ -311,6 +348,8 @@ def _told(source: Path) -> Iterator[None]:
             f"{source}: a few rows of it take more than {_MEMORY >> 20} MiB of memory, which no images do; download it "
             "again, or write it with smaller images"
         ) from error
+    except PermissionError:
+        raise
     except (pyarrow.ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError) as error:
         raise DataError(f"{source} cannot be read ({in_words(error)}); download it again") from error
     finally:

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,6 +16,7 @@ from pipelines.base import DataError, in_words
 
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 _MAX_DEPTH = 64
+_MAX_VISITS = 100  # links to links to folders would be followed for ever, though not in circles
 _NAMED = 3  # of many, in one sentence
 
 HIDDEN, LITTER = "hidden", "left by an operating system"
@@ -72,6 +73,17 @@ def join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
+def and_above(folder: str) -> list[str]:
+    """A folder and all that it lies in, the root first."""
+    parts = folder.split("/")
+    return ["", *("/".join(parts[: i + 1]) for i in range(len(parts)))] if folder else [""]
+
+
+def pattern_of(name: str) -> str:
+    """What `--ignore` takes for this file or folder and no other, in quotes for a shell."""
+    return f"'{shown(name if '/' in name else f'./{name}')}'"
+
+
 def shown(path: Path | str) -> str:
     """A path or another text of the source as it can be printed: what is no UTF-8, commands to a terminal, ends of
     lines and marks that turn the direction of writing are spelled out."""
@@ -90,7 +102,8 @@ def list_tree(source: Path, ignore: Sequence[str] = (), follow_links: bool = Fal
 
     Args:
         source: resolved.
-        ignore: patterns of names that are left out, each of a file or a folder: `*.txt`, `val`, `extra/*`.
+        ignore: patterns of names that are left out, each of a file or a folder: `*.txt` and `val` wherever they are,
+            `extra/*` and `./val` as seen from the source.
         follow_links: whether links may lead out of the source.
 
     Raises:
@@ -113,6 +126,7 @@ class _Walk:
         self.tree, self.ignore, self.follow_links = tree, ignore, follow_links
         self.real = os.path.realpath(tree.root)
         self.used: set[str] = set()
+        self.visits: Counter[tuple[int, int]] = Counter()
         self.problems: dict[str, list[str]] = defaultdict(list)
 
     def folder(self, folder: str, identity: tuple[int, int], above: tuple[tuple[int, int], ...]) -> None:
@@ -144,17 +158,22 @@ class _Walk:
                 inside.append((name, (about.st_dev, about.st_ino)))
         self._compare_forms(place, files + [name.rpartition("/")[2] for name, _ in inside])
         for name, its_identity in inside:
+            self.visits[its_identity] += 1
             if its_identity in (*above, identity):
                 self.problems["circle"].append(shown(self.tree.path(name)))
+            elif self.visits[its_identity] > _MAX_VISITS:
+                raise DataError(
+                    f"{shown(self.tree.path(name))} is reached in more than {_MAX_VISITS} ways, through links to it or "
+                    "to folders above it; remove some, or leave them out with --ignore"
+                )
             else:
                 self.folder(name, its_identity, (*above, identity))
 
     def _rule(self, name: str, last: str) -> str | None:
         for pattern in self.ignore:
-            plain = pattern.rstrip("/")
-            if plain.startswith("./"):
-                plain = plain[2:]
-            if fnmatchcase(name, plain) or ("/" not in plain and fnmatchcase(last, plain)):
+            plain = pattern.rstrip("/").removeprefix("./")
+            anywhere = "/" not in pattern.rstrip("/")
+            if plain in (name, last if anywhere else name) or fnmatchcase(last if anywhere else name, plain):
                 self.used.add(pattern)
                 return f"--ignore {pattern}"
         if last in _LITTER or last.startswith("._"):

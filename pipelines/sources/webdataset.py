@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.base import DataError
 from pipelines.sources.archive import Member, image_member, tar_members
 from pipelines.sources.names import by_split, check_parts, is_image
-from pipelines.sources.sample import UNSPLIT, Choice, Claim, Sample, check_class_names, number_classes
+from pipelines.sources.sample import UNSPLIT, Choice, Claim, Sample, check_class_names, number_classes, only_test
 from pipelines.sources.tree import Tree, join, shown, some
 from pipelines.storage.json_files import bounded
 
@@ -23,6 +23,7 @@ _MAX_DIGITS = 9
 _INFO = ("_info.json", "info.json")
 _MAX_INFO = 64 << 20
 NAMES = "classes.txt"
+_NUMBERED = re.compile(r"(.*?)(\d{1,9})(\D*\.tar)", re.IGNORECASE)
 
 
 def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
@@ -40,7 +41,7 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
         check_parts(tree, tars)
     described, metadata = _info(tree, tars)
     splits = by_split(tree, tars)
-    notes, unused = [], dict[str, list[str]]()
+    notes, unused, uses_test = _gaps(tars), dict[str, list[str]](), False
     chosen: dict[str, list[str]] = {}
     if None in splits:
         chosen[UNSPLIT] = splits[None]
@@ -51,20 +52,30 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
                 unused["validation images, as --use-test asks for the test split"] = chosen["val"]
             else:
                 notes.append(f"{splits['test'][0]} becomes the validation split, as there is no other")
-            chosen["val"] = splits["test"]
+            chosen["val"], uses_test = splits["test"], True
         elif "test" in splits:
             unused["test images"] = splits["test"]
+    if not chosen:
+        raise only_test(shown(tree.root))
     members: dict[str, Counter[str]] = {}
     samples: dict[str, list[Sample]] = {}
+    told: set[str] = set()
     for split, names in chosen.items():
-        members[split] = Counter()
-        samples[split] = [sample for name in names for sample in _Shard(tree, name, choice, members[split]).samples()]
+        members[split], samples[split] = Counter(), []
+        for name in names:
+            shard = _Shard(tree, name, choice, members[split])
+            if not (own := shard.samples()):
+                raise DataError(
+                    f"{shown(shard.path)} holds no sample; download it again, or leave it out with --ignore"
+                )
+            samples[split] += own
+            told |= shard.told
     labels = {split: [sample.label for sample in some_samples] for split, some_samples in samples.items()}
     names_file = [name for name in tree.folders.get("", ()) if name == NAMES]
     if names_file:
         path = tree.path(NAMES)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8; save it as such, or leave it out with --ignore") from error
         classes = check_class_names(lines, f"{path}")
@@ -86,14 +97,32 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
         classes,
         dict(labels),
         {split: some(names) for split, names in chosen.items()},
-        "the member of each sample that holds it" + (f", named by {NAMES}" if names_file else ", classes by number"),
+        f"{' or '.join(sorted(told))} in each sample, {f'named by {NAMES}' if names_file else 'classes by number'}",
         lambda spool: dict(samples),
         taken=dict(taken),
         metadata=metadata,
         unused=unused,
         notes=notes,
+        uses_test=uses_test,
         members=members,
     )
+
+
+def _gaps(tars: Sequence[str]) -> list[str]:
+    """A sentence for every row of numbered shards that does not have all its numbers: some may be missing."""
+    rows: dict[tuple[str, int, str], set[int]] = {}
+    for name in tars:
+        if match := _NUMBERED.fullmatch(name):
+            rows.setdefault((match[1], len(match[2]), match[3]), set()).add(int(match[2]))
+    notes = []
+    for (before, digits, after), there in rows.items():
+        missing = next((number for number in range(min(there), max(there)) if number not in there), None)
+        if missing is not None and len(there) > 1:
+            notes.append(
+                f"{before}{missing:0{digits}d}{after} is not there: {len(there)} shards from "
+                f"{min(there)} to {max(there)}"
+            )
+    return notes
 
 
 def _info(tree: Tree, tars: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -130,6 +159,8 @@ class _Shard:
 
     def __init__(self, tree: Tree, name: str, choice: Choice, members: Counter[str]) -> None:
         self.path, self.choice, self.members = tree.path(name), choice, members
+        self.told: set[str] = set()
+        """Members that hold the labels, by suffix."""
 
     def samples(self) -> list[Sample]:
         found: list[Sample] = []
@@ -175,7 +206,9 @@ class _Shard:
         if len(images) != 1:
             hint = f"; say which with --images {next(iter(images))}" if images else ""
             told = some(list(images)) if images else "none"
-            raise DataError(f"{what}: expected one image in a sample, found {told}{hint or '; repair the tar'}")
+            raise DataError(
+                f"{what}: expected one image in a sample, found {told}{hint or '; repair the tar, or --ignore it'}"
+            )
         exact = [by_extension[suffix[1:]] for suffix in _LABELS if suffix[1:] in by_extension]
         labels = exact or [one for suffix in _LABELS for one in group if one.name.lower().endswith(suffix)]
         if not exact and len(labels) > 1:
@@ -184,7 +217,12 @@ class _Shard:
                 f"{_key(group[0].name)}.cls"
             )
         if self.choice.label is not None:
-            labels = [one for one in labels if one.name.lower().endswith(".json")] or labels
+            labels = [one for one in group if one.name.lower().endswith(".json")]
+            if len(labels) != 1:
+                raise DataError(
+                    f"{what}: --label {self.choice.label} names an entry of a .json member, and its sample has "
+                    f"{len(labels)} of them; leave --label out, or repair the tar"
+                )
         if not labels:
             raise DataError(
                 f"{what}: expected a {', '.join(_LABELS)} member with the class beside the image; pack one, as pss "
@@ -195,6 +233,7 @@ class _Shard:
             self.members[f".{extension}"] += 1
         image_member(image, self.path)
         label = _label(self.path, labels[0], self.choice.label)
+        self.told.add(PurePosixPath(labels[0].name).suffix.lower())
         return Sample(f"{shown(self.path)}, {image.name}", label, str(self.path), image.offset, image.length)
 
 
@@ -221,15 +260,20 @@ def _label(path: Any, member: Member, key: str | None) -> int:
         if member.name.lower().endswith(".cls"):
             return _number(content.decode("ascii").strip())
         described = json.loads(content)
-        value = next(described[name] for name in ((key,) if key else _JSON_KEYS) if name in described)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        return _number(str(value))
-    except (ValueError, TypeError, StopIteration, RecursionError) as error:
+        values = [described[name] for name in (_JSON_KEYS if key is None else (key,)) if name in described]
+        numbers = [value for value in values if type(value) is int] or [_number(str(value)) for value in values]
+        first = numbers[0]
+        if len(set(numbers)) == 1:  # beside the number of a class, its name is no contradiction
+            return first
+    except (ValueError, TypeError, IndexError, RecursionError) as error:
         raise DataError(
             f"{shown(path)}, {member.name} holds no class number: {content[:40]!r}; repair the tar, or name its entry "
             "with --label"
         ) from error
+    raise DataError(
+        f"{shown(path)}, {member.name} has several entries that may be the label, and they differ: {content[:40]!r}; "
+        "say which with --label"
+    )
 
 
 def _number(text: str) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -59,15 +62,32 @@ def test_help_is_quick_and_complete() -> None:
         "merge",
         "restart",
         "engine",
+        "inspect",
+        "json",
+        "source-format",
+        "images",
+        "label",
+        "ignore",
+        "follow-links",
+        "class-order",
+        "class-level",
+        "use-test",
+        "patience",
     ):
         assert f"--{option} " in result.stdout
 
 
 def test_a_conversion_says_what_it_did(source: Path, tmp_path: Path) -> None:
     result = run(source, tmp_path / "set", "--format", "dali", "--val-fraction", "0.5")
-    assert (result.returncode, result.stdout.count("\n")) == (0, 4)
-    assert "files of the source: 12 found = 12 with samples + 0 used otherwise + 0 not read" in result.stdout
-    assert "samples: 12 found = 6 train + 6 val + 0 skipped" in result.stdout
+    assert result.returncode == 0
+    done, rates, files, samples = result.stdout.splitlines()
+    assert re.fullmatch(rf"{tmp_path}/set: 2 classes, 6 train, 6 val images, \d+\.\d MB", done)
+    assert rates.startswith("images/s: checking ")
+    assert files == (
+        "files of the source: 12 found = 12 with samples + 0 used otherwise + 0 not read (dataset.json says which and "
+        "why)"
+    )
+    assert samples == "samples: 12 found = 6 train + 6 val + 0 skipped"
     assert "12 in 2 classes, from ." in result.stderr  # before it works
     assert "2 classes, 6 train, 6 val images" in result.stdout
     assert re.search(r"images/s: checking \d+, writing \d+, verifying \d+", result.stdout)
@@ -77,6 +97,54 @@ def test_a_conversion_says_what_it_did(source: Path, tmp_path: Path) -> None:
     damaged = run(tmp_path / "set", "--verify")
     assert damaged.returncode == 2
     assert "val-00000.idx are not as they were written" in damaged.stderr
+
+
+def test_inspect_says_what_would_be_read_and_writes_nothing(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("valid", 1)):
+        write_folder(tmp_path / "src" / split, {"cat": count, "dog": count, "emu": count, "fox": count})
+    (tmp_path / "src" / "test").mkdir()
+    picture(16, 16, 0).save(tmp_path / "src" / "test" / "1.jpg")
+    (tmp_path / "src" / "sample_submission.csv").write_text("id,label\n1,cat\n")
+    result = run(tmp_path / "src", "--inspect")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [
+        f"{tmp_path}/src: class folders",
+        "  train    12 in 4 classes, from train",
+        "  val      4 in 4 classes, from valid",
+        "  classes  4: cat, dog, … fox (labels 0 to 3)",
+        "  labels   folders, in the order of their names",
+        "  files    18 found: 16 with samples + 2 not read",
+        "           test images without labels: test/1.jpg",
+        "           neither images nor labels: sample_submission.csv",
+    ]
+    told = json.loads(run(tmp_path / "src", "--inspect", "--json").stdout)
+    assert (told["format"], told["classes"]) == ("folders", ["cat", "dog", "emu", "fox"])
+    assert told["splits"] == {
+        "train": {"samples": 12, "where": "train", "per_class": [3] * 4},
+        "val": {"samples": 4, "where": "valid", "per_class": [1] * 4},
+    }
+    assert (told["files"]["found"], told["files"]["with_samples"]) == (18, 16)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_a_source_that_two_readers_claim_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "src", {"cat": 1, "dog": 1})
+    with tarfile.open(tmp_path / "src" / "shard.tar", "w") as tar:
+        for name, content in (("0.jpg", (tmp_path / "src" / "cat" / "000.jpg").read_bytes()), ("0.cls", b"0")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    arguments = [tmp_path / "src", tmp_path / "set", "--format", "dali", "--split", "train"]
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: {tmp_path}/src holds WebDataset tars (shard.tar) and class folders (cat/000.jpg); say which with "
+        "--source-format webdataset or folders, or leave one out with --ignore\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    assert run(*arguments, "--source-format", "folders").returncode == 0
+    account = json.loads((tmp_path / "set" / "dataset.json").read_text())["account"]
+    assert account["files"]["not_read"] == {"not of --source-format folders": {"count": 1, "names": ["shard.tar"]}}
 
 
 def test_skipped_images_are_counted(source: Path, tmp_path: Path) -> None:
@@ -101,6 +169,15 @@ def test_skipped_images_are_counted(source: Path, tmp_path: Path) -> None:
         (["{src}", "{dest}", "--format", "ffcv", "--part", "two"], "--part is 'two'; use i/n"),
         (["{dest}", "--merge"], "there is no unfinished conversion"),
         (["{src}", "--full"], "--full is for --verify"),
+        (["{src}", "--json"], "--json is for --inspect"),
+        (["{src}", "{dest}", "--inspect"], "--inspect writes nothing"),
+        (["{src}", "--inspect", "--use-test"], "--use-test asks for test images"),
+        (["{src}", "--inspect", "--ignore", "*.png"], "--ignore *.png fits nothing"),
+        (["{src}", "--inspect", "--images", "*.png"], "--images *.png fits no file"),
+        (["{src}", "--inspect", "--label", "x"], "--label means nothing for class folders"),
+        (["{src}", "--inspect", "--source-format", "zip"], "--source-format is 'zip'"),
+        (["{src}", "--inspect", "--source-format", "parquet"], "holds nothing that --source-format parquet reads"),
+        (["{src}", "--inspect", "--class-order", "/dev/zero"], "--class-order /dev/zero is no text file"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(

@@ -232,7 +232,7 @@ def test_sources_and_options_that_do_not_fit(image_root: Path, tmp_path: Path) -
     refused(image_root / "train", "holds classes, not splits", split="train", val_fraction=0.1)
     refused(image_root, "--split is for a source that names no split", split="train")
     refused(image_root, "validation split of its own", val_fraction=0.1)
-    refused(image_root / "train" / "cat", "has no class folder", split="train")
+    refused(image_root / "train" / "cat", "images without class folders", split="train")
     refused(image_root / "train", "no split 'holdout'", split="holdout")
     refused("digits", "--split is for", split="train")
     refused(image_root, "--format is 'tfrecord'", formats="tfrecord")

@@ -21,7 +21,7 @@ from test_layouts import LAYOUTS, images, jpeg, put
 from pipelines.base import DataError
 from pipelines.conversion.convert import convert
 from pipelines.conversion.options import Options
-from pipelines.sources.listing import Choice, inspect
+from pipelines.sources.listing import Choice, Spool, inspect
 from pipelines.storage.source import TarSource
 
 ROOT = Path(__file__).parents[3]
@@ -106,6 +106,12 @@ def random_tree(root: Path, draw: random.Random) -> None:
                 fill(root / split / name / draw.choice(("more", "images")), 1)
     if draw.random() < 0.15:
         fill(root / draw.choice(("extra", *splits, "")), 1)
+    if draw.random() < 0.1:
+        (root / draw.choice(("empty", "valid", f"{(splits or ['.'])[0]}/{classes[0]}/empty"))).mkdir(
+            parents=True, exist_ok=True
+        )
+    if draw.random() < 0.1 and (inside := root / (splits or [""])[0] / classes[-1]).is_dir():
+        (root / (splits or [""])[-1] / "linked").symlink_to(inside)
     for name in draw.sample(OTHERS, draw.randint(0, 2)):
         (root / name).write_text("something")
     if draw.random() < 0.1:
@@ -123,6 +129,62 @@ def readable(path: Path) -> bool:
     except (OSError, SyntaxError, ValueError):
         return False
     return True
+
+
+TABLES = ("labels.csv", "train.csv", "val_labels.txt", "sample_submission.csv", "train/labels.csv", "valid/list.txt")
+
+
+def random_flat_tree(root: Path, draw: random.Random) -> dict[bytes, str]:
+    """Images of one or two splits in no class folders, with tables of which some label others; what each really is."""
+    truth: dict[bytes, str] = {}
+    told: list[tuple[str, str, str]] = []
+    for split in draw.sample(("train", "valid", "test"), draw.choice((1, 2, 2, 3))):
+        between = draw.choice(("", "", "images/", f"{split}/"))
+        for number in range(draw.randint(2, 5)):
+            name = f"{number}.jpg" if draw.random() < 0.4 else f"{split}_{number}.jpg"
+            content = unique(len(truth))
+            truth[content] = draw.choice(("cat", "dog"))
+            put(root, {f"{split}/{between}{name}": content})
+            told.append((split, f"{split}/{between}", name))
+    of = dict(zip(told, truth.values(), strict=True))
+    for table in draw.sample(TABLES, draw.randint(1, 3)):
+        mine = [one for one in told if one[0] in table] if draw.random() < 0.7 else []
+        with_folder, wide = draw.random() < 0.4, draw.random() < 0.3
+        lines = []
+        for one in mine or told:
+            label = of[one] if "submission" not in table else "cat"
+            fields = [f"{one[1]}{one[2]}" if with_folder else one[2], *(["0"] if wide else []), label]
+            lines.append((" " if table.endswith(".txt") and not wide else ",").join(fields))
+        header = ["file,width,label" if wide else "file,label"] if table.endswith(".csv") else []
+        if (root / table.partition("/")[0]).is_dir() or "/" not in table:
+            put(root, {table: "\n".join([*header, *lines]) + "\n"})
+    return truth
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(1000, marks=pytest.mark.exhaustive)])
+def test_labels_of_text_are_never_those_of_other_images(first: int, tmp_path: Path) -> None:
+    read = refused = 0
+    told: list[str] = []
+    for number in range(first, first + (150 if first == 0 else 3000)):
+        draw, root = random.Random(number), tmp_path / f"{number}"
+        truth = random_flat_tree(root, draw)
+        try:
+            found = inspect(str(root), Choice(held_out=draw.random() < 0.5, use_test=draw.random() < 0.1))
+        except DataError as error:
+            refused += 1
+            told.append(str(error))
+            continue
+        read += 1
+        listed = {name for names in found.rest.values() for name in names}
+        samples = [sample for own in found.listing(Spool(root)).splits.values() for sample in own]
+        for sample in samples:
+            assert found.claim.classes[sample.label] == truth.pop(sample.read()), (number, sample)
+        left = [path for path in root.rglob("*.jpg") if path.read_bytes() in truth]
+        assert {path.relative_to(root).as_posix() for path in left} <= listed, number
+        assert len(left) + len(samples) == len(list(root.rglob("*.jpg")))
+        shutil.rmtree(root)
+    assert min(read, refused) > (read + refused) // 10, (read, refused)
+    assert all(re.search(r"--|;", sentence) for sentence in told)
 
 
 @pytest.mark.parametrize("first", [0, pytest.param(1000, marks=pytest.mark.exhaustive)])
@@ -148,16 +210,17 @@ def test_no_readable_image_is_missing_without_being_named(first: int, tmp_path: 
             f"{root}/src/{name}" for rule in manifest.account["files"]["not_read"].values() for name in rule["names"]
         }
         named |= {skipped["file"] for skipped in manifest.skipped}
-        stored = {}
+        stored: dict[bytes, set[str]] = {}  # a link within the source makes two of one
         for split in manifest.splits:
             tars = TarSource(root / "set", split)
             for i in range(tars.num_samples):
-                stored[bytes(tars.read(i))] = manifest.classes[tars.labels[i]]
+                stored.setdefault(bytes(tars.read(i)), set()).add(manifest.classes[tars.labels[i]])
         for path in there:
             content = path.read_bytes()
             if content in stored:
                 parts = path.relative_to(root / "src").parts
-                assert stored[content] in parts[:2], (number, path, stored[content])
+                assert stored[content] & {*parts[:2]}, (number, path, stored[content])
+                assert stored[content] <= {*parts[:2], "linked"}
             else:
                 assert str(path) in named, (number, path)
         adds_up(dict(manifest.account), {s: p.num_samples for s, p in manifest.splits.items()}, len(manifest.skipped))

@@ -439,5 +439,5 @@ def test_cifar10(tmp_path: Path) -> None:
 
 def test_class_folders_still_need_a_class(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a": 1})
-    with pytest.raises(DataError, match="has no class folder"):
+    with pytest.raises(DataError, match="1 images without class folders"):
         _listed(tmp_path / "a", tmp_path)

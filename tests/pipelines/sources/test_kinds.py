@@ -128,7 +128,7 @@ def test_tables_of_labels(text: str, src: Path) -> None:
             "the class 'great white shark'",
         ),
         ("x.txt", "0\n1\n0\n1\n", "holds numbers of ImageNet's devkit or of another list"),
-        ("x.md", "im_000.jpg a\n", "4 validation images without class folders, and no text file beside it labels them"),
+        ("x.md", "im_000.jpg a\n", "4 images without class folders, and no text file labels them"),
     ],
 )
 def test_labels_that_are_not_certain_are_refused(name: str, text: str, told: str, src: Path) -> None:
