@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipelines.settings import Always, Natural, NotNegative, ReadIf, Share, Text
 from pss.methods.contract import Method
-from pss.methods.dynamicvit_parts import (
+from pss.methods.parts.policy import (
     KEEP,
     PolicyAttention,
     Predictor,

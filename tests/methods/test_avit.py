@@ -17,7 +17,7 @@ from pss.attention import packed
 from pss.inference import export, report, sweep
 from pss.inference.opening import load_run
 from pss.methods import Progress
-from pss.methods.avit_parts import Halting, prior_loss
+from pss.methods.parts.halting import Halting, prior_loss
 from pss.models.flops import macs, macs_of_tokens
 from pss.runs.log import read_rows
 from pss.runtime.processes import World

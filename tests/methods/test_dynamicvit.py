@@ -15,7 +15,7 @@ from pss import methods, recipes
 from pss.inference.opening import load_run
 from pss.methods import Progress, Teacher
 from pss.methods.dynamicvit import quarters
-from pss.methods.dynamicvit_parts import (
+from pss.methods.parts.policy import (
     KEEP,
     Predictor,
     decide,
