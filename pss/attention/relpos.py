@@ -76,6 +76,22 @@ def positions(
     return numbers
 
 
+def turns(angles: Tensor, num_prefix: int, kept: Tensor | None = None) -> Tensor:
+    """What rotary embedding turns each token by.
+
+    Args:
+        angles: Sines and cosines of all patches, (patches, 2 * head width).
+        num_prefix: Leading tokens that are not patches, which are not turned.
+        kept: Indices of the kept patches, (B, K - num_prefix); None when all patches are there.
+
+    Returns:
+        (B, K, 2 * head width), or (1, N, 2 * head width) if `kept` is None.
+    """
+    patches = angles.unsqueeze(0) if kept is None else angles[kept]
+    still = torch.cat((angles.new_zeros(1), angles.new_ones(1))).repeat_interleave(angles.shape[1] // 2)
+    return torch.cat((still.expand(patches.shape[0], num_prefix, -1), patches), dim=1)
+
+
 def spread(table: Tensor) -> Tensor:
     """The table (rows, H) by head, its last three rows repeated `reach + 1` times: (H, 5 * reach + 4)."""
     by_head = table.t()

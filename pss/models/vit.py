@@ -334,11 +334,7 @@ class VisionTransformer(WithSettings):
         if self.rope is None:
             device = next(self.parameters()).device
             return relpos.positions(self.grid_size, self.num_prefix_tokens, kept, device)
-        turns = self.rope.get_embed()  # (patches, 2 * head width)
-        turns = turns.unsqueeze(0) if kept is None else turns[kept]
-        sines, cosines = turns.new_zeros(1), turns.new_ones(1)  # prefix tokens are not turned
-        still = torch.cat((sines, cosines)).repeat_interleave(turns.shape[2] // 2)
-        return torch.cat((still.expand(turns.shape[0], self.num_prefix_tokens, -1), turns), dim=1)
+        return relpos.turns(self.rope.get_embed(), self.num_prefix_tokens, kept)
 
     def trunk(self, tokens: Tensor, kept: Tensor | None) -> Tensor:
         """All blocks, and the norm after them.
@@ -398,3 +394,8 @@ class VisionTransformer(WithSettings):
         else:
             logits = (self.head(self.head_drop(tokens[:, 0])) + self.head_dist(self.head_drop(tokens[:, 1]))) / 2
         return logits
+
+    def answers(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What losses are taken of, where `readout` is what a prediction is: logits of the image (B, num_classes), and
+        of each of its patches (B, K - prefix, num_classes) where the backbone has a classifier for them."""
+        return self.readout(tokens), None
