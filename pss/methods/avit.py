@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from pipelines.settings import AboveZero, Always, NotNegative, ReadIf, Share
 from pss.attention.attend import Attention
 from pss.attention.packed import PackedAttention, Packing
-from pss.methods.parts.halting import Halting, Record, center_of, prior_loss
 from pss.methods.contract import Method
+from pss.methods.parts.halting import Halting, Record, center_of, prior_loss
 from pss.methods.vocabulary import Cost, DenseTargets, Point, Progress, Step
 from pss.models.flops import attention_macs, linear_macs, macs_of_tokens
 from pss.models.vit import VisionTransformer

@@ -388,9 +388,8 @@ class VisionTransformer(WithSettings):
 
     def readout(self, tokens: Tensor) -> Tensor:
         """The trunk's tokens (B, K, D) to logits (B, num_classes); a distilled model averages its two heads."""
-        logits: Tensor
         if self.head_dist is None:
-            logits = self.head(self.pooled(tokens))
+            logits: Tensor = self.head(self.pooled(tokens))
         else:
             logits = (self.head(self.head_drop(tokens[:, 0])) + self.head_dist(self.head_drop(tokens[:, 1]))) / 2
         return logits
