@@ -60,6 +60,12 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
+def share(values: Tensor) -> None:
+    """Give all processes those of the first one, in place; every process must call it."""
+    if dist.is_initialized():
+        dist.broadcast(values, src=0)
+
+
 class Vote:
     """Whether any process wants each of several things, asked at every step and answered one step later.
 
