@@ -56,6 +56,8 @@ _RATES: dict[str, float] = {
 _RATES |= {"mlp_ratio": 64, "init_values": 1 << 10}
 _FLAGS = {"class_token", "no_embed_class", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "pre_norm"}
 _FLAGS |= {"final_norm", "fc_norm", "pool_include_prefix"}
+_COUNTS = {"block_heads": 1 << 10, "block_neurons": 1 << 18}
+"""Of every block, in a list: what is left of one that was pruned."""
 _WORDS = (*_OWN, "global_pool", "pos_embed", "norm_layer", "act_layer")
 
 
@@ -327,9 +329,15 @@ def _check_setting(key: str, value: Any) -> None:
         or (key == "init_values" and value is None)
         or (key in _FLAGS and isinstance(value, bool))
         or (key in _WORDS and isinstance(value, str) and len(value) < 40)
+        or (
+            key in _COUNTS
+            and isinstance(value, list)
+            and len(value) <= _NUMBERS["depth"]
+            and all(_is_whole(one, 1, _COUNTS[key]) for one in value)
+        )
     )
     if not fits:
-        known = key in _NUMBERS or key in _RATES or key in _FLAGS or key in _WORDS
+        known = any(key in names for names in (_NUMBERS, _RATES, _FLAGS, _WORDS, _COUNTS))
         what = f"{key} {str(value)[:60]!r}" if known else f"a setting {key[:40]!r}, which no model has"
         raise ValueError(f"{_CONFIG} has {what}; restore it, or have pss-eval --push write it again")
 

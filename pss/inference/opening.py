@@ -175,7 +175,7 @@ def load_run(
     method.model.trained_on = TrainedOn(tuple(state["classes"]), config.data.mean, config.data.std)
     notes = (f"the best is step {state['step']}, its {'moving average' if ema else 'weights'}",) if best else ()
     found_at = folder.name, config, state["classes"], state["step"], method.to(device).eval(), folder
-    return Run(*found_at, averaged=ema, notes=notes)
+    return Run(*found_at, averaged=ema, settings=dict(method.model.block_sizes), notes=notes)
 
 
 def _names_weights(source: str) -> bool:

@@ -101,7 +101,12 @@ class SparseTraining(Method):
     """
 
     def __init__(
-        self, model: VisionTransformer, config: RunSettings, steps_per_epoch: int, own: TopologySettings, reference: bool
+        self,
+        model: VisionTransformer,
+        config: RunSettings,
+        steps_per_epoch: int,
+        own: TopologySettings,
+        reference: bool,
     ) -> None:
         super().__init__(model, config, steps_per_epoch)
         self.topology, self.keep, self.reference = own, own.keep, reference

@@ -1,10 +1,13 @@
-"""The transformer block."""
+"""The transformer block, and what is left of one that is pruned."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pss.attention.attend import Attention
+from pss.models.settings import WithSettings
 
 
 class Block(nn.Module):
@@ -51,3 +54,71 @@ class Block(nn.Module):
         """What the MLP adds to the tokens (B, K, D), before it is divided."""
         branch: Tensor = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return branch
+
+
+@torch.no_grad()
+def prune(model: WithSettings, kept: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Take heads and neurons out of a model's blocks, in place: what is left is a smaller model.
+
+    It computes the same where the values of the heads that go, and what reads the neurons that go, are zero.
+
+    Args:
+        model: A `VisionTransformer`.
+        kept: For each block, the indices of the heads and of the MLP's neurons that stay, ascending.
+
+    Raises:
+        ValueError: not one entry a block, no such head or neuron, or none left.
+    """
+    blocks = list(model.get_submodule("blocks").children())
+    if len(blocks) != len(kept):
+        raise ValueError(f"block_heads and block_neurons tell of {len(kept)} blocks, and the model has {len(blocks)}")
+    for block, (heads, neurons) in zip(blocks, kept, strict=True):
+        assert isinstance(block, Block)
+        _keep_heads(block.attn, heads)
+        _keep_neurons(block.mlp, neurons)
+    sizes = [(len(heads), len(neurons)) for heads, neurons in kept]
+    model.block_sizes = {"block_heads": [size[0] for size in sizes], "block_neurons": [size[1] for size in sizes]}
+
+
+def _keep_heads(attn: Attention, heads: Tensor) -> None:
+    _check_kept(heads, attn.num_heads, "block_heads")
+    width = attn.head_dim
+    channels = (heads[:, None] * width + torch.arange(width, device=heads.device)).flatten()  # of one role
+    size = attn.num_heads * width
+    _narrow(attn.qkv, rows=torch.cat([channels + role * size for role in range(3)]))
+    _narrow(attn.proj, columns=channels)
+    for name, index, dim in (
+        ("q_bias", channels, 0),
+        ("v_bias", channels, 0),
+        ("relative_position_bias_table", heads, 1),
+        ("separable_relative_position_bias_table", heads, 1),
+    ):
+        if (part := getattr(attn, name)) is not None:
+            setattr(attn, name, nn.Parameter(part.index_select(dim, index.to(part.device))))
+    attn.num_heads = len(heads)
+
+
+def _keep_neurons(mlp: nn.Module, neurons: Tensor) -> None:
+    inwards, outwards = mlp.get_submodule("fc1"), mlp.get_submodule("fc2")
+    assert isinstance(inwards, nn.Linear)
+    assert isinstance(outwards, nn.Linear)
+    _check_kept(neurons, inwards.out_features, "block_neurons")
+    _narrow(inwards, rows=neurons)
+    _narrow(outwards, columns=neurons)
+
+
+def _check_kept(kept: Tensor, total: int, name: str) -> None:
+    if not 1 <= len(kept) <= total:
+        raise ValueError(f"{name} keeps {len(kept)} of {total} in a block; it must be 1 to {total}")
+
+
+def _narrow(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    weight = layer.weight
+    if rows is not None:
+        weight = nn.Parameter(weight.index_select(0, rows.to(weight.device)))
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.index_select(0, rows.to(weight.device)))
+    if columns is not None:
+        weight = nn.Parameter(weight.index_select(1, columns.to(weight.device)))
+    layer.weight = weight
+    layer.out_features, layer.in_features = weight.shape

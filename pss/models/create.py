@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import timm
@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import nn
 
 from pss.attention.attend import RelPos
+from pss.models.block import prune
 from pss.models.sampling import Sort, TokenCounts
 from pss.models.settings import describe
 from pss.models.vit import QkvBias, VisionTransformer
@@ -58,6 +59,8 @@ def create_model(
     token_counts: TokenCounts = "published",
     qkv_bias: QkvBias | None = None,
     init: Init | None = None,
+    block_heads: Sequence[int] | None = None,
+    block_neurons: Sequence[int] | None = None,
     **overrides: Any,
 ) -> VisionTransformer:
     """Build a Vision Transformer by name.
@@ -78,6 +81,8 @@ def create_model(
         qkv_bias: `full` leaves timm's bias on queries, keys and values; `qv` has none on the keys, as BEiT.
         init: `timm`, or `published` for the initialisation of the PSS runs: truncated normal 0.02, the
             outputs of block l divided by sqrt(2l), a classifier near zero.
+        block_heads: How many heads each block has, where some were taken out; each is as wide as before.
+        block_neurons: As many neurons its MLP has.
         overrides: Passed on to `timm.create_model` (patch_size, embed_dim, depth, num_heads, drop_path_rate, ...).
 
     Raises:
@@ -106,6 +111,13 @@ def create_model(
         _init_published(plain)
     model = VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
     model.name = name
+    if block_heads is not None or block_neurons is not None:
+        heads, neurons = block_heads or (), block_neurons or ()
+        if len(heads) != len(neurons):
+            raise ValueError(
+                f"block_heads names {len(heads)} counts and block_neurons {len(neurons)}; one a block each"
+            )
+        prune(model, [(torch.arange(few), torch.arange(many)) for few, many in zip(heads, neurons, strict=True)])
     return model
 
 

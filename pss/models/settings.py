@@ -70,9 +70,13 @@ class WithSettings(nn.Module):
     trained_on: TrainedOn | None
     """What its classes are called and how its images are normalised, where that is known."""
 
+    block_sizes: dict[str, list[int]]
+    """What `create_model` is to be told beside its other settings, of a model whose blocks were pruned."""
+
     def __init__(self) -> None:
         super().__init__()
         self.name = self.trained_on = None
+        self.block_sizes = {}
         self.register_load_state_dict_pre_hook(_compare)  # type: ignore[no-untyped-call]
 
     def get_extra_state(self) -> Tensor:

@@ -37,9 +37,9 @@ from pss.training.trainer import Interrupted, Trainer
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
 CLASSES = ["a", "b", "c", "d"]
 EVERYTHING = "everything:Everything"
-APART = {"avit", "dynamicvit", EVERYTHING}
-"""Methods whose loss is not a mean over images, which draw random numbers, or which look at the first images: two
-processes learn what one does that computes a batch in two parts."""
+APART = {"avit", "dynamicvit", "s2vite", "svite", EVERYTHING}
+"""Methods whose loss is not a mean over images, which draw random numbers, which look at the first images, or which
+rank gradients: two processes learn what one does that computes a batch in two parts."""
 TINY = [
     "model.embed_dim=24", "model.depth=4", "train.epochs=4", "train.batch_size=8", "optim.warmup_epochs=1",
     "data.prefetch_gb=0",

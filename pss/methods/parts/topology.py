@@ -164,5 +164,3 @@ def draw_like(tensor: Tensor, generator: torch.Generator, std: float = 0.02) -> 
 def kept(share: float, total: int) -> int:
     """Units that a density leaves, rounded down, one at least."""
     return max(1, math.floor(share * total + 1e-9))
-
-
