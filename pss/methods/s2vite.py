@@ -170,9 +170,8 @@ class S2ViTE(SparseTraining):
             return
         if step.taken:
             scores = [block.attn.scores for block in self.blocks if isinstance(block.attn, ScoredAttention)]
-            averaged = mean(torch.cat([one for one in scores if one is not None], dim=1)).split(
-                [block.attn.num_heads for block in self.blocks], dim=1
-            )
+            together = mean(torch.cat([one for one in scores if one is not None], dim=1))  # (2, heads of all blocks)
+            averaged = torch.split(together, [block.attn.num_heads for block in self.blocks], dim=1)
             for number, block in enumerate(self.blocks):
                 self._move(number, block, averaged[number], at, step)
             self.apply_masks()

@@ -17,6 +17,16 @@ from pss.recipes.deit import (
 )
 from pss.recipes.dynamicvit import dynamicvit_b, dynamicvit_s
 from pss.recipes.small import cifar10, digits
+from pss.recipes.svite import (
+    s2vite_b,
+    s2vite_plus_s,
+    s2vite_s,
+    s2vite_ti,
+    svite_b,
+    svite_plus_s,
+    svite_s,
+    svite_ti,
+)
 from pss.recipes.toe import toe_b, toe_s, toe_ti
 from pss.sections import RunSettings
 
@@ -39,6 +49,14 @@ RECIPES: dict[str, Callable[[], RunSettings]] = {
     "toe-b": toe_b,
     "avit-ti": avit_ti,
     "avit-s": avit_s,
+    "svite-ti": svite_ti,
+    "svite-s": svite_s,
+    "svite-b": svite_b,
+    "svite-plus-s": svite_plus_s,
+    "s2vite-ti": s2vite_ti,
+    "s2vite-s": s2vite_s,
+    "s2vite-b": s2vite_b,
+    "s2vite-plus-s": s2vite_plus_s,
 }
 
 

@@ -31,7 +31,7 @@ class ScoredAttention(Attention):
     def project_out(self, x: Tensor) -> Tensor:
         """As the base's; x is (B, H, K, head width)."""
         if self.scores is not None and x.requires_grad:
-            x.register_hook(partial(self._score, x.detach()))
+            x.register_hook(partial(self._score, x.detach()))  # type: ignore[no-untyped-call]
         return super().project_out(x)
 
     def _score(self, output: Tensor, gradient: Tensor) -> None:
@@ -54,7 +54,7 @@ def check_blocks(model: VisionTransformer, name: str) -> None:
 
 
 def head_rows(heads: Tensor, width: int, roles: int = 3) -> Tensor:
-    """Rows of queries, keys and values, or of `roles` of them, that belong to heads; bool (H,) to (roles * H * width,)."""
+    """Rows of queries, keys and values, or of some of these roles, of heads: bool, (H,) to (roles * H * width,)."""
     return heads.repeat_interleave(width).repeat(roles)
 
 
@@ -62,30 +62,24 @@ def owned(
     block: Block, heads: Tensor, neurons: Tensor, *, biases: bool = True
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """The parameters of a block that heads (H,) and neurons (M,) own, and which of their entries, broadcastable."""
-    attn, mlp = block.attn, block.mlp
+    attn = block.attn
     rows, one = head_rows(heads, attn.head_dim), head_rows(heads, attn.head_dim, 1)
-    yield attn.qkv.weight, rows[:, None]
-    yield mlp.get_parameter("fc1.weight"), neurons[:, None]
-    yield mlp.get_parameter("fc2.weight"), neurons[None]
+    parameters = dict(block.named_parameters())
+    yield parameters["attn.qkv.weight"], rows[:, None]
+    yield parameters["mlp.fc1.weight"], neurons[:, None]
+    yield parameters["mlp.fc2.weight"], neurons[None]
     if biases:
-        hidden = getattr(mlp.get_submodule("fc1"), "bias", None)
-        for bias, mask in ((attn.qkv.bias, rows), (attn.q_bias, one), (attn.v_bias, one), (hidden, neurons)):
-            if bias is not None:
-                yield bias, mask
+        owners = {"attn.qkv.bias": rows, "attn.q_bias": one, "attn.v_bias": one, "mlp.fc1.bias": neurons}
+        yield from ((parameters[name], mask) for name, mask in owners.items() if name in parameters)
 
 
 @torch.no_grad()
 def fold_values(block: Block, heads: Tensor) -> None:
     """Move into the projection's bias what heads with the mask False add to every token, their values' bias: with
     queries, keys and values zero but for it, they return it whatever the image."""
-    attn = block.attn
-    bias = attn.qkv.bias if attn.v_bias is None else attn.v_bias
-    if bias is None:
-        return
-    width = attn.num_heads * attn.head_dim
-    constant = bias[-width:] * ~head_rows(heads, attn.head_dim, 1)
-    added = attn.proj.weight @ constant
-    if attn.proj.bias is None:
-        attn.proj.bias = nn.Parameter(added)
-    else:
-        attn.proj.bias += added
+    attn, parameters = block.attn, dict(block.named_parameters())
+    bias = parameters.get("attn.v_bias", parameters.get("attn.qkv.bias"))
+    if bias is not None:
+        constant = bias[-attn.num_heads * attn.head_dim :] * ~head_rows(heads, attn.head_dim, 1)
+        added, before = attn.proj.weight @ constant, parameters.get("attn.proj.bias")
+        attn.proj.bias = nn.Parameter(added if before is None else before + added)
