@@ -7,6 +7,7 @@ distributed_run.py DATA OUTPUT [SECTION.KEY=VALUE ...] [nan=RANK:STEP] [kill=RAN
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -67,7 +68,8 @@ def main() -> None:
         trainer.method.forward = faulty
         row = trainer.fit()
         digest = sum(float(whole(p.double().abs().sum())) for p in trainer.method.parameters())
-        report = {"seen": seen, "row": row, "digest": digest, "num_val": loaders[1].num_samples,
+        buffers = hashlib.sha256(b"".join(one.cpu().numpy().tobytes() for one in trainer.method.buffers())).hexdigest()
+        report = {"seen": seen, "row": row, "digest": digest, "buffers": buffers, "num_val": loaders[1].num_samples,
                   "skipped": trainer.guard.check(0), "moved": trainer.moved}  # fmt: skip
         (output / f"rank{world.rank}.json").write_text(json.dumps(report))
 

@@ -115,7 +115,7 @@ def create_model(
         heads, neurons = block_heads or (), block_neurons or ()
         if len(heads) != len(neurons):
             raise ValueError(
-                f"block_heads names {len(heads)} counts and block_neurons {len(neurons)}; one a block each"
+                f"block_heads names {len(heads)} counts and block_neurons {len(neurons)}; both name one a block"
             )
         prune(model, [(torch.arange(few), torch.arange(many)) for few, many in zip(heads, neurons, strict=True)])
     return model
