@@ -201,7 +201,8 @@ class Method(nn.Module):
 
     def facts(self) -> dict[str, float]:
         """Figures of the method's own that belong beside accuracy and cost, by name: for each epoch's row of the log,
-        and the sweep's."""
+        and the sweep's. Where weights are zero and computed all the same, `active_params` and `theoretical_gflops` are
+        what is left without them."""
         return {}
 
     # What the trained model can do.

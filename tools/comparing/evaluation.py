@@ -110,6 +110,9 @@ def costs_of(one: Opened, row: Row) -> Row:
         "gflops_backbone": row["gflops"] - extra,
         "gflops_extra": extra,
         "gflops_total": row["gflops"],
+        # What a method tells of weights that are zero, and computed all the same.
+        "parameters_active": row.get("active_params", whole),
+        "gflops_theoretical": row.get("theoretical_gflops"),
     }
 
 

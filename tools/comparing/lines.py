@@ -84,6 +84,8 @@ def _line(column: str, arm: str, own: Mapping[int, Row], dense: Mapping[int, Row
         "time_of_dense": [seconds[seed] / total_seconds(dense[seed]) for seed in own],
         "parameters_backbone": one["points"][0]["parameters_backbone"],
         "parameters_extra": one["points"][0]["parameters_extra"],
+        "parameters_active": one["points"][0].get("parameters_active"),
+        "gflops_theoretical": one["points"][0].get("gflops_theoretical"),
         **{
             key: statistics.fmean(run[key] for run in own.values())
             for key in ("training_backbone", "training_extra", "training_teacher", "training_step")

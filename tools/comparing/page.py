@@ -59,7 +59,8 @@ def markdown(result: Row) -> str:
 
 _ARITHMETIC = (
     "GFLOPs are multiply-accumulates of one image, in 10^9. Those of training are averages over the steps of the run "
-    "and of the one that it starts from; a whole step is forward and backward, teacher included."
+    "and of the one that it starts from; a whole step is forward and backward, teacher included. "
+    "In brackets is what is not zero: kernels here compute zeros like any other number, and gain nothing by them."
 )
 _APART = "Quoted, not measured here; they are no rows of the tables above."
 
@@ -103,12 +104,17 @@ def _costs(line: Row) -> list[str]:
     first = line["points"][0]
     extra = line["parameters_extra"]
     millions = f"{line['parameters_backbone'] / 1e6:.3g}" + (f" + {extra / 1e6:.2g}" if extra else "")
-    inference = [first["gflops_backbone"], first["gflops_extra"], first["gflops_total"]]
+    active, theoretical = line.get("parameters_active"), line.get("gflops_theoretical")
+    if active is not None and active < line["parameters_backbone"] + extra:
+        millions += f" ({active / 1e6:.3g})"
+    inference = [f"{first[key]:.3g}" for key in ("gflops_backbone", "gflops_extra", "gflops_total")]
+    inference[2] += f" ({theoretical:.3g})" if theoretical is not None else ""
     training = [line[f"training_{part}"] for part in ("backbone", "extra", "teacher", "step")]
     return [
         line["arm"],
         millions,
-        *(f"{value:.3g}" for value in (*inference, *training)),
+        *inference,
+        *(f"{value:.3g}" for value in training),
         f"{line['arithmetic_of_dense']:.2f}",
     ]
 
