@@ -146,7 +146,10 @@ def test_figures_of_a_comparison_with_their_manifest(result, tmp_path, capsys):
     assert kept == told
     with pytest.raises(SystemExit):
         seed_figures.main([str(tmp_path / "out"), "--output", str(tmp_path / "figures"), "--numbers", "14"])
-    assert "no figure 14 can be made; there are 1, 2, 3, 4, 10, 11, 12, 13, 20, 21" in capsys.readouterr().err
+    assert (
+        "no figure 14 can be made; there are 1, 2, 3, 4, 10, 11, 12, 13, 16, 17, 18, 19, 20, 21"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         seed_figures.main([str(tmp_path), "--output", str(tmp_path / "figures")])
     assert "name the --output of a finished tools.compare_methods" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def token_features(source: Source) -> bytes:
     principal components of all three together. Of the first seed's weights."""
     run = load_run(_folders(source)[0], torch.device("cpu"))
     assert isinstance(run.method, ToE)
-    batch = _validation_batch(Path(source.result["plan"]["data"]), run.config)
+    batch = validation_batch(Path(source.result["plan"]["data"]), run.config)
     with torch.inference_mode():
         sets = token_sets(run.method, batch)
     joint = torch.cat([one.flatten(0, 1) for one in sets.values()])
@@ -172,7 +172,7 @@ def stage_rows(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def _validation_batch(data: Path, config: Config) -> Tensor:
+def validation_batch(data: Path, config: Config) -> Tensor:
     """Normalised images (B, 3, S, S), spread over the validation split."""
     reader = pipelines.build(data, "val", config=config.data, batch_size=256, train=False, loader="torch")
     transform = DeviceTransform(config.data, seed=0, train=False)
