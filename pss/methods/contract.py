@@ -99,8 +99,8 @@ class Method(nn.Module):
         buffers by what the weights make of them. Every process, and the moving average, go on with the first one's."""
 
     def check_phase(self, phase: Phase) -> None:
-        """Raise `ValueError` where the phase cannot follow what the run has learnt so far. Not asked where only times are
-        measured."""
+        """Raise `ValueError` where the phase cannot follow what the run has learnt so far. Not asked where all that
+        counts is time."""
 
     def begin_phase(self, phase: Phase) -> None:
         """Called before the phase's optimizer is built, also when a run is resumed inside the phase."""

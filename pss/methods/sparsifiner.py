@@ -21,7 +21,7 @@ from pipelines.settings import AboveZero, Always, Natural, NotNegative, Positive
 from pss.methods.contract import Method
 from pss.methods.parts.connectivity import Connected, Signs, Thresholds
 from pss.methods.parts.policy import kl_loss
-from pss.methods.parts.predictors import Predictors, Scale
+from pss.methods.parts.predictors import KeepRates, Predictors, Scale
 from pss.methods.teacher import Teacher
 from pss.methods.vocabulary import Cost, DenseTargets, Phase, Point, Progress, Stage, Step
 from pss.models.flops import attention_macs, macs
@@ -36,7 +36,6 @@ _DENSE_SHARE = 0.4  # of a run from random weights
 _COEFFICIENT = 1.6  # times the mean coefficient: 0.05 of 32
 _FALL = 2 / 3  # of the predictors' learning rate
 _WARM_UP = 3 / 5  # of their epochs
-_ROUNDING = 1e-6  # must not cost a key: 10 * 0.7 comes out above 7
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +140,8 @@ class Sparsifiner(Method):
                 f"sparsifiner.keep names {len(own.keep)} shares, and the model has {depth} blocks; name one, or one "
                 "for each block"
             )
-        self.keep, self.exponents = _base_of(own.keep if len(own.keep) == depth else own.keep * depth)
+        self.rates = KeepRates.of(own.keep if len(own.keep) == depth else own.keep * depth, own.budget_base == "all")
+        self.keep = self.rates.keep
         num_down = min(_NUM_DOWN, -(-model.num_tokens // 2)) if own.num_down is None else own.num_down
         if num_down > model.num_tokens:
             raise ValueError(
@@ -336,24 +336,16 @@ class Sparsifiner(Method):
 
     def budgets(self, point: float, num_patches: int | None = None) -> tuple[int, ...]:
         """Keys of a patch in each block at an operating point, for so many patches, all by default."""
-        prefix = self.model.num_prefix_tokens
-        patches = self.model.num_patches if num_patches is None else num_patches
-        base = patches + (prefix if self.own.budget_base == "all" else 0)
-        rates = [point**exponent for exponent in self.exponents]
-        return tuple(
-            patches + prefix if rate >= 1 else min(patches + prefix, max(1, math.ceil(base * rate - _ROUNDING)))
-            for rate in rates
-        )
+        model = self.model
+        return self.rates.budgets(point, num_patches or model.num_patches, model.num_prefix_tokens)
 
     def points(self) -> tuple[float, ...]:
         return (self.keep, *(point for point in (1.0, 0.75, 0.5, 0.25, 0.1) if point != self.keep))
 
     def fine_points(self) -> tuple[float, ...]:
         """Those that cost less than every larger one; 1 alone where hidden keys are computed all the same."""
-        base = self.model.num_patches
-        steps = {(count / base) ** (1 / power) for count in range(1, base) for power in self.exponents if power}
         found, least = [1.0], self.cost(1.0).forward
-        for point in sorted(steps, reverse=True):
+        for point in sorted(self.rates.steps(self.model.num_patches), reverse=True):
             if (cost := self.cost(point).forward) < least:
                 found, least = [point, *found], cost
         return tuple(found)
@@ -422,12 +414,3 @@ class Sparsifiner(Method):
     def attention_maps(self, images: Tensor, point: Point = None, blocks: Sequence[int] | None = None) -> list[Tensor]:
         """Under the masks."""
         return [connected.sparse for connected in self.connected(images, point, blocks)]
-
-
-def _base_of(rates: Sequence[float]) -> tuple[float, tuple[float, ...]]:
-    """The trained operating point, and the powers of it that the blocks keep.
-
-    For several rates it is their mean; another moves all of them, and at 1 all see everything.
-    """
-    keep = round(sum(rates) / len(rates), 6)
-    return keep, tuple(math.log(rate) / math.log(keep) for rate in rates)

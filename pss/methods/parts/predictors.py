@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,36 @@ from pss.models.vit import VisionTransformer
 from pss.runtime.shards import whole
 
 Scale = Literal["heads", "width"]
+
+_ROUNDING = 1e-6  # must not add a key: 10 * 0.7 comes out above 7
+
+
+class KeepRates(NamedTuple):
+    """How many keys a patch sees in each block, at any operating point."""
+
+    keep: float
+    """The trained operating point: the mean of the blocks' rates."""
+    exponents: tuple[float, ...]
+    """The powers of an operating point that the blocks keep: another one moves all, and at 1 all see everything."""
+    of_all: bool
+    """Whether rates are shares of all tokens, and not of the patches."""
+
+    @classmethod
+    def of(cls, rates: Sequence[float], of_all: bool) -> Self:
+        keep = round(sum(rates) / len(rates), 6)
+        return cls(keep, tuple(math.log(rate) / math.log(keep) for rate in rates), of_all)
+
+    def budgets(self, point: float, num_patches: int, num_prefix: int) -> tuple[int, ...]:
+        """Keys of a patch in each block; one at least, and at a rate of 1 all tokens."""
+        every = num_patches + num_prefix
+        base = every if self.of_all else num_patches
+        rates = [point**exponent for exponent in self.exponents]
+        return tuple(every if rate >= 1 else max(1, math.ceil(base * rate - _ROUNDING)) for rate in rates)
+
+    def steps(self, num_patches: int) -> set[float]:
+        """Operating points below 1 with which some block's patches see a whole number of keys."""
+        powers = {power for power in self.exponents if power}
+        return {(count / num_patches) ** (1 / power) for count in range(1, num_patches) for power in powers}
 
 
 class Predictors(nn.ModuleList):
