@@ -21,7 +21,7 @@ from pipelines.settings import AboveZero, Always, Natural, NotNegative, Positive
 from pss.methods.contract import Method
 from pss.methods.parts.connectivity import Connected, Signs, Thresholds
 from pss.methods.parts.policy import kl_loss
-from pss.methods.parts.predictors import KeepRates, Predictors, Scale
+from pss.methods.parts.predictors import KeepRates, Predictors, Scale, usual_num_down
 from pss.methods.teacher import Teacher
 from pss.methods.vocabulary import Cost, DenseTargets, Phase, Point, Progress, Stage, Step
 from pss.models.flops import attention_macs, macs
@@ -30,12 +30,12 @@ from pss.sections import MethodSection, RunSettings
 
 DENSE, PREDICTORS, SPARSE = "dense", "predictors", "sparse"  # phases, in their order
 
-_NUM_DOWN = 32
 _PREDICTOR_EPOCHS, _EPOCHS = 5, 45
 _DENSE_SHARE = 0.4  # of a run from random weights
-_COEFFICIENT = 1.6  # times the mean coefficient: 0.05 of 32
 _FALL = 2 / 3  # of the predictors' learning rate
 _WARM_UP = 3 / 5  # of their epochs
+
+_MANY = 0.5  # patches without scores for their keys
 
 _log = logging.getLogger(__name__)
 
@@ -121,6 +121,11 @@ class SparsifinerSettings(MethodSection, section="sparsifiner"):
             return dense, self.predictor_epochs
         return dense, min(_PREDICTOR_EPOCHS, max(1, round((epochs - dense) * _PREDICTOR_EPOCHS / _EPOCHS)))
 
+    def l1_at(self, progress: float) -> float:
+        """The weight of the penalty on the basis, so far into the run."""
+        end = self.l1_weight if self.l1_end is None else self.l1_end
+        return end + (self.l1_weight - end) * (1 + math.cos(math.pi * progress)) / 2
+
 
 class Sparsifiner(Method):
     """Attention to few keys, chosen by what predictors say of them."""
@@ -142,20 +147,19 @@ class Sparsifiner(Method):
             )
         self.rates = KeepRates.of(own.keep if len(own.keep) == depth else own.keep * depth, own.budget_base == "all")
         self.keep = self.rates.keep
-        num_down = min(_NUM_DOWN, -(-model.num_tokens // 2)) if own.num_down is None else own.num_down
+        num_down = own.num_down or usual_num_down(model.num_tokens)
         if num_down > model.num_tokens:
             raise ValueError(
                 f"sparsifiner.num_down is {num_down}, and images have {model.num_tokens} tokens; set it to no more, "
                 "or to none"
             )
-        threshold = own.coefficient_threshold
-        coefficient = _COEFFICIENT / num_down if threshold is None else threshold
-        thresholds = Thresholds(own.basis_threshold, coefficient, own.top, own.signs)
+        thresholds = Thresholds.of(own.basis_threshold, own.coefficient_threshold, own.top, own.signs, num_down)
         self.predictors = Predictors(model, num_down, own.scale, thresholds)
         self.register_buffer("predictor_steps", torch.zeros((), dtype=torch.int64))
-        self._trained = [part for part in model.parameters() if part.requires_grad]
+        # By name, as sharding puts other tensors in their place.
+        self._trained = {name for name, part in model.named_parameters() if part.requires_grad}
         self._seen: Tensor | None = None
-        self._warned = False
+        self._warned: set[str] = set()
         if own.teacher is not None:
             self.teachers["teacher"] = Teacher(own.teacher, config, model.num_classes)
 
@@ -205,8 +209,8 @@ class Sparsifiner(Method):
                 )
 
     def begin_phase(self, phase: Phase) -> None:
-        for part in self._trained:
-            part.requires_grad_(phase.name != PREDICTORS)
+        for name, part in self.model.named_parameters():
+            part.requires_grad_(phase.name != PREDICTORS and name in self._trained)
         self.predictors.requires_grad_(phase.name == PREDICTORS)
 
     def begin_epoch(self, at: Progress) -> None:
@@ -223,11 +227,10 @@ class Sparsifiner(Method):
         groups = super().param_groups(phase)
         if self.own.regularizer == "l2" or phase.name != PREDICTORS:
             return groups
-        bases = {id(predictor.up): predictor.up for predictor in self.predictors.each()}
+        bases = [predictor.up for predictor in self.predictors.each()]
         for group in groups:
-            group["params"] = [part for part in group["params"] if id(part) not in bases]
-        groups.append({"params": list(bases.values()), "weight_decay": 0.0})
-        return [group for group in groups if group["params"]]
+            group["params"] = [part for part in group["params"] if all(part is not one for one in bases)]
+        return [group for group in (*groups, {"params": bases, "weight_decay": 0.0}) if group["params"]]
 
     # A training step.
 
@@ -240,19 +243,21 @@ class Sparsifiner(Method):
             tokens, errors = model.compute(self._observed, tokens, places)
             return self._learn_attention(tokens, errors, at)
         if phase == DENSE:
-            tokens = model.compute(model.trunk, tokens, places)
-            logits, _ = model.answers(tokens)
+            logits = model.readout(model.compute(model.trunk, tokens, places))
             return {"loss": self.classification_loss(logits, targets), "logits": logits}
         budgets = self.budgets(self.keep, tokens.shape[1] - model.num_prefix_tokens)
         tokens, figures = model.compute(self._connected, tokens, places, *budgets)
         logits, patches = model.answers(tokens)
+        taught = self.own.teacher is not None
+        if patches is not None and not (taught and self.own.token_weight):
+            logits = model.readout(tokens)  # or nothing would train the classifier of patches, which it reads
         out = {"classification": self.classification_loss(logits, targets)}
         loss = out["classification"]
-        if self.own.teacher is not None:
+        if taught:
             own_patches = tokens[:, model.num_prefix_tokens :] if patches is None else patches
-            taught, their_patches = self._taught(images, patches is not None)
+            their_logits, their_patches = self._taught(images, patches is not None)
             if self.own.kl_weight:
-                out["kl"] = kl_loss(logits, taught)
+                out["kl"] = kl_loss(logits, their_logits)
                 loss = loss + self.own.kl_weight * out["kl"]
             if self.own.token_weight:
                 self._check_alike(own_patches, their_patches)
@@ -268,15 +273,8 @@ class Sparsifiner(Method):
         loss = out["attention_error"]
         if self.own.regularizer == "l1":
             out["l1"] = torch.stack([predictor.up.abs().sum() for predictor in self.predictors.each()]).sum()
-            loss = loss + self.l1_weight(at) * out["l1"]
-        logits, _ = self.model.answers(tokens)
-        return {"loss": loss, "logits": logits, **out}
-
-    def l1_weight(self, at: Progress) -> float:
-        """The weight of the penalty on the basis at a step."""
-        begin = self.own.l1_weight
-        end = begin if self.own.l1_end is None else self.own.l1_end
-        return end + (begin - end) * (1 + math.cos(math.pi * at.step / at.total_steps)) / 2
+            loss = loss + self.own.l1_at(at.step / at.total_steps) * out["l1"]
+        return {"loss": loss, "logits": self.model.readout(tokens), **out}
 
     @torch.no_grad()
     def _taught(self, images: Tensor, of_patches: bool) -> tuple[Tensor, Tensor]:
@@ -312,7 +310,7 @@ class Sparsifiner(Method):
         dense, alone = self.own.epochs_before(self.config)
         budgets = list(dict.fromkeys(self.budgets(self.keep)))
         told = f"{budgets[0]}" if len(budgets) == 1 else f"{min(budgets)} to {max(budgets)}"
-        begin = f"{dense} epochs of plain training, as there are no model.weights, then " if dense else ""
+        begin = f"{dense} epochs of plain training, then " if dense else ""
         return (
             f"keep rate: {self.keep:g}, with which a patch looks at {told} of {self.model.num_tokens} tokens; "
             f"{begin}{alone} epoch{'s' * (alone != 1)} of predictors alone, and the rest with few keys"
@@ -378,29 +376,24 @@ class Sparsifiner(Method):
             backbone -= sum(attention_macs(count - prefix, count - budget, width) for budget in budgets)
         return Cost(backbone, extra=self.predictors.macs(count, budgets))
 
-    def needed_macs(self, coefficient_sparsity: float, basis_sparsity: float, point: Point = None) -> int:
-        """Multiply-accumulates that attention needs at least, predictors included, for such shares of zeros."""
-        budgets = self.budgets(self.keep if point is None else point)
-        return self.predictors.needed_macs(self.model.num_tokens, budgets, coefficient_sparsity, basis_sparsity)
-
     def facts(self) -> dict[str, float]:
-        """Of the predictors: `basis_sparsity`, and `negative_basis`, the share of entries that are below minus the
-        threshold, whose sign is lost; of the last predictions at the trained keep rate, on this process:
-        `coefficient_sparsity`, `short_rows` (patches with fewer positive scores than keys, of which the rest are the
-        first tokens) and `attention_needed`, what attention and predictors need at least over dense attention."""
-        left, negative = self.predictors.shares()
-        found = {"basis_sparsity": 1 - sum(left) / len(left), "negative_basis": sum(negative) / len(negative)}
+        """`Predictors.figures`, of the last predictions at the trained keep rate on this process; and `predictor_steps`
+        where there were none."""
+        found = self.predictors.figures(self.model.num_tokens, self.budgets(self.keep), self._seen)
         if not int(self.predictor_steps):
             found["predictor_steps"] = 0.0
-            if not self._warned:
-                _log.warning("the predictors are not trained yet: below keep rate 1, patches see keys by chance")
-            self._warned = True
-        if self._seen is not None:
-            zeros, short, images = self._seen.tolist()
-            found |= {"coefficient_sparsity": zeros / images, "short_rows": short / images}
-            dense = self.predictors.needed_macs(self.model.num_tokens, self.tokens(), 0.0, 0.0)
-            found["attention_needed"] = self.needed_macs(zeros / images, found["basis_sparsity"]) / dense
+            self._warn("the predictors are not trained yet: below keep rate 1, patches see keys for no reason")
+        elif found.get("short_rows", 0.0) > _MANY:
+            self._warn(
+                "most patches have fewer positive scores than keys, and see the first tokens instead; have predictors "
+                "learn more (sparsifiner.predictor_epochs, sparsifiner.predictor_lr), or lower thresholds"
+            )
         return found
+
+    def _warn(self, told: str) -> None:
+        if told not in self._warned:
+            _log.warning(told)
+            self._warned.add(told)
 
     def depths(self, images: Tensor, point: Point = None) -> Tensor:
         shape = images.shape[0], self.model.num_patches

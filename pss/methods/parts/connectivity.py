@@ -6,7 +6,7 @@ Sections are those of Wei et al., 2023 (https://arxiv.org/abs/2303.13755) and of
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from timm.layers import trunc_normal_
@@ -29,6 +29,11 @@ class Thresholds(NamedTuple):
     """So many of a query's largest coefficients are left."""
     signs: Signs = "magnitude"
     """Whether a negative entry of the basis counts as a positive one (as published), or as zero."""
+
+    @classmethod
+    def of(cls, basis: float, coefficient: float | None, top: int | None, signs: Signs, num_down: int) -> Self:
+        """None for `coefficient` is 1.6 times the mean of `num_down` coefficients, the published 0.05 of 32."""
+        return cls(basis, 1.6 / num_down if coefficient is None else coefficient, top, signs)
 
 
 class Predictor(nn.Module):

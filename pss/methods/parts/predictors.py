@@ -47,6 +47,11 @@ class KeepRates(NamedTuple):
         return {(count / num_patches) ** (1 / power) for count in range(1, num_patches) for power in powers}
 
 
+def usual_num_down(num_tokens: int) -> int:
+    """Rows of a basis for images of so many tokens: the published 32, or half the tokens where that is fewer."""
+    return min(32, -(-num_tokens // 2))
+
+
 class Predictors(nn.ModuleList):
     """One for each block of a model, which is handed in where it is needed: it is the method's."""
 
@@ -156,6 +161,30 @@ class Predictors(nn.ModuleList):
                 combination = predictor.combination_macs(num_tokens, self.num_heads, *left)
                 total += predictor.macs(num_tokens, self.num_heads) + combination
         return total
+
+    def figures(self, num_tokens: int, budgets: Sequence[int], seen: Tensor | None) -> dict[str, float]:
+        """What there is to tell of them.
+
+        Args:
+            num_tokens: Of an image.
+            budgets: Keys of a patch, block by block.
+            seen: Sums over images of the figures that `connect` returns, and the number of images, (3,); None if there
+                were none.
+
+        Returns:
+            `basis_sparsity`, and `negative_basis`, the share of entries that are below minus the threshold and lose
+            their sign; if images were seen, `coefficient_sparsity`, `short_rows` (the share of patches with fewer
+            positive scores than keys, which see the first tokens instead) and `attention_needed`, what attention needs
+            at least over dense attention.
+        """
+        left, negative = self.shares()
+        found = {"basis_sparsity": 1 - sum(left) / len(left), "negative_basis": sum(negative) / len(negative)}
+        if seen is not None:
+            zeros, short, images = seen.tolist()
+            found |= {"coefficient_sparsity": zeros / images, "short_rows": short / images}
+            needed = self.needed_macs(num_tokens, budgets, zeros / images, found["basis_sparsity"])
+            found["attention_needed"] = needed / self.needed_macs(num_tokens, [num_tokens] * len(self), 0.0, 0.0)
+        return found
 
     def shares(self) -> tuple[list[float], list[float]]:
         """Of each block's basis: what the threshold leaves of it, and what is below minus the threshold."""
