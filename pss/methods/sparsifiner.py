@@ -24,7 +24,7 @@ from pss.methods.parts.policy import kl_loss
 from pss.methods.parts.predictors import KeepRates, Predictors, Scale, usual_num_down
 from pss.methods.teacher import Teacher
 from pss.methods.vocabulary import Cost, DenseTargets, Phase, Point, Progress, Stage, Step
-from pss.models.flops import attention_macs, macs
+from pss.models.flops import macs
 from pss.models.vit import VisionTransformer
 from pss.sections import MethodSection, RunSettings
 
@@ -180,11 +180,8 @@ class Sparsifiner(Method):
     def _fitted(self, epochs: int, **changes: Any) -> Any:
         """The run's rates for a phase, whose warm-up and cool-down take half of it each at most."""
         optim = replace(self.config.optim, **changes)
-        return replace(
-            optim,
-            warmup_epochs=min(optim.warmup_epochs, epochs / 2),
-            cooldown_epochs=min(optim.cooldown_epochs, epochs / 2),
-        )
+        warmup, cooldown = min(optim.warmup_epochs, epochs / 2), min(optim.cooldown_epochs, epochs / 2)
+        return replace(optim, warmup_epochs=warmup, cooldown_epochs=cooldown)
 
     def phase_of(self, epoch: int) -> str:
         """The name of the phase that an epoch, from 0, belongs to."""
@@ -196,9 +193,8 @@ class Sparsifiner(Method):
             return
         if not int(self.predictor_steps):
             raise ValueError(
-                "the predictors have taken no step, so that patches would see keys by no reason at all; have them "
-                "learn first (sparsifiner.predictor_epochs), or lower sparsifiner.predictor_lr if all steps were "
-                "skipped"
+                "the predictors have taken no step, so that patches would see keys for no reason; have them learn "
+                "first (sparsifiner.predictor_epochs), or lower sparsifiner.predictor_lr if all steps were skipped"
             )
         for number, share in enumerate(self.predictors.shares()[0]):
             if share == 0:
@@ -251,8 +247,8 @@ class Sparsifiner(Method):
         taught = self.own.teacher is not None
         if patches is not None and not (taught and self.own.token_weight):
             logits = model.readout(tokens)  # or nothing would train the classifier of patches, which it reads
-        out = {"classification": self.classification_loss(logits, targets)}
-        loss = out["classification"]
+        loss = self.classification_loss(logits, targets)
+        out = {"classification": loss}
         if taught:
             own_patches = tokens[:, model.num_prefix_tokens :] if patches is None else patches
             their_logits, their_patches = self._taught(images, patches is not None)
@@ -369,12 +365,9 @@ class Sparsifiner(Method):
     def cost(self, point: Point = None) -> Cost:
         """Of what is computed: without `gathered`, hidden keys too. `facts` tells what is needed of attention."""
         point = self.keep if point is None else point
-        count, prefix, budgets = self.model.num_tokens, self.model.num_prefix_tokens, self.budgets(point)
-        backbone = macs(self.model)
-        if self.own.gathered:
-            width = self.predictors.num_heads * self.predictors.product_width
-            backbone -= sum(attention_macs(count - prefix, count - budget, width) for budget in budgets)
-        return Cost(backbone, extra=self.predictors.macs(count, budgets))
+        budgets, gathered = self.budgets(point), self.own.gathered
+        saved = self.predictors.hidden_macs(self.model, budgets) if gathered else 0
+        return Cost(macs(self.model) - saved, extra=self.predictors.macs(self.model.num_tokens, budgets))
 
     def facts(self) -> dict[str, float]:
         """`Predictors.figures`, of the last predictions at the trained keep rate on this process; and `predictor_steps`
@@ -396,8 +389,7 @@ class Sparsifiner(Method):
             self._warned.add(told)
 
     def depths(self, images: Tensor, point: Point = None) -> Tensor:
-        shape = images.shape[0], self.model.num_patches
-        return torch.full(shape, len(self.model.blocks), device=images.device)
+        return torch.full((images.shape[0], self.model.num_patches), len(self.model.blocks), device=images.device)
 
     def connected(self, images: Tensor, point: Point = None, blocks: Sequence[int] | None = None) -> list[Connected]:
         """Masks, scores, and attention weights with and without the masks, of some blocks, by default of all."""

@@ -145,6 +145,11 @@ class Predictors(nn.ModuleList):
             if budget < num_tokens
         )
 
+    def hidden_macs(self, model: VisionTransformer, budgets: Sequence[int]) -> int:
+        """Multiply-accumulates of an image's attention to keys that its patches do not see."""
+        width, count = self.num_heads * self.product_width, model.num_tokens
+        return sum(attention_macs(model.num_patches, count - budget, width) for budget in budgets)
+
     def needed_macs(
         self, num_tokens: int, budgets: Sequence[int], coefficient_sparsity: float, basis_sparsity: float
     ) -> int:
