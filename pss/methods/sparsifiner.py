@@ -32,9 +32,7 @@ DENSE, PREDICTORS, SPARSE = "dense", "predictors", "sparse"  # phases, in their 
 
 _PREDICTOR_EPOCHS, _EPOCHS = 5, 45
 _DENSE_SHARE = 0.4  # of a run from random weights
-_FALL = 2 / 3  # of the predictors' learning rate
-_WARM_UP = 3 / 5  # of their epochs
-
+_FALL, _WARM_UP = 2 / 3, 3 / 5  # of the predictors' learning rate, and of their epochs
 _MANY = 0.5  # patches without scores for their keys
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from pss.runtime.shards import whole
 
 Scale = Literal["heads", "width"]
 
-_ROUNDING = 1e-6  # must not add a key: 10 * 0.7 comes out above 7
+_ROUNDING = 1e-6  # must not add a key: 100 * 0.07 comes out above 7
 
 
 class KeepRates(NamedTuple):
