@@ -84,6 +84,7 @@ GIVEN = [
     (["method=dynamicvit", "dynamicvit.kl_weight=1"], "dynamicvit.kl_weight", "dynamicvit.teacher"),
     (["method=dynamicvit", "dynamicvit.distill_weight=0"], "dynamicvit.distill_weight", "dynamicvit.teacher"),
     (["method=dynamicvit", "dynamicvit.rates=0.5", "dynamicvit.rho=0.6"], "dynamicvit.rho", "dynamicvit.rates=none"),
+    (["method=sparsifiner", "sparsifiner.l1_weight=1"], "sparsifiner.l1_weight", "sparsifiner.regularizer=l1"),
     (["data.label_maps=maps.npy"], "data.label_maps", "a method that learns from label maps"),
     (["data.gpu_decoding.cpu_share=1", "data.gpu_decoding.hardware_load=0.5"], "hardware_load", "cpu_share below 1"),
 ]
@@ -229,7 +230,13 @@ SMALL = {
     "dynamicvit.rates": st.sampled_from(["none", "0.6"]),
     "dynamicvit.teacher": st.just("none"),
     "dynamicvit.frozen_epochs": st.sampled_from(["none", "0", "2", "5"]),
-    "method": st.sampled_from(["sampled", "sampled", "dense", "dynamicvit"]),
+    "method": st.sampled_from(["sampled", "sampled", "dense", "dynamicvit", "sparsifiner"]),
+    "sparsifiner.dense_epochs": st.sampled_from(["none", "0", "1", "2"]),
+    "sparsifiner.keep": st.sampled_from(["0.25", "0.9", "0.01"]),  # one for each block is too many of one block
+    "sparsifiner.num_down": st.sampled_from(["none", "1", "2"]),
+    "sparsifiner.predictor_epochs": st.sampled_from(["none", "1", "2"]),
+    "sparsifiner.predictor_lr": st.sampled_from(["3e-4", "1e-2"]),
+    "sparsifiner.teacher": st.just("none"),
 }
 """Of fields whose range holds more than a test can train."""
 
@@ -269,7 +276,7 @@ def trains_resumes_and_evaluates(config, output):
         ]
         trainer = Trainer(one, *loaders, classes=list("abcd"), output=output, world=HERE)
         assert trainer.step == (0 if stop == 2 else 2)
-        assert trainer.method.course().startswith("ρ: ")
+        assert trainer.method.course().startswith(f"{trainer.method.knob}: ")
         trainer.fit()
         assert trainer.step == stop
     (output / "config.json").write_text(config.to_json(), encoding="utf-8")

@@ -2,8 +2,8 @@
 
     python -m tools.seed_figures runs/comparison --output figures
 
-Some tables are of arms of their own: compare them with --arms-file tools/figures/dynamicvit.toml, sampling.toml or
-svite.toml.
+Some tables are of arms of their own: compare them with --arms-file tools/figures/dynamicvit.toml, sampling.toml,
+sparsifiner.toml or svite.toml.
 
 Each is labelled with the command that made its runs, the number of seeds, and what of their spread it shows. A manifest
 lists what was made, figures.json and figures.md, and what has no maker here.
@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from pss.runtime import files
-from tools.figures import dynamicvit, sampling, svite, toe
+from tools.figures import dynamicvit, sampling, sparsifiner, svite, toe
 from tools.figures.figure import Figure, Source
 
-FIGURES: tuple[Figure, ...] = (*dynamicvit.FIGURES, *toe.FIGURES, *svite.FIGURES, *sampling.FIGURES)
-WANTED = (*range(1, 6), *range(10, 14), *range(15, 36))
+FIGURES: tuple[Figure, ...] = (
+    *dynamicvit.FIGURES, *sparsifiner.FIGURES, *toe.FIGURES, *svite.FIGURES, *sampling.FIGURES,
+)  # fmt: skip
+WANTED = (*range(1, 14), *range(15, 36))
 """Numbers in the list of figures: those of methods that are here."""
 _RESULT = "comparison.json"
-_HOW = "compare them; tables have theirs in --arms-file tools/figures/dynamicvit.toml, sampling.toml and svite.toml"
+_HOW = "compare them; tables have theirs in the arms files of tools/figures/"
 
 
 def read(folder: Path) -> Source:

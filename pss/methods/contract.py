@@ -98,6 +98,10 @@ class Method(nn.Module):
         """Called once in a run, before its first step, with images of its first batch as `forward` takes them: to set
         buffers by what the weights make of them. Every process, and the moving average, go on with the first one's."""
 
+    def check_phase(self, phase: Phase) -> None:
+        """Raise `ValueError` where the phase cannot follow what the run has learnt so far. Not asked where all that
+        counts is time."""
+
     def begin_phase(self, phase: Phase) -> None:
         """Called before the phase's optimizer is built, also when a run is resumed inside the phase."""
 

@@ -17,6 +17,7 @@ from pss.recipes.deit import (
 )
 from pss.recipes.dynamicvit import dynamicvit_b, dynamicvit_s
 from pss.recipes.small import cifar10, digits
+from pss.recipes.sparsifiner import sparsifiner_s, sparsifiner_s_release
 from pss.recipes.svite import (
     s2vite_b,
     s2vite_plus_s,
@@ -44,6 +45,8 @@ RECIPES: dict[str, Callable[[], RunSettings]] = {
     "vit-b-simmim": vit_b_simmim,
     "dynamicvit-s": dynamicvit_s,
     "dynamicvit-b": dynamicvit_b,
+    "sparsifiner-s": sparsifiner_s,
+    "sparsifiner-s-release": sparsifiner_s_release,
     "toe-ti": toe_ti,
     "toe-s": toe_s,
     "toe-b": toe_b,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pss.runtime.shards import own_part, whole
 from pss.training.tensors import Inventory, total_norm
@@ -139,3 +139,12 @@ def update_average(average: Inventory, model: Inventory, decay: float, skipped: 
     moves = list(torch._foreach_sub(differences, averages))
     torch._foreach_mul_(moves, share)
     torch._foreach_add_(averages, moves)
+
+
+@torch.no_grad()
+def average_of_frozen(average: nn.Module, model: nn.Module) -> None:
+    """Give the average of a parameter that a phase leaves as it is that very value, or it would lag behind for long: in
+    a short phase it has hardly moved."""
+    for old, new in zip(average.parameters(), model.parameters(), strict=True):
+        if not new.requires_grad:
+            own_part(old).copy_(own_part(new))

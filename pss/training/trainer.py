@@ -23,7 +23,7 @@ from pss.runtime.precision import autocast
 from pss.runtime.processes import Vote, World
 from pss.runtime.seeds import seed_generator
 from pss.runtime.shards import whole
-from pss.training.guard import Guard, Statistics, skipping, update_average
+from pss.training.guard import Guard, Statistics, average_of_frozen, skipping, update_average
 from pss.training.inputs import StepInputs, TrainingInputs
 from pss.training.optim import build_optimizer, set_rates
 from pss.training.parts import Parts
@@ -164,7 +164,10 @@ class Trainer:
 
     def _run_phase(self, number: int, phase: Phase, first_epoch: int, stop: list[int]) -> None:
         self.phase = number
+        self.method.check_phase(phase)
         self.method.begin_phase(phase)
+        if self.ema is not None:
+            average_of_frozen(self.ema.module, self.method)
         self.optimizer, self.lr_schedule = build_optimizer(
             self.method, phase, batch_size=self.config.train.batch_size, steps_per_epoch=self.steps_per_epoch
         )

@@ -147,7 +147,7 @@ def test_list_shows_every_recipe(capsys):
         (["digits", "--data", "{data}", "--set", "schedule.low=1.2"], "it must be at most 1"),
         (
             ["digits", "--data", "{data}", "--set", "method=dnese"],
-            "use one of avit, dense, dynamicvit, s2vite, sampled, svite, toe, or package",
+            "use one of avit, dense, dynamicvit, s2vite, sampled, sparsifiner, svite, toe, or package",
         ),
         (["digits", "--data", "{data}", "--set", "model.name=deit_smal_patch16_224"], "deit_small_patch16_224"),
         (["digits", "--data", "{data}", "--set", "data.img_size=33"], "33"),

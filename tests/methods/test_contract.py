@@ -314,7 +314,7 @@ def test_operating_points(method):
         return
     costs = [method.cost(point).forward for point in method.fine_points()]
     assert costs == sorted(costs)
-    assert costs[0] < costs[-1]
+    assert len(costs) == 1 or costs[0] < costs[-1]  # one where no other point saves arithmetic
     for wrong in (0.0, 1.5, None):
         with pytest.raises(ValueError, match=r"ρ|rho|keep rate"):
             method.check_point(wrong)

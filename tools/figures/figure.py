@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from matplotlib.figure import Figure as Canvas
+from torch import Tensor
+
+import pipelines
+from pipelines.augment.device import DeviceTransform
+from pss.config import Config
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,18 @@ class Source:
     def runs(self) -> list[dict[str, Any]]:
         """The runs of equal epochs."""
         return [run for run in self.result["runs"] if run["column"] == "epochs"]
+
+    def folders(self, arm: str) -> list[Path]:
+        """Of an arm's runs, one for each seed."""
+        return [self.folder / "runs" / run["run"] for run in self.runs if run["arm"] == arm]
+
+    def validation_images(self, config: Config, count: int) -> Tensor:
+        """Normalised images (B, 3, S, S), so many at most, spread over the validation split."""
+        data = Path(self.result["plan"]["data"])
+        reader = pipelines.build(data, "val", config=config.data, batch_size=256, train=False, loader="torch")
+        transform = DeviceTransform(config.data, seed=0, train=False)
+        shown = torch.cat([transform(batch, 0) for batch in reader])
+        return shown[torch.linspace(0, len(shown) - 1, min(count, len(shown))).long()]
 
     @property
     def command(self) -> str:
@@ -52,3 +73,10 @@ class Figure:
     def can_be_made(self, source: Source) -> bool:
         """Whether the comparison has what it shows."""
         return set(self.arms) <= {run["arm"] for run in source.runs}
+
+
+def as_png(canvas: Canvas) -> bytes:
+    """A picture, as it is written."""
+    picture = io.BytesIO()
+    canvas.savefig(picture, dpi=150, format="png")
+    return picture.getvalue()

@@ -20,7 +20,6 @@ from pss.runs import checkpoint
 from tools.benchmarks.measure import table
 from tools.comparing.statistics import Mean
 from tools.figures.figure import Figure, Source
-from tools.figures.toe import validation_batch
 
 FAINT = 1e-4
 """Attention below it counts as none (table A8)."""
@@ -86,7 +85,7 @@ def faint_attention(source: Source) -> str:
         shares = []
         for run in _runs(source, arm):
             opened = load_run(run, torch.device("cpu"))
-            batch = validation_batch(Path(source.result["plan"]["data"]), opened.config)
+            batch = source.validation_images(opened.config, 64)
             shares.append(faint_shares(opened.method, batch))
         depth = len(shares[0])
         told = [Mean.of([100 * share for share in of_block]).told(".2f") for of_block in zip(*shares, strict=True)]

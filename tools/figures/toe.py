@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,8 +12,6 @@ import torch
 from matplotlib.figure import Figure as Canvas
 from torch import Tensor
 
-import pipelines
-from pipelines.augment.device import DeviceTransform
 from pss import methods
 from pss.config import Config
 from pss.inference.opening import load_run
@@ -23,7 +20,7 @@ from pss.methods.toe import ToE, merge, select, uniform_seeds
 from pss.models.sampling import gather
 from pss.runs.log import read_rows
 from pss.training.setup import stages_of
-from tools.figures.figure import Figure, Source
+from tools.figures.figure import Figure, Source, as_png
 
 ARM = "toe"
 PUBLISHED_SECONDS = {"stage 1": 948, "stage 2": 1244, "stage 3": 1488}
@@ -36,7 +33,7 @@ _IMAGES = 64
 
 def shape_trace(source: Source) -> bytes:
     """How many tokens each block sees, stage by stage, and in evaluation."""
-    config = _config(_folders(source)[0])
+    config = _config(source.folders(ARM)[0])
     with torch.device("meta"):
         method = methods.build(config, num_classes=1000, steps_per_epoch=_STEPS_PER_EPOCH)
     rows = token_rows(method, config.train.epochs)
@@ -51,7 +48,7 @@ def shape_trace(source: Source) -> bytes:
     axes.set_xticks(range(blocks), [f"{number + 1}" for number in range(blocks)], fontsize=8)
     axes.set_xlabel("block")
     axes.set_title(f"{config.recipe}, method {config.method}: tokens that each block sees", fontsize=10)
-    return _saved(canvas)
+    return as_png(canvas)
 
 
 def token_rows(method: Method, epochs: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -69,9 +66,9 @@ def token_rows(method: Method, epochs: int) -> list[tuple[str, tuple[int, ...]]]
 def token_features(source: Source) -> bytes:
     """Patch tokens after the first block: all, those that are selected, and those after merging, in one plane, the two
     principal components of all three together. Of the first seed's weights."""
-    run = load_run(_folders(source)[0], torch.device("cpu"))
+    run = load_run(source.folders(ARM)[0], torch.device("cpu"))
     assert isinstance(run.method, ToE)
-    batch = validation_batch(Path(source.result["plan"]["data"]), run.config)
+    batch = source.validation_images(run.config, _IMAGES)
     with torch.inference_mode():
         sets = token_sets(run.method, batch)
     joint = torch.cat([one.flatten(0, 1) for one in sets.values()])
@@ -93,7 +90,7 @@ def token_features(source: Source) -> bytes:
         f"{run.method.own.after}, stage 1 (grey: all)",
         fontsize=11,
     )
-    return _saved(canvas)
+    return as_png(canvas)
 
 
 def accuracy_over_training(source: Source) -> bytes:
@@ -116,13 +113,13 @@ def accuracy_over_training(source: Source) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.7)
     axes.legend(frameon=False, fontsize=9)
-    return _saved(canvas)
+    return as_png(canvas)
 
 
 def seconds_by_stage(source: Source) -> bytes:
     """Seconds per epoch in each stage: the median epoch of a run, and the mean of the runs; beside them the published
     ones of DeiT-S, both as shares of the last stage."""
-    folders = _folders(source)
+    folders = source.folders(ARM)
     rows = stage_rows(folders)
     last = rows[-1]["stage"]
     canvas = Canvas(figsize=(7.2, 4), layout="constrained")
@@ -144,7 +141,7 @@ def seconds_by_stage(source: Source) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
     axes.set_title("Seconds per training epoch by stage of Token Expansion", fontsize=11)
-    return _saved(canvas)
+    return as_png(canvas)
 
 
 def stage_rows(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -172,14 +169,6 @@ def stage_rows(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def validation_batch(data: Path, config: Config) -> Tensor:
-    """Normalised images (B, 3, S, S), spread over the validation split."""
-    reader = pipelines.build(data, "val", config=config.data, batch_size=256, train=False, loader="torch")
-    transform = DeviceTransform(config.data, seed=0, train=False)
-    shown = torch.cat([transform(batch, 0) for batch in reader])
-    return shown[torch.linspace(0, len(shown) - 1, min(_IMAGES, len(shown))).long()]
-
-
 def token_sets(method: ToE, images: Tensor) -> dict[str, Tensor]:
     """Patch tokens (B, n, D) after the blocks that see all, in stage 1: all, those selected, and those merged."""
     model, prefix = method.model, method.model.num_prefix_tokens
@@ -202,19 +191,8 @@ def _seconds_of(run: Path) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def _folders(source: Source) -> list[Path]:
-    """Of the arm's runs, one for each seed."""
-    return [source.folder / "runs" / run["run"] for run in source.runs if run["arm"] == ARM]
-
-
 def _config(run: Path) -> Config:
     return Config.from_json(run / "config.json")
-
-
-def _saved(canvas: Canvas) -> bytes:
-    picture = io.BytesIO()
-    canvas.savefig(picture, dpi=150, format="png")
-    return picture.getvalue()
 
 
 FIGURES = (
