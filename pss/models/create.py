@@ -91,8 +91,10 @@ def create_model(
         given = overrides | {key: value for key, value in explicit.items() if value is not None}
         return _create_own(name, num_classes, img_size, sort=sort, token_counts=token_counts, **given)
     if name in lvvit.VARIANTS:
-        explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init, "sort": sort, "token_counts": token_counts}
-        labelled = lvvit.build(name, num_classes=num_classes, img_size=img_size, **explicit, **overrides)
+        labelled = lvvit.build(
+            name, num_classes=num_classes, img_size=img_size, rel_pos=rel_pos, qkv_bias=qkv_bias, init=init, sort=sort,
+            token_counts=token_counts, **overrides,
+        )  # fmt: skip
         labelled.name = name
         return labelled
     own = preset(name)
@@ -195,7 +197,7 @@ def create_plain(name: str, **settings: Any) -> Any:
 
 
 def check_name(name: str) -> None:
-    """Raise `ValueError`, with the nearest one, for what is no name of a Vision Transformer of timm's, of LV-ViT or a preset."""
+    """Raise `ValueError`, with the nearest one, for what is no name of a model that `create_model` knows."""
     known = [*_PRESETS, *lvvit.VARIANTS, *list_models(module="vision_transformer"), *list_models(module="deit")]
     if name.split(".")[0] not in known:
         nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]

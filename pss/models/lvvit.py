@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 
 from pss.attention.attend import RelPos
+from pss.models.block import Block
 from pss.models.sampling import Sort, TokenCounts
 from pss.models.vit import QkvBias, VisionTransformer
 
@@ -77,7 +78,8 @@ class ConvStem(nn.Module):
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
-        return self.proj(x).flatten(2).transpose(1, 2)
+        patches: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return patches
 
     def macs_per_patch(self) -> int:
         """Multiply-accumulates of the share of the stem that belongs to one patch."""
@@ -106,6 +108,7 @@ class LVViT(VisionTransformer):
         assert self.cls_token is not None
         trunc_normal_(self.cls_token, std=0.02)
         for block in self.blocks:
+            assert isinstance(block, Block)
             block.residual_divisor = residual_divisor
 
     def stem_macs(self, num_embedded: int) -> int:
@@ -124,7 +127,9 @@ class LVViT(VisionTransformer):
     def readout(self, tokens: Tensor) -> Tensor:
         """The trunk's tokens (B, K, D) to logits (B, num_classes)."""
         logits, patches = self.answers(tokens)
-        return logits if patches is None else logits + self.patch_share * patches.amax(dim=1)
+        if patches is None or not self.patch_share:
+            return logits
+        return logits + self.patch_share * patches.amax(dim=1)
 
     def answers(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of the class token (B, num_classes), and of the patches (B, K - prefix, num_classes) unless they count
@@ -163,7 +168,7 @@ def build(
             )
     if global_pool != "token":
         raise ValueError(
-            f"{name} classifies by its class token and its patches, got model.global_pool={global_pool}; set it to token"
+            f"{name} classifies by class token and patches, got model.global_pool={global_pool}; set it to token"
         )
     if init is not None:
         raise ValueError(f"{name} has initial weights of its own, got model.init={init}; set it to none")
@@ -171,8 +176,8 @@ def build(
     sides = to_2tuple(224 if img_size is None else img_size)
     if shape.patch_size % _STEM_STRIDE:
         raise ValueError(
-            f"{name} halves the sides of an image before it cuts patches, which patches of {shape.patch_size} pixels do "
-            f"not allow; set model.patch_size={shape.patch_size + 1}, or another even number"
+            f"{name} halves the sides of an image before it cuts patches, which patches of {shape.patch_size} pixels "
+            f"do not allow; set model.patch_size={shape.patch_size + 1}, or another even number"
         )
     if any(side % shape.patch_size or not side for side in sides):
         raise ValueError(

@@ -381,17 +381,16 @@ class VisionTransformer(WithSettings):
         if self.head_dist is not None:
             features: Tensor = (self.head_drop(tokens[:, 0]) + self.head_drop(tokens[:, 1])) / 2
         else:
-            x = global_pool_nlc(
-                tokens, self.global_pool, self.num_prefix_tokens, reduce_include_prefix=self.pool_include_prefix
-            )
+            x = global_pool_nlc(tokens, self.global_pool, self.num_prefix_tokens, self.pool_include_prefix)
             features = self.head_drop(self.fc_norm(x))
         return features
 
     def readout(self, tokens: Tensor) -> Tensor:
         """The trunk's tokens (B, K, D) to logits (B, num_classes); a distilled model averages its two heads."""
-        if self.head_dist is not None:
-            return (self.head(self.head_drop(tokens[:, 0])) + self.head_dist(self.head_drop(tokens[:, 1]))) / 2
-        logits: Tensor = self.head(self.pooled(tokens))
+        if self.head_dist is None:
+            logits: Tensor = self.head(self.pooled(tokens))
+        else:
+            logits = (self.head(self.head_drop(tokens[:, 0])) + self.head_dist(self.head_drop(tokens[:, 1]))) / 2
         return logits
 
     def answers(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:

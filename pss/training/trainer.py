@@ -71,7 +71,9 @@ class Trainer:
         seed = config.train.seed
         seed_generator(seed)  # the same on every process: they must begin with the same weights
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch)
-        self.method.model.trained_on = TrainedOn(tuple(classes), config.data.mean, config.data.std)
+        self.method.model.trained_on = TrainedOn(
+            tuple(classes), config.data.mean, config.data.std, config.data.crop_pct
+        )
         check_phases(self.method)
         if self.sharded:
             self._check_shards()
