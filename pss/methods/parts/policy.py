@@ -71,7 +71,7 @@ class PolicyAttention(Attention):
 
 def quarters(depth: int) -> tuple[int, ...]:
     """Where a model of that many blocks drops patches unless told otherwise: 3, 6 and 9 of 12, 1, 2 and 3 of 4."""
-    places = {stage * depth // (4) for stage in (1, 2, 3)}
+    places = {stage * depth // 4 for stage in (1, 2, 3)}
     return tuple(sorted(places - {0})) or (0,)
 
 
@@ -153,16 +153,16 @@ def kl_loss(logits: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(student, taught, log_target=True, reduction="batchmean")
 
 
-def patch_loss(logits: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
+def patch_loss(patches: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
     """KL(teacher, student) of what the kept patches are classified as, a mean over a batch, for backbones that do so.
 
     Args:
-        logits: (B, N, classes).
-        teacher: (B, N, classes).
+        patches: Logits, (B, N, classes).
+        teacher: Logits, (B, N, classes).
         kept: 0 or 1, (B, N); no gradient flows into it.
     """
     kept = kept.detach()
-    student, taught = logits.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    student, taught = patches.float().log_softmax(-1), teacher.float().log_softmax(-1)
     distances = F.kl_div(student, taught, log_target=True, reduction="none").sum(-1)
     return (distances * kept).sum() / kept.sum().clamp(min=1)
 
