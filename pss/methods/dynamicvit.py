@@ -24,6 +24,7 @@ from pss.methods.parts.policy import (
     KEEP,
     PolicyAttention,
     Predictor,
+    check_hides,
     decide,
     gumbel,
     kl_loss,
@@ -64,8 +65,8 @@ class DynamicViTSettings(MethodSection, section="dynamicvit"):
     kl_weight: Annotated[NotNegative, _Taught] = 0.5
     """Of the divergence of the predictions from the teacher's."""
     distill_weight: Annotated[NotNegative, _Taught] = 0.5
-    """Of the squared distance of the kept patches' last features from the teacher's, or, where both classify patches,
-    of the divergence of what they are classified as."""
+    """Of the squared distance of the kept patches' last features from the teacher's; where both classify patches, of
+    the divergence of what they say of the kept ones."""
     backbone_lr: Always[Annotated[float, Ge(0), Le(1)] | None] = None
     """Factor on the learning rate of all but the predictors; None is 0.01, or 1 where model.weights is none, as a
     backbone with random weights has everything to learn."""
@@ -126,7 +127,7 @@ class DynamicViT(Method):
         self.own = own = config.section_of(DynamicViTSettings)
         self.places = own.places if own.places is not None else quarters(len(model.blocks))
         self._check_places()
-        self._check_readout()
+        check_hides(model, self.name)
         self.rho, self.exponents = _base_of(own, len(self.places))
         self.averages = model.head_dist is None and model.global_pool == "avg"
         for block in model.blocks:
@@ -134,14 +135,15 @@ class DynamicViT(Method):
         self.predictors = nn.ModuleList(Predictor(model.embed_dim, reference=own.reference) for _ in self.places)
         self.register_buffer("targets", torch.tensor(self.rates(self.rho)), persistent=False)
         self.fine_tunes = config.model.weights is not None
-        tokens = (model.cls_token, model.dist_token, model.reg_token, model.pos_embed)
-        for token in tokens if self.fine_tunes else ():
-            if token is not None:
-                token.requires_grad_(False)  # published: in no group of the optimizer
+        if self.fine_tunes:
+            for token in (model.cls_token, model.dist_token, model.reg_token, model.pos_embed):
+                if token is not None:
+                    token.requires_grad_(False)  # published: in no group of the optimizer
         if own.teacher is not None:
             self.teachers["teacher"] = Teacher(own.teacher, config, model.num_classes)
-        teacher = self.teachers.get("teacher") if own.distill_weight else None
-        if model.patch_share is not None and (teacher is None or not teacher.blank.patch_share):
+        if model.patch_share is not None and not (
+            self.teachers and own.distill_weight and self.teachers["teacher"].blank.patch_share
+        ):
             leave_patches_out(model)
 
     def _check_places(self) -> None:
@@ -157,20 +159,6 @@ class DynamicViT(Method):
                 f"{len(self.places)} places; name as many, or set dynamicvit.places too"
             )
 
-    def _check_readout(self) -> None:
-        kind, pooling = type(self.model), self.model.global_pool
-        # Where patches are classified, too, losses are of the class token's answer alone.
-        apart = self.model.patch_share is not None and pooling == "token"
-        if not (apart or kind.readout is VisionTransformer.readout) or kind.pooled is not VisionTransformer.pooled:
-            raise ValueError(
-                f"method {self.name} cannot hide patches from the readout of {kind.__name__}; use a model.name whose "
-                "classifier reads the class token, or the mean of the patches"
-            )
-        if pooling not in ("token", "avg"):
-            raise ValueError(
-                f"method {self.name} cannot hide patches from model.global_pool={pooling}; use token or avg"
-            )
-
     # A training step.
 
     def forward(
@@ -178,8 +166,9 @@ class DynamicViT(Method):
     ) -> dict[str, Tensor]:
         model, own, prefix = self.model, self.own, self.model.num_prefix_tokens
         tokens, places = model.see(images, 1.0, low_resolution=True)
+        generator = step_generator(at.seed, at.step, at.rank, images.device)
         shape = tokens.shape[0], len(self.places), tokens.shape[1] - prefix, 2
-        noise = gumbel(shape, step_generator(at.seed, at.step, at.rank, images.device), images.device)
+        noise = gumbel(shape, generator, images.device)
         tokens, kept = model.compute(self._masked_at, tokens, noise, places)
         logits, patches = self.masked_answers(tokens, kept[:, -1])
         out = {"classification": self.classification_loss(logits, targets), "ratio": ratio_loss(kept, self.targets)}
@@ -228,8 +217,8 @@ class DynamicViT(Method):
         return self.masked(tokens, noise, self.model.positions(places))
 
     def masked_answers(self, tokens: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`VisionTransformer.answers` as if of the tokens (B, T, D) only the kept patches, 1 in (B, N), were there;
-        logits of patches are those of all."""
+        """What `VisionTransformer.answers` would return if of the tokens (B, T, D) only the kept patches, 1 in (B, N),
+        were there; logits of patches are those of all."""
         if not self.averages:
             return self.model.answers(tokens)
         prefix = self.model.num_prefix_tokens
@@ -241,16 +230,16 @@ class DynamicViT(Method):
     def _distill(self, answer: Answer, tokens: Tensor, patches: Tensor | None, kept: Tensor) -> Tensor:
         theirs = answer.tokens[:, self.teachers["teacher"].blank.num_prefix_tokens :]
         own = tokens[:, self.model.num_prefix_tokens :]
-        loss = token_loss
-        if patches is not None and answer.patches is not None:
-            own, theirs, loss = patches, answer.patches, patch_loss
-        if theirs.shape != own.shape:
+        classified = patches is not None and answer.patches is not None
+        if theirs.shape[1] != own.shape[1] or (not classified and theirs.shape != own.shape):
             raise ValueError(
                 f"dynamicvit.teacher {self.own.teacher} has {theirs.shape[1]} patches of {theirs.shape[2]} features, "
                 f"and the model {own.shape[1]} of {own.shape[2]}; name a teacher with as many, or set "
                 "dynamicvit.distill_weight=0"
             )
-        return loss(own, theirs, kept)
+        if patches is None or answer.patches is None:
+            return token_loss(own, theirs, kept)
+        return patch_loss(patches, answer.patches, kept)
 
     # What is optimized.
 
@@ -357,10 +346,7 @@ class DynamicViT(Method):
 
     def tokens(self, point: Point = None) -> tuple[int, ...]:
         counts, total = self.counts(self._at(point)), self.model.num_patches
-        left = [
-            ([total, *counts][sum(place <= number for place in self.places)])
-            for number in range(len(self.model.blocks))
-        ]
+        left = [([total, *counts][sum(place <= number for place in self.places)]) for number in range(self._depth)]
         return tuple(self.model.num_prefix_tokens + count for count in left)
 
     def cost(self, point: Point = None) -> Cost:
@@ -371,22 +357,22 @@ class DynamicViT(Method):
 
     def depths(self, images: Tensor, point: Point = None) -> Tensor:
         reached = torch.zeros((images.shape[0], self.model.num_patches), dtype=torch.int64, device=images.device)
-        for through, (_, _, kept) in zip(
-            range(1, len(self.model.blocks) + 1), self._course(images, point), strict=False
-        ):
+        for through, (_, _, kept) in zip(range(1, self._depth + 1), self._course(images, point), strict=False):
             reached = torch.full_like(reached, through) if kept is None else reached.scatter(1, kept, through)
         return reached
 
     def attention_maps(self, images: Tensor, point: Point = None, blocks: Sequence[int] | None = None) -> list[Tensor]:
         """Of each block's own tokens, fewer from stage to stage."""
         found = {}
-        for number, (tokens, positions, _) in zip(
-            range(len(self.model.blocks)), self._course(images, point), strict=False
-        ):
+        for number, (tokens, positions, _) in zip(range(self._depth), self._course(images, point), strict=False):
             if blocks is None or number in blocks:
                 block: Any = self.model.blocks[number]
                 found[number] = block.attn.weights(block.norm1(tokens), positions)
         return [found[number] for number in (found if blocks is None else blocks)]
+
+    @property
+    def _depth(self) -> int:
+        return len(self.model.blocks)
 
 
 def _base_of(own: DynamicViTSettings, num_stages: int) -> tuple[float, tuple[float, ...]]:

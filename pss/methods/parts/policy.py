@@ -13,6 +13,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from pss.attention.attend import Attention
+from pss.models.vit import VisionTransformer
 
 KEEP = 0
 """Which of a predictor's two classes keeps a patch; the paper's equations have it the other way round."""
@@ -67,6 +68,20 @@ class PolicyAttention(Attention):
         if not self.reference:  # the authors' code has a rate and never drops
             weights = self.attn_drop(weights)
         return self.project_out(weights.to(v.dtype) @ v)
+
+
+def check_hides(model: VisionTransformer, method: str) -> None:
+    """Raise `ValueError` where losses would be taken of patches that a method of that name has hidden."""
+    kind, pooling = type(model), model.global_pool
+    # Where patches are classified, too, the image's loss is of the class token's answer alone.
+    apart = model.patch_share is not None and pooling == "token"
+    if not (apart or kind.readout is VisionTransformer.readout) or kind.pooled is not VisionTransformer.pooled:
+        raise ValueError(
+            f"method {method} cannot hide patches from the readout of {kind.__name__}; use a model.name whose "
+            "classifier reads the class token, or the mean of the patches"
+        )
+    if pooling not in ("token", "avg"):
+        raise ValueError(f"method {method} cannot hide patches from model.global_pool={pooling}; use token or avg")
 
 
 def quarters(depth: int) -> tuple[int, ...]:
