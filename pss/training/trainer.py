@@ -29,7 +29,16 @@ from pss.training.optim import build_optimizer, set_rates
 from pss.training.parts import Parts
 from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
-from pss.training.setup import begin_run, build_mixing, catch_signals, check_masks, check_phases, compile_levels, wrap
+from pss.training.setup import (
+    begin_run,
+    build_mixing,
+    catch_signals,
+    check_masks,
+    check_phases,
+    compile_levels,
+    share_buffers,
+    wrap,
+)
 from pss.training.sharding import reshard, scatter_optimizer, shard
 from pss.training.tensors import Inventory, total_norm
 
@@ -338,6 +347,7 @@ class Trainer:
                 raise Interrupted
 
         models = {"": self.method} | ({"ema_": self.ema.module} if self.ema is not None else {})
+        share_buffers(self.world, *models.values())
         row: dict[str, float] = {}
         for prefix, model in models.items():
             model.eval()
