@@ -240,7 +240,7 @@ class View:
 
     A view is of the images it comes with. A loader's images are yet to be flipped, so in its view nothing is; it lies
     on the host. The view that `DeviceTransform.with_view` returns is of the images returned with it, on their device.
-    What RandAugment rotates, shears or shifts after the flip is not part of a view.
+    What RandAugment rotates, shears or shifts after the flip is in `moves`.
     """
 
     crop: Tensor
@@ -250,10 +250,15 @@ class View:
     what the centre crop leaves of the resized image."""
     flipped: Tensor
     """bool (B,): whether the window is shown mirrored left to right."""
+    moves: Tensor | None = None
+    """float32 (B, L, 2, 3): what moved the window, mirrored or not, before it was shown, one move after the other; None
+    where nothing did. Point (x, y) of what a move made, in shares of its sides, shows (a x + b y + c, d x + e y + f) of
+    what it was given, its rows being (a, b, c) and (d, e, f); where that is outside of 0 ... 1, it shows nothing."""
 
     def chunk(self, parts: int) -> list[View]:
         """As `Tensor.chunk`, along the batch."""
-        return [View(*some) for some in zip(self.crop.chunk(parts), self.flipped.chunk(parts), strict=True)]
+        moves = [None] * parts if self.moves is None else self.moves.chunk(parts)
+        return [View(*some) for some in zip(self.crop.chunk(parts), self.flipped.chunk(parts), moves, strict=True)]
 
 
 @dataclass(frozen=True)
