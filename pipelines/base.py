@@ -187,7 +187,7 @@ class DataConfig(Section, section="data"):
     """Channel standard deviations on the 0-1 scale."""
     label_maps: Annotated[Text | None, _BY_DENSE_LOSSES] = None
     """Training: a .npy file with a label map for each training image, in the order of the split, for methods that learn
-    from them."""
+    from them; `auto` is what `pss-convert DATA --token-labels TEACHER` has made."""
     # The largest is more than any machine has.
     prefetch_gb: Always[Annotated[float, Ge(0), Le(1 << 14)] | None] = None
     """Training: memory per process for batches that are kept ready, in GB (10^9 bytes), so that short steps can draw on

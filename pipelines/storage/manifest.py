@@ -196,6 +196,29 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
     return manifest, hashlib.sha256(_text(_without_maps(content)).encode()).hexdigest()
 
 
+def find_maps(root: Path, split: str, named: str | Path) -> Path:
+    """The file of label maps that is meant for a split of the data set at `root`: the one named, or, for `auto`, what
+    its manifest names. Raises `DataError` where that names none, or the file has another size than it says."""
+    if str(named) != "auto":
+        return Path(named)
+    split = canonical_split(split)
+    remedy = f"make them with pss-convert {root} --token-labels TEACHER"
+    if not (root / MANIFEST).exists():
+        raise DataError(f"{root} is no converted data set, and has no label maps of its own; convert it, and {remedy}")
+    manifest, _ = read_manifest(root)
+    if split not in manifest.label_maps:
+        split_option = "" if split == "train" else f" --split {split}"
+        raise DataError(f"{root} has no label maps of its {split} split; {remedy}{split_option}")
+    path = root / manifest.label_maps[split].file
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({in_words(error)}); copy it again") from error
+    if found != (expected := manifest.files[path.name].bytes):
+        raise DataError(f"{path} has {found} bytes instead of {expected}; copy it again")
+    return path
+
+
 def with_label_maps(root: Path, split: str, maps: MapsEntry, file: FileEntry) -> str:
     """The text of a data set's manifest once the split has these label maps, in the place of any it has had."""
     content = _read(root)

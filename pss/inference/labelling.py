@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +20,6 @@ from pipelines.base import IMAGENET_MEAN, IMAGENET_STD
 from pss.inference.opening import open_run
 from pss.methods import Method
 from pss.models.create import check_name
-from pss.models.files import read
 from pss.models.settings import KEY
 from pss.models.vit import VisionTransformer
 
@@ -104,7 +104,7 @@ class DenseTeacher:
         features, image = self._asked.see(seen)
         places = features.flatten(0, 2)
         at_once = max(1, _MOST_LOGITS // image.shape[1])
-        logits = torch.cat([self._asked.read(some) for some in places.split(at_once)])
+        logits = torch.cat([self._asked.read(places[at : at + at_once]) for at in range(0, len(places), at_once)])
         return logits.float().reshape(*features.shape[:3], -1), image.float()
 
 
@@ -178,7 +178,14 @@ def _open_timm(source: str, name: str, file: str, device: torch.device) -> Dense
 
 def _filled(name: str, file: str, known: Any) -> nn.Module:
     """timm's model of that name with the weights of a file, which tells the number of classes."""
-    weights = read(Path(file), no_file="name one, as in NAME=FILE").tensors
+    if not Path(file).is_file():
+        raise ValueError(f"there is no weights file {file[:200]}; name one, as in NAME=FILE")
+    try:
+        weights = load_state_dict(file, device="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no pickle fail the reader in any way they like
+        raise ValueError(
+            f"{file} cannot be read as plain weights; save a state dict alone, with torch.save or as safetensors"
+        ) from error
     heads = known.classifier if known is not None else "head"
     head = heads if isinstance(heads, str) else heads[0]
     if f"{head}.weight" not in weights:
@@ -231,7 +238,8 @@ class _Theirs:
         self._tokens = features.ndim == 3
         if self._tokens:
             side = round(max(0, features.shape[1] - self._prefix) ** 0.5)
-            assert side and self._prefix + side**2 == features.shape[1], "its tokens are no square of patches"
+            assert side > 0, "its tokens are not of patches"
+            assert self._prefix + side**2 == features.shape[1], "its tokens are no square of patches"
             return features[:, self._prefix :].reshape(len(features), side, side, -1), logits
         return features if self._last else features.permute(0, 2, 3, 1), logits
 
