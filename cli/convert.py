@@ -17,8 +17,8 @@ from cli import errors
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from pipelines.conversion.label_maps import MapOptions
     from pipelines.conversion.options import Options
+    from pipelines.labelling.making import MapOptions
     from pipelines.storage.manifest import Manifest
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -93,7 +93,9 @@ def convert(
             "at every place of its images",
         ),
     ] = None,
-    top_k: Annotated[int, typer.Option(help="with --token-labels: classes told of each place", min=1)] = 5,
+    top_k: Annotated[
+        int | None, typer.Option(help="with --token-labels: classes told of each place [default: 5, or all]", min=1)
+    ] = None,
     label_grid: Annotated[
         int | None,
         typer.Option(help="with --token-labels: places along a side [default: the teacher's, at most 18]", min=1),
@@ -127,13 +129,13 @@ def convert(
                 f"--token-labels adds to {source}, a converted folder; leave DEST, --format, --inspect, --merge and "
                 "--part out"
             )
-        from pipelines.conversion.label_maps import MapOptions
+        from pipelines.labelling.making import MapOptions
         from pipelines.storage.manifest import canonical_split
 
         told = MapOptions(canonical_split(split or "train"), top_k, label_grid, label_square, jobs, restart)
         _label(Path(source), token_labels, device, told)
         return
-    if top_k != 5 or label_grid is not None or label_square or device != "auto":
+    if top_k is not None or label_grid is not None or label_square or device != "auto":
         raise ValueError(
             "--top-k, --label-grid, --label-square and --device are for --token-labels; add it, or leave them out"
         )
@@ -187,7 +189,7 @@ def convert(
 
 
 def _label(root: Path, teacher: str, device: str, options: MapOptions) -> None:
-    from pipelines.conversion.label_maps import make_label_maps
+    from pipelines.labelling.making import make_label_maps
     from pipelines.storage.manifest import read_manifest
 
     read_manifest(root)  # what is no converted set is told before anything large is opened

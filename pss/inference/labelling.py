@@ -33,7 +33,7 @@ class DenseTeacher:
 
     Of a convolutional network that is what global pooling is made of; of a Vision Transformer the tokens of the patches
     (Jiang et al., *All Tokens Matter*, NeurIPS 2021, section 3.2, where the teacher is an NFNet). It is
-    `pipelines.conversion.label_maps.MapTeacher`.
+    `pipelines.labelling.making.MapTeacher`.
     """
 
     def __init__(

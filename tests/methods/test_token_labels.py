@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.base import View
+from pipelines.augment.device import DeviceTransform
+from pipelines.augment.operations import Op
+from pipelines.base import Batch, DataConfig, View
 from pss.methods.parts.token_labels import pooled_logits, soft_labels
 
 ROW, COLUMN = 0, 1
@@ -136,6 +138,31 @@ def test_the_window_of_a_moved_image_is_moved() -> None:
     assert not moved.view(4, 4, 2)[:, 3].any()  # outside of the image: nothing
     uniform = soft_labels(maps, replace(whole, moves=shifted), grid=(4, 4), num_classes=2)[0].view(4, 4, 2)[:, 3]
     assert torch.allclose(uniform, torch.tensor(0.525))
+
+
+def test_labels_move_with_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mirrored, then rotated and sheared: of a coordinate map, patches say what the coordinate image shows there."""
+    side, grid, count = 84, (7, 7), 6
+    config = DataConfig(img_size=side, rand_augment="rand-m9-inc1-n2", mean=(0, 0, 0), std=(1, 1, 1))
+    transform = DeviceTransform(config, seed=1, train=True)
+    operations = np.array([[Op.ROTATE, Op.SHEAR_X, Op.TRANSLATE_Y] * 2, [Op.SHEAR_Y, Op.TRANSLATE_X, Op.NONE] * 2])
+    arguments = np.array([[25.0, 0.25, 15.0] * 2, [0.2, -20.0, 0.0] * 2])
+    assert transform._augment is not None
+    monkeypatch.setattr(transform._augment, "draw", lambda *_: (operations, arguments))
+    shares = (torch.arange(side) + 0.5) / side
+    image = torch.stack([torch.ones(side, side), *torch.meshgrid(shares, shares, indexing="ij")])
+    images = (240 * image).round().to(torch.uint8).repeat(count, 1, 1, 1)
+    whole = View(torch.tensor([[0.0, 0, 1, 1]]).repeat(count, 1), torch.zeros(count, dtype=torch.bool))
+    batch = Batch(images, torch.zeros(count, dtype=torch.int64), torch.arange(count), view=whole)
+    values, view = transform.with_view(batch, 0)
+    assert 0 < view.flipped.sum() < count
+    means = torch.nn.functional.adaptive_avg_pool2d(values * 255 / 240, grid).flatten(2).transpose(1, 2)
+    full = means[..., 0] > 0.999  # patches that nothing came into from outside
+    assert full.float().mean() > 0.3
+    told = pooled_logits(coordinate_maps(42, 42, count), view, grid=grid, num_classes=2)
+    assert ((told + 0.5) / 42 - means[..., 1:])[full].abs().max() < 0.01
+    still = pooled_logits(coordinate_maps(42, 42, count), replace(view, moves=None), grid=grid, num_classes=2)
+    assert ((still + 0.5) / 42 - means[..., 1:])[full].abs().max() > 0.1
 
 
 def test_torchvision_agrees() -> None:

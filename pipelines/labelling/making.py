@@ -1,4 +1,4 @@
-"""Label maps of a data set's own images, made by a teacher and kept beside them (`pss-convert DIR --token-labels`).
+"""Label maps of a data set's own images, written piece by piece and entered into its manifest.
 
 Every image is shown to the teacher as a whole, both sides scaled to its square. Of what it finds at every place, the k
 largest logits and their classes are written, at the place of the sample in the file, and a note for each stretch of
@@ -14,35 +14,25 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.base import DataError, in_words
 from pipelines.conversion.processes import Kept, Progress
-from pipelines.conversion.scan import decode_rgb
 from pipelines.conversion.work import Workplace, sync_folder, write_whole
-from pipelines.storage.beton import RAW, STORED, stored_path
+from pipelines.labelling.images import SeenImages
 from pipelines.storage.json_files import read_json
 from pipelines.storage.manifest import MANIFEST, FileEntry, Manifest, MapsEntry, read_manifest, with_label_maps
-from pipelines.storage.source import ConvertedTable, TarSource
-from pipelines.storage.unreadable import UNREADABLE, unreadable
 
 BATCH = 32
 """Images shown to the teacher at a time. A constant, so that the same command always makes the same bytes."""
 _PIECE = 256  # images between two notes
-_AHEAD = 3  # batches that are decoded before they are asked for
-_READ = 16 << 20  # bytes at a time
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 MOST_CLASSES = 1 << 16
 
@@ -78,7 +68,8 @@ class MapOptions:
     """What making label maps can be told."""
 
     split: str = "train"
-    top_k: int = 5
+    top_k: int | None = None
+    """Classes that are told of each place; None for 5, or all where there are fewer."""
     grid: int | None = None
     """Places along a side; None for the teacher's own, 18 where those are more."""
     square: bool = False
@@ -88,7 +79,7 @@ class MapOptions:
     restart: bool = False
 
 
-_USUAL_GRID = 18
+_USUAL_GRID, _USUAL_TOP = 18, 5
 
 
 def make_label_maps(
@@ -116,16 +107,15 @@ def make_label_maps(
             f"--label-grid is {options.grid}, and {teacher.name} tells {grid[0]} x {grid[1]} places apart; "
             f"name at most {min(grid)}, or leave it out"
         )
-    if not 1 <= options.top_k <= teacher.num_classes:
-        raise ValueError(
-            f"--top-k is {options.top_k}; it must lie in 1 ... {teacher.num_classes}, the teacher's classes"
-        )
+    top_k = min(_USUAL_TOP, teacher.num_classes) if options.top_k is None else options.top_k
+    if not 1 <= top_k <= teacher.num_classes:
+        raise ValueError(f"--top-k is {top_k}; it must lie in 1 ... {teacher.num_classes}, the teacher's classes")
     purpose = {
         "teacher_sha256": teacher.digest,
         "side": teacher.side,
         "covers": "square" if options.square else "whole",
         "grid": list(grid),
-        "top_k": options.top_k,
+        "top_k": top_k,
     }
     there = manifest.label_maps.get(options.split)
     if there is not None:
@@ -215,10 +205,10 @@ class _Making:
         purpose: dict[str, Any],
     ) -> None:
         self.root, self.teacher, self.options, self.grid, self.place = root, teacher, options, grid, place
-        self.purpose = purpose
-        self.images = _Images(root, options, teacher)
+        self.purpose, self.top_k = purpose, purpose["top_k"]
+        self.images = SeenImages(root, options.split, teacher.side, teacher.resampling, square=options.square)
         self.count = manifest.splits[options.split].num_samples
-        self.shape = (2, options.top_k, *grid)
+        self.shape = (2, self.top_k, *grid)
         digest = hashlib.sha256(json.dumps(purpose, sort_keys=True).encode()).hexdigest()
         self.name = f"{options.split}.maps.{digest[:8]}.npy"
         self.path = place.set / self.name
@@ -286,8 +276,10 @@ class _Making:
         ]
         rows: list[NDArray[np.int16]] = []
         correct = 0
-        for (number, batch), images in zip(batches, self._decoded([batch for _, batch in batches]), strict=True):
-            logits, classes, best = self.teacher(images, self.grid, self.options.top_k)
+        for (number, batch), images in zip(
+            batches, self.images.batches([batch for _, batch in batches], self.options.jobs), strict=True
+        ):
+            logits, classes, best = self.teacher(images, self.grid, self.top_k)
             self._check_finite(logits, batch)
             most = float(np.finfo(np.float16).max)
             bits = logits.clip(-most, most).astype("<f2").view("<i2")
@@ -304,27 +296,6 @@ class _Making:
             name = self.images.name(batch[int(np.argmin(good))])
             raise DataError(f"{self.teacher.name} finds values that are no numbers in {name}; name another teacher")
 
-    def _decoded(self, batches: Sequence[range]) -> Iterator[NDArray[np.uint8]]:
-        """(B, side, side, 3) of each batch, some batches ahead."""
-        waiting: deque[list[Future[NDArray[np.uint8]]]] = deque()
-        stop = threading.Event()
-
-        def decode(i: int) -> NDArray[np.uint8]:
-            return np.zeros(0, np.uint8) if stop.is_set() else self.images.read(i)
-
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            try:
-                coming = iter(batches)
-                for batch in islice(coming, _AHEAD):
-                    waiting.append([pool.submit(decode, i) for i in batch])
-                while waiting:
-                    images = np.stack([future.result() for future in waiting.popleft()])
-                    for batch in islice(coming, 1):
-                        waiting.append([pool.submit(decode, i) for i in batch])
-                    yield images
-            finally:
-                stop.set()
-
     def _checked(self, header: int, sums: Sequence[int]) -> FileEntry:
         """Size and sha256 of the file, whose pieces are as they were written."""
         digest, row = hashlib.sha256(), int(np.prod(self.shape)) * 2
@@ -340,47 +311,3 @@ class _Making:
                     )
                 digest.update(content)
         return FileEntry(header + self.count * row, digest.hexdigest())
-
-
-class _Images:
-    """The stored images of a split as the teacher sees them."""
-
-    def __init__(self, root: Path, options: MapOptions, teacher: MapTeacher) -> None:
-        self._side, self._square = teacher.side, options.square
-        self._resampling = Image.Resampling(teacher.resampling)
-        table = ConvertedTable(root, options.split)
-        self._tars = TarSource(root, options.split) if table.entry.shards else None
-        self.labels, self.name = table.labels, table.name if self._tars is None else self._tars.name
-        if self._tars is None:
-            assert table.entry.beton is not None
-            self._beton = root / table.entry.beton
-            self._rows = table.load_table(stored_path(self._beton).name, STORED)
-
-    def read(self, i: int) -> NDArray[np.uint8]:
-        """(side, side, 3)."""
-        pixels = self._stored(i)
-        height, width = pixels.shape[:2]
-        box = (0.0, 0.0, float(width), float(height))
-        if self._square:
-            shorter = min(height, width)
-            box = ((width - shorter) / 2, (height - shorter) / 2, (width + shorter) / 2, (height + shorter) / 2)
-        scaled = Image.fromarray(pixels).resize((self._side, self._side), self._resampling, box=box)
-        return np.asarray(scaled)
-
-    def _stored(self, i: int) -> NDArray[np.uint8]:
-        encoded = self._tars.read(i).tobytes() if self._tars is not None else self._payload(i)
-        if self._tars is None and self._rows["mode"][i] == RAW:
-            return np.frombuffer(encoded, np.uint8).reshape(self._rows["height"][i], self._rows["width"][i], 3)
-        try:
-            return decode_rgb(encoded)
-        except UNREADABLE as error:
-            raise unreadable(self.name(i), len(encoded), error) from error
-
-    def _payload(self, i: int) -> bytes:
-        row = self._rows[i]
-        with self._beton.open("rb") as file:
-            file.seek(int(row["ptr"]))
-            content = file.read(int(row["size"]))
-        if zlib.crc32(content) != row["crc32"]:
-            raise DataError(f"{self._beton}, sample {i} has been damaged since the conversion; copy the file again")
-        return content
