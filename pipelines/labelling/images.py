@@ -1,7 +1,7 @@
 """The stored images of a split as a teacher sees them: whole, both sides scaled to its square, whatever their shape.
 
-So a place of the teacher's grid is the same share of every image, and a window, which is told in shares of the image, is
-one of its map. The frame is that of `pipelines.base.View`: EXIF orientation is ignored.
+So a place of the teacher's grid is the same share of every image, and a window, which is told in such shares, is one of
+the map. The frame is that of `pipelines.base.View`: EXIF orientation is ignored.
 """
 
 from __future__ import annotations
