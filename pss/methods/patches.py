@@ -16,6 +16,7 @@ from pipelines.settings import AboveZero, NotNegative, ReadIf
 from pss.methods.contract import Method
 from pss.methods.parts.dense_loss import labels_of, leave_patches_out, with_truth
 from pss.methods.parts.mix_token import draw_boxes, exchanged, own_share
+from pss.methods.parts.token_labels import soft_labels
 from pss.methods.vocabulary import DenseTargets, Progress
 from pss.models.create import classifies_patches
 from pss.models.sampling import gather, num_kept_tokens, select, spread, step_generator
@@ -148,8 +149,7 @@ class PatchMethod(Method):
         """Of images, (B,) or (B, classes), and of the patches of their grid, (B, N) or (B, N, classes)."""
         if dense is None or dense.maps is None:
             return targets, targets.unsqueeze(1).expand(-1, grid[0] * grid[1], *targets.shape[1:])
-        from pss.methods.parts.token_labels import soft_labels
-
+        assert dense.view is not None, "it comes with the maps"
         smoothing, settings = self.config.loss.label_smoothing, self.tokens_settings
         patches, image = soft_labels(
             dense.maps,

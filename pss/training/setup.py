@@ -124,16 +124,6 @@ def begin_run(method: Method, average: Method | None, images: Tensor, world: Wor
             averaged.copy_(buffer)
 
 
-def share_buffers(world: World, *modules: nn.Module) -> None:
-    """Have all processes evaluate with the buffers, such as running statistics, of the first one, which saves its own.
-
-    Each has seen other images since DDP last did so; shards never do.
-    """
-    for module in modules if world.size > 1 else ():
-        for buffer in module.buffers():
-            world.share(buffer)
-
-
 def wrap(method: Method, world: World) -> nn.Module:
     """The method as the loop calls it: in DDP where there are several processes."""
     if world.size == 1:

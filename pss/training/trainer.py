@@ -26,19 +26,10 @@ from pss.runtime.shards import whole
 from pss.training.guard import Guard, Statistics, skipping, update_average
 from pss.training.inputs import StepInputs, TrainingInputs
 from pss.training.optim import build_optimizer, set_rates
-from pss.training.parts import Parts
+from pss.training.parts import Parts, share_buffers
 from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
-from pss.training.setup import (
-    begin_run,
-    build_mixing,
-    catch_signals,
-    check_masks,
-    check_phases,
-    compile_levels,
-    share_buffers,
-    wrap,
-)
+from pss.training.setup import begin_run, build_mixing, catch_signals, check_masks, check_phases, compile_levels, wrap
 from pss.training.sharding import reshard, scatter_optimizer, shard
 from pss.training.tensors import Inventory, total_norm
 
