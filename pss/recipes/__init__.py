@@ -16,6 +16,7 @@ from pss.recipes.deit import (
     vit_b_simmim,
 )
 from pss.recipes.dynamicvit import dynamicvit_b, dynamicvit_s
+from pss.recipes.lvvit import lvvit_m, lvvit_s, lvvit_ti
 from pss.recipes.small import cifar10, digits
 from pss.recipes.toe import toe_b, toe_s, toe_ti
 from pss.sections import RunSettings
@@ -34,6 +35,9 @@ RECIPES: dict[str, Callable[[], RunSettings]] = {
     "vit-b-simmim": vit_b_simmim,
     "dynamicvit-s": dynamicvit_s,
     "dynamicvit-b": dynamicvit_b,
+    "lvvit-ti": lvvit_ti,
+    "lvvit-s": lvvit_s,
+    "lvvit-m": lvvit_m,
     "toe-ti": toe_ti,
     "toe-s": toe_s,
     "toe-b": toe_b,
