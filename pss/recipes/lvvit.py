@@ -3,9 +3,10 @@
 They want label maps: `pss-convert DATA --token-labels TEACHER` makes them once, and `data.label_maps=auto` reads them.
 Without (`--set data.label_maps=none`), all patches have the label of their image.
 
-Other than published: crops come before RandAugment, which is at two operations (the code says no number, timm's default
-is two), and label maps follow both; learning rates fall every step, not every epoch. Statistics are each process's own,
-as published; those of the first are saved.
+Other than published: images are cropped before RandAugment and not after it, with bicubic resampling throughout instead
+of bicubic or bilinear by chance; learning rates fall every step, not every epoch; label maps are of whole images, and
+follow crop, flip and RandAugment (`--set tokens.label_geometry=reference` has the published windows). Batch statistics
+are each process's own, as published, and the first one's are saved.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ def lvvit_ti() -> RunSettings:
 
 
 def lvvit_m() -> RunSettings:
-    """LV-ViT-M at 224 px: the recipe of lvvit-s with a larger model, more of whose blocks are skipped. Published: 84.0 %
-    top-1."""
+    """LV-ViT-M at 224 px: the recipe of lvvit-s with a larger model and more drop path. Published: 84.0 % top-1."""
     small = lvvit_s()
     return replace(
         small,

@@ -1,4 +1,4 @@
-"""MixToken, the loss of patches, and the methods on a backbone that classifies them (the numbers are LV-ViT's checks')."""
+"""MixToken, the loss of patches, and methods on a backbone that classifies them (the numbers are LV-ViT's checks')."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def test_boxes_are_rectangles_of_any_grid():
     for box in boxes:
         rows, columns = box.any(1), box.any(0)
         assert torch.equal(box, rows[:, None] & columns[None])
-    assert len({tuple(box.any(1).tolist()) for box in boxes}) > 5
-    assert len({tuple(box.any(0).tolist()) for box in boxes}) > 5
+    sizes = {(int(box.any(1).sum()), int(box.any(0).sum())) for box in boxes}
+    assert {(0, 0), (1, 2), (2, 4), (2, 6)} <= sizes  # some are cut off
 
 
 def test_the_box_is_a_function_of_seed_step_and_rank():
@@ -439,7 +439,7 @@ def test_mistakes_are_named(settings, message):
 def test_a_backbone_of_ones_own_without_a_classifier_of_patches_is_refused():
     settings = ["method=dense", "model.name=everything:backbone", "model.global_pool=avg"]
     build(*settings)
-    with pytest.raises(ValueError, match="model.name=everything:backbone has no classifier of patches"):
+    with pytest.raises(ValueError, match=r"model.name=everything:backbone has no classifier of patches"):
         build(*settings, "tokens.patch_weight=0.5")
 
 
