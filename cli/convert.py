@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from pipelines.conversion.options import Options
+    from pipelines.labelling.making import MapOptions
     from pipelines.storage.manifest import Manifest
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -57,7 +58,12 @@ def convert(
     use_test: Annotated[
         bool, typer.Option("--use-test", help="validate on test images though there are others")
     ] = False,
-    split: Annotated[str | None, typer.Option(help="a source without splits: the one it is, train or val")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="a source without splits: the one it is, train or val; with --token-labels: which one [default: train]"
+        ),
+    ] = None,
     val_fraction: Annotated[
         float | None, typer.Option(help="share of each class held out for validation (digits: 0.2)")
     ] = None,
@@ -79,6 +85,25 @@ def convert(
     merge: Annotated[bool, typer.Option("--merge", help="finish SOURCE, a folder begun with --part")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check the files of SOURCE, a converted folder")] = False,
     full: Annotated[bool, typer.Option("--full", help="with --verify: every sample and checksum")] = False,
+    token_labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEACHER",
+            help="add label maps to SOURCE, a converted folder: what a run of pss-train, timm:NAME or NAME=FILE finds "
+            "at every place of its images",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="with --token-labels: classes told of each place [default: 5, or all]", min=1)
+    ] = None,
+    label_grid: Annotated[
+        int | None,
+        typer.Option(help="with --token-labels: places along a side [default: the teacher's, at most 18]", min=1),
+    ] = None,
+    label_square: Annotated[
+        bool, typer.Option("--label-square", help="with --token-labels: show the central square, as LV-ViT's code")
+    ] = False,
+    device: Annotated[str, typer.Option(help="with --token-labels: cpu, cuda or cuda:N; auto takes a GPU")] = "auto",
 ) -> None:
     """Check every image of SOURCE and write it to DEST, for DALI (tars, original bytes) or FFCV (.beton).
 
@@ -98,6 +123,22 @@ def convert(
         how = "every sample and checksum" if full else "sizes, tables and a sample of the images; --full checks all"
         print(f"{source}: {len(manifest.files)} files are as they were written ({how})")
         return
+    if token_labels is not None:
+        if dest is not None or format or inspect or merge or part is not None:
+            raise ValueError(
+                f"--token-labels adds to {source}, a converted folder; leave DEST, --format, --inspect, --merge and "
+                "--part out"
+            )
+        from pipelines.labelling.making import MapOptions
+        from pipelines.storage.manifest import canonical_split
+
+        told = MapOptions(canonical_split(split or "train"), top_k, label_grid, label_square, jobs, restart)
+        _label(Path(source), token_labels, device, told)
+        return
+    if top_k is not None or label_grid is not None or label_square or device != "auto":
+        raise ValueError(
+            "--top-k, --label-grid, --label-square and --device are for --token-labels; add it, or leave them out"
+        )
     if merge:
         with _Display("images") as display:
             _report(Path(source), conversion.merge(Path(source), jobs, display, _tell, patience), display)
@@ -145,6 +186,34 @@ def convert(
         print(f"part {part} of {dest} is done; the last part, or pss-convert --merge {dest}, puts all together")
     else:
         _report(dest, result, display)
+
+
+def _label(root: Path, teacher: str, device: str, options: MapOptions) -> None:
+    from pipelines.labelling.making import make_label_maps
+    from pipelines.storage.manifest import read_manifest
+
+    read_manifest(root)  # what is no converted set is told before anything large is opened
+    import torch
+
+    from pss.inference.labelling import open_teacher
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ValueError(f"--device is {device}, which cannot be used ({reason}); use cpu, cuda or cuda:N") from error
+    opened = open_teacher(teacher, where)
+    with _Display("images") as display:
+        maps = make_label_maps(root, opened, options, display, _tell)
+    rows, columns = maps.grid
+    size = 4 * maps.top_k * rows * columns
+    print(
+        f"{root / maps.file}: the {maps.top_k} best of {maps.num_classes:,} classes at {rows} x {columns} places, "
+        f"{size:,} bytes an image; the teacher's top-1 is {maps.top1:.1%}; train with --set data.label_maps=auto"
+    )
 
 
 def _inspect(source: str, options: Options, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View, choose_loader, in_words
-from pipelines.storage.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, read_manifest
+from pipelines.storage.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, find_maps, read_manifest
 from pipelines.storage.source import class_names, find_split_folder, open_source
 
 __all__ = ["Backend", "Batch", "DataConfig", "DataError", "DataSet", "Loader", "View", "build", "open_dataset"]
@@ -43,7 +43,8 @@ def build(
     with its checksum when this process first reads it (about 1 ns a byte, once). Plain folders have no checksums:
     there, damage is found where the decoder finds it; a JPEG whose pixel data decodes to other colours passes.
     `label_maps`: a .npy file with a row for each sample of the split, in its order, of which `Batch.maps` gets the
-    batch's. Raises `DataError` for data or a back end that cannot be used.
+    batch's; `auto` is the one that pss-convert has made of this split. Raises `DataError` for data or a back end that
+    cannot be used.
     """
     root = Path(root)
     settings: dict[str, Any] = {
@@ -55,7 +56,7 @@ def build(
         "world_size": world_size,
         "device": device,
         "num_workers": num_workers,
-        "label_maps": label_maps,
+        "label_maps": None if label_maps is None else find_maps(root, split, label_maps),
     }
     backend = choose_backend(root, split) if loader == "auto" else loader
     if backend == "ffcv":

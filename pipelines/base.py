@@ -187,7 +187,7 @@ class DataConfig(Section, section="data"):
     """Channel standard deviations on the 0-1 scale."""
     label_maps: Annotated[Text | None, _BY_DENSE_LOSSES] = None
     """Training: a .npy file with a label map for each training image, in the order of the split, for methods that learn
-    from them."""
+    from them; `auto` is what `pss-convert DATA --token-labels TEACHER` has made."""
     # The largest is more than any machine has.
     prefetch_gb: Always[Annotated[float, Ge(0), Le(1 << 14)] | None] = None
     """Training: memory per process for batches that are kept ready, in GB (10^9 bytes), so that short steps can draw on
@@ -240,7 +240,7 @@ class View:
 
     A view is of the images it comes with. A loader's images are yet to be flipped, so in its view nothing is; it lies
     on the host. The view that `DeviceTransform.with_view` returns is of the images returned with it, on their device.
-    What RandAugment rotates, shears or shifts after the flip is not part of a view.
+    What RandAugment rotates, shears or shifts after the flip is in `moves`.
     """
 
     crop: Tensor
@@ -250,10 +250,15 @@ class View:
     what the centre crop leaves of the resized image."""
     flipped: Tensor
     """bool (B,): whether the window is shown mirrored left to right."""
+    moves: Tensor | None = None
+    """float32 (B, L, 2, 3): what moved the window, mirrored or not, before it was shown, one move after the other; None
+    where nothing did. Point (x, y) of what a move made, in shares of its sides, shows (a x + b y + c, d x + e y + f) of
+    what it was given, its rows being (a, b, c) and (d, e, f); where that is outside of 0 ... 1, it shows nothing."""
 
     def chunk(self, parts: int) -> list[View]:
         """As `Tensor.chunk`, along the batch."""
-        return [View(*some) for some in zip(self.crop.chunk(parts), self.flipped.chunk(parts), strict=True)]
+        moves = [None] * parts if self.moves is None else self.moves.chunk(parts)
+        return [View(*some) for some in zip(self.crop.chunk(parts), self.flipped.chunk(parts), moves, strict=True)]
 
 
 @dataclass(frozen=True)

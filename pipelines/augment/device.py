@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipelines import crng
 from pipelines.augment import RandAugment, RandAugmentSpec, RandomErasing, ThreeAugment
+from pipelines.augment.operations import moves
 from pipelines.augment.plan import make_plan
 from pipelines.augment.transfer import host_index, kernels_serve, to_device
 from pipelines.base import Batch, DataConfig, View
@@ -44,16 +45,26 @@ class DeviceTransform:
     def with_view(self, batch: Batch, epoch: int) -> tuple[Tensor, View]:
         """What a call returns, and the view of it, on its device; `ValueError` for a batch without a view.
 
-        The window and the flip are known. What RandAugment then rotates, shears or shifts is not in the view.
+        The window and the flip are known, and what RandAugment then rotates, shears or shifts.
         """
         if batch.view is None:
             raise ValueError("batch.view is None; take the batch from a loader, or give it the View of its images")
         flips, device = self._flips(batch, epoch), batch.images.device
         flipped = batch.view.flipped.numpy()  # (B,), what the loader has mirrored
+        moved = self._moves(batch, epoch)
         view = View(
-            to_device(batch.view.crop.numpy(), device), to_device(flipped if flips is None else flipped ^ flips, device)
+            to_device(batch.view.crop.numpy(), device),
+            to_device(flipped if flips is None else flipped ^ flips, device),
+            None if moved is None else to_device(moved, device),
         )
         return self._prepare(batch, epoch, flips), view
+
+    def _moves(self, batch: Batch, epoch: int) -> NDArray[np.float32] | None:
+        """Of a view, (B, L, 2, 3); None where nothing ever moves."""
+        if not isinstance(self._augment, RandAugment):
+            return None
+        side = batch.images.shape[-1]
+        return moves(*self._augment.draw(host_index(batch.draw_keys), epoch, side), side)
 
     def _flips(self, batch: Batch, epoch: int) -> NDArray[np.bool_] | None:
         """Which images to flip, (B,), on the host; None where none ever is."""

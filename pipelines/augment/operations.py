@@ -120,3 +120,24 @@ def _apply_group(
     shift = np.where(sheared, arguments[:, None] * lines, arguments[:, None])  # (G, S)
     along = geometric.shift_rows if group == _ROWS else geometric.shift_columns
     return along(images, shift, fill, interpolation)
+
+
+def moves(operations: NDArray[np.int64], arguments: Arguments, side: int) -> NDArray[np.float32]:
+    """Where the pixels of images of `side` pixels that went through `apply` come from, layer by layer: float32
+    (B, L, 2, 3), as `View.moves` has it. What moves no pixel has the identity."""
+    shape = operations.shape
+    a, b, c, d, e, f = (np.full(shape, value) for value in (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
+    for op, entry, scale in (
+        (Op.SHEAR_X, b, 1),
+        (Op.TRANSLATE_X, c, side),
+        (Op.SHEAR_Y, d, 1),
+        (Op.TRANSLATE_Y, f, side),
+    ):
+        np.copyto(entry, arguments / scale, where=operations == op)
+    turned, angle = operations == Op.ROTATE, np.radians(arguments)
+    cosine, sine = np.cos(angle), np.sin(angle)
+    for entry, value in ((a, cosine), (b, -sine), (c, (1 - cosine + sine) / 2)):  # about the centre
+        np.copyto(entry, value, where=turned)
+    for entry, value in ((d, sine), (e, cosine), (f, (1 - cosine - sine) / 2)):
+        np.copyto(entry, value, where=turned)
+    return np.stack((a, b, c, d, e, f), axis=-1).reshape(*shape, 2, 3).swapaxes(0, 1).astype(np.float32)

@@ -19,7 +19,7 @@ from pipelines.conversion.shards import BLOCK, member_header, members_behind
 from pipelines.sources.sample import MAX_ENCODED
 from pipelines.storage.beton import RAW, STORED, damaged_frame, stored_path
 from pipelines.storage.images import open_image
-from pipelines.storage.manifest import SAMPLE, FileEntry, Manifest, Split, load_rows, read_manifest
+from pipelines.storage.manifest import SAMPLE, FileEntry, Manifest, MapsEntry, Split, load_rows, read_manifest
 from pipelines.storage.unreadable import UNREADABLE
 
 LISTED = 10  # damaged files or samples named in a message
@@ -33,13 +33,14 @@ _LARGEST_PAYLOAD = 1 << 30  # bytes: pixels of the largest image that --max-size
 def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False, patience: float = PATIENCE) -> Manifest:
     """Compare a converted data set with its manifest; `DataError` names the files and samples that differ.
 
-    Quickly: all sizes, everything but the images themselves, and 64 random samples of each split and format. With
-    `full`, every sample and the checksum of every file.
+    Quickly: all sizes, everything but the images themselves and label maps, and 64 random samples of each split and
+    format. With `full`, every sample and the checksum of every file.
     """
     check_patience(patience)
     manifest, _ = read_manifest(root)
     names = sorted(manifest.files)
-    checked = [name for name in names if full or not name.endswith(_LARGE)]
+    large = {maps.file for maps in manifest.label_maps.values()}
+    checked = [name for name in names if full or not (name.endswith(_LARGE) or name in large)]
     progress.start("verifying files", len(checked))
     paths = [root / name for name in checked]
     entries = map_tasks(_entry, paths, jobs, lambda _: progress.advance(1), patience=patience)
@@ -57,6 +58,9 @@ def verify(root: Path, jobs: int, progress: Progress, *, full: bool = False, pat
     problems = check_samples(
         root, tables_good, jobs, progress, max_size, sampled=sampled, decimal=decimal, patience=patience
     )
+    for split, maps in manifest.label_maps.items():
+        if maps.file not in bad:
+            problems.extend(_damaged_maps(root, maps, manifest.splits[split].num_samples, sampled))
     if bad or problems:
         named = {problem.split(",")[0] for problem in problems}
         which = listed([*problems, *(name for name in bad if name not in named)])
@@ -89,11 +93,7 @@ def check_samples(
     tasks: list[_Task] = []
     problems: list[str] = []
     for split in splits.values():
-        index = np.arange(split.num_samples)
-        if sampled is not None and sampled < len(index):
-            seed = int.from_bytes(os.urandom(8), "little")
-            index = np.sort(np.random.default_rng(seed).choice(index, sampled, replace=False))
-        chunks = [index[i : i + _CHUNK] for i in range(0, len(index), _CHUNK)]
+        chunks = _some(split.num_samples, sampled)
         if split.shards:
             tasks.extend(_Task(root, split, chunk, False, decimal) for chunk in chunks)
         if split.beton is not None:
@@ -107,6 +107,33 @@ def check_samples(
     for _, found in results:
         problems.extend(found)
     return problems
+
+
+def _damaged_maps(root: Path, maps: MapsEntry, num_samples: int, sampled: int | None) -> list[str]:
+    """What is wrong with label maps, by sample; all are looked at where `sampled` is None."""
+    try:
+        rows = np.load(root / maps.file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        return [f"{maps.file}, no whole .npy file ({in_words(error)})"]
+    if rows.shape != (num_samples, 2, maps.top_k, *maps.grid) or rows.dtype != np.dtype("<i2"):
+        return [f"{maps.file}, no label maps as dataset.json has them"]
+    damaged = []
+    for index in _some(num_samples, sampled):
+        logits = rows[index, 0].view("<f2").astype(np.float32)  # (some, top_k, h, w)
+        sound = np.isfinite(logits) & (rows[index, 1].view("<u2") < maps.num_classes)
+        sound[:, 1:] &= logits[:, 1:] <= logits[:, :-1]  # the largest is first
+        damaged += [f"{maps.file}, sample {i}" for i in index[~sound.all(axis=(1, 2, 3))].tolist()]
+        beat()
+    return damaged
+
+
+def _some(num_samples: int, sampled: int | None) -> list[NDArray[np.int64]]:
+    """Samples in chunks: so many random ones, or all."""
+    index = np.arange(num_samples)
+    if sampled is not None and sampled < len(index):
+        seed = int.from_bytes(os.urandom(8), "little")
+        index = np.sort(np.random.default_rng(seed).choice(index, sampled, replace=False))
+    return [index[i : i + _CHUNK] for i in range(0, len(index), _CHUNK)]
 
 
 @dataclass(frozen=True)

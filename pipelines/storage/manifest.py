@@ -7,6 +7,7 @@ DEST/<split>-00000.idx     DALI's index of that tar, for its own reader
 DEST/train.beton           the FFCV file
 DEST/train.beton.npy       place and crc32 of each of its images
 DEST/_info.json, README.md, classes.txt   for other programs
+DEST/train.maps.<8 digits>.npy   label maps (`pss-convert DEST --token-labels`), entered into the manifest later
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from annotated_types import Ge, Le, Len
@@ -79,6 +80,27 @@ class Split:
 
 
 @dataclass(frozen=True)
+class MapsEntry:
+    """The label maps of a split, as the manifest describes them."""
+
+    file: str
+    """int16 (samples, 2, top_k, *grid): bits of logits in float16, largest first, and of their classes in uint16."""
+    teacher: str
+    """As its name was given."""
+    teacher_sha256: str
+    """Of its weights."""
+    side: int
+    """Of the square images that it was shown, in pixels."""
+    covers: Literal["whole", "square"]
+    """What of a stored image: all, both sides scaled; or the central square, as in the authors' code."""
+    grid: tuple[int, int]
+    top_k: int
+    num_classes: int
+    top1: float
+    """Share of the split's images that it classifies as they are labelled, seen so."""
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """One file of the data set."""
 
@@ -103,11 +125,15 @@ class Manifest:
     """Images that decode, but look damaged to the JPEG library: file and warning."""
     account: Mapping[str, Any] = field(default_factory=dict)
     """What became of every file of the source; empty in sets of earlier versions."""
+    label_maps: Mapping[str, MapsEntry] = field(default_factory=dict)
+    """By split; programs that know of none read the rest as ever."""
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
         content = {"format": FORMAT, "format_version": self.format_version, **asdict(self)}
-        return json.dumps({**content, "sha256": _digest(content)}, indent=1, ensure_ascii=False) + "\n"
+        if not self.label_maps:
+            del content["label_maps"]
+        return _text(content)
 
 
 def hash_file(path: Path) -> FileEntry:
@@ -127,29 +153,20 @@ def load_rows(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     return rows
 
 
+def _text(content: Mapping[str, Any]) -> str:
+    """A manifest as it is written."""
+    return json.dumps({**content, "sha256": _digest(content)}, indent=1, ensure_ascii=False) + "\n"
+
+
 def _digest(content: Mapping[str, Any]) -> str:
     """Of a manifest's content, however it is spaced and ordered."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(root: Path) -> tuple[Manifest, str]:
-    """The manifest of a converted data set and the sha256 of its text; `DataError` if it is not one."""
-    path = root / MANIFEST
-    if not path.exists():
-        raise DataError(f"{root} holds no {MANIFEST}; convert it with pss-convert first")
-    content = read_json(path, dict[str, Any], remedy="convert the data set again")
-    if content.get("format") != FORMAT:
-        raise DataError(f"{path} was not written by pss-convert; point at a converted data set")
-    version = content.get("format_version")
-    if not isinstance(version, int) or version not in _READ_VERSIONS:
-        raise DataError(
-            f"{path} has format version {str(version)[:20]}, this program reads "
-            f"{' and '.join(map(str, _READ_VERSIONS))}; convert the data set again, or use a newer pss"
-        )
-    if content.pop("sha256", None) != _digest(content):
-        raise DataError(f"{path} is not as it was written; copy it again or convert anew")
-    checked(content, _Content, f"{path}", remedy="copy it again or convert anew")
-    _check_agreement(content, path)
+    """The manifest of a converted data set and the sha256 of its text, which is that from before there were label maps:
+    the images are the same. `DataError` if it is not one."""
+    content, path = _read(root), root / MANIFEST
     manifest = Manifest(
         classes=tuple(content["classes"]),
         splits={
@@ -168,9 +185,76 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         transcoded=tuple(content["transcoded"]),
         warned=tuple(content["warned"]),
         account=content.get("account", {}),
-        format_version=version,
+        label_maps={
+            name: MapsEntry(**{**{key: maps[key] for key in _MapsPart.__annotations__}, "grid": tuple(maps["grid"])})
+            for name, maps in content.get("label_maps", {}).items()
+        },
+        format_version=content["format_version"],
     )
-    return manifest, hash_file(path).sha256
+    if not manifest.label_maps:
+        return manifest, hash_file(path).sha256
+    return manifest, hashlib.sha256(_text(_without_maps(content)).encode()).hexdigest()
+
+
+def find_maps(root: Path, split: str, named: str | Path) -> Path:
+    """The file of label maps that is meant for a split of the data set at `root`: the one named, or, for `auto`, what
+    its manifest names. Raises `DataError` where that names none, or the file has another size than it says."""
+    if str(named) != "auto":
+        return Path(named)
+    split = canonical_split(split)
+    remedy = f"make them with pss-convert {root} --token-labels TEACHER"
+    if not (root / MANIFEST).exists():
+        raise DataError(f"{root} is no converted data set, and has no label maps of its own; convert it, and {remedy}")
+    manifest, _ = read_manifest(root)
+    if split not in manifest.label_maps:
+        split_option = "" if split == "train" else f" --split {split}"
+        raise DataError(f"{root} has no label maps of its {split} split; {remedy}{split_option}")
+    path = root / manifest.label_maps[split].file
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({in_words(error)}); copy it again") from error
+    if found != (expected := manifest.files[path.name].bytes):
+        raise DataError(f"{path} has {found} bytes instead of {expected}; copy it again")
+    return path
+
+
+def with_label_maps(root: Path, split: str, maps: MapsEntry, file: FileEntry) -> str:
+    """The text of a data set's manifest once the split has these label maps, in the place of any it has had."""
+    content = _read(root)
+    others = {name: entry for name, entry in content.get("label_maps", {}).items() if name != split}
+    gone = content.get("label_maps", {}).get(split, {}).get("file")
+    files = {name: entry for name, entry in content["files"].items() if name != gone}
+    content["files"] = dict(sorted({**files, maps.file: asdict(file)}.items()))
+    content["label_maps"] = dict(sorted({**others, split: asdict(maps)}.items()))
+    return _text(content)
+
+
+def _without_maps(content: Mapping[str, Any]) -> dict[str, Any]:
+    named = {entry["file"] for entry in content["label_maps"].values()}
+    rest = {name: value for name, value in content.items() if name != "label_maps"}
+    return rest | {"files": {name: entry for name, entry in content["files"].items() if name not in named}}
+
+
+def _read(root: Path) -> dict[str, Any]:
+    """What a manifest holds, all but its own checksum, which is right."""
+    path = root / MANIFEST
+    if not path.exists():
+        raise DataError(f"{root} holds no {MANIFEST}; convert it with pss-convert first")
+    content: dict[str, Any] = read_json(path, dict[str, Any], remedy="convert the data set again")
+    if content.get("format") != FORMAT:
+        raise DataError(f"{path} was not written by pss-convert; point at a converted data set")
+    version = content.get("format_version")
+    if not isinstance(version, int) or version not in _READ_VERSIONS:
+        raise DataError(
+            f"{path} has format version {str(version)[:20]}, this program reads "
+            f"{' and '.join(map(str, _READ_VERSIONS))}; convert the data set again, or use a newer pss"
+        )
+    if content.pop("sha256", None) != _digest(content):
+        raise DataError(f"{path} is not as it was written; copy it again or convert anew")
+    checked(content, _Content, f"{path}", remedy="copy it again or convert anew")
+    _check_agreement(content, path)
+    return content
 
 
 class _Part(TypedDict):
@@ -179,6 +263,18 @@ class _Part(TypedDict):
     table: _Name
     shards: list[_Name]
     beton: _Name | None
+
+
+class _MapsPart(TypedDict):
+    file: _Name
+    teacher: str
+    teacher_sha256: str
+    side: Annotated[int, Ge(1), Le(1 << 14)]
+    covers: Literal["whole", "square"]
+    grid: Annotated[list[Annotated[int, Ge(1), Le(1 << 10)]], Len(2, 2)]
+    top_k: Annotated[int, Ge(1), Le(1 << 16)]
+    num_classes: Annotated[int, Ge(1), Le(1 << 16)]
+    top1: Annotated[float, Ge(0), Le(1)]
 
 
 class _File(TypedDict):
@@ -202,6 +298,7 @@ class _Content(TypedDict):
     skipped: list[dict[str, str]]
     transcoded: list[str]
     warned: list[dict[str, str]]
+    label_maps: NotRequired[dict[Literal["train", "val"], _MapsPart]]
 
 
 def _check_agreement(content: Mapping[str, Any], path: Path) -> None:
@@ -214,3 +311,10 @@ def _check_agreement(content: Mapping[str, Any], path: Path) -> None:
             raise DataError(f"{path} says nothing of {missing[0]!r}, a file of its {name} split; copy it again")
         if len(split["per_class"]) != len(content["classes"]) or sum(split["per_class"]) != split["num_samples"]:
             raise DataError(f"{path} counts other samples in the {name} split than in its classes; copy it again")
+    for name, maps in content.get("label_maps", {}).items():
+        if name not in content["splits"] or maps["file"] not in content["files"]:
+            raise DataError(
+                f"{path} says nothing of {maps['file']!r}, the label maps of its {name} split; copy it again"
+            )
+        if maps["num_classes"] != len(content["classes"]) or maps["top_k"] > maps["num_classes"]:
+            raise DataError(f"{path} has label maps of other classes than its own; copy it again")

@@ -23,6 +23,7 @@ from pipelines.base import DataConfig
 from pss.inference.opening import Run
 from pss.methods import Method, Point
 from pss.models import settings
+from pss.models.settings import TrainedOn
 from pss.models.vit import VisionTransformer
 from pss.runtime import files
 from pss.version import __version__
@@ -94,7 +95,7 @@ def describe(
     """The metadata of a file: what its user must know to prepare images and to read its answers."""
     model = method.model
     tokens = {level: method.tokens(level) for level in (LEVELS if dynamic else (point,))}
-    built = {key: value for key, value in settings.describe(model).items() if key not in ("classes", "mean", "std")}
+    built = {key: value for key, value in settings.describe(model).items() if key not in vars(TrainedOn())}
     return {
         "pss_version": __version__,
         "model": {"name": method.config.model.name} | built,

@@ -122,7 +122,7 @@ def save(folder: Path, published: Published, card: str) -> None:
     model_args |= {"img_size": data.img_size}
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with_timm = _timm_computes_the_same(model, name, model_args)
-    trained_on = TrainedOn(None if classes is None else tuple(classes), data.mean, data.std)
+    trained_on = TrainedOn(None if classes is None else tuple(classes), data.mean, data.std, data.crop_pct)
     told = about.describe(model) | trained_on.to_dict()
     # A tensor that timm has no place for, so that it does not take weights that mean something else to it.
     weights[about.KEY] = about.encode(told)
@@ -272,17 +272,19 @@ def _read(folder: Path) -> Published:
         blank = create_model(name, num_classes=num_classes, img_size=data.img_size, **settings)
     if blank.num_patches > _MOST_PATCHES:
         raise ValueError(f"{_CONFIG} has images of {blank.num_patches} patches; pss takes up to {_MOST_PATCHES}")
-    _check_fits({key: tuple(value.shape) for key, value in blank.named_parameters()}, weights.tensors)
+    _check_fits(
+        {key: tuple(value.shape) for key, value in blank.state_dict().items() if key != about.KEY}, weights.tensors
+    )
     model = create_model(name, num_classes=num_classes, img_size=data.img_size, **settings)
     for key, value in weights.tensors.items():
         check_values(key, value, _WEIGHTS)
     told = TrainedOn.of(weights.settings or {})
     if classes is None and told.classes is not None:
         raise ValueError(f"{_CONFIG} has no label_names, and {_WEIGHTS} was made with some; restore it")
-    model.trained_on = TrainedOn(None if classes is None else tuple(classes), data.mean, data.std)
-    for key in ("mean", "std"):
+    model.trained_on = TrainedOn(None if classes is None else tuple(classes), data.mean, data.std, data.crop_pct)
+    for key in ("mean", "std", "crop_pct"):
         theirs = getattr(told, key)
-        if theirs is not None and tuple(theirs) != tuple(getattr(data, key)):
+        if theirs is not None and theirs != getattr(data, key):
             raise ValueError(
                 f"{_CONFIG} has {key} {getattr(data, key)} and {_WEIGHTS} was made with {theirs}; restore it"
             )

@@ -14,6 +14,7 @@ from pss import methods
 from pss.config import Config, ModelConfig, check_same_run
 from pss.inference import hub
 from pss.methods import Method
+from pss.models import lvvit
 from pss.models.create import check_name, create_model
 from pss.models.files import found_at, read, settings_told
 from pss.models.sampling import Sort
@@ -172,7 +173,8 @@ def load_run(
             f"({str(error).strip().splitlines()[-1].strip()}); it was edited: name another checkpoint"
         ) from error
     method = method.deployed()
-    method.model.trained_on = TrainedOn(tuple(state["classes"]), config.data.mean, config.data.std)
+    data = config.data
+    method.model.trained_on = TrainedOn(tuple(state["classes"]), data.mean, data.std, data.crop_pct)
     notes = (f"the best is step {state['step']}, its {'moving average' if ema else 'weights'}",) if best else ()
     found_at = folder.name, config, state["classes"], state["step"], method.to(device).eval(), folder
     return Run(*found_at, averaged=ema, settings=dict(method.model.block_sizes), notes=notes)
@@ -192,11 +194,13 @@ def _plain_model(
     """
     name, _, file = source.removeprefix("timm:").partition("=")
     check_name(name)
+    if name in lvvit.CROP_SHARES and not file:
+        raise ValueError(f"timm has no weights for {name}; name a file of its authors, {name}=FILE")
     try:
         known = timm.get_pretrained_cfg(name, allow_unregistered=True)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"timm knows no model {name} ({error}); name one without what follows the dot") from None
-    data = DataConfig()
+    data = DataConfig(crop_pct=lvvit.CROP_SHARES.get(name, DataConfig().crop_pct))
     if known is not None:
         data = DataConfig(
             img_size=known.input_size[-1],
@@ -215,7 +219,7 @@ def _plain_model(
     num_classes, size = settings.pop("num_classes"), settings.pop("img_size", data.img_size)
     if not num_classes:
         raise ValueError(f"{file} has no classifier; {_REMEDIES.other_head}")
-    if settings["pos_embed"] == "none" and "rel_pos" not in settings:
+    if settings.get("pos_embed") == "none" and "rel_pos" not in settings:
         raise ValueError(
             f"{file} does not tell how its model knows where patches lie (it has neither a position embedding nor "
             "bias tables); name the run of pss-train that it is from"
@@ -230,6 +234,7 @@ def _plain_model(
     data = replace(data, img_size=size)
     if "mean" in carried and "std" in carried:
         data = replace(data, mean=tuple(carried["mean"]), std=tuple(carried["std"]))
+    data = replace(data, crop_pct=carried.get("crop_pct", data.crop_pct))
     model = create_model(name, num_classes=num_classes, img_size=size, sort=sort, **settings)
     if "img_size" not in carried:
         weights = replace(weights, settings=carried | {"img_size": [size, size]})

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pss.methods.contract import Method
+from pss.methods.patches import PatchMethod
 from pss.methods.vocabulary import DenseTargets, Progress
 
 
-class Dense(Method):
+class Dense(PatchMethod):
     """Trains on all patches; `predict` samples like any other method's."""
 
     name = "dense"
@@ -16,5 +16,6 @@ class Dense(Method):
     def forward(
         self, images: Tensor, targets: Tensor, at: Progress, dense: DenseTargets | None = None
     ) -> dict[str, Tensor]:
-        logits = self.model(images, low_resolution=True)
-        return {"loss": self.classification_loss(logits, targets), "logits": logits}
+        entered = self.enter(images, at)
+        tokens = self.model.compute(self.model.trunk, entered.tokens, entered.places)
+        return self.losses(tokens, entered, targets, dense)

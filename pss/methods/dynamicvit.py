@@ -19,13 +19,17 @@ from torch import Tensor, nn
 
 from pipelines.settings import Always, Natural, NotNegative, ReadIf, Share, Text
 from pss.methods.contract import Method
+from pss.methods.parts.dense_loss import leave_patches_out
 from pss.methods.parts.policy import (
     KEEP,
     PolicyAttention,
     Predictor,
+    check_hides,
     decide,
     gumbel,
     kl_loss,
+    patch_loss,
+    quarters,
     ratio_loss,
     token_loss,
     with_likeliest,
@@ -37,7 +41,6 @@ from pss.models.sampling import gather, highest, step_generator
 from pss.models.vit import VisionTransformer
 from pss.sections import MethodSection, RunSettings
 
-_NUM_STAGES = 3
 _FROZEN_EPOCHS = 5
 _BACKBONE_LR = 0.01
 _ROUNDING = 1e-6  # must not cost a patch: 196 * 0.5 ** 2 may come out below 49
@@ -62,7 +65,8 @@ class DynamicViTSettings(MethodSection, section="dynamicvit"):
     kl_weight: Annotated[NotNegative, _Taught] = 0.5
     """Of the divergence of the predictions from the teacher's."""
     distill_weight: Annotated[NotNegative, _Taught] = 0.5
-    """Of the squared distance of the kept patches' last features from the teacher's."""
+    """Of the squared distance of the kept patches' last features from the teacher's; where both classify patches, of
+    the divergence of what they say of the kept ones."""
     backbone_lr: Always[Annotated[float, Ge(0), Le(1)] | None] = None
     """Factor on the learning rate of all but the predictors; None is 0.01, or 1 where model.weights is none, as a
     backbone with random weights has everything to learn."""
@@ -123,7 +127,7 @@ class DynamicViT(Method):
         self.own = own = config.section_of(DynamicViTSettings)
         self.places = own.places if own.places is not None else quarters(len(model.blocks))
         self._check_places()
-        self._check_readout()
+        check_hides(model, self.name)
         self.rho, self.exponents = _base_of(own, len(self.places))
         self.averages = model.head_dist is None and model.global_pool == "avg"
         for block in model.blocks:
@@ -137,6 +141,10 @@ class DynamicViT(Method):
                     token.requires_grad_(False)  # published: in no group of the optimizer
         if own.teacher is not None:
             self.teachers["teacher"] = Teacher(own.teacher, config, model.num_classes)
+        if model.patch_share is not None and not (
+            self.teachers and own.distill_weight and self.teachers["teacher"].blank.patch_share
+        ):
+            leave_patches_out(model)
 
     def _check_places(self) -> None:
         depth, rates = len(self.model.blocks), self.own.rates
@@ -151,18 +159,6 @@ class DynamicViT(Method):
                 f"{len(self.places)} places; name as many, or set dynamicvit.places too"
             )
 
-    def _check_readout(self) -> None:
-        kind, pooling = type(self.model), self.model.global_pool
-        if kind.readout is not VisionTransformer.readout or kind.pooled is not VisionTransformer.pooled:
-            raise ValueError(
-                f"method {self.name} cannot hide patches from the readout of {kind.__name__}; use a model.name whose "
-                "classifier reads the class token, or the mean of the patches"
-            )
-        if pooling not in ("token", "avg"):
-            raise ValueError(
-                f"method {self.name} cannot hide patches from model.global_pool={pooling}; use token or avg"
-            )
-
     # A training step.
 
     def forward(
@@ -174,7 +170,7 @@ class DynamicViT(Method):
         shape = tokens.shape[0], len(self.places), tokens.shape[1] - prefix, 2
         noise = gumbel(shape, generator, images.device)
         tokens, kept = model.compute(self._masked_at, tokens, noise, places)
-        logits = self.masked_readout(tokens, kept[:, -1])
+        logits, patches = self.masked_answers(tokens, kept[:, -1])
         out = {"classification": self.classification_loss(logits, targets), "ratio": ratio_loss(kept, self.targets)}
         loss = out["classification"] + own.ratio_weight * out["ratio"]
         if own.teacher is not None:
@@ -183,7 +179,7 @@ class DynamicViT(Method):
                 out["kl"] = kl_loss(logits, answer.logits)
                 loss = loss + own.kl_weight * out["kl"]
             if own.distill_weight:
-                out["distill"] = token_loss(tokens[:, prefix:], self._patches_of(answer, tokens), kept[:, -1])
+                out["distill"] = self._distill(answer, tokens, patches, kept[:, -1])
                 loss = loss + own.distill_weight * out["distill"]
         shares = kept.detach().mean((0, 2))  # held against `targets`: a gap means that inference sees other patches
         out |= {f"kept_{number}": share for number, share in enumerate(shares.unbind(), 1)}
@@ -220,28 +216,30 @@ class DynamicViT(Method):
     def _masked_at(self, tokens: Tensor, noise: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.masked(tokens, noise, self.model.positions(places))
 
-    def masked_readout(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """What the model's readout would return if of the tokens (B, T, D) only the kept patches, 1 in (B, N), were
-        there."""
+    def masked_answers(self, tokens: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `VisionTransformer.answers` would return if of the tokens (B, T, D) only the kept patches, 1 in (B, N),
+        were there; logits of patches are those of all."""
         if not self.averages:
-            return self.model.readout(tokens)
+            return self.model.answers(tokens)
         prefix = self.model.num_prefix_tokens
         seen = torch.cat((kept.new_ones(kept.shape[0], prefix), kept), dim=1)
         averaged = seen[:, 0 if self.model.pool_include_prefix else prefix :]
         scale = averaged.shape[1] / averaged.sum(1, keepdim=True).clamp(min=1)  # the model divides by all there are
-        return self.model.readout(tokens * (seen * scale).unsqueeze(-1))
+        return self.model.answers(tokens * (seen * scale).unsqueeze(-1))
 
-    def _patches_of(self, answer: Answer, tokens: Tensor) -> Tensor:
-        teacher = self.teachers["teacher"].model
-        assert teacher is not None
-        patches, own = answer.tokens[:, teacher.num_prefix_tokens :], tokens[:, self.model.num_prefix_tokens :]
-        if patches.shape != own.shape:
+    def _distill(self, answer: Answer, tokens: Tensor, patches: Tensor | None, kept: Tensor) -> Tensor:
+        theirs = answer.tokens[:, self.teachers["teacher"].blank.num_prefix_tokens :]
+        own = tokens[:, self.model.num_prefix_tokens :]
+        classified = patches is not None and answer.patches is not None
+        if theirs.shape[1] != own.shape[1] or (not classified and theirs.shape != own.shape):
             raise ValueError(
-                f"dynamicvit.teacher {self.own.teacher} has {patches.shape[1]} patches of {patches.shape[2]} features, "
+                f"dynamicvit.teacher {self.own.teacher} has {theirs.shape[1]} patches of {theirs.shape[2]} features, "
                 f"and the model {own.shape[1]} of {own.shape[2]}; name a teacher with as many, or set "
                 "dynamicvit.distill_weight=0"
             )
-        return patches
+        if patches is None or answer.patches is None:
+            return token_loss(own, theirs, kept)
+        return patch_loss(patches, answer.patches, kept)
 
     # What is optimized.
 
@@ -375,12 +373,6 @@ class DynamicViT(Method):
     @property
     def _depth(self) -> int:
         return len(self.model.blocks)
-
-
-def quarters(depth: int) -> tuple[int, ...]:
-    """Where a model of that many blocks drops patches unless told otherwise: 3, 6 and 9 of 12, 1, 2 and 3 of 4."""
-    places = {stage * depth // (_NUM_STAGES + 1) for stage in range(1, _NUM_STAGES + 1)}
-    return tuple(sorted(places - {0})) or (0,)
 
 
 def _base_of(own: DynamicViTSettings, num_stages: int) -> tuple[float, tuple[float, ...]]:

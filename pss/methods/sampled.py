@@ -6,19 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
-from pss.methods.contract import Method
+from pss.methods.patches import PatchMethod
 from pss.methods.vocabulary import DenseTargets, Progress, Stage
-from pss.models.sampling import step_generator
 from pss.models.vit import VisionTransformer
 from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled
 from pss.sections import RunSettings, ScheduleConfig
 
 
-class Sampled(Method):
+class Sampled(PatchMethod):
     """Each step sees the share of patches that the schedule gives it."""
 
     name = "sampled"
-    sections = (ScheduleConfig,)
+    sections = (ScheduleConfig, *PatchMethod.sections)
 
     def __init__(self, model: VisionTransformer, config: RunSettings, steps_per_epoch: int) -> None:
         super().__init__(model, config, steps_per_epoch)
@@ -33,9 +32,9 @@ class Sampled(Method):
     def forward(
         self, images: Tensor, targets: Tensor, at: Progress, dense: DenseTargets | None = None
     ) -> dict[str, Tensor]:
-        generator = step_generator(at.seed, at.step, at.rank, images.device)
-        logits = self.model(images, rho=self.schedule(at.step), generator=generator, low_resolution=True)
-        return {"loss": self.classification_loss(logits, targets), "logits": logits}
+        entered = self.enter(images, at, self.schedule(at.step))
+        tokens = self.model.compute(self.model.trunk, entered.tokens, entered.places)
+        return self.losses(tokens, entered, targets, dense)
 
 
 def build_schedule(config: RunSettings, settings: ScheduleConfig, steps_per_epoch: int) -> Schedule:

@@ -31,8 +31,9 @@ _REMEDIES = Remedies(
 class Answer:
     """What a teacher says of a batch."""
 
-    logits: Tensor  # (B, classes)
+    logits: Tensor  # (B, classes); of the class token alone where patches are classified, too
     tokens: Tensor  # (B, N, D), after the last norm, prefix first
+    patches: Tensor | None = None  # (B, N - prefix, classes), where it has a classifier for them
 
 
 class Teacher:
@@ -70,10 +71,15 @@ class Teacher:
         return self
 
     @cached_property
+    def blank(self) -> VisionTransformer:
+        """Its shapes, and nothing else."""
+        with torch.device("meta"):
+            return create_model(**self._settings)
+
+    @cached_property
     def macs(self) -> int:
         """Multiply-accumulates of its forward pass, for one image."""
-        with torch.device("meta"):
-            return macs(create_model(**self._settings))
+        return macs(self.blank)
 
     def load(self, device: torch.device) -> None:
         """Read its weights.
@@ -94,7 +100,8 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Answer:
-        """Logits and final tokens of the images (B, 3, S, S) that the student sees, of lower resolution too."""
+        """What it says of the images (B, 3, S, S) that the student sees, of lower resolution too."""
         assert self.model is not None, "a teacher is loaded before training begins"
         tokens = self.model.trunk(*self.model.see(images, 1.0, low_resolution=True))
-        return Answer(self.model.readout(tokens), tokens)
+        logits, patches = self.model.answers(tokens)
+        return Answer(logits, tokens, patches)

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.settings import Always, Natural, Positive, Remedy, Share
-from pss.methods.contract import Method
+from pss.methods.patches import PatchMethod
 from pss.methods.sampled import build_schedule, course
 from pss.methods.vocabulary import Cost, DenseTargets, Progress, Stage
 from pss.models.flops import macs, macs_of_tokens
-from pss.models.sampling import num_kept_tokens, step_generator
+from pss.models.sampling import num_kept_tokens
 from pss.models.vit import VisionTransformer
 from pss.sections import MethodSection, OptionalSchedule, RunSettings
 
@@ -70,12 +70,12 @@ class ToESettings(MethodSection, section="toe"):
             )
 
 
-class ToE(Method):
+class ToE(PatchMethod):
     """Fewer tokens after the first block, in the first two stages of training. Under a patch sampling schedule, those
     that the schedule keeps are what is selected from."""
 
     name = "toe"
-    sections = (ToESettings, OptionalSchedule)
+    sections = (ToESettings, OptionalSchedule, *PatchMethod.sections)
 
     def __init__(self, model: VisionTransformer, config: RunSettings, steps_per_epoch: int) -> None:
         super().__init__(model, config, steps_per_epoch)
@@ -98,21 +98,27 @@ class ToE(Method):
     def forward(
         self, images: Tensor, targets: Tensor, at: Progress, dense: DenseTargets | None = None
     ) -> dict[str, Tensor]:
-        model = self.model
-        generator = step_generator(at.seed, at.step, at.rank, images.device)
-        tokens, kept = model.see(images, self.schedule(at.step), generator=generator, low_resolution=True)
-        logits = model.readout(model.compute(self._trunk, tokens, self.stage_number(at), kept))
-        return {"loss": self.classification_loss(logits, targets), "logits": logits}
+        entered = self.enter(images, at, self.schedule(at.step))
+        tokens = self.model.compute(self._trunk, entered.tokens, self.stage_number(at), entered.places)
+        return self.losses(tokens, entered, targets, dense)
 
     def _trunk(self, tokens: Tensor, number: int, kept: Tensor | None) -> Tensor:
-        """`VisionTransformer.trunk`, with what stage `number` does on the way."""
-        model = self.model
-        tokens = model.run_blocks(tokens, model.positions(kept), stop=self.own.after)
-        tokens, kept = self.expand(tokens, kept, number)
-        normed: Tensor = model.norm(model.run_blocks(tokens, model.positions(kept), start=self.own.after))
-        return normed
+        """`VisionTransformer.trunk`, with what stage `number` does on the way.
 
-    def expand(self, tokens: Tensor, kept: Tensor | None, number: int) -> tuple[Tensor, Tensor | None]:
+        Where patches are classified, those that were merged come back as zeros: all that their classifier says of them
+        is its bias.
+        """
+        model, entered = self.model, tokens.shape[1] - self.model.num_prefix_tokens
+        tokens = model.run_blocks(tokens, model.positions(kept), stop=self.own.after)
+        tokens, kept, chosen = self.expand(tokens, kept, number)
+        normed: Tensor = model.norm(model.run_blocks(tokens, model.positions(kept), start=self.own.after))
+        if chosen is None or not model.patch_share:
+            return normed
+        prefix, patches = normed[:, : model.num_prefix_tokens], normed[:, model.num_prefix_tokens :]
+        canvas = patches.new_zeros(patches.shape[0], entered, patches.shape[2])
+        return torch.cat((prefix, canvas.scatter(1, chosen.unsqueeze(2).expand_as(patches), patches)), dim=1)
+
+    def expand(self, tokens: Tensor, kept: Tensor | None, number: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Token Expansion between two blocks.
 
         Args:
@@ -121,20 +127,21 @@ class ToE(Method):
             number: Of the stage.
 
         Returns:
-            The prefix and the selected patches (B, S, D), the others averaged into them, and the places of the selected
-            ones (B, S - prefix); in a stage that selects all, what it was given.
+            The prefix and the selected patches (B, S, D), the others averaged into them; the places of the selected
+            ones (B, S - prefix); and which of the given patches they are (B, S - prefix). In a stage that selects all,
+            what it was given, and None.
         """
         prefix = self.model.num_prefix_tokens
         patches = tokens[:, prefix:]
         counts = self.counts(number, patches.shape[1])
         if counts[-1] == patches.shape[1]:
-            return tokens, kept
+            return tokens, kept, None
         seeds = uniform_seeds(patches.shape[1], counts[0], self.stride, tokens.device)
         chosen, nearest = select(patches, seeds, self.steps(counts), self.own.distance)
         merged = torch.cat((tokens[:, :prefix], merge(patches, chosen, nearest)), dim=1)
         if kept is None:
-            return merged, chosen
-        return merged, kept[chosen] if kept.ndim == 1 else kept.gather(1, chosen)
+            return merged, chosen, chosen
+        return merged, kept[chosen] if kept.ndim == 1 else kept.gather(1, chosen), chosen
 
     # Stages and what they cost.
 
@@ -200,6 +207,7 @@ class ToE(Method):
         before, behind = tokens[0], tokens[-1]
         whole = macs_of_tokens(model, [before] * len(tokens))
         backbone = macs(model, stage.rho, image_size) - whole + macs_of_tokens(model, tokens)
+        backbone += model.readout_macs(before) - model.readout_macs(behind)  # merged patches are classified, too
         if before == behind:
             return Cost(backbone)
         prefix = model.num_prefix_tokens

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import nn
 
 from pss.attention.attend import RelPos
+from pss.models import lvvit
 from pss.models.block import prune
 from pss.models.sampling import Sort, TokenCounts
 from pss.models.settings import describe
@@ -66,9 +67,10 @@ def create_model(
     """Build a Vision Transformer by name.
 
     Args:
-        name: A plain ViT of timm (`deit_small_patch16_224`, `vit_base_patch16_224`, distilled ones too); a preset,
-            `simmim_base_patch16`, the ViT-B that SimMIM fine-tunes; or a backbone of your own,
-            `package.module:function`, which is called with the other arguments and returns a `VisionTransformer`.
+        name: A plain ViT of timm (`deit_small_patch16_224`, `vit_base_patch16_224`, distilled ones too); LV-ViT,
+            `lvvit_t`, `lvvit_s`, `lvvit_m` or `lvvit_l`; a preset, `simmim_base_patch16`, the ViT-B that SimMIM
+            fine-tunes; or a backbone of your own, `package.module:function`, which is called with the other arguments
+            and returns a `VisionTransformer`.
         num_classes: Width of the classifier; 0 for none, so that features come out.
         img_size: Height and width of the images in pixels, or one number for both; multiples of the patch size.
             None is the size that the named model has of its own.
@@ -83,7 +85,8 @@ def create_model(
             outputs of block l divided by sqrt(2l), a classifier near zero.
         block_heads: How many heads each block has, where some were taken out; each is as wide as before.
         block_neurons: As many neurons its MLP has.
-        overrides: Passed on to `timm.create_model` (patch_size, embed_dim, depth, num_heads, drop_path_rate, ...).
+        overrides: Passed on to `timm.create_model` (patch_size, embed_dim, depth, num_heads, drop_path_rate, ...), or
+            what `pss.models.lvvit.Shape` has.
 
     Raises:
         ValueError: unknown name, a model that is not a plain ViT, or settings that do not go together.
@@ -92,6 +95,13 @@ def create_model(
         explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
         given = overrides | {key: value for key, value in explicit.items() if value is not None}
         return _create_own(name, num_classes, img_size, sort=sort, token_counts=token_counts, **given)
+    if name in lvvit.VARIANTS:
+        labelled = lvvit.build(
+            name, num_classes=num_classes, img_size=img_size, rel_pos=rel_pos, qkv_bias=qkv_bias, init=init, sort=sort,
+            token_counts=token_counts, **overrides,
+        )  # fmt: skip
+        labelled.name = name
+        return labelled
     own = preset(name)
     settings = {"rel_pos": "none", "qkv_bias": "full", "init": "timm", "name": name, **own, **overrides}
     explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
@@ -119,6 +129,11 @@ def create_model(
             )
         prune(model, [(torch.arange(few), torch.arange(many)) for few, many in zip(heads, neurons, strict=True)])
     return model
+
+
+def classifies_patches(name: str) -> bool | None:
+    """Whether the model of that name has a classifier of patches; None where only its code can tell."""
+    return None if is_plugin(name) else name in lvvit.VARIANTS
 
 
 def preset(name: str) -> Mapping[str, Any]:
@@ -194,8 +209,8 @@ def create_plain(name: str, **settings: Any) -> Any:
 
 
 def check_name(name: str) -> None:
-    """Raise `ValueError`, with the nearest one, for what is no name of a Vision Transformer of timm's, or a preset."""
-    known = [*_PRESETS, *list_models(module="vision_transformer"), *list_models(module="deit")]
+    """Raise `ValueError`, with the nearest one, for what is no name of a model that `create_model` knows."""
+    known = [*_PRESETS, *lvvit.VARIANTS, *list_models(module="vision_transformer"), *list_models(module="deit")]
     if name.split(".")[0] not in known:
         nearest = difflib.get_close_matches(name, known) or ["deit_small_patch16_224"]
         raise ValueError(f"no plain Vision Transformer is called {name[:80]!r}; did you mean {', '.join(nearest)}?")

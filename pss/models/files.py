@@ -30,6 +30,8 @@ from pss.plugins import is_plugin
 
 ANCHOR = "patch_embed.proj.weight"
 """Every ViT has it, so it tells what precedes the names."""
+_BEFORE_ANCHOR = "patch_embed.conv1.weight"
+"""Where there is one, it is LV-ViT's, which halves the sides of an image before the projection."""
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 PSS = "pss"
 """Where the settings lie beside the weights, in a dictionary or in safetensors' metadata."""
@@ -194,7 +196,7 @@ def settings_told(weights: Weights, remedies: Remedies) -> dict[str, Any]:
         "pos_embed": "learn" if "pos_embed" in found else "none",
         "init_values": 1.0 if any(re.search(r"\.(gamma_1|ls1\.gamma)$", name) for name in found) else None,
     }
-    *_, height, width = found[ANCHOR].shape
+    height, width = patch_size_of(found)
     possible = grids.candidates(found, None)
     if height == width:
         square = [grid for grid in possible if grid[0] == grid[1]]
@@ -212,6 +214,8 @@ def settings_told(weights: Weights, remedies: Remedies) -> dict[str, Any]:
             told[name] = carried[name]
     if carried.get("rel_pos") == "rope":
         told["rel_pos"] = "rope"
+    if _BEFORE_ANCHOR in found:  # LV-ViT has these in one way only
+        del told["pos_embed"], told["init_values"]
     for name in ("img_size", "patch_size"):
         if name in carried:
             one, other = carried[name]
@@ -232,7 +236,9 @@ def settings_assumed(weights: Weights, found: Mapping[str, Tensor], model: Visio
     named = settings_of_name(model.name) or {}
     same_width = named.pop("embed_dim", None) == model.embed_dim
     usual_size = named.pop("img_size", None)
-    theirs = named | {"patch_size": list(found[ANCHOR].shape[2:])} | carried
+    theirs = named | {"patch_size": list(patch_size_of(found))} | carried
+    if "patch_share" not in carried:  # whether patches count is for training to say
+        theirs.pop("patch_share", None)
     if "global_pool" not in carried and ("fc_norm.weight" in found) != ("fc_norm" in named.get("layers", {})):
         theirs["global_pool"] = "avg" if "fc_norm.weight" in found else "token"
     if "num_heads" not in carried and not same_width:
@@ -241,7 +247,8 @@ def settings_assumed(weights: Weights, found: Mapping[str, Tensor], model: Visio
         num_placed = 0 if theirs.get("no_embed_class") else model.num_prefix_tokens
         possible = grids.candidates(found, num_placed)
         usual = None if usual_size is None else settings.grid_of(theirs | {"img_size": usual_size})
-        if usual in possible or grids.is_sure(found, possible):
+        square = _BEFORE_ANCHOR in found and len(possible) == 1  # LV-ViT's files are for square images
+        if usual in possible or square or grids.is_sure(found, possible):
             grid = usual if usual is not None and usual in possible else possible[0]
             theirs["img_size"] = [side * part for side, part in zip(grid, theirs["patch_size"], strict=True)]
         else:
@@ -256,8 +263,16 @@ def settings_assumed(weights: Weights, found: Mapping[str, Tensor], model: Visio
     return theirs
 
 
+def patch_size_of(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Height and width of a patch in pixels, by the convolutions that images go through."""
+    height, width = tensors[ANCHOR].shape[2:]
+    return (2 * height, 2 * width) if _BEFORE_ANCHOR in tensors else (height, width)
+
+
 def check_values(name: str, value: Tensor, source: str) -> None:
-    """Raise `ValueError` for a tensor that holds no weights."""
+    """Raise `ValueError` for a tensor that holds no weights, nor counts batches."""
+    if name.endswith(".num_batches_tracked") and value.dtype == torch.int64 and value.layout == torch.strided:
+        return
     if value.layout != torch.strided or not value.is_floating_point() or value.is_quantized or value.is_meta:
         raise ValueError(f"{source} has {name} as {value.dtype}, {value.layout}; save plain floating-point tensors")
     if not torch.isfinite(value.float()).all():

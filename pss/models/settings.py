@@ -34,29 +34,35 @@ _CHECKS: dict[str, Any] = {
     "global_pool": lambda value: isinstance(value, str),
     "pool_include_prefix": lambda value: isinstance(value, bool),
     "residual_divisor": lambda value: _is_number(value) and value > 0,
+    "patch_share": lambda value: _is_number(value) and value >= 0,
     "layers": lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
     "classes": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
     "mean": lambda value: _is_triple(value),
     "std": lambda value: _is_triple(value),
+    "crop_pct": lambda value: _is_number(value) and 0 < value <= 1,
 }
 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What a model's classes are called and how its images are normalised; None for what is not known."""
+    """What a model's classes are called, how its images are normalised, and how much of them is shown in evaluation;
+    None for what is not known."""
 
     classes: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> TrainedOn:
         """That part of a model's settings."""
         values = {name: settings.get(name) for name in ("classes", "mean", "std")}
-        return cls(**{name: None if value is None else tuple(value) for name, value in values.items()})
+        told = {name: None if value is None else tuple(value) for name, value in values.items()}
+        return cls(**told, crop_pct=settings.get("crop_pct"))
 
     def to_dict(self) -> Json:
-        return {name: list(value) for name, value in vars(self).items() if value is not None}
+        told = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
 
 
 class WithSettings(nn.Module):
@@ -113,7 +119,7 @@ def describe(model: Any) -> Json:
         "norm_pre": model.norm_pre,
         "norm": model.norm,
         "fc_norm": model.fc_norm,
-        "patch_embed.norm": model.patch_embed.norm if hasattr(model.patch_embed, "norm") else None,
+        **{f"patch_embed.{name}": getattr(model.patch_embed, name, None) for name in ("norm", "bn1", "bn2", "bn3")},
     }
     if block is not None:
         layers |= {"blocks.norm1": block.norm1, "blocks.norm2": block.norm2}
@@ -131,6 +137,8 @@ def describe(model: Any) -> Json:
     told["layers"] = {name: kind for name, kind in told["layers"].items() if kind != "Identity"}
     if block is not None:
         told |= {"num_heads": block.attn.num_heads, "residual_divisor": float(block.residual_divisor)}
+    if model.patch_share is not None:
+        told["patch_share"] = model.patch_share
     return told | (model.trained_on.to_dict() if model.trained_on is not None else {})
 
 
@@ -147,8 +155,15 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, ignore_he
     of patches lies in the same rows. With `ignore_head` all that follows the blocks is left out, and the classes.
     """
     found = []
-    heads = () if not ignore_head else ("global_pool", "pool_include_prefix")
-    for name in ("num_heads", "global_pool", "pool_include_prefix", "residual_divisor", "no_embed_class"):
+    heads = () if not ignore_head else ("global_pool", "pool_include_prefix", "patch_share")
+    for name in (
+        "num_heads",
+        "residual_divisor",
+        "no_embed_class",
+        "global_pool",
+        "pool_include_prefix",
+        "patch_share",
+    ):
         if name in theirs and name in ours and name not in heads and theirs[name] != ours[name]:
             found.append(f"{name} {theirs[name]}, not {ours[name]}")
     # A bias shows in tables; without them it is zero.

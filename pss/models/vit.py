@@ -39,6 +39,8 @@ class VisionTransformer(WithSettings):
     """Whether a patch is embedded from its own pixels alone; then those that are dropped at random are not embedded."""
     own_heads: tuple[str, ...] = ()
     """Names of a backbone's further classifiers, which weights for other classes leave out with the usual ones."""
+    patch_share: float | None = None
+    """What the largest logit of a patch counts in a prediction; None where there is no classifier of patches."""
 
     def __init__(
         self,
@@ -251,9 +253,8 @@ class VisionTransformer(WithSettings):
         """The stem: images to patches (B, patches, D), with nothing of where they are; arguments as of `embed`."""
         if kept is not None:
             return embed_some(self.patch_embed, images, kept, self.grid_of((images.shape[-2], images.shape[-1])))
-        x: Tensor
         if places is None:
-            x = self.patch_embed(images)
+            x: Tensor = self.patch_embed(images)
         else:  # timm's module would refuse the size
             x = self.patch_embed.norm(self.patch_embed.proj(images).flatten(2).transpose(1, 2))
         return x
@@ -380,9 +381,7 @@ class VisionTransformer(WithSettings):
         if self.head_dist is not None:
             features: Tensor = (self.head_drop(tokens[:, 0]) + self.head_drop(tokens[:, 1])) / 2
         else:
-            x = global_pool_nlc(
-                tokens, self.global_pool, self.num_prefix_tokens, reduce_include_prefix=self.pool_include_prefix
-            )
+            x = global_pool_nlc(tokens, self.global_pool, self.num_prefix_tokens, self.pool_include_prefix)
             features = self.head_drop(self.fc_norm(x))
         return features
 

@@ -6,6 +6,7 @@ Files are safetensors or what `torch.save` wrote (`pss.models.files`). Names und
   `blocks.0.ls1.gamma`, `norm` or `fc_norm`, `head`, `head_dist`. These are our own names too.
 * BEiT: `blocks.0.attn.q_bias` and `v_bias` instead of `qkv.bias`, `blocks.0.gamma_1` and `gamma_2` for the layer
   scale, `blocks.0.attn.relative_position_bias_table`, and `relative_position_index` buffers, which are not needed.
+* LV-ViT: as timm, with `patch_embed.conv1` to `conv3`, `bn1` to `bn3` and `aux_head`.
 * SimMIM: as BEiT, with `encoder.` before every name of a pretrained model and one `rel_pos_bias` table for all
   layers, which every layer gets a copy of.
 
@@ -222,6 +223,12 @@ def fill(
     if weights.averaged:
         notes.append("the moving average of the weights")
     here = {} if model.trained_on is None else model.trained_on.to_dict()
+    if (
+        not ignore_head
+        and None not in (crops := (theirs.get("crop_pct"), ours.get("crop_pct")))
+        and crops[0] != crops[1]
+    ):
+        notes.append(f"evaluated with data.crop_pct={crops[0]:g}, here with {crops[1]:g}")
     words = {"mean": "how images were normalised"} | ({} if ignore_head else {"classes": "what its classes are called"})
     if untold := [words[name] for name in words if name in here and name not in theirs]:
         notes.append(f"the file does not tell {' and '.join(untold)}: taken to be as here")

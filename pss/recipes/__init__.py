@@ -16,6 +16,7 @@ from pss.recipes.deit import (
     vit_b_simmim,
 )
 from pss.recipes.dynamicvit import dynamicvit_b, dynamicvit_s
+from pss.recipes.lvvit import lvvit_m, lvvit_s, lvvit_ti
 from pss.recipes.small import cifar10, digits
 from pss.recipes.sparsifiner import sparsifiner_s, sparsifiner_s_release
 from pss.recipes.svite import (
@@ -47,6 +48,9 @@ RECIPES: dict[str, Callable[[], RunSettings]] = {
     "dynamicvit-b": dynamicvit_b,
     "sparsifiner-s": sparsifiner_s,
     "sparsifiner-s-release": sparsifiner_s_release,
+    "lvvit-ti": lvvit_ti,
+    "lvvit-s": lvvit_s,
+    "lvvit-m": lvvit_m,
     "toe-ti": toe_ti,
     "toe-s": toe_s,
     "toe-b": toe_b,

@@ -124,16 +124,13 @@ def skipping(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
 
 @torch.no_grad()
 def update_average(average: Inventory, model: Inventory, decay: float, skipped: Tensor) -> None:
-    """Move the average towards the weights as `ModelEmaV3.update` does, not at all where `skipped` is 1.0."""
+    """Move the average towards the weights as `ModelEmaV3.update` does, not at all where `skipped` is 1.0. Buffers are
+    copied: running statistics are averages as they are, of the activations that there are now."""
     share = torch.rsub(skipped, 1 - decay, alpha=1 - decay)  # 1 - decay, or 0
     averages: list[Tensor] = list(average.parameters)
     differences: list[Tensor] = list(model.parameters)
     for old, new in zip(average.state()[len(averages) :], model.state()[len(differences) :], strict=True):
-        if old.is_floating_point():
-            averages.append(old)
-            differences.append(new)
-        else:
-            own_part(old).copy_(own_part(new))
+        own_part(old).copy_(own_part(new))
     if model.sharded:
         averages, differences = list(map(own_part, averages)), list(map(own_part, differences))
     moves = list(torch._foreach_sub(differences, averages))

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pss.runtime.processes import World
+
 
 class Parts:
     """The parts of one step.
@@ -47,3 +49,13 @@ class Parts:
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, buffer in self._method.named_buffers():
             buffer.copy_(values[name])
+
+
+def share_buffers(world: World, *modules: nn.Module) -> None:
+    """Have all processes evaluate with the buffers, such as running statistics, of the first one, which saves its own.
+
+    Each has seen other images since DDP last did so; shards never do.
+    """
+    for module in modules if world.size > 1 else ():
+        for buffer in module.buffers():
+            world.share(buffer)

@@ -26,7 +26,7 @@ from pss.runtime.shards import whole
 from pss.training.guard import Guard, Statistics, average_of_frozen, skipping, update_average
 from pss.training.inputs import StepInputs, TrainingInputs
 from pss.training.optim import build_optimizer, set_rates
-from pss.training.parts import Parts
+from pss.training.parts import Parts, share_buffers
 from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
 from pss.training.setup import begin_run, build_mixing, catch_signals, check_masks, check_phases, compile_levels, wrap
@@ -71,7 +71,9 @@ class Trainer:
         seed = config.train.seed
         seed_generator(seed)  # the same on every process: they must begin with the same weights
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch)
-        self.method.model.trained_on = TrainedOn(tuple(classes), config.data.mean, config.data.std)
+        self.method.model.trained_on = TrainedOn(
+            tuple(classes), config.data.mean, config.data.std, config.data.crop_pct
+        )
         check_phases(self.method)
         if self.sharded:
             self._check_shards()
@@ -339,6 +341,7 @@ class Trainer:
                 raise Interrupted
 
         models = {"": self.method} | ({"ema_": self.ema.module} if self.ema is not None else {})
+        share_buffers(self.world, *models.values())
         row: dict[str, float] = {}
         for prefix, model in models.items():
             model.eval()

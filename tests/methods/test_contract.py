@@ -40,6 +40,9 @@ EVERYTHING = "everything:Everything"
 APART = {"avit", "dynamicvit", "s2vite", "svite", EVERYTHING}
 """Methods whose loss is not a mean over images, which draw random numbers, which look at the first images, or which
 rank gradients: two processes learn what one does that computes a batch in two parts."""
+ON_LVVIT = " on lvvit_s"
+LABELLED = [f"{name}{ON_LVVIT}" for name in ("dense", "sampled", "toe", "dynamicvit")]
+"""Methods on a backbone that classifies patches, too, and has running statistics."""
 TINY = [
     "model.embed_dim=24", "model.depth=4", "train.epochs=4", "train.batch_size=8", "optim.warmup_epochs=1",
     "data.prefetch_gb=0",
@@ -67,6 +70,9 @@ def ingredients(tmp_path_factory):
 
 
 def settings_of(name, ingredients, maps="memory", classes=4):
+    if name.endswith(ON_LVVIT):
+        small = ["model.name=lvvit_s", "model.global_pool=token"]
+        return [*TINY, *small, f"method={name.removesuffix(ON_LVVIT)}"]
     if name != EVERYTHING:
         return [*TINY, f"method={name}"]
     return [
@@ -75,7 +81,12 @@ def settings_of(name, ingredients, maps="memory", classes=4):
     ]  # fmt: skip
 
 
-@pytest.fixture(params=[*METHODS, EVERYTHING])
+def loud_of(config):
+    mixes_tokens = methods.find(config.method).mixes(config) == "tokens"
+    return [setting for setting in LOUD if not (mixes_tokens and setting.startswith("loss."))]
+
+
+@pytest.fixture(params=[*METHODS, EVERYTHING, *(pytest.param(one, marks=pytest.mark.exhaustive) for one in LABELLED)])
 def name(request):
     return request.param
 
@@ -154,6 +165,8 @@ def test_it_learns(config, tmp_path):
     plain = ["data.flip=0", "train.epochs=30", "optim.lr=3e-3", "model.depth=2", "train.log_every_steps=5"]
     if config.method == EVERYTHING:
         plain = ["data.flip=0", "train.epochs=40", "optim.lr=3e-3", "train.log_every_steps=5"]
+    if config.model.name == "lvvit_s":
+        plain += ["train.epochs=45"]
     row = trainer(config.with_settings(plain), tmp_path).fit()
     assert row["top1"] >= 95.0
     losses = [row["loss"] for row in read_rows(tmp_path, "epoch")]
@@ -205,18 +218,19 @@ def uninterrupted(tmp_path_factory):
     made = {}
 
     def state(config):
-        if config.method not in made:
+        key = config.method, config.model.name
+        if key not in made:
             output = tmp_path_factory.mktemp("whole")
-            trainer(config.with_settings(LOUD), output).fit()
-            made[config.method] = checkpoint.load_latest(output / "checkpoints")[0]
-        return made[config.method]
+            trainer(config.with_settings(loud_of(config)), output).fit()
+            made[key] = checkpoint.load_latest(output / "checkpoints")[0]
+        return made[key]
 
     return state
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8, 13])
 def test_a_stopped_run_ends_bit_identical(config, tmp_path, uninterrupted, stop):
-    loud = config.with_settings(LOUD)
+    loud = config.with_settings(loud_of(config))
     with pytest.raises(Interrupted):
         trainer(loud, tmp_path, on_batch=lambda step: step == stop and os.kill(os.getpid(), 15)).fit()
     torch.manual_seed(12345)  # whatever is drawn in between must not matter
@@ -233,7 +247,7 @@ def test_two_processes_equal_one(name, ingredients, image_root, tmp_path, parall
     if name == EVERYTHING:
         settings.remove("model.qkv_bias=qv")
     here = str(Path(__file__).parent)
-    parts = 2 if name in APART else 1
+    parts = 2 if name in APART or name in LABELLED else 1
     (one,) = launch(1, image_root, tmp_path / "one", *settings, f"train.accumulate={parts}", path=here)
     two = launch(2, image_root, tmp_path / "two", *settings, f"train.parallel={parallel}", path=here)
     assert_same_to_rounding(tmp_path / "one", tmp_path / "two")

@@ -96,7 +96,7 @@ def test_hidden_patches_are_as_good_as_gone(readout, rel_pos):
     model = method.model
     tokens, decided = method.masked(model.embed(images), forcing(kept), model.positions(None))
     assert torch.equal(decided.bool(), kept)
-    hidden, gathered = method.masked_readout(tokens, decided[:, -1]), method.predict(images)
+    hidden, gathered = method.masked_answers(tokens, decided[:, -1])[0], method.predict(images)
     assert gathered.std() > 0.1
     torch.testing.assert_close(hidden, gathered, atol=1e-12, rtol=0)
 
@@ -109,7 +109,7 @@ def test_hidden_patches_are_as_good_as_gone_in_single_precision(readout):
     images = images_of(method)
     kept = kept_at_inference(method, images)
     tokens, decided = method.masked(method.model.embed(images), forcing(kept), None)
-    hidden, gathered = method.masked_readout(tokens, decided[:, -1]), method.predict(images)
+    hidden, gathered = method.masked_answers(tokens, decided[:, -1])[0], method.predict(images)
     assert gathered.std() > 0.1
     torch.testing.assert_close(hidden, gathered, atol=1e-5, rtol=0)
 
@@ -123,7 +123,7 @@ def test_the_mean_over_prefix_and_patches_leaves_out_hidden_ones():
     kept = kept_at_inference(method, images)
     tokens, decided = method.masked(method.model.embed(images), forcing(kept), method.model.positions(None))
     torch.testing.assert_close(
-        method.masked_readout(tokens, decided[:, -1]), method.predict(images), atol=1e-12, rtol=0
+        method.masked_answers(tokens, decided[:, -1])[0], method.predict(images), atol=1e-12, rtol=0
     )
 
 
@@ -155,7 +155,7 @@ def test_all_kept_is_the_dense_model_of_timm():
     images = images_of(method)
     everything = torch.ones(2, 3, 16, dtype=torch.bool)
     tokens, decided = method.masked(method.model.embed(images), forcing(everything), None)
-    torch.testing.assert_close(method.masked_readout(tokens, decided[:, -1]), plain(images), atol=1e-5, rtol=0)
+    torch.testing.assert_close(method.masked_answers(tokens, decided[:, -1])[0], plain(images), atol=1e-5, rtol=0)
     for predictor in method.predictors:
         predictor.forward = None
     torch.testing.assert_close(method.predict(images, 1.0), plain(images), atol=1e-5, rtol=0)
@@ -639,7 +639,7 @@ def test_an_image_keeps_one_patch_as_it_does_at_inference():
         )
         assert (kept[:, 0].sum(-1) == (0 if reference else 1)).all()
         assert kept.isfinite().all() == (not reference)  # the next predictor's mean is 0 / 0
-        method.masked_readout(tokens, kept[:, -1]).square().sum().backward()
+        method.masked_answers(tokens, kept[:, -1])[0].square().sum().backward()
         found = [part.grad.isfinite().all() for part in method.parameters() if part.grad is not None]
         assert all(found) == (not reference)
 

@@ -191,7 +191,7 @@ def test_prefix_tokens_are_left_as_they_are():
     """Check 3 and pitfall 8: a distilled model has two."""
     method = tiny("model.name=deit_tiny_distilled_patch16_224", "model.rel_pos=none", "model.global_pool=none")
     tokens = torch.randn(3, 18, 24)
-    merged, kept = method.expand(tokens, None, 1)
+    merged, kept, _ = method.expand(tokens, None, 1)
     assert merged.shape == (3, 10, 24)
     assert torch.equal(merged[:, :2], tokens[:, :2])
     assert kept.shape == (3, 8)
@@ -234,7 +234,7 @@ def test_every_token_is_learnt_from():
     """Check 7: a merged one through its share of the mean, and none through the choice."""
     method = tiny()
     tokens = torch.randn(3, 17, 24, requires_grad=True)
-    merged, _ = method.expand(tokens, None, 1)
+    merged, _, _ = method.expand(tokens, None, 1)
     merged.sum().backward()
     assert (tokens.grad.abs().sum(-1) > 0).all()
     patches = tokens.detach()[:, 1:]
@@ -247,7 +247,7 @@ def test_the_last_stage_is_the_identity():
     """Check 8, and the step is that of the plain method."""
     method = tiny().train()
     tokens, places = torch.randn(2, 17, 24), torch.arange(16)
-    merged, kept = method.expand(tokens, places, 3)
+    merged, kept, _ = method.expand(tokens, places, 3)
     assert merged is tokens
     assert kept is places
     dense = methods.build(method.config.with_method("dense"), num_classes=4, steps_per_epoch=5)
@@ -327,7 +327,7 @@ def test_positions_go_with_the_selected(rel_pos):
     tokens, places = model.see(small, 1.0, low_resolution=True)
     assert places.shape == (16,)
     tokens = model.run_blocks(tokens, model.positions(places), stop=1)
-    _, kept = method.expand(tokens, places, 1)
+    _, kept, _ = method.expand(tokens, places, 1)
     chosen, nearest = select(tokens[:, 1:], uniform_seeds(16, 4), [2, 2])
     assert torch.equal(kept, places[chosen])
     expected = torch.cat((tokens[:, :1], merge(tokens[:, 1:], chosen, nearest)), dim=1)
@@ -357,7 +357,7 @@ def test_under_a_schedule_it_selects_from_what_is_kept(sort):
     assert method.course().startswith("ρ: cyclic 0.2→1.0 within each epoch of 5 steps; of these go on after block 1: ")
     tokens = torch.randn(2, 11, 24)
     places = torch.stack([torch.arange(10) * 3, torch.arange(10) + 7])
-    _, kept = method.expand(tokens, places, 1)
+    _, kept, _ = method.expand(tokens, places, 1)
     chosen, _ = select(tokens[:, 1:], uniform_seeds(10, 2), [1, 2])
     assert torch.equal(kept, places.gather(1, chosen))
 

@@ -99,17 +99,18 @@ def test_the_generators_of_cpu_and_own_gpu_are_seeded_as_torch_does(monkeypatch:
 
 
 @pytest.mark.parametrize("skip", [0.0, 1.0])
-def test_the_average_moves_as_timms(skip: float) -> None:
+def test_the_average_moves_as_timms_and_statistics_are_copied(skip: float) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     ema = ModelEmaV3(model, decay=0.99)
     for part in model.parameters():
         part.data += torch.randn_like(part)
+    model[1].running_mean += 2.0
     expected = copy.deepcopy(ema.module)
     share = (1 - 0.99) * (1 - torch.tensor(skip))
     with torch.no_grad():
-        for average, value in zip(expected.state_dict().values(), model.state_dict().values(), strict=True):
-            if average.is_floating_point():
-                average += (value - average) * share
+        for average, value in zip(expected.parameters(), model.parameters(), strict=True):
+            average += (value - average) * share
+        expected[1].running_mean.copy_(model[1].running_mean)
     update_average(Inventory(ema.module), Inventory(model), ema.get_decay(5), torch.tensor(skip))
     for one, other in zip(expected.state_dict().values(), ema.module.state_dict().values(), strict=True):
         assert torch.equal(one, other)

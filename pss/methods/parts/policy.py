@@ -13,6 +13,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from pss.attention.attend import Attention
+from pss.models.vit import VisionTransformer
 
 KEEP = 0
 """Which of a predictor's two classes keeps a patch; the paper's equations have it the other way round."""
@@ -67,6 +68,26 @@ class PolicyAttention(Attention):
         if not self.reference:  # the authors' code has a rate and never drops
             weights = self.attn_drop(weights)
         return self.project_out(weights.to(v.dtype) @ v)
+
+
+def check_hides(model: VisionTransformer, method: str) -> None:
+    """Raise `ValueError` where losses would be taken of patches that a method of that name has hidden."""
+    kind, pooling = type(model), model.global_pool
+    # Where patches are classified, too, the image's loss is of the class token's answer alone.
+    apart = model.patch_share is not None and pooling == "token"
+    if not (apart or kind.readout is VisionTransformer.readout) or kind.pooled is not VisionTransformer.pooled:
+        raise ValueError(
+            f"method {method} cannot hide patches from the readout of {kind.__name__}; use a model.name whose "
+            "classifier reads the class token, or the mean of the patches"
+        )
+    if pooling not in ("token", "avg"):
+        raise ValueError(f"method {method} cannot hide patches from model.global_pool={pooling}; use token or avg")
+
+
+def quarters(depth: int) -> tuple[int, ...]:
+    """Where a model of that many blocks drops patches unless told otherwise: 3, 6 and 9 of 12, 1, 2 and 3 of 4."""
+    places = {stage * depth // 4 for stage in (1, 2, 3)}
+    return tuple(sorted(places - {0})) or (0,)
 
 
 class Predictor(nn.Module):
@@ -145,6 +166,20 @@ def kl_loss(logits: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher, student) of predictions, mean over images (equation 8); logits (B, classes)."""
     student, taught = logits.float().log_softmax(-1), teacher.float().log_softmax(-1)
     return F.kl_div(student, taught, log_target=True, reduction="batchmean")
+
+
+def patch_loss(patches: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
+    """KL(teacher, student) of what the kept patches are classified as, a mean over a batch, for backbones that do so.
+
+    Args:
+        patches: Logits, (B, N, classes).
+        teacher: Logits, (B, N, classes).
+        kept: 0 or 1, (B, N); no gradient flows into it.
+    """
+    kept = kept.detach()
+    student, taught = patches.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    distances = F.kl_div(student, taught, log_target=True, reduction="none").sum(-1)
+    return (distances * kept).sum() / kept.sum().clamp(min=1)
 
 
 def token_loss(patches: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:

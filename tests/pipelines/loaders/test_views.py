@@ -20,6 +20,7 @@ from torch import Tensor
 from pipelines import Batch, DataConfig, DataError, Loader, View, build
 from pipelines.augment.device import DeviceTransform
 from pipelines.loaders.prefetch import Inputs, Prefetcher
+from pss.methods.parts.token_labels import pooled_logits
 
 NUM_TRAIN, NUM_VAL = 37, 19
 SHORTEST = MAX_SIZE * 160 // 260
@@ -227,6 +228,37 @@ def test_label_maps_follow_their_samples(
         assert torch.equal(batch.maps, batch.index.to(torch.int16).view(-1, 1, 1).expand(6, 2, 3))
         assert without.maps is None
         assert same([batch], [without])
+
+
+@pytest.mark.parametrize("options", [{}, {"repeats": 3}, {"decode_once": 3}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_label_maps_are_cut_where_the_images_are(
+    backend: str, options: dict[str, Any], tmp_path: Path, make: Make
+) -> None:
+    """Of maps that hold their own coordinates and images that show theirs, patches say the same, mirrored or not."""
+    side, grid = 32, (6, 6)
+    shares = ((np.arange(side) + 0.5) / side).astype(np.float16).view(np.int16)
+    values = np.stack([np.broadcast_to(shares[:, None], (side, side)), np.broadcast_to(shares, (side, side))])
+    classes = np.broadcast_to(np.array([0, 1], dtype=np.int16)[:, None, None], (2, side, side))
+    np.save(tmp_path / "maps.npy", np.broadcast_to(np.stack([values, classes]), (NUM_TRAIN, 2, 2, side, side)))
+    config = replace(CONFIG, **options)
+    transform, tolerance = DeviceTransform(config, seed=9, train=True), TOLERANCE[backend] + 0.004
+    flipped = 0
+    for batch in epoch_of(make(backend, config=config, label_maps=tmp_path / "maps.npy"), 2):
+        images, view = transform.with_view(batch, 2)
+        assert batch.maps is not None
+        patches = torch.nn.functional.adaptive_avg_pool2d(images[:, :2] * 255 / 240, grid)  # (B, 2, 6, 6)
+        shown = patches.flatten(2).transpose(1, 2)
+        told = pooled_logits(batch.maps, view, grid=grid, num_classes=2)
+        assert (told - shown).abs().max() < tolerance
+        for wrong in ({"flipped": ~view.flipped}, {"crop": view.crop.roll(1, 0)}):
+            assert (
+                pooled_logits(batch.maps, replace(view, **wrong), grid=grid, num_classes=2) - shown
+            ).abs().max() > 0.1
+        transposed = pooled_logits(batch.maps, view, grid=grid, num_classes=2, geometry="reference")
+        assert (transposed - shown).abs().max() > 0.1
+        flipped += int(view.flipped.sum())
+    assert 8 < flipped < 28
 
 
 def test_label_maps_of_evaluation_are_in_the_order_of_the_split(tmp_path: Path, make: Make) -> None:
