@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import typer
+from torch import Tensor
 
 import pipelines
 from cli.feeding import print_wrapped, show_feeding
 from pipelines.base import Backend, DataError
 from pipelines.probe import images_per_second
+from pipelines.storage.manifest import find_maps
+from pipelines.storage.maps import LabelMaps
 from pss.config import Config
 from pss.planning.doctor import Diagnosis, diagnose, measure_training
 from pss.planning.feeding import Feed, estimated_feeds
@@ -39,7 +43,8 @@ def examine(config: Config, data: Path | None, loader: Backend) -> None:
         if world.size > 1:
             raise ValueError("--doctor looks at one process; run it without torchrun")
         rates, failures = measure_loaders(config, data, loader, str(world.device))
-        levels = measure_training(config, planned, len(dataset.classes), world.device)
+        maps = some_maps(config, data)
+        levels = measure_training(config, planned, len(dataset.classes), world.device, maps)
     backend = loader
     if backend == "auto":  # FFCV shows other pixels, and is never chosen over the others
         originals = {name: rate for name, rate in rates.items() if name != "ffcv"} or rates
@@ -48,6 +53,14 @@ def examine(config: Config, data: Path | None, loader: Backend) -> None:
     show(config, planned, found, rates, backend=backend, device=str(world.device))
     for name, reason in failures.items():
         typer.echo(f"{name} was not measured: {reason}")
+
+
+def some_maps(config: Config, data: Path) -> Tensor | None:
+    """The first label maps of the run, if it learns from any."""
+    if config.data.label_maps is None:
+        return None
+    maps = LabelMaps(find_maps(data, "train", config.data.label_maps))
+    return maps.rows(np.arange(min(maps.num_samples, config.train.batch_size)))
 
 
 def measure_loaders(
@@ -70,7 +83,9 @@ def measure_loaders(
             "num_workers": config.train.num_workers,
         }
         try:
-            built = pipelines.build(data, "train", train=True, loader=backend, **options)
+            built = pipelines.build(
+                data, "train", train=True, loader=backend, label_maps=config.data.label_maps, **options
+            )
             try:
                 rates[backend] = images_per_second(built, _SECONDS)
             finally:

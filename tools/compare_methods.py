@@ -19,12 +19,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import pipelines
+from cli.doctor import some_maps
 from pipelines.probe import probe
 from pss import recipes
 from pss.inference.sweep import finite
@@ -236,8 +238,9 @@ class Comparison:
     def estimated(self) -> tuple[float, str]:
         """Seconds of training still ahead of a new comparison, from a few measured steps, and a table of the runs."""
         runs = {arm.name: self.layout.run(arm, self.plan["seeds"][0], self.layout.epochs) for arm in self.arms}
+        maps = partial(some_maps, data=self.data)
         measured = {
-            name: estimate.epoch_seconds(run, self.layout.config, self.num_images, self.num_classes)
+            name: estimate.epoch_seconds(run, self.layout.config, self.num_images, self.num_classes, maps)
             for name, run in runs.items()
         }
         pace = {

@@ -21,12 +21,12 @@ _ROWS_IN_FINGERPRINT = 64
 class LabelMaps:
     """The rows of a .npy file, mapped into memory: row i is the map of sample i of the split, of any shape and dtype.
 
-    Raises `DataError` for a file that cannot be used or has not `num_samples` rows. Can be sent to other processes,
-    which map the file again.
+    Raises `DataError` for a file that cannot be used or has not `num_samples` rows, where that is known. Can be sent to
+    other processes, which map the file again.
     """
 
-    def __init__(self, path: str | Path, num_samples: int) -> None:
-        self.path, self.num_samples = Path(path), num_samples
+    def __init__(self, path: str | Path, num_samples: int | None = None) -> None:
+        self.path = Path(path)
         try:
             mapped = np.lib.format.open_memmap(self.path, mode="r")
         except OSError as error:
@@ -34,7 +34,8 @@ class LabelMaps:
         except ValueError as error:
             raise DataError(f"{path} is no whole .npy file of numbers ({error}); write it with numpy.save") from error
         found = len(mapped) if mapped.ndim else 0
-        if found != num_samples:
+        self.num_samples = found if num_samples is None else num_samples
+        if found != self.num_samples:
             raise DataError(
                 f"{path} holds {found} label maps for a split of {num_samples} samples; "
                 "write one for each, in the order of the split"

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pipelines.base import View
 from pss import methods
@@ -58,12 +59,16 @@ def diagnose(
     return Diagnosis(train_rates, loader_rate, machine, simulate(steps, planned.batch_size / loader_rate, queue))
 
 
-def measure_training(config: Config, planned: Plan, num_classes: int, device: torch.device) -> dict[Level, float]:
+def measure_training(
+    config: Config, planned: Plan, num_classes: int, device: torch.device, maps: Tensor | None = None
+) -> dict[Level, float]:
     """Images per second of training steps at each level of the plan, on images that are already on the device.
 
-    The median of interleaved rounds. A GPU gets the configured batch, a CPU at most 32 images.
+    The median of interleaved rounds. A GPU gets the configured batch, a CPU at most 32 images. A method that learns
+    from label maps is given some of these, (any number, ...); `ValueError` if there are none.
     """
-    if "maps" in methods.find(config.method).wants(config):
+    wants = methods.find(config.method).wants(config)
+    if "maps" in wants and maps is None:
         raise ValueError(f"method {config.method} learns from label maps, which are not measured here; use --plan")
     batch = config.train.batch_size // config.train.accumulate
     if device.type == "cpu":
@@ -82,7 +87,9 @@ def measure_training(config: Config, planned: Plan, num_classes: int, device: to
 
     window = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(batch, -1)
     whole = View(window, torch.zeros(batch, dtype=torch.bool, device=device))
-    extra = (DenseTargets(view=whole),) if method.wants(config) else ()
+    rows = None if maps is None else maps[torch.arange(batch) % len(maps)].to(device)
+    dense = DenseTargets(whole if "view" in wants else None, rows if "maps" in wants else None)
+    extra = (dense,) if wants else ()
     not_skipped = torch.zeros((), device=device)
 
     def seconds(level: Level) -> float:

@@ -14,7 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import warm
 from conftest import missing, picture, write_folder
+
+from pss.models.create import create_model
 
 COMMAND = [sys.executable, "-m", "cli.convert"]
 ROOT = Path(__file__).parents[2]
@@ -73,6 +77,11 @@ def test_help_is_quick_and_complete() -> None:
         "class-level",
         "use-test",
         "patience",
+        "token-labels",
+        "top-k",
+        "label-grid",
+        "label-square",
+        "device",
     ):
         assert f"--{option} " in result.stdout
 
@@ -97,6 +106,53 @@ def test_a_conversion_says_what_it_did(source: Path, tmp_path: Path) -> None:
     damaged = run(tmp_path / "set", "--verify")
     assert damaged.returncode == 2
     assert "val-00000.idx are not as they were written" in damaged.stderr
+
+
+def test_label_maps_are_added_and_told(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "set", "--format", "dali", "--val-fraction", "0.5")
+    torch.manual_seed(0)
+    model = create_model("deit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "t.pt")
+    teacher = f"deit_tiny_patch16_224={tmp_path}/t.pt"
+
+    def label(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [*COMMAND, str(tmp_path / "set"), "--token-labels", teacher, *more]
+        return warm.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+
+    made = label("--device", "cpu")
+    assert made.returncode == 0, made.stderr
+    (line,) = made.stdout.splitlines()
+    assert re.fullmatch(
+        rf"{tmp_path}/set/train\.maps\.[0-9a-f]{{8}}\.npy: the 2 best of 2 classes at 4 x 4 places, 128 bytes an "
+        r"image; the teacher's top-1 is \d+\.\d%; train with --set data.label_maps=auto",
+        line,
+    )
+    assert re.search(r"labelling train: 6/6 images, \d+/s, 0 s left", made.stderr)
+    assert "calls its classes is not known" in made.stderr
+    again = label("--top-k", "1")
+    assert again.returncode == 2
+    assert "--restart makes these in their place" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--format", "dali"], "leave DEST, --format, --inspect, --merge and --part out"),
+        (["--split", "extra"], "there is no split 'extra'"),
+        ([], "holds no dataset.json; convert it with pss-convert first"),
+    ],
+)
+def test_label_maps_are_for_converted_sets(source: Path, more: list[str], match: str) -> None:
+    result = run(source, "--token-labels", "timm:resnet10t", *more)
+    assert result.returncode == 2
+    assert match in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_options_of_label_maps_need_a_teacher(source: Path, tmp_path: Path) -> None:
+    result = run(source, tmp_path / "set", "--format", "dali", "--top-k", "3")
+    assert result.returncode == 2
+    assert "are for --token-labels; add it, or leave them out" in result.stderr
 
 
 def test_inspect_says_what_would_be_read_and_writes_nothing(tmp_path: Path) -> None:

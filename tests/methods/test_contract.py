@@ -690,6 +690,9 @@ def test_the_doctor_measures_each_phase_as_it_is_trained(whole, ingredients, mon
     everything = recipes.get("digits").with_settings(settings_of(EVERYTHING, ingredients))
     with pytest.raises(ValueError, match="learns from label maps, which are not measured here"):
         measure_training(everything, planned, 4, HERE.device)
+    planned = plan(everything, num_images=40, num_classes=4)
+    maps = torch.from_numpy(np.load(everything.data.label_maps))[:3]  # fewer than a batch
+    assert set(measure_training(everything, planned, 4, HERE.device, maps)) == set(planned.levels)
 
 
 def test_what_a_method_cannot_do_is_said(whole, ingredients, tmp_path):

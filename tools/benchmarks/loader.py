@@ -17,6 +17,9 @@ queue. Checksums, which are compared when an image is first read, are left out: 
 on the device, whichever loader is used; the row "device part" is what that costs where the device is this CPU. The last
 column compares the host's CPU time with that recipe's. With `--device cuda` DALI decodes on the GPU, with several loads
 of its JPEG engines, several pipelines, and part of the images left to the CPU.
+
+With `--label-maps` the question is what our loaders lose by handing on a label map with every image, 18 x 18 x 5
+of made-up numbers, beside the same loaders without.
 """
 
 import argparse
@@ -34,6 +37,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import FastCollateMixup, create_loader
@@ -54,6 +58,7 @@ TIMM = "timm"
 RECIPE = "timm, DeiT recipe"
 DEVICE_PART = "device part, DeiT recipe"
 NUM_CLASSES = 1000
+LABEL_MAPS = ", label maps"
 MANY = 4
 """How many times the depth of a loader's queue is to be timed."""
 
@@ -124,7 +129,9 @@ def timm_case(root: Path, config: DataConfig, arguments: argparse.Namespace, *, 
     return Case(partial(iter, loader), len(loader), loader.num_workers * loader.prefetch_factor)
 
 
-def our_case(root: Path, config: DataConfig, backend: Any, arguments: argparse.Namespace) -> Case:
+def our_case(
+    root: Path, config: DataConfig, backend: Any, arguments: argparse.Namespace, label_maps: Path | None = None
+) -> Case:
     """One of our loaders."""
     loader: Any = build(
         root,
@@ -136,6 +143,7 @@ def our_case(root: Path, config: DataConfig, backend: Any, arguments: argparse.N
         num_workers=arguments.threads,
         device=arguments.device,
         check_bytes=False,
+        label_maps=label_maps,
     )
     epochs = count()
 
@@ -146,7 +154,9 @@ def our_case(root: Path, config: DataConfig, backend: Any, arguments: argparse.N
     return Case(epoch, loader.steps_per_epoch, loader.batches_ahead)
 
 
-def ffcv_case(data: Path, root: Path, config: DataConfig, arguments: argparse.Namespace) -> Case:
+def ffcv_case(
+    data: Path, root: Path, config: DataConfig, arguments: argparse.Namespace, label_maps: Path | None = None
+) -> Case:
     """Our FFCV loader of `root`, which is written first, in the profile it is named after, unless it is there."""
     if not (root / MANIFEST).exists():
         command = [
@@ -163,7 +173,7 @@ def ffcv_case(data: Path, root: Path, config: DataConfig, arguments: argparse.Na
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise DataError(done.stderr.strip())
-    return our_case(root, config, "ffcv", arguments)
+    return our_case(root, config, "ffcv", arguments, label_maps)
 
 
 def device_case(root: Path, config: DataConfig, arguments: argparse.Namespace) -> Case:
@@ -212,6 +222,11 @@ def cases(data: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str,
         root = data if manifest is not None else scratch / profile
         made[f"FFCV {profile}"] = partial(ffcv_case, data, root, config, arguments)
         made[f"FFCV {profile}, decode_once 3"] = partial(ffcv_case, data, root, once, arguments)
+    if arguments.label_maps:
+        file = made_up_maps(scratch / "maps.npy", open_source(data, "train", check_bytes=False).num_samples)
+        own = {name: make for name, make in made.items() if make.func in (our_case, ffcv_case)}
+        both = ({name: make, name + LABEL_MAPS: partial(make, label_maps=file)} for name, make in own.items())
+        made = {name: make for pair in both for name, make in pair.items()}
     ready = {}
     for name, make in made.items():
         try:
@@ -222,6 +237,15 @@ def cases(data: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str,
             refuse(name, case, arguments)
             ready[name] = case
     return ready
+
+
+def made_up_maps(path: Path, count: int) -> Path:
+    """Label maps as `pss-convert --token-labels` makes them of a teacher of 1,000 classes, 6,480 bytes each."""
+    rng = np.random.default_rng(0)
+    rows = np.lib.format.open_memmap(path, mode="w+", dtype="<i2", shape=(count, 2, 5, 18, 18))
+    for row in rows:
+        row[:] = rng.integers(0, NUM_CLASSES, row.shape)
+    return path
 
 
 def refuse(name: str, case: Case, arguments: argparse.Namespace) -> None:
@@ -294,22 +318,27 @@ def report(result: Result) -> str:
     """The result as markdown."""
     settings, rows = result["settings"], []
     rates, cpu = ({name: [pair[i] for pair in pairs] for name, pairs in result["rounds"].items()} for i in range(2))
-    for name in rates:
-        share, ratio = median(over(cpu[name], cpu[RECIPE])), cells(over(rates[name], rates[TIMM]), ".2f")
-        rows.append(f"{name} | {cells(rates[name], '.0f')} | {median(cpu[name]):.2f} | {ratio} | {share:.2f}")
+    # What each is compared with: its rate, and its CPU time.
+    others, told = dict.fromkeys(rates, (TIMM, RECIPE)), "times timm | quartiles | CPU time over the recipe's"
+    if settings["label_maps"]:
+        others = {name: (name.removesuffix(LABEL_MAPS),) * 2 for name in rates}
+        told = "times without maps | quartiles | CPU time over that without"
+    for name, (other, recipe) in others.items():
+        share, ratio = median(over(cpu[name], cpu[recipe])), cells(over(rates[name], rates[other]), ".3f")
+        rows.append(f"{name} | {cells(rates[name], '.0f')} | {median(cpu[name]):.2f} | {ratio} | {share:.3f}")
     title = (
         f"{settings['img_size']} pixels, {settings['interpolation']}, {settings['device']}, "
         f"batch {settings['batch']}, {settings['threads']} threads or workers, "
         f"{settings['rounds']} rounds of at least {settings['batches']} batches in steady state"
     )
-    head = "loader | images/s | quartiles | CPU ms/image | times timm | quartiles | CPU time over the recipe's"
-    return page(result, title, head, rows)
+    return page(result, title, f"loader | images/s | quartiles | CPU ms/image | {told}", rows)
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
     """Run as the arguments say (the command line's if None), print and write the report, and return the result."""
     command = parser(__doc__, rounds=5, device="cpu", threads=2)
     command.add_argument("--data", type=Path, required=True, help="a folder of images, or a converted data set")
+    command.add_argument("--label-maps", action="store_true", help="our loaders with label maps and without")
     command.add_argument("--img-size", type=int, default=224, help="pixels")
     command.add_argument("--interpolation", choices=("bicubic", "bilinear"), default="bicubic")
     command.add_argument("--batch", type=int, default=66, help="images per batch; even")

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from pss.config import Config
 from pss.planning.doctor import measure_training
@@ -19,8 +20,15 @@ START_SECONDS = 6.0
 """Of a process, until it trains, and from its last step to its end; measured on two cores."""
 
 
-def epoch_seconds(run: Run, configured: Callable[[Run], Config], num_images: int, num_classes: int) -> float:
-    """Of training, if data are always at hand: a few steps at each level of the plan, on random weights.
+def epoch_seconds(
+    run: Run,
+    configured: Callable[[Run], Config],
+    num_images: int,
+    num_classes: int,
+    maps: Callable[[Config], Tensor | None] = lambda config: None,
+) -> float:
+    """Of training, if data are always at hand: a few steps at each level of the plan, on random weights. A run that
+    learns from label maps is given some of its `maps`.
 
     Weights that the run starts from are not read, as they need not be there yet, and neither is a teacher: where there
     is one, its forward pass is added by its share of the arithmetic.
@@ -33,7 +41,7 @@ def epoch_seconds(run: Run, configured: Callable[[Run], Config], num_images: int
         planned = plan(config, num_images=num_images, num_classes=num_classes)
         more = whole.mean_cost / planned.mean_cost
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates = measure_training(config, planned, num_classes, device)
+    rates = measure_training(config, planned, num_classes, device, maps(config))
     per_image = sum(level.share / rates[level] for level in planned.levels)
     return more * per_image * planned.steps_per_epoch * planned.batch_size
 
