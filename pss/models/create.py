@@ -96,15 +96,36 @@ def create_model(
         given = overrides | {key: value for key, value in explicit.items() if value is not None}
         return _create_own(name, num_classes, img_size, sort=sort, token_counts=token_counts, **given)
     if name in lvvit.VARIANTS:
-        labelled = lvvit.build(
+        model: VisionTransformer = lvvit.build(
             name, num_classes=num_classes, img_size=img_size, rel_pos=rel_pos, qkv_bias=qkv_bias, init=init, sort=sort,
             token_counts=token_counts, **overrides,
         )  # fmt: skip
-        labelled.name = name
-        return labelled
+    else:
+        explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
+        model = _create_timms(name, num_classes, img_size, sort, token_counts, explicit, overrides)
+    model.name = name
+    if block_heads is not None or block_neurons is not None:
+        heads, neurons = block_heads or (), block_neurons or ()
+        if len(heads) != len(neurons):
+            raise ValueError(
+                f"block_heads names {len(heads)} counts and block_neurons {len(neurons)}; both name one a block"
+            )
+        prune(model, [(torch.arange(few), torch.arange(many)) for few, many in zip(heads, neurons, strict=True)])
+    return model
+
+
+def _create_timms(
+    name: str,
+    num_classes: int,
+    img_size: int | tuple[int, int] | None,
+    sort: Sort,
+    token_counts: TokenCounts,
+    explicit: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> VisionTransformer:
+    """A plain ViT of timm's, or a preset. Raises `ValueError`."""
     own = preset(name)
     settings = {"rel_pos": "none", "qkv_bias": "full", "init": "timm", "name": name, **own, **overrides}
-    explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
     for key in ("rel_pos", "qkv_bias"):
         if key in own and explicit[key] not in (None, own[key]):
             raise ValueError(f"{name} has {key}={own[key]!r}, got {explicit[key]!r}; leave {key} out")
@@ -119,16 +140,7 @@ def create_model(
     plain = create_plain(timm_name, num_classes=num_classes, img_size=img_size, **settings)
     if init == "published":
         _init_published(plain)
-    model = VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
-    model.name = name
-    if block_heads is not None or block_neurons is not None:
-        heads, neurons = block_heads or (), block_neurons or ()
-        if len(heads) != len(neurons):
-            raise ValueError(
-                f"block_heads names {len(heads)} counts and block_neurons {len(neurons)}; both name one a block"
-            )
-        prune(model, [(torch.arange(few), torch.arange(many)) for few, many in zip(heads, neurons, strict=True)])
-    return model
+    return VisionTransformer(plain, rel_pos=rel_pos, qkv_bias=qkv_bias, sort=sort, token_counts=token_counts)
 
 
 def classifies_patches(name: str) -> bool | None:
