@@ -31,7 +31,8 @@ _log = logging.getLogger(__name__)
 class Reporter:
     """Measures a run and reports on it. Every process has one, as sums are over all of them; the main one writes."""
 
-    def __init__(self, config: Config, output: Path, method: Method, world: World) -> None:
+    def __init__(self, config: Config, output: Path, method: Method, world: World, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self.config, self.output, self.method, self.world = config, output, method, world
         self._costs: dict[tuple[Stage, int], int] = {}
         self._log: RunLog | None = None
@@ -55,7 +56,7 @@ class Reporter:
         if main:
             self._log = RunLog(self.output, resume_step=step)
             self._write("start", step, **records.STAMP, processes=self.world.size, **about)
-        self._view = TrainView(total_steps=last_step, done_steps=step, epochs=epochs, enabled=main)
+        self._view = TrainView(total_steps=last_step, done_steps=step, epochs=epochs, enabled=main and not self._quiet)
 
     def close(self) -> None:
         """Stop reporting."""
