@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import errors
+from cli.common import VERSION, make_app
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.conversion.options import Options
     from pipelines.storage.manifest import Manifest
 
-app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = make_app()
 
 
 _SOURCES = (
@@ -79,6 +80,7 @@ def convert(
     merge: Annotated[bool, typer.Option("--merge", help="finish SOURCE, a folder begun with --part")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check the files of SOURCE, a converted folder")] = False,
     full: Annotated[bool, typer.Option("--full", help="with --verify: every sample and checksum")] = False,
+    version: Annotated[bool, VERSION] = False,
 ) -> None:
     """Check every image of SOURCE and write it to DEST, for DALI (tars, original bytes) or FFCV (.beton).
 

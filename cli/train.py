@@ -173,11 +173,11 @@ def _help_of(config: Config) -> str:
     """All settings: what each is in this run, what it takes, and what it does."""
     import textwrap
 
-    from pss.explain import settings_of
+    from pss.explain import explain
 
     lines = [f"settings of {config.recipe} with method {config.method}; change one with --set NAME=VALUE"]
     section = ""
-    for setting in settings_of(config):
+    for setting in explain(config):
         if (begins := setting.name.rpartition(".")[0]) != section:
             section = begins
             lines.append("")

@@ -36,7 +36,7 @@ class Setting:
     """What would read it, where nothing does in this run."""
 
 
-def settings_of(config: Config) -> Iterator[Setting]:
+def explain(config: Config) -> Iterator[Setting]:
     """All settings of a run, in the order of its file; those of its method are last."""
     unread = {found.full_name: found.reader for found in unread_in(config)}
     yield Setting("method", "text", config.method, _docs_of(Config)["method"], None)

@@ -58,7 +58,7 @@ def plot_training(rows: Sequence[dict[str, Any]]) -> bytes:
     there is no row.
     """
     if not rows:
-        raise ValueError("the run's log holds no epoch yet; draw it once one is over")
+        raise ValueError("log.jsonl holds no epoch yet; draw its curves once one is over")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     losses, scores, hours = figure.subplots(1, 3)
     seconds = list(itertools.accumulate(row["train_seconds"] for row in rows))

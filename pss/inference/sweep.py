@@ -277,7 +277,12 @@ def _in_words(row: Row, name: str, form: str) -> str:
 def show(rows: Sequence[Row]) -> None:
     """Print the table."""
     console = Console(markup=False, emoji=False)  # names of runs are not to be read as either
-    if not console.is_terminal:  # a file has no width to fit
+    print(table_of(rows, console if console.is_terminal else None), end="")
+
+
+def table_of(rows: Sequence[Row], console: Console | None = None) -> str:
+    """The table as it is printed, as wide as `console`, or as it needs to be."""
+    if console is None:
         width = max(200, 150 + max(cell_len(row["run"]) for row in rows))
         console = Console(width=width, markup=False, emoji=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -292,9 +297,7 @@ def show(rows: Sequence[Row]) -> None:
         last = row["run"]
     with console.capture() as printed:
         console.print(table)
-    print(printed.get(), end="")
-    for told in slower_alone(rows):
-        print(told)
+    return printed.get() + "".join(f"{told}\n" for told in slower_alone(rows))
 
 
 def slower_alone(rows: Sequence[Row]) -> list[str]:

@@ -60,7 +60,7 @@ def get(name: str) -> Config:
     from pss.recipes import own
 
     if is_plugin(name):
-        return own.configuration(name)
+        return own.configuration(name, get)
     found = list(own.candidates(name))
     if name in RECIPES:
         if found:
@@ -69,7 +69,7 @@ def get(name: str) -> Config:
     if len(found) > 1:
         raise ValueError(f"{_where(found[0])} and {_where(found[1])} are both called {name}; rename one of them")
     if found:
-        return own.configuration(found[0])
+        return own.configuration(found[0], get)
     known = [*RECIPES, *own.listed()]
     near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""

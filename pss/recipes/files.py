@@ -17,6 +17,12 @@ from pss.runs import records
 
 SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 _MOST_BYTES = 1 << 20
+
+
+class _Malformed(Exception):
+    """What is wrong with a text, without its file."""
+
+
 _BASE, _RECIPE = "base", "recipe"
 
 
@@ -49,13 +55,13 @@ def read(path: Path, find: Callable[[str], Config], within: tuple[Path, ...] = (
     beside = path.parent / base
     if beside.suffix in SUFFIXES:
         config = read(beside, find, (*within, path.resolve()))
-    else:
-        try:
+    pairs = list(_pairs(path, raw))
+    try:
+        if beside.suffix not in SUFFIXES:
             config = find(base)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    if raw:
-        config = config.with_pairs(list(_pairs(path, raw)), f"{path}: ")
+        config = config.with_pairs(pairs, "") if pairs else config
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return dataclasses.replace(config, recipe=name)
 
 
@@ -141,11 +147,10 @@ def _parse(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({in_words(error)}); name another file") from error
     try:
-        parse: Callable[[str], Any] = {".toml": tomllib.loads, ".json": _from_json}.get(suffix, _from_yaml)
-        raw = parse(text)
+        raw: Any = tomllib.loads(text) if suffix == ".toml" else (_from_json if suffix == ".json" else _from_yaml)(text)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply; write section, setting and value") from None
-    except ValueError as error:
+    except (ValueError, _Malformed) as error:
         raise ValueError(f"{path} is no {suffix[1:].upper()} file ({' '.join(str(error).split())}); mend it") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no settings by name; write base: and a recipe's name, and what differs")
@@ -158,7 +163,7 @@ def _from_json(text: str) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
-            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+            raise _Malformed(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
         return found
 
     return json.loads(text, object_pairs_hook=once)
@@ -172,16 +177,16 @@ def _from_yaml(text: str) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             if twice := [key for key in keys if keys.count(key) > 1]:
-                raise ValueError(f"{twice[0]!r} is there twice")
+                raise _Malformed(f"{twice[0]!r} is there twice")
             found: dict[Hashable, Any] = super().construct_mapping(node, deep)
             return found
 
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.BaseLoader)):
-            raise ValueError("it has aliases, which a recipe has no use for")
+            raise _Malformed("it has aliases, which a recipe has no use for")
         return yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+        raise _Malformed(str(error)) from None
 
 
 def _dumper() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -51,16 +51,14 @@ def candidates(name: str) -> Iterator[Path | EntryPoint]:
         yield from listed().get(name, ())
 
 
-def configuration(found: Path | EntryPoint | str) -> Config:
-    """Of a file, an entry point, or a function `package.module:function`.
+def configuration(found: Path | EntryPoint | str, find: Callable[[str], Config]) -> Config:
+    """Of a file, an entry point, or a function `package.module:function`; `find` knows the bases of files.
 
     Raises:
         ValueError: it cannot be had, or is no configuration.
     """
-    from pss import recipes
-
     if isinstance(found, Path):
-        return files.read(found, recipes.get)
+        return files.read(found, find)
     name = found if isinstance(found, str) else found.value
     assert is_plugin(name)
     made = load(name)
