@@ -122,7 +122,7 @@ def evaluate(
     outputs.check_paths(output=output, export=export, push=push)
 
     from pss.api.evaluation import REPORT, check_data, measure, open_runs
-    from pss.inference import report, sweep
+    from pss.inference import report, sweep, table
     from pss.runtime import files
     from pss.runtime import processes as dist
 
@@ -166,10 +166,10 @@ def evaluate(
             found, writing = measured(rhos), outputs.Writing()
             if world.is_main:
                 with writing.result("the table"):  # first: whatever happens to the files, it is not lost
-                    sweep.show(found.rows)
+                    table.show(found.rows)
                     flush()
                 for name, content in found.contents().items():
-                    with writing.result(str(folder / name)):
+                    with writing.result(str(folder / name)), sweep.stage(f"writing {name}", world):
                         files.write(folder / name, content())
                 if push is not None:
                     with writing.result(str(push)):
@@ -223,7 +223,7 @@ def choose(
 ) -> float:
     """The ρ that meets `demand`; says what it is and, where there is data to measure it on, what it costs."""
     from pss.inference import choose as chooser
-    from pss.inference import sweep
+    from pss.inference import table
     from pss.methods import mean_tokens
 
     if demand.max_drop is not None:
@@ -248,7 +248,7 @@ def choose(
         )
         rows = [] if measure is None else measure(sorted({1.0, chosen}, reverse=True)).rows
     if rows:
-        sweep.show(rows)
+        table.show(rows)
     saved = 1 - one.method.cost(chosen).forward / one.method.cost().forward
     drop = ""
     if rows:
@@ -264,9 +264,9 @@ def choose(
 
 def write_model(one: Run, name: str, rows: Sequence[Row], folder: Path) -> None:
     """Write a model for the Hugging Face Hub."""
-    from pss.inference import hub, sweep
+    from pss.inference import hub, table
 
-    card = hub.card(name, rows=rows, columns=sweep.COLUMNS, architecture=one.config.model.name)
+    card = hub.card(name, rows=rows, columns=table.COLUMNS, architecture=one.config.model.name)
     hub.save(folder, one.published(), card)
 
 

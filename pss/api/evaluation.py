@@ -10,10 +10,11 @@ from typing import Any, Literal
 import pipelines
 from pipelines.base import DataError
 from pss.api.training import LoaderName
-from pss.inference import report, sweep
+from pss.inference import report, sweep, table
 from pss.inference.exhibit import Exhibit
 from pss.inference.opening import Run, open_run
 from pss.inference.plots import plot_sweep
+from pss.inference.text import printable
 from pss.runtime import files, processes
 from pss.runtime.processes import World
 
@@ -35,7 +36,7 @@ class Evaluated:
 
     def table(self) -> str:
         """The rows for people."""
-        return sweep.table_of(self.rows)
+        return table.table_of(self.rows)
 
     def figure(self) -> bytes:
         """Accuracy against rate and against cost, a PNG."""
@@ -107,7 +108,11 @@ def open_runs(
     sort: Literal["magnitude", "random"] | None = None,
 ) -> list[Run]:
     """The models that `sources` name, on the device of `world`. Raises `ValueError` for one that cannot be had."""
-    return [open_run(str(source), world.device, ema=ema, best=best, sort=sort) for source in sources]
+    opened = []
+    for source in sources:
+        with sweep.stage(f"opening {printable(str(source))}", world):
+            opened.append(open_run(str(source), world.device, ema=ema, best=best, sort=sort))
+    return opened
 
 
 def check_data(runs: Sequence[Run], sources: Sequence[str | Path], data: str | Path) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pipelines.base import Batch
 from pss.config import Config
+from pss.inference.accuracy import Observe
 from pss.methods import Method, Progress, Stage, mean_tokens
 from pss.runs import checkpoint, records
 from pss.runs.lock import CHECKPOINTS, SUMMARY
@@ -69,6 +71,18 @@ class Reporter:
         if (view := self._view) is not None:
             self._attempt("the console", lambda: view.say(line))
 
+    def watch(self, passed: int, passes: int, num_images: int) -> Observe:
+        """What shows how far validation is, of `passes` over `num_images` images of which `passed` are done."""
+        done = passed * num_images
+
+        def observe(batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
+            nonlocal done
+            done += len(images) * self.world.size
+            if (view := self._view) is not None:
+                self._attempt("the console", lambda: view.validated(done, passes * num_images))
+
+        return observe
+
     def state(self) -> Row:
         """All sums, for a checkpoint. Every process must call it."""
         return {
@@ -106,7 +120,7 @@ class Reporter:
         stage, size = self.method.stage(at), self.config.data.train_size(at.epoch)
         tokens = mean_tokens(self.method.training_tokens(stage, size))
         extra = {name: float(value) for name, value in out.items() if name != "loss"}
-        where = {"epoch": at.epoch, "rho": stage.rho, "img_size": size, "tokens": tokens}
+        where = {"epoch": at.epoch + 1, "rho": stage.rho, "img_size": size, "tokens": tokens}
         named = {"stage": stage.name} if stage.name else {}
         own = {**where, **named, "lr": lr, "skipped": skipped, **summary}
         if taken := extra.keys() & {"kind", "step", "time", *own}:
@@ -135,7 +149,8 @@ class Reporter:
             delivered_hash: of the samples of the epoch.
         """
         meter = self._epoch_meter
-        row: Row = {"step": step, "epoch": epoch, "complete": complete, "train_seconds": meter.seconds}
+        number = epoch if complete else epoch + 1
+        row: Row = {"step": step, "epoch": number, "complete": complete, "train_seconds": meter.seconds}
         row |= meter.summary() | {"skipped": skipped, "by_rho": meter.by_stage()}
         self._attempt("what the schedule saved", lambda: row.update(meter.saving()))
         self.pending = row | {"samples_hash": f"{delivered_hash:08x}"}

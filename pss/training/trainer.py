@@ -344,18 +344,18 @@ class Trainer:
 
         models = {"": self.method} | ({"ema_": self.ema.module} if self.ema is not None else {})
         row: dict[str, float] = {}
-        for prefix, model in models.items():
+        for passed, (prefix, model) in enumerate(models.items()):
             model.eval()
-            varying = self.method.costs_vary
             (result,) = accuracy(
-                model.predict_with_cost if varying else model.predict,
+                model.predict_with_cost if self.method.costs_vary else model.predict,
                 self.val_inputs,
                 self.world,
                 points=self.method.points()[:1],
                 autocast=self.autocast,
                 in_step=self.sharded,
-                with_cost=varying,
+                with_cost=self.method.costs_vary,
                 between=between,
+                observe=self.reporter.watch(passed, len(models), self.val_inputs.num_samples),
             )
             if self.sharded:
                 reshard(model)
