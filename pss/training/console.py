@@ -90,7 +90,7 @@ class TrainView:
 
     def _show(self, line: str, *, completed: int, total: int) -> None:
         assert self._live is not None
-        self._live.update(self._task, completed=completed, total=total, description=line)
+        self._live.update(self._task, completed=completed, total=total, description=line, refresh=True)
 
     def _room(self) -> int:
         width = self.console.width

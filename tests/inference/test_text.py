@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from pss.inference import hub, plots, table
+from pss.inference import hub, plots, sweep, table
 from pss.inference.text import cell, markdown, printable, shortened
 from pss.runtime.processes import World
 
