@@ -101,6 +101,17 @@ def evaluate(
         ),
     ] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Export with ρ free at each call.")] = False,
+    predict: Annotated[
+        list[str] | None,
+        typer.Option(help="Say what an image file is, or those in a folder; may be repeated.", show_default=False),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(help="With --predict: how many classes (default: 5).", min=1, show_default=False)
+    ] = None,
+    format: Annotated[
+        Literal["table", "json", "csv"] | None,
+        typer.Option(help="With --predict: what is printed (default: table).", show_default=False),
+    ] = None,
     version: Annotated[bool, VERSION] = False,
 ) -> None:
     """Sweep ρ: accuracy, GFLOPs, speed with the loader and without, latency and memory of each run at each ρ.
@@ -109,6 +120,25 @@ def evaluate(
     """
     demand = Demand(budget_ms, target_ips, max_drop, batch)
     rhos = None if rho is None else parse_rhos(rho)
+    if predict:
+        if given := [
+            name
+            for name, value in (
+                ("--data", data),
+                ("--output", output),
+                ("--push", push),
+                ("--export", export),
+                (demand.option, demand.option),
+            )
+            if value
+        ]:
+            raise ValueError(f"{given[0]} does not go with --predict, which looks at image files alone; leave it out")
+        if len(runs) > 1 or (rhos is not None and len(rhos) > 1):
+            raise ValueError("--predict takes one model at one --rho; name one")
+        _predict(runs[0], predict, None if rhos is None else rhos[0], top or 5, format or "table", ema=ema, best=best)
+        return
+    if top is not None or format is not None:
+        raise ValueError("--top and --format are for --predict; add it, or leave them out")
     single = [demand.option, *(name for name, value in (("--export", export), ("--push", push)) if value is not None)]
     if len(runs) > 1 and any(single):
         raise ValueError(f"{next(filter(None, single))} is for one model and {len(runs)} are named; name one")
@@ -183,6 +213,18 @@ def evaluate(
             rhos = [choose(demand, loaded[0], rhos, None if data is None else measured, batch_size, world.device)]
         if export is not None:
             write_export(loaded[0], export, rhos, dynamic=dynamic)
+
+
+def _predict(run: str, images: Sequence[str], rho: float | None, top: int, form: str, *, ema: bool, best: bool) -> None:
+    from pss.api import prediction
+
+    found = prediction.predict(run, images, rho=rho, top=top, ema=ema, best=best)
+    typer.echo(
+        {"table": prediction.as_table, "json": prediction.as_json, "csv": prediction.as_csv}[form](found), nl=False
+    )
+    flush()
+    if unread := [one for one in found if one.error]:
+        raise ValueError(f"{len(unread)} of {len(found)} images could not be read; {unread[0].error}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pss.version import __version__
 if TYPE_CHECKING:
     from pss.api.conversion import convert
     from pss.api.evaluation import evaluate
+    from pss.api.prediction import predict
     from pss.api.training import train
     from pss.models.create import create_model
     from pss.models.flops import macs
@@ -29,6 +30,7 @@ __all__ = [
     "evaluate",
     "load_weights",
     "macs",
+    "predict",
     "train",
 ]
 
@@ -42,6 +44,7 @@ _HOME = {
     "evaluate": "pss.api.evaluation",
     "load_weights": "pss.models.weights",
     "macs": "pss.models.flops",
+    "predict": "pss.api.prediction",
     "train": "pss.api.training",
 }
 
