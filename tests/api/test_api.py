@@ -133,7 +133,7 @@ def test_the_page_on_recipes_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(code.replace("train.epochs=5", "train.epochs=1"), {})
+    exec(code.replace("train.epochs=5", "train.epochs=3"), {})
     assert "top-1 %" in capsys.readouterr().out
     assert (tmp_path / "runs" / "digits" / "rho.png").exists()
     (recipe,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
