@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import errors
+from cli.common import VERSION, make_app
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pipelines.labelling.making import MapOptions
     from pipelines.storage.manifest import Manifest
 
-app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = make_app()
 
 
 _SOURCES = (
@@ -104,6 +105,7 @@ def convert(
         bool, typer.Option("--label-square", help="with --token-labels: show the central square, as LV-ViT's code")
     ] = False,
     device: Annotated[str, typer.Option(help="with --token-labels: cpu, cuda or cuda:N; auto takes a GPU")] = "auto",
+    version: Annotated[bool, VERSION] = False,
 ) -> None:
     """Check every image of SOURCE and write it to DEST, for DALI (tars, original bytes) or FFCV (.beton).
 

@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cli import outputs
+from cli.common import VERSION, make_app
 from cli.errors import flush, run
 
 if TYPE_CHECKING:
     import torch
 
+    from pss.api.evaluation import Evaluated
     from pss.inference.opening import Run
-    from pss.inference.sweep import Row, Sweep
+    from pss.inference.sweep import Row
 
-REPORT = "report.html"
 _MOST_RHOS = 1000
 _LARGEST_BATCH = 10**6
 
-app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = make_app()
 
 
 @app.command()
@@ -100,6 +101,18 @@ def evaluate(
         ),
     ] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Export with ρ free at each call.")] = False,
+    predict: Annotated[
+        list[str] | None,
+        typer.Option(help="Say what an image file is, or those in a folder; may be repeated.", show_default=False),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(help="With --predict: how many classes (default: 5).", min=1, show_default=False)
+    ] = None,
+    format: Annotated[
+        Literal["table", "json", "csv"] | None,
+        typer.Option(help="With --predict: what is printed (default: table).", show_default=False),
+    ] = None,
+    version: Annotated[bool, VERSION] = False,
 ) -> None:
     """Sweep ρ: accuracy, GFLOPs, speed with the loader and without, latency and memory of each run at each ρ.
 
@@ -107,6 +120,25 @@ def evaluate(
     """
     demand = Demand(budget_ms, target_ips, max_drop, batch)
     rhos = None if rho is None else parse_rhos(rho)
+    if predict:
+        if given := [
+            name
+            for name, value in (
+                ("--data", data),
+                ("--output", output),
+                ("--push", push),
+                ("--export", export),
+                (demand.option, demand.option),
+            )
+            if value
+        ]:
+            raise ValueError(f"{given[0]} does not go with --predict, which looks at image files alone; leave it out")
+        if len(runs) > 1 or (rhos is not None and len(rhos) > 1):
+            raise ValueError("--predict takes one model at one --rho; name one")
+        _predict(runs[0], predict, None if rhos is None else rhos[0], top or 5, format or "table", ema=ema, best=best)
+        return
+    if top is not None or format is not None:
+        raise ValueError("--top and --format are for --predict; add it, or leave them out")
     single = [demand.option, *(name for name, value in (("--export", export), ("--push", push)) if value is not None)]
     if len(runs) > 1 and any(single):
         raise ValueError(f"{next(filter(None, single))} is for one model and {len(runs)} are named; name one")
@@ -119,9 +151,8 @@ def evaluate(
         raise ValueError("--data is missing; name the data set to evaluate on, as given to pss-train")
     outputs.check_paths(output=output, export=export, push=push)
 
-    import pipelines
-    from pss.inference import report, sweep
-    from pss.inference.opening import open_run
+    from pss.api.evaluation import REPORT, check_data, measure, open_runs
+    from pss.inference import report, sweep, table
     from pss.runtime import files
     from pss.runtime import processes as dist
 
@@ -139,39 +170,22 @@ def evaluate(
         if output is not None and sweeping:
             outputs.check_folder(output, results, given=True)
 
-    dataset = None if data is None else pipelines.open_dataset(data)
     names = sweep.distinct_names(runs)
     with dist.start() as world:
         if world.size > 1 and not sweeping:
             raise ValueError(f"{demand.option or '--export'} is for one process; start it without torchrun")
         outputs.agree(world, check_targets)
-        loaded = [open_run(source, world.device, ema=ema, best=best, sort=sort) for source in runs]
+        loaded = open_runs(runs, world, ema=ema, best=best, sort=sort)
         for point in (rhos or ()) if len(loaded) == 1 else ():  # beside others, a method without a knob has one row
             loaded[0].method.check_point(point)
-        if dataset is not None:
-            for one, source in zip(loaded, runs, strict=True):
-                check_classes(one, source, dataset.root, dataset.classes)
+        if data is not None:
+            check_data(loaded, runs, data)
         for note in (note for one in loaded for note in one.notes if world.is_main):
             typer.echo(note, err=True)
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "train": False,
-            "loader": loader,
-            "rank": world.rank,
-            "world_size": world.size,
-            "device": world.device,
-        }
 
-        def measure(at: Sequence[float] | None) -> Sweep:
+        def measured(at: Sequence[float] | None) -> Evaluated:
             assert data is not None
-            return sweep.sweep(
-                loaded,
-                names=names,
-                points=at,
-                make_loader=lambda config: pipelines.build(data, split, config=config, **options),
-                batch_size=batch_size,
-                world=world,
-            )
+            return measure(loaded, names, data, at, split=split, loader=loader, batch_size=batch_size, world=world)
 
         if sweeping:
             folder = output or sweep.default_output(loaded)
@@ -179,17 +193,14 @@ def evaluate(
                 outputs.agree(world, lambda: outputs.check_folder(folder, results, given=False))
             if push is not None:
                 loaded[0].published()  # raises for what cannot be
-            found, writing = measure(rhos), outputs.Writing()
+            found, writing = measured(rhos), outputs.Writing()
             if world.is_main:
                 with writing.result("the table"):  # first: whatever happens to the files, it is not lost
-                    sweep.show(found.rows)
+                    table.show(found.rows)
                     flush()
-                for name, content in sweep.FILES.items():
-                    with writing.result(str(folder / name)):
-                        files.write(folder / name, content(found.rows))
-                if report.available():
-                    with writing.result(str(folder / REPORT)):
-                        report.write(found, loaded, names, folder / REPORT)
+                for name, content in found.contents().items():
+                    with writing.result(str(folder / name)), sweep.stage(f"writing {name}", world):
+                        files.write(folder / name, content())
                 if push is not None:
                     with writing.result(str(push)):
                         write_model(loaded[0], names[0], found.rows, push)
@@ -199,9 +210,21 @@ def evaluate(
             world.barrier()
             writing.close()
         if demand.option:
-            rhos = [choose(demand, loaded[0], rhos, None if data is None else measure, batch_size, world.device)]
+            rhos = [choose(demand, loaded[0], rhos, None if data is None else measured, batch_size, world.device)]
         if export is not None:
             write_export(loaded[0], export, rhos, dynamic=dynamic)
+
+
+def _predict(run: str, images: Sequence[str], rho: float | None, top: int, form: str, *, ema: bool, best: bool) -> None:
+    from pss.api import prediction
+
+    found = prediction.predict(run, images, rho=rho, top=top, ema=ema, best=best)
+    typer.echo(
+        {"table": prediction.as_table, "json": prediction.as_json, "csv": prediction.as_csv}[form](found), nl=False
+    )
+    flush()
+    if unread := [one for one in found if one.error]:
+        raise ValueError(f"{len(unread)} of {len(found)} images could not be read; {unread[0].error}")
 
 
 @dataclass(frozen=True)
@@ -236,13 +259,13 @@ def choose(
     demand: Demand,
     one: Run,
     rhos: list[float] | None,
-    measure: Callable[[Sequence[float]], Sweep] | None,
+    measure: Callable[[Sequence[float]], Evaluated] | None,
     batch_size: int,
     device: torch.device,
 ) -> float:
     """The ρ that meets `demand`; says what it is and, where there is data to measure it on, what it costs."""
     from pss.inference import choose as chooser
-    from pss.inference import sweep
+    from pss.inference import table
     from pss.methods import mean_tokens
 
     if demand.max_drop is not None:
@@ -267,7 +290,7 @@ def choose(
         )
         rows = [] if measure is None else measure(sorted({1.0, chosen}, reverse=True)).rows
     if rows:
-        sweep.show(rows)
+        table.show(rows)
     saved = 1 - one.method.cost(chosen).forward / one.method.cost().forward
     drop = ""
     if rows:
@@ -283,9 +306,9 @@ def choose(
 
 def write_model(one: Run, name: str, rows: Sequence[Row], folder: Path) -> None:
     """Write a model for the Hugging Face Hub."""
-    from pss.inference import hub, sweep
+    from pss.inference import hub, table
 
-    card = hub.card(name, rows=rows, columns=sweep.COLUMNS, architecture=one.config.model.name)
+    card = hub.card(name, rows=rows, columns=table.COLUMNS, architecture=one.config.model.name)
     hub.save(folder, one.published(), card)
 
 
@@ -303,19 +326,6 @@ def write_export(one: Run, path: Path, rhos: Sequence[float] | None, *, dynamic:
     typer.echo(
         f"wrote {path}: {how}, any batch size; its logits differ from the model's by {worst:.1g} at most", err=True
     )
-
-
-def check_classes(run: Run, source: str, data: Path, classes: Sequence[str]) -> None:
-    """Raise `DataError` where a run tells other classes apart than the data set has."""
-    from pipelines.base import DataError
-
-    if run.num_classes != len(classes):
-        raise DataError(
-            f"{source} was trained on {run.num_classes} classes and {data} has {len(classes)}; "
-            "evaluate it on the data set it was trained on"
-        )
-    if run.classes is not None and run.classes != list(classes):
-        raise DataError(f"{source} and {data} name their classes differently; evaluate on the data it was trained on")
 
 
 def parse_rhos(text: str) -> list[float]:

@@ -19,7 +19,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$gpus" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:29400" \
-    -m cli.train "$@" --resume
+    --no-python pss-train "$@" --resume
 code=$?
 
 # torchrun ends with 1 whatever its processes ended with. A run that was stopped has just said that it is not finished.

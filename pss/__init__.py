@@ -10,21 +10,42 @@ from typing import TYPE_CHECKING, Any
 from pss.version import __version__
 
 if TYPE_CHECKING:
+    from pss.api.conversion import convert
+    from pss.api.evaluation import evaluate
+    from pss.api.prediction import predict
+    from pss.api.training import train
     from pss.models.create import create_model
     from pss.models.flops import macs
     from pss.models.weights import load_weights
     from pss.schedules import Cosine, Cyclic, Fixed, Linear
 
-__all__ = ["Cosine", "Cyclic", "Fixed", "Linear", "__version__", "create_model", "load_weights", "macs"]
+__all__ = [
+    "Cosine",
+    "Cyclic",
+    "Fixed",
+    "Linear",
+    "__version__",
+    "convert",
+    "create_model",
+    "evaluate",
+    "load_weights",
+    "macs",
+    "predict",
+    "train",
+]
 
 _HOME = {
     "Cosine": "pss.schedules",
     "Cyclic": "pss.schedules",
     "Fixed": "pss.schedules",
     "Linear": "pss.schedules",
+    "convert": "pss.api.conversion",
     "create_model": "pss.models.create",
+    "evaluate": "pss.api.evaluation",
     "load_weights": "pss.models.weights",
     "macs": "pss.models.flops",
+    "predict": "pss.api.prediction",
+    "train": "pss.api.training",
 }
 
 

@@ -117,7 +117,10 @@ class Config(RunSettings):
             ValueError: a setting that there is not, with the nearest one; one that belongs to another method; a value
                 that is out of range, or does not go with another, or that nothing reads.
         """
-        pairs = [overrides.split(setting) for setting in settings]
+        return self.with_pairs([overrides.split(setting) for setting in settings])
+
+    def with_pairs(self, pairs: Sequence[tuple[str, str]], source: str = "--set ") -> Config:
+        """`with_settings` of keys and values apart; `source` says where they are from, to begin a sentence with."""
         method = dict(pairs).get("method", self.method)
         # Whether its sections suit the run is known when all is set.
         own, spare = self._sections_for(method)
@@ -125,7 +128,7 @@ class Config(RunSettings):
         tree = {name: as_dict(value) if isinstance(value, Section) else value for name, value in plain.items()}
         tree |= {one.section: as_dict(one) for one in own}
         kinds = {one.section: type(one) for one in (*plain.values(), *own) if isinstance(one, Section)}
-        overrides.apply(tree, kinds, pairs, partial(_whose, method))
+        overrides.apply(tree, kinds, pairs, partial(_whose, method), source)
         draft = RunSettings.draft(
             {name: value for name, value in tree.items() if name in plain}
             | {"own": tuple(type(one).draft(tree[one.section]) for one in own)}

@@ -22,6 +22,7 @@ def apply(
     kinds: Mapping[str, type[Section]],
     pairs: Sequence[tuple[str, str]],
     whose: Callable[[str], str | None],
+    source: str = "--set ",
 ) -> None:
     """Change `tree`, the dictionaries of a configuration whose sections are of these `kinds`.
 
@@ -30,6 +31,7 @@ def apply(
         kinds: The type of every section, by its name.
         pairs: Keys and texts, as `split` returns them.
         whose: What to say of a key that is not in the tree, where it is known elsewhere.
+        source: Where the pairs come from, as the beginning of a sentence.
 
     Raises:
         ValueError: a key that is not in the tree, with the nearest one, or a value of the wrong kind.
@@ -37,7 +39,7 @@ def apply(
     known = [key for key in flatten(tree) if key != "recipe"]
     for key, text in pairs:
         if key not in known:
-            raise ValueError(f"--set {key}={text}: there is no key {key!r}{whose(key) or nearest(key, known)}")
+            raise ValueError(f"{source}{key}={text}: there is no key {key!r}{whose(key) or nearest(key, known)}")
         first, *rest = key.split(".")
         if not rest:
             tree[first] = text
@@ -47,11 +49,11 @@ def apply(
         branch = tree[first]
         for section in inner:
             kind, branch = hints_of(kind)[section], branch[section]
-        branch[name] = _value(text, hints_of(kind)[name])
+        branch[name] = value_of(text, hints_of(kind)[name])
         try:
             kind.draft(branch)  # what it clashes with may be set to something else yet
         except SettingError as error:
-            raise SettingError(f"--set {key}={text}: {error}") from None
+            raise SettingError(f"{source}{key}={text}: {error}") from None
 
 
 def flatten(tree: Json, prefix: str = "") -> Json:
@@ -65,17 +67,17 @@ def flatten(tree: Json, prefix: str = "") -> Json:
     return flat
 
 
-def _value(text: str, hint: Any) -> Any:
-    """`text` in the form that is checked against `hint`."""
+def value_of(text: str, hint: Any) -> Any:
+    """`text` in the form that is checked against the annotation `hint`."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _value(text, args[0])
+        return value_of(text, args[0])
     if origin in (Union, types.UnionType):
         inner = next(a for a in args if a is not type(None))
         is_choice = get_origin(inner) is Literal and text in get_args(inner)  # model.rel_pos has a choice named none
         if text.lower() in ("none", "null") and type(None) in args and not is_choice:
             return None
-        return _value(text, inner)
+        return value_of(text, inner)
     if origin is tuple:
         return [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
     return text

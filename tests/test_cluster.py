@@ -22,7 +22,8 @@ def batch(tmp_path):
         commands.mkdir(exist_ok=True)
         scontrol = f'echo "$@" >> {tmp_path}/calls\n[ "$1" = show ] && printf "localhost\\nother\\n"\nexit 0\n'
         torchrun = f'exec {sys.executable} -m torch.distributed.run "$@"\n'
-        for name, text in (("srun", body), ("scontrol", scontrol), ("torchrun", torchrun)):
+        train = f'exec {sys.executable} -m cli.train "$@"\n'
+        for name, text in (("srun", body), ("scontrol", scontrol), ("torchrun", torchrun), ("pss-train", train)):
             (commands / name).write_text(f"#!/bin/bash\n{text}")
             (commands / name).chmod(0o755)
         (tmp_path / "calls").write_text("")
@@ -63,5 +64,5 @@ def test_only_a_run_that_was_stopped_is_queued_again(batch, tmp_path, summary, a
     assert ("requeue 7" in calls) == again
     words = (tmp_path / "srun").read_text()
     assert "--nnodes 1 --nproc-per-node 1 --max-restarts 3" in words
-    assert "--rdzv-id 7 --rdzv-endpoint localhost:29400 -m cli.train digits --output" in words
+    assert "--rdzv-id 7 --rdzv-endpoint localhost:29400 --no-python pss-train digits --output" in words
     assert words.endswith("--set a=b c --resume\n")

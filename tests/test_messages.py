@@ -84,6 +84,7 @@ def test_none_is_empty():
 
 COMPUTED = {
     "cli/errors.py": "the standard output, as the system's error has it",
+    "cli/train.py": "what `LostProcess` says",
     "cli/outputs.py": "what the main process found, on the others; and all failed writes in one sentence",
     "pipelines/settings.py": "a sentence made of the errors of the schema library",
     "pss/runs/checkpoint.py": "a sentence with what is free on the disk",

@@ -221,26 +221,15 @@ class TarSource(ConvertedTable):
         return f"{self.root / self.entry.shards[int(self._shard[i])]}, member {i:08d}.jpg"
 
 
-class FolderSource:
-    """`<root>/<split>/<class>/<image>`, read as it lies. Samples come in the order of class and file name."""
+class FileSource:
+    """Image files of a folder, read as they lie."""
 
-    def __init__(self, root: Path, split: str) -> None:
-        folder = split_folder(root, split)
-        train = find_split_folder(root, "train")
-        self.classes = class_names(train or folder)
-        number = {name: label for label, name in enumerate(self.classes)}
-        found = class_names(folder)
-        if unknown := [name for name in found if name not in number]:
-            raise DataError(f"{folder} has the class {unknown[0]!r}, which {train} has not; the classes must agree")
-        self.folder = folder
-        files = [(f"{name}/{file}", number[name]) for name in found for file in image_files(folder / name)]
-        if not files:
-            raise DataError(f"there is no image in {folder}; expected <class>/*.jpg")
-        self.names = [name for name, _ in files]
-        self.labels = np.array([label for _, label in files], dtype=np.int64)
-        self.num_samples = len(files)
-        names = "\n".join((*self.classes, "", *self.names))
-        self.fingerprint = hashlib.sha256(os.fsencode(names)).hexdigest()  # as they are on the disk
+    def __init__(self, folder: Path, names: Sequence[str], labels: NDArray[np.int64], classes: tuple[str, ...]) -> None:
+        """`names` are relative to `folder`, with as many `labels`."""
+        self.folder, self.names, self.labels, self.classes = folder, names, labels, classes
+        self.num_samples = len(names)
+        told = "\n".join((*classes, "", *names))
+        self.fingerprint = hashlib.sha256(os.fsencode(told)).hexdigest()  # as they are on the disk
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int32)  # filled as samples are first asked for
         self._readers = Readers(_READ_THREADS)
 
@@ -284,6 +273,24 @@ class FolderSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {"_readers": Readers(_READ_THREADS)}
+
+
+class FolderSource(FileSource):
+    """`<root>/<split>/<class>/<image>`, read as it lies. Samples come in the order of class and file name."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        folder = split_folder(root, split)
+        train = find_split_folder(root, "train")
+        classes = class_names(train or folder)
+        number = {name: label for label, name in enumerate(classes)}
+        found = class_names(folder)
+        if unknown := [name for name in found if name not in number]:
+            raise DataError(f"{folder} has the class {unknown[0]!r}, which {train} has not; the classes must agree")
+        files = [(f"{name}/{file}", number[name]) for name in found for file in image_files(folder / name)]
+        if not files:
+            raise DataError(f"there is no image in {folder}; expected <class>/*.jpg")
+        labels = np.array([label for _, label in files], dtype=np.int64)
+        super().__init__(folder, [name for name, _ in files], labels, classes)
 
 
 def open_source(root: Path, split: str, check_bytes: bool = True) -> Source:

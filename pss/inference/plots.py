@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pss.inference.text import shortened
 
@@ -47,6 +48,46 @@ def plot_sweep(rows: Sequence[dict[str, Any]]) -> bytes:
     speed.set_ylabel("top-1 accuracy, %")
     _name(cost, runs)
     figure.suptitle("Accuracy against cost as ρ, the share of patches kept, varies", fontsize=12)
+    return _png(figure)
+
+
+def plot_training(rows: Sequence[dict[str, Any]]) -> bytes:
+    """A run's losses and accuracy over its epochs, and the accuracy over its hours: a PNG.
+
+    `rows` are those of `log.jsonl` of the kind `epoch`; what a row has none of is left out. Raises `ValueError` where
+    there is no row.
+    """
+    if not rows:
+        raise ValueError("log.jsonl holds no epoch yet; draw its curves once one is over")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    losses, scores, hours = figure.subplots(1, 3)
+    seconds = list(itertools.accumulate(row["train_seconds"] for row in rows))
+    per, unit = (3600, "hours") if seconds[-1] >= 3600 else (60, "minutes")
+    epochs = [row["epoch"] for row in rows]
+    times = [value / per for value in seconds]
+    for axes, xs, keys in (
+        (losses, epochs, {"loss": "training", "val_loss": "validation"}),
+        (scores, epochs, {"top1": "weights", "ema_top1": "their average"}),
+        (hours, times, {"top1": "weights", "ema_top1": "their average"}),
+    ):
+        for number, (key, name) in enumerate(keys.items()):
+            ys = [row.get(key) for row in rows]
+            if any(y is not None for y in ys):
+                shown = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
+                marker = _MARKERS[number] if len(shown) <= 30 else ""
+                axes.plot(*zip(*shown, strict=True), color=_COLOURS[number], marker=marker, markersize=4, label=name)
+        axes.grid(alpha=0.25, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    losses.set(xlabel="epoch", ylabel="cross entropy")
+    scores.set(xlabel="epoch", ylabel="top-1 accuracy, %")
+    hours.set(xlabel=f"{unit} of training", ylabel="top-1 accuracy, %")
+    for axes in (losses, scores):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from font")  # a box is drawn for it

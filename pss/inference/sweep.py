@@ -8,17 +8,22 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from pipelines.base import Batch, DataConfig, Loader
@@ -87,7 +92,11 @@ def sweep(
             made += [partial(predict, one, images, point) for point in own]
         return made
 
-    with enough_memory(f"batches of {batch_size} images (--batch-size)"), torch.inference_mode():
+    with (
+        enough_memory(f"batches of {batch_size} images (--batch-size)"),
+        torch.inference_mode(),
+        stage("trying a batch at every point", world),
+    ):
         batches = calls(batch_size)
         for call in batches:  # before the split is evaluated, which may take hours
             call()
@@ -98,9 +107,12 @@ def sweep(
         finally:
             loader.close()
 
-    speeds = rates(batches, num_images=batch_size, device=world.device)
-    waits = latencies(calls(1), device=world.device)
-    memory = [peak_memory(call, world.device) for call in batches]
+    with stage("timing batches", world):
+        speeds = rates(batches, num_images=batch_size, device=world.device)
+    with stage("timing single images", world):
+        waits = latencies(calls(1), device=world.device)
+    with stage("measuring memory", world):
+        memory = [peak_memory(call, world.device) for call in batches]
 
     rows: list[Row] = []
     for name, one, own, (accuracies, with_loader, _) in zip(names, runs, points_of, found, strict=True):
@@ -186,7 +198,8 @@ def _evaluate(
         )
     exhibit = curator.exhibit()
     calls = [partial(predict, one, point=point) for point in points]
-    return accuracies, loader_rates(calls, inputs, device=world.device), exhibit
+    with stage(f"timing {name} with its loader", world):
+        return accuracies, loader_rates(calls, inputs, device=world.device), exhibit
 
 
 def _gflops(one: Run, point: Point, result: Accuracy) -> Row:
@@ -249,71 +262,6 @@ FILES: dict[str, Callable[[Sequence[Row]], str | bytes]] = {
 }
 """What is written of a sweep, by name."""
 
-COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("ρ", lambda row: _point(row)),
-    ("tokens", lambda row: str(row["tokens"])),
-    ("top-1 %", lambda row: f"{row['top1']:.2f}"),
-    ("top-5 %", lambda row: f"{row['top5']:.2f}"),
-    ("loss", lambda row: f"{row['loss']:.3f}"),
-    ("GFLOPs", lambda row: f"{row['gflops']:.3g}" if row["gflops_low"] is None else _in_words(row, "gflops", ".3g")),
-    ("images/s", lambda row: _in_words(row, "images_per_second", ",.0f")),
-    ("with loader", lambda row: _in_words(row, "images_per_second_with_loader", ",.0f")),
-    ("ms, batch 1", lambda row: _in_words(row, "latency_ms", ".3g")),
-    ("MiB", lambda row: "–" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:,.0f}"),
-)
-"""Heading and content of each column of the table, for people."""
-
-
-def _point(row: Row) -> str:
-    if row["rho"] is None:
-        return "as trained"
-    return f"{row['rho']:.3g}" if row["knob"] == "ρ" else f"{row['knob']} {row['rho']:.3g}"
-
-
-def _in_words(row: Row, name: str, form: str) -> str:
-    return f"{row[name]:{form}} ({row[name + '_low']:{form}}–{row[name + '_high']:{form}})"
-
-
-def show(rows: Sequence[Row]) -> None:
-    """Print the table."""
-    console = Console(markup=False, emoji=False)  # names of runs are not to be read as either
-    if not console.is_terminal:  # a file has no width to fit
-        width = max(200, 150 + max(cell_len(row["run"]) for row in rows))
-        console = Console(width=width, markup=False, emoji=False)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("run", overflow="fold")
-    for heading, _ in COLUMNS:
-        table.add_column(heading, justify="right")
-    last = None
-    for row in rows:
-        if last not in (None, row["run"]):
-            table.add_section()
-        table.add_row(row["run"] if row["run"] != last else "", *(text(row) for _, text in COLUMNS))
-        last = row["run"]
-    with console.capture() as printed:
-        console.print(table)
-    print(printed.get(), end="")
-    for told in slower_alone(rows):
-        print(told)
-
-
-def slower_alone(rows: Sequence[Row]) -> list[str]:
-    """A line for every run that keeps fewer tokens and takes longer over a single image, beyond the spread of both.
-
-    What chooses tokens has costs of its own, which many images share and one does not.
-    """
-    lines = []
-    for run in dict.fromkeys(row["run"] for row in rows):
-        own = [row for row in rows if row["run"] == run and row["rho"] is not None]
-        whole = max(own, key=lambda row: row["rho"], default=None)
-        slower = [row for row in own if whole and row["latency_ms_low"] > whole["latency_ms_high"]]
-        if whole and slower:
-            points, best = ", ".join(f"{row['rho']:.3g}" for row in slower), f"{whole['knob']} {whole['rho']:.3g}"
-            lines.append(
-                f"{run}: a single image takes longer at {whole['knob']} {points} than at {best}; run it at {best}"
-            )
-    return lines
-
 
 def distinct_names(sources: Sequence[str | Path]) -> list[str]:
     """Each source's own name, or as many of its last parts as it takes to tell the sources apart, all printable."""
@@ -333,6 +281,22 @@ def default_output(runs: Sequence[Run]) -> Path:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+@contextmanager
+def stage(told: str, world: World) -> Iterator[None]:
+    """Within, the main process's terminal says what is done. Nothing moves there: it would be timed along."""
+    console = Console(stderr=True, markup=False, emoji=False)
+    still = Progress(
+        TextColumn("{task.description} …", markup=False),
+        console=console,
+        transient=True,
+        auto_refresh=False,
+        disable=not (world.is_main and console.is_terminal),
+    )
+    still.add_task(told)
+    with still:
+        yield
 
 
 class _progress:

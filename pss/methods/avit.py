@@ -53,6 +53,7 @@ class AvitSettings(MethodSection, section="avit"):
     """What is subtracted then, -β. It belongs to the weights that a run starts from: None finds one on the run's first
     images, at which tokens go through `initial_depth` of the blocks before anything is trained."""
     initial_depth: Annotated[Share, ReadIf(lambda at: at.own.gate_center is None, "avit.gate_center=none")] = 0.95
+    """Share of the blocks that tokens go through at first, where the gate's centre is found."""
     alpha_ponder: Always[NotNegative] = 5e-4
     """Weight of the ponder loss: blocks and remainder of a token, on average."""
     alpha_prior: Always[NotNegative] = 1e-3

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pss.plugins import is_plugin
 from pss.recipes.avit import avit_s, avit_ti
 from pss.recipes.deit import (
     deit_s_224,
@@ -68,11 +71,43 @@ RECIPES: dict[str, Callable[[], RunSettings]] = {
 
 
 def get(name: str) -> Config:
-    """The configuration of recipe `name`. Raises `ValueError` that suggests the nearest name."""
-    if name in RECIPES:
-        from pss.config import Config  # with torch and timm behind it, which a list of recipes can do without
+    """The configuration of a recipe.
 
+    Args:
+        name: one of `RECIPES`; a file (`*.yaml`, `*.toml`, `*.json`); the folder of a run, whose settings it means;
+            `package.module:function` for one of your own; or what a package, or a file in a folder of recipes, is
+            called (`pss.recipes.own`).
+
+    Raises:
+        ValueError: there is none, with the nearest name; or several have it; or it cannot be read.
+    """
+    from pss.config import Config  # with torch and timm behind it, which a list of recipes can do without
+    from pss.recipes import own
+
+    if is_plugin(name):
+        return own.configuration(name, get)
+    found = list(own.candidates(name))
+    if name in RECIPES:
+        if found:
+            raise ValueError(f"{name} is a recipe of pss, and {_where(found[0])} has its name; give that another one")
         return Config.of(RECIPES[name]())
-    near = difflib.get_close_matches(name.replace("_", "-"), RECIPES, n=1, cutoff=0.4)
+    if len(found) > 1:
+        raise ValueError(f"{_where(found[0])} and {_where(found[1])} are both called {name}; rename one of them")
+    if found:
+        return own.configuration(found[0], get)
+    known = [*RECIPES, *own.listed()]
+    near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"there is no recipe {name!r}; {hint}recipes are {', '.join(RECIPES)}")
+    raise ValueError(f"there is no recipe {name!r}; {hint}recipes are {', '.join(known)}")
+
+
+def summaries() -> dict[str, str]:
+    """A line on every recipe, by name: those of pss, then one's own with where they are from."""
+    from pss.recipes import own
+
+    told = {name: (recipe.__doc__ or "").strip().splitlines()[0] for name, recipe in RECIPES.items()}
+    return told | {name: ", ".join(map(_where, found)) for name, found in own.listed().items()}
+
+
+def _where(found: Path | EntryPoint) -> str:
+    return str(found) if isinstance(found, Path) else found.value

@@ -19,6 +19,7 @@ from pss.runtime.processes import World
 CONFIG = "config.json"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+CURVES = "curves.png"
 
 LOCK = ".lock"
 _PATIENCE_SECONDS = 5.0  # a run that was asked to stop may still be writing its last checkpoint

@@ -100,6 +100,16 @@ class Vote:
         return tuple(count > 0 for count in self._raised.tolist())
 
 
+class LostProcess(Exception):
+    """Another process of the job has died, or has not answered in time."""
+
+    def __init__(self, rank: int, error: RuntimeError) -> None:
+        super().__init__(
+            f"process {rank} has lost another one ({str(error).splitlines()[0]}), whose own last words say why; "
+            "torchrun --max-restarts begins the job again, and --resume goes on from the newest checkpoint"
+        )
+
+
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error says that another process has died, or has not answered in time."""
     if isinstance(error, dist.DistError):

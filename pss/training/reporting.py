@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pipelines.base import Batch
 from pss.config import Config
+from pss.inference.accuracy import Observe
 from pss.methods import Method, Progress, Stage, mean_tokens
 from pss.runs import checkpoint, records
 from pss.runs.lock import CHECKPOINTS, SUMMARY
@@ -31,7 +33,8 @@ _log = logging.getLogger(__name__)
 class Reporter:
     """Measures a run and reports on it. Every process has one, as sums are over all of them; the main one writes."""
 
-    def __init__(self, config: Config, output: Path, method: Method, world: World) -> None:
+    def __init__(self, config: Config, output: Path, method: Method, world: World, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self.config, self.output, self.method, self.world = config, output, method, world
         self._costs: dict[tuple[Stage, int], int] = {}
         self._log: RunLog | None = None
@@ -55,7 +58,7 @@ class Reporter:
         if main:
             self._log = RunLog(self.output, resume_step=step)
             self._write("start", step, **records.STAMP, processes=self.world.size, **about)
-        self._view = TrainView(total_steps=last_step, done_steps=step, epochs=epochs, enabled=main)
+        self._view = TrainView(total_steps=last_step, done_steps=step, epochs=epochs, enabled=main and not self._quiet)
 
     def close(self) -> None:
         """Stop reporting."""
@@ -67,6 +70,18 @@ class Reporter:
         """Print a line that stays."""
         if (view := self._view) is not None:
             self._attempt("the console", lambda: view.say(line))
+
+    def watch(self, passed: int, passes: int, num_images: int) -> Observe:
+        """What shows how far validation is, of `passes` over `num_images` images of which `passed` are done."""
+        done = passed * num_images
+
+        def observe(batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
+            nonlocal done
+            done += len(images) * self.world.size
+            if (view := self._view) is not None:
+                self._attempt("the console", lambda: view.validated(done, passes * num_images))
+
+        return observe
 
     def state(self) -> Row:
         """All sums, for a checkpoint. Every process must call it."""
@@ -105,7 +120,7 @@ class Reporter:
         stage, size = self.method.stage(at), self.config.data.train_size(at.epoch)
         tokens = mean_tokens(self.method.training_tokens(stage, size))
         extra = {name: float(value) for name, value in out.items() if name != "loss"}
-        where = {"epoch": at.epoch, "rho": stage.rho, "img_size": size, "tokens": tokens}
+        where = {"epoch": at.epoch + 1, "rho": stage.rho, "img_size": size, "tokens": tokens}
         named = {"stage": stage.name} if stage.name else {}
         own = {**where, **named, "lr": lr, "skipped": skipped, **summary}
         if taken := extra.keys() & {"kind", "step", "time", *own}:
@@ -134,7 +149,8 @@ class Reporter:
             delivered_hash: of the samples of the epoch.
         """
         meter = self._epoch_meter
-        row: Row = {"step": step, "epoch": epoch, "complete": complete, "train_seconds": meter.seconds}
+        number = epoch if complete else epoch + 1
+        row: Row = {"step": step, "epoch": number, "complete": complete, "train_seconds": meter.seconds}
         row |= meter.summary() | {"skipped": skipped, "by_rho": meter.by_stage()}
         self._attempt("what the schedule saved", lambda: row.update(meter.saving()))
         self.pending = row | {"samples_hash": f"{delivered_hash:08x}"}

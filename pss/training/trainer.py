@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -45,6 +46,11 @@ _REMEDIES = Remedies(
 class Interrupted(Exception):
     """The run was asked to stop and has saved a checkpoint."""
 
+    def __init__(self, step: int, signals: list[int]) -> None:
+        super().__init__(f"stopped at step {step}; continue with --resume")
+        self.by_user = signal.SIGINT in signals
+        """Whether it was Ctrl-C, here, and not a scheduler's SIGTERM."""
+
 
 class Trainer:
     """One run in one folder. `fit` trains it to its end, from its newest checkpoint where there is one."""
@@ -58,6 +64,7 @@ class Trainer:
         classes: list[str],
         output: Path,
         world: World,
+        quiet: bool = False,
     ) -> None:
         self.config, self.world = config, world
         self.train_loader, self.val_loader = train_loader, val_loader
@@ -103,7 +110,7 @@ class Trainer:
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
         self.guard = Guard(world.device, config.train.max_skipped)
-        self.reporter = Reporter(config, output, self.method, world)
+        self.reporter = Reporter(config, output, self.method, world, quiet=quiet)
         if self._saved is not None:
             self.saver.restore(self._saved, self.method, self.ema, self.guard)
             self.step, self.epoch = self._saved["step"], self._saved["epoch"]
@@ -278,7 +285,7 @@ class Trainer:
             self._save()
         if stopping:
             self._finish()
-            raise Interrupted
+            raise Interrupted(self.step, stop)
 
     def _end_epoch(self, stop: list[int]) -> None:
         complete = self.step == (self.epoch + 1) * self.steps_per_epoch
@@ -338,23 +345,23 @@ class Trainer:
         def between() -> None:
             if self.vote.cast(bool(stop), False, False)[0]:
                 self._finish()
-                raise Interrupted
+                raise Interrupted(self.step, stop)
 
         models = {"": self.method} | ({"ema_": self.ema.module} if self.ema is not None else {})
         share_buffers(self.world, *models.values())
         row: dict[str, float] = {}
-        for prefix, model in models.items():
+        for passed, (prefix, model) in enumerate(models.items()):
             model.eval()
-            varying = self.method.costs_vary
             (result,) = accuracy(
-                model.predict_with_cost if varying else model.predict,
+                model.predict_with_cost if self.method.costs_vary else model.predict,
                 self.val_inputs,
                 self.world,
                 points=self.method.points()[:1],
                 autocast=self.autocast,
                 in_step=self.sharded,
-                with_cost=varying,
+                with_cost=self.method.costs_vary,
                 between=between,
+                observe=self.reporter.watch(passed, len(models), self.val_inputs.num_samples),
             )
             if self.sharded:
                 reshard(model)

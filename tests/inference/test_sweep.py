@@ -13,7 +13,7 @@ from memory_loader import MemoryLoader
 from safetensors.torch import save_file
 
 from pss import methods, recipes
-from pss.inference import hub, sweep
+from pss.inference import hub, sweep, table
 from pss.inference.accuracy import accuracy, evaluation_inputs
 from pss.inference.exhibit import Curator
 from pss.inference.opening import Run, checkpoint, load_run, open_run
@@ -180,7 +180,7 @@ def test_what_is_pushed_comes_back(folder, swept, tmp_path, monkeypatch, rel_pos
     method = methods.build(config, 4, steps_per_epoch=1).eval()
     run = Run("mine", config, list("abcd"), 7, method)
     hub.save(
-        tmp_path / "mine", run.published(), hub.card("mine", rows=swept.rows, columns=sweep.COLUMNS, architecture="x")
+        tmp_path / "mine", run.published(), hub.card("mine", rows=swept.rows, columns=table.COLUMNS, architecture="x")
     )
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / name.split("/")[1]))
     images = torch.randn(2, 3, 32, 32)
@@ -245,7 +245,7 @@ def test_points_that_are_slower_over_one_image_are_told():
         row("a", 0.7, 3.4, 3.6), row("a", 1.0, 2.2, 2.4), row("a", 0.9, 2.3, 3.9), row("a", 0.5, 2.5, 2.6),
         row("b", None, 1, 2), row("c", 0.5, 1, 2), row("d", 0.5, 1, 2, "depth"), row("d", 1.0, 2.5, 3, "depth"),
     ]  # fmt: skip
-    assert sweep.slower_alone(rows) == ["a: a single image takes longer at ρ 0.7, 0.5 than at ρ 1; run it at ρ 1"]
+    assert table.slower_alone(rows) == ["a: a single image takes longer at ρ 0.7, 0.5 than at ρ 1; run it at ρ 1"]
 
 
 def test_rates_call_everything_and_count_images():

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from pss.inference import hub, plots, sweep
+from pss.inference import hub, plots, sweep, table
 from pss.inference.text import cell, markdown, printable, shortened
 from pss.runtime.processes import World
 
@@ -31,7 +31,7 @@ def row(name, **more):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_shows_names_as_they_are(capsys, name):
-    sweep.show([row(name), row("other")])
+    table.show([row(name), row("other")])
     shown = capsys.readouterr().out.splitlines()
     assert shown[1].startswith(f"{name} ")
     assert len(shown) == 3 + (shown[2].strip() == "")
@@ -79,8 +79,8 @@ def test_names_are_printable():
 
 @pytest.mark.parametrize("name", [*NAMES, "a\n---\nlicense: mit", "a | b | c"])
 def test_a_card_keeps_its_form(name):
-    card = hub.card(name, rows=[row(name)], columns=sweep.COLUMNS, architecture=name)
-    usual = hub.card("usual", rows=[row("usual")], columns=sweep.COLUMNS, architecture="usual")
+    card = hub.card(name, rows=[row(name)], columns=table.COLUMNS, architecture=name)
+    usual = hub.card("usual", rows=[row("usual")], columns=table.COLUMNS, architecture="usual")
     assert len(card.splitlines()) == len(usual.splitlines())
     assert card.splitlines().count("---") == 2
     heading = next(line for line in card.splitlines() if line.startswith("# "))

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pss import methods, recipes
 from pss.config import Config
-from pss.inference import choose, export, report, sweep
+from pss.inference import choose, export, report, sweep, table
 from pss.inference.accuracy import MacsOfImages
 from pss.inference.opening import load_run
 from pss.methods import METHODS, DenseTargets, Phase, Progress, Stage
@@ -619,7 +619,7 @@ def test_a_method_without_a_knob_has_one_row(whole, tmp_path, capsys):
     assert row["sparsity"] == read_rows(whole[0], "epoch")[-1]["sparsity"] == 0.25
     sweep.write(found.rows, tmp_path)
     report.write(found, [run], ["run"], tmp_path / "report.html")
-    sweep.show(found.rows)
+    table.show(found.rows)
     assert "as trained" in capsys.readouterr().out
     assert json.loads((tmp_path / "rho.json").read_text())[0]["rho"] is None
     assert export.export(run, tmp_path / "model.pt2", point=None) < 1e-4

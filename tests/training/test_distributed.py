@@ -193,7 +193,7 @@ def test_two_nodes_are_two_processes(image_root, runs, tmp_path):
     output, _, _ = runs
     guide = (HERE.parent / "docs" / "cluster.md").read_text()
     line = next(line for line in guide.splitlines() if line.startswith("torchrun --nnodes 2 "))
-    options, _, _ = line.removeprefix("torchrun ").partition(" -m cli.train")
+    options, _, _ = line.removeprefix("torchrun ").partition(" --no-python pss-train")
     words = options.replace("--nproc-per-node 8", "--nproc-per-node 1").replace(
         "NODE0:29400", f"127.0.0.1:{free_port()}"
     )

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pss.inference.exhibit import Exhibit, Picture
 from pss.inference.opening import Run
-from pss.inference.sweep import COLUMNS, Row, Sweep, finite
+from pss.inference.sweep import Row, Sweep, finite
+from pss.inference.table import COLUMNS
 from pss.inference.text import printable
 from pss.runs.log import read_rows
 from pss.runtime import files

@@ -1,0 +1,161 @@
+"""`pss.evaluate`: accuracy and cost of trained models at each ρ, as `pss-eval` finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pipelines
+from pipelines.base import DataError
+from pss.api.training import LoaderName
+from pss.inference import report, sweep, table
+from pss.inference.exhibit import Exhibit
+from pss.inference.opening import Run, open_run
+from pss.inference.plots import plot_sweep
+from pss.inference.text import printable
+from pss.runtime import files, processes
+from pss.runtime.processes import World
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was found."""
+
+    runs: list[Run]
+    """The models, opened."""
+    names: list[str]
+    """What tables call them."""
+    rows: list[dict[str, Any]]
+    """For every model at every operating point, in that order: accuracy, cost, rates with their spread."""
+    exhibits: list[Exhibit]
+    """For every model, what it keeps of some images."""
+
+    def table(self) -> str:
+        """The rows for people."""
+        return table.table_of(self.rows)
+
+    def figure(self) -> bytes:
+        """Accuracy against rate and against cost, a PNG."""
+        return plot_sweep(self.rows)
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """Write `rho.json`, `rho.csv`, `rho.png` and, where its packages are installed, `report.html`.
+
+        Raises:
+            OSError: one cannot be written, which the error names; what is there is whole.
+        """
+        written = []
+        for name, content in self.contents().items():
+            files.write(Path(folder) / name, content())
+            written.append(Path(folder) / name)
+        return written
+
+    def contents(self) -> dict[str, Any]:
+        """What is written, by name: functions that return it."""
+        made: dict[str, Any] = {name: lambda make=make: make(self.rows) for name, make in sweep.FILES.items()}
+        if report.available():
+            found = sweep.Sweep(self.rows, self.exhibits)
+            made[REPORT] = lambda: report.page(found, self.runs, self.names)
+        return made
+
+
+def evaluate(
+    runs: str | Path | Sequence[str | Path],
+    data: str | Path,
+    *,
+    rho: Sequence[float] | None = None,
+    split: str = "val",
+    sort: Literal["magnitude", "random"] | None = None,
+    loader: LoaderName = "auto",
+    batch_size: int = 64,
+    ema: bool = False,
+    best: bool = False,
+) -> Evaluated:
+    """Evaluate models on a split, alone or as one of the processes that torchrun started.
+
+    Args:
+        runs: folders of runs, checkpoints, published folders, `timm:NAME` or `NAME=FILE`; one or several.
+        data: the data set, as given to `train`.
+        rho: operating points; those of each method if None.
+        split: of the data set.
+        sort: which patches are kept; as trained if None.
+        loader: what decodes the images.
+        batch_size: images per batch, also for the rates.
+        ema: take the moving average of the weights.
+        best: of a run, the checkpoint of the best validation, not the newest.
+
+    Raises:
+        ValueError: what is named cannot be opened, or not be run so, or does not suit the data.
+    """
+    sources = [runs] if isinstance(runs, str | Path) else list(runs)
+    names = sweep.distinct_names(sources)
+    with processes.start() as world:
+        loaded = open_runs(sources, world, ema=ema, best=best, sort=sort)
+        check_data(loaded, sources, data)
+        return measure(loaded, names, data, rho, split=split, loader=loader, batch_size=batch_size, world=world)
+
+
+def open_runs(
+    sources: Sequence[str | Path],
+    world: World,
+    *,
+    ema: bool = False,
+    best: bool = False,
+    sort: Literal["magnitude", "random"] | None = None,
+) -> list[Run]:
+    """The models that `sources` name, on the device of `world`. Raises `ValueError` for one that cannot be had."""
+    opened = []
+    for source in sources:
+        with sweep.stage(f"opening {printable(str(source))}", world):
+            opened.append(open_run(str(source), world.device, ema=ema, best=best, sort=sort))
+    return opened
+
+
+def check_data(runs: Sequence[Run], sources: Sequence[str | Path], data: str | Path) -> None:
+    """Raise `DataError` where a model tells other classes apart than the data set has."""
+    dataset = pipelines.open_dataset(data)
+    for run, source in zip(runs, sources, strict=True):
+        if run.num_classes != len(dataset.classes):
+            raise DataError(
+                f"{source} was trained on {run.num_classes} classes and {dataset.root} has {len(dataset.classes)}; "
+                "evaluate it on the data set it was trained on"
+            )
+        if run.classes is not None and run.classes != list(dataset.classes):
+            raise DataError(
+                f"{source} and {dataset.root} name their classes differently; evaluate on the data it was trained on"
+            )
+
+
+def measure(
+    runs: Sequence[Run],
+    names: Sequence[str],
+    data: str | Path,
+    points: Sequence[float] | None,
+    *,
+    split: str,
+    loader: LoaderName,
+    batch_size: int,
+    world: World,
+) -> Evaluated:
+    """`pss.inference.sweep.sweep` of opened models on a split. Raises `ValueError` as it does."""
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "train": False,
+        "loader": loader,
+        "rank": world.rank,
+        "world_size": world.size,
+        "device": world.device,
+    }
+    found = sweep.sweep(
+        runs,
+        names=names,
+        points=points,
+        make_loader=lambda config: pipelines.build(Path(data), split, config=config, **options),
+        batch_size=batch_size,
+        world=world,
+    )
+    return Evaluated(list(runs), list(names), found.rows, found.exhibits)
