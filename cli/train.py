@@ -150,7 +150,7 @@ def train(
         missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
         raise ValueError(f"give {' and '.join(missing)}; only --plan, --show and --set help need neither")
     from pss.runtime.processes import LostProcess
-    from pss.training.trainer import Interrupted
+    from pss.training.setup import Interrupted
 
     say = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
     try:

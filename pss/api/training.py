@@ -109,7 +109,7 @@ def train(
     Raises:
         ValueError: a setting, a folder or data that cannot be.
         OSError: something cannot be read or written.
-        Interrupted: Ctrl-C or SIGTERM came, and the run is saved (`pss.training.trainer`).
+        Interrupted: Ctrl-C or SIGTERM came, and the run is saved (`pss.training.setup`).
         LostProcess: another process has died (`pss.runtime.processes`).
     """
     config = configuration(recipe, settings, start)

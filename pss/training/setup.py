@@ -153,6 +153,15 @@ def build_mixing(config: Config, num_classes: int, rank: int) -> Mixing | None:
     )
 
 
+class Interrupted(Exception):
+    """The run was asked to stop and has saved a checkpoint."""
+
+    def __init__(self, step: int, signals: list[int]) -> None:
+        super().__init__(f"stopped at step {step}; continue with --resume")
+        self.by_user = signal.SIGINT in signals
+        """Whether it was Ctrl-C, here, and not a scheduler's SIGTERM."""
+
+
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of dying; a second SIGINT dies as usual."""

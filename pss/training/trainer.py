@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +29,16 @@ from pss.training.optim import build_optimizer, set_rates
 from pss.training.parts import Parts, share_buffers
 from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
-from pss.training.setup import begin_run, build_mixing, catch_signals, check_masks, check_phases, compile_levels, wrap
+from pss.training.setup import (
+    Interrupted,
+    begin_run,
+    build_mixing,
+    catch_signals,
+    check_masks,
+    check_phases,
+    compile_levels,
+    wrap,
+)
 from pss.training.sharding import reshard, scatter_optimizer, shard
 from pss.training.tensors import Inventory, total_norm
 
@@ -41,15 +49,6 @@ _REMEDIES = Remedies(
     other_bias="--set model.rel_pos={kind} gives it one",
     other_images="--set data.mean={mean} --set data.std={std}",
 )
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved a checkpoint."""
-
-    def __init__(self, step: int, signals: list[int]) -> None:
-        super().__init__(f"stopped at step {step}; continue with --resume")
-        self.by_user = signal.SIGINT in signals
-        """Whether it was Ctrl-C, here, and not a scheduler's SIGTERM."""
 
 
 class Trainer:

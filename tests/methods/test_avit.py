@@ -21,7 +21,8 @@ from pss.methods.parts.halting import Halting, prior_loss
 from pss.models.flops import macs, macs_of_tokens
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
-from pss.training.trainer import Interrupted, Trainer
+from pss.training.setup import Interrupted
+from pss.training.trainer import Trainer
 
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
 TINY = ["model.embed_dim=24", "train.epochs=2", "train.batch_size=8", "optim.warmup_epochs=1", "data.prefetch_gb=0"]

@@ -32,7 +32,8 @@ from pss.runs import checkpoint
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
 from pss.training.optim import build_optimizer, set_rates
-from pss.training.trainer import Interrupted, Trainer
+from pss.training.setup import Interrupted
+from pss.training.trainer import Trainer
 
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
 CLASSES = ["a", "b", "c", "d"]

@@ -19,7 +19,8 @@ from pss.inference.opening import load_run
 from pss.runs import checkpoint, records
 from pss.runs.log import ABANDONED, read_rows
 from pss.training.reporting import Reporter
-from pss.training.trainer import Interrupted, Trainer
+from pss.training.setup import Interrupted
+from pss.training.trainer import Trainer
 
 STEPS = 5  # of an epoch
 SETTLED = ("time", "train_seconds", "images_per_second", "data_wait", "saved_time", "saved_share")

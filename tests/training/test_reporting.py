@@ -24,7 +24,8 @@ from pss.training import reporting
 from pss.training.console import TrainView
 from pss.training.guard import Guard
 from pss.training.meter import Meter
-from pss.training.trainer import Interrupted, Trainer
+from pss.training.setup import Interrupted
+from pss.training.trainer import Trainer
 
 DISK_FULL = OSError(28, "No space left on device")
 

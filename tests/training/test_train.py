@@ -19,8 +19,8 @@ from pss.runs import checkpoint
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
 from pss.training import setup
-from pss.training.setup import check_masks
-from pss.training.trainer import Interrupted, Trainer
+from pss.training.setup import Interrupted, check_masks
+from pss.training.trainer import Trainer
 
 CLASSES = ["a", "b", "c", "d"]
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
