@@ -23,22 +23,14 @@ from pss.runtime.precision import autocast
 from pss.runtime.processes import Vote, World
 from pss.runtime.seeds import seed_generator
 from pss.runtime.shards import whole
+from pss.training import setup
 from pss.training.guard import Guard, Statistics, average_of_frozen, skipping, update_average
 from pss.training.inputs import StepInputs, TrainingInputs
 from pss.training.optim import build_optimizer, set_rates
 from pss.training.parts import Parts, share_buffers
 from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
-from pss.training.setup import (
-    Interrupted,
-    begin_run,
-    build_mixing,
-    catch_signals,
-    check_masks,
-    check_phases,
-    compile_levels,
-    wrap,
-)
+from pss.training.setup import Interrupted
 from pss.training.sharding import reshard, scatter_optimizer, shard
 from pss.training.tensors import Inventory, total_norm
 
@@ -80,7 +72,7 @@ class Trainer:
         self.method.model.trained_on = TrainedOn(
             tuple(classes), config.data.mean, config.data.std, config.data.crop_pct
         )
-        check_phases(self.method)
+        setup.check_phases(self.method)
         if self.sharded:
             self._check_shards()
         else:
@@ -96,9 +88,11 @@ class Trainer:
             self.started_from = start_from(
                 self.method.model, config.model.weights, ignore_head=config.model.own_head, remedies=_REMEDIES
             )
-        self.compiled = not self.sharded and compile_levels(self.method, config.compile, world.device, self.total_steps)
+        self.compiled = not self.sharded and setup.compile_levels(
+            self.method, config.compile, world.device, self.total_steps
+        )
         pixels = self.method.mixes(config) == "pixels"
-        mixing = build_mixing(config, len(classes), world.rank) if pixels else None
+        mixing = setup.build_mixing(config, len(classes), world.rank) if pixels else None
         self.inputs = Inputs(
             train_loader,
             TrainingInputs(config, self.method, mixing, self.steps_per_epoch),
@@ -150,9 +144,9 @@ class Trainer:
         self.row: dict[str, Any] = {}
         try:
             self.saver.open()
-            check_masks(self.world.device, self.reporter.say)
+            setup.check_masks(self.world.device, self.reporter.say)
             self.vote = Vote(self.world, num_questions=3)
-            with catch_signals() as stop:
+            with setup.catch_signals() as stop:
                 if self.reporter.pending is not None:
                     self._conclude_resumed(stop)
                 first_epoch = 0
@@ -183,7 +177,7 @@ class Trainer:
             state = self._saved["optimizer"]
             self.optimizer.load_state_dict(scatter_optimizer(state, self.optimizer) if self.sharded else state)
         self._saved = None
-        engine = self.method if self.sharded else wrap(self.method, self.world)
+        engine = self.method if self.sharded else setup.wrap(self.method, self.world)
         first_step = first_epoch * self.steps_per_epoch
         while self.epoch < first_epoch + phase.epochs and self.step < self.last_step:
             self._run_epoch(engine, phase, first_step, stop)
@@ -204,7 +198,7 @@ class Trainer:
             set_rates(self.optimizer, self.lr_schedule, self.step - first_step, self.method.lr_factors(at))
             if self.step == 0:
                 first = inputs.images.chunk(self.config.train.accumulate)[0]
-                begin_run(self.method, None if self.ema is None else self.ema.module, first, self.world)
+                setup.begin_run(self.method, None if self.ema is None else self.ema.module, first, self.world)
             statistics = Statistics(held)
             self.method.begin_step(at)
             out = self._gradients(engine, inputs, at)
