@@ -306,6 +306,16 @@ def test_the_choice_is_noisy_in_training_and_follows_step_and_rank():
         torch.testing.assert_close(method.predict(images, 1.0), method.model(images))
 
 
+def test_patches_of_small_images_keep_their_places():
+    method = build("method=svite", "svite.keep=0.5").train()
+    seen, steps = [], Steps(method)
+    trunk = method.model.trunk
+    method.model.trunk = lambda tokens, kept: seen.append(kept) or trunk(tokens, kept)
+    method(images_of(method)[..., :16, :16], torch.zeros(6, dtype=torch.int64), steps.at())
+    assert seen[0].shape == (6, method.training_tokens(Stage(0.5), 16)[0] - 1)
+    assert set(seen[0].flatten().tolist()) == {0, 3, 12, 15}  # the corners of a grid of 4 x 4
+
+
 def test_the_derivative_of_the_choice_is_that_of_its_softmax():
     selector = Selector(4)
     patches = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
