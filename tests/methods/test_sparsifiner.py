@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from memory_loader import MemoryLoader
+from ranks import launch
 from torch import nn
 
 from pss import methods, recipes
@@ -27,6 +28,7 @@ from pss.methods.parts.connectivity import (
 )
 from pss.methods.sparsifiner import DENSE, PREDICTORS, SPARSE
 from pss.models.create import create_model
+from pss.runs import checkpoint
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
 from pss.training.optim import build_optimizer
@@ -762,3 +764,50 @@ def test_the_dense_path_is_the_fast_one():
     expected = block.attn.project_out(attend(q, k, v, table=table, positions=positions))
     torch.testing.assert_close(block.attn(block.norm1(tokens), positions), expected)
     assert Phase(DENSE, 1, method.config.optim) not in method.phases()
+
+
+def test_recipes_are_the_published_settings():
+    """Sections 4 and 7: of the paper's supplement, and of the authors' shipped settings."""
+    paper, release = recipes.get("sparsifiner-s"), recipes.get("sparsifiner-s-release")
+    for one, epochs in ((paper, 45), (release, 50)):
+        assert one.own[0].teacher == one.model.weights
+        assert timm.is_model_pretrained(one.model.weights.removeprefix("timm:"))
+        assert one.own[0].epochs_before(one) == (0, 5)
+        assert one.train.epochs == epochs
+        assert one.optim.peak_lr(1344) == 8e-5
+        assert (one.data.repeats, one.model.drop_path_rate, one.optim.clip_grad) == (1, 0.0, None)
+    with torch.device("meta"):
+        built = [methods.build(one.with_settings(["model.weights=x.pt"]), 1000, 10) for one in (paper, release)]
+    assert [one.budgets(one.keep)[0] for one in built] == [49, 50]
+    assert [one.predictors[0].thresholds[:3] for one in built] == [(0.01, 0.05, None), (0.02, 0.05, 8)]
+
+
+def test_a_killed_run_ends_bit_identical_across_its_phases(image_root, tmp_path):
+    """SIGKILL where predictors learn, and again where the model follows; each time a process goes on from the newest
+    checkpoint. Epochs have three steps."""
+    killed = [
+        *SMALL, "model.depth=2", "train.batch_size=16", "train.ema_decay=0.9", "loss.mixup=0.8",
+        "train.checkpoint_every_minutes=1e-9", "sparsifiner.predictor_lr=0.01",
+    ]  # fmt: skip
+    torch.manual_seed(5)
+    config = recipes.get("digits").with_settings(killed)
+    model = create_model(config.model.name, num_classes=3, img_size=32, **config.model.overrides())
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    words = [*killed, f"model.weights={tmp_path / 'dense.pt'}", f"sparsifiner.teacher={tmp_path / 'dense.pt'}"]
+    launch(1, image_root, tmp_path / "undisturbed", *words)
+    for step in (2, 5):
+        with pytest.raises(AssertionError):  # it did not end well
+            launch(1, image_root, tmp_path / "killed", *words, f"kill=0:{step}")
+        assert checkpoint.load_latest(tmp_path / "killed" / "checkpoints")[0]["step"] <= step
+        (tmp_path / "killed" / "killed").unlink()
+    launch(1, image_root, tmp_path / "killed", *words)
+    ours, theirs = (checkpoint.load_latest(tmp_path / name / "checkpoints")[0] for name in ("killed", "undisturbed"))
+    assert ours["step"] == theirs["step"] == 12
+    for part in ("method", "ema"):
+        assert ours[part].keys() == theirs[part].keys()
+        for name, value in theirs[part].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(ours[part][name], value), name
+    for number, moments in theirs["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(ours["optimizer"]["state"][number][name], value), name

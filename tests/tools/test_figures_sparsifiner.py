@@ -18,8 +18,8 @@ from tools.figures.figure import Source
 
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
 TINY = [
-    "model.embed_dim=24", "train.epochs=4", "train.batch_size=8", "optim.warmup_epochs=1", "data.prefetch_gb=0",
-    "method=sparsifiner", "sparsifiner.predictor_lr=0.03",
+    "model.embed_dim=24", "model.depth=3", "train.epochs=3", "train.batch_size=8", "optim.warmup_epochs=1",
+    "data.prefetch_gb=0", "method=sparsifiner", "sparsifiner.predictor_lr=0.03",
 ]  # fmt: skip
 ARMS = {
     "sparsifiner": [],
@@ -60,7 +60,7 @@ def test_what_the_patch_in_the_middle_looks_at(source):
     """The class token is not among the patches, and may take one of the keys."""
     method = sparsifiner._opened(source.folders("sparsifiner")[0])
     with torch.inference_mode():
-        shown = sparsifiner.looks(method, torch.randn(1, 3, 32, 32), 0.25, [1, 3])
+        shown = sparsifiner.looks(method, torch.randn(1, 3, 32, 32), 0.25, [0, 2])
     assert shown.shape == (2, 3, 3, 16)
     mask, sparse, full = shown.unbind(2)
     assert set(mask.sum(-1).flatten().tolist()) <= {3.0, 4.0}

@@ -6,7 +6,7 @@
 One attention layer of a DeiT-S, projections included, on random tokens, at each image size. `hidden` computes all keys
 and masks them, `gathered` fetches the keys of each query and computes no others; both ask the predictor, whose parts
 have rows of their own. Rounds are interleaved, and ratios are of neighbours in the same round. The sparsities of
-coefficients and basis are those published (0.87 and 0.908), and change no time here: zeros are multiplied, too. The last
+coefficients and basis are those published (0.87 and 0.908), and change no time here: zeros are multiplied. The last
 columns are the arithmetic that is done, and that is needed at least, of attention and predictor over dense attention.
 """
 
