@@ -160,7 +160,7 @@ def test_a_fixed_schedule_with_a_cooldown_is_planned_so():
     assert [(level.rho, level.share) for level in planned.levels] == [(0.4, 0.75), (1.0, 0.25)]
     assert planned.cooldown_epochs == 3
     assert planned.course == "ρ: 0.4, then 3 epochs at 1.0"
-    (section,) = config(*chosen).own
+    section = config(*chosen).section_of(ScheduleConfig)
     assert list(section.evened(10)) == []  # a constant cannot be shuffled
 
 
