@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.base import DataError, in_words
+from pipelines.storage.reading import DiskWaits
 
 _ROWS_IN_FINGERPRINT = 64
 
@@ -47,13 +48,15 @@ class LabelMaps:
             self.dtype: torch.dtype = torch.from_numpy(np.empty(0, self._rows.dtype)).dtype
         except (TypeError, ValueError) as error:
             raise DataError(f"{path} holds {self._rows.dtype} values, which torch has not; store others") from error
+        self._waiting = DiskWaits()
         self.shape: tuple[int, ...] = self._rows.shape[1:]
         """Of one map."""
 
     def rows(self, index: NDArray[np.int64], *, pin_memory: bool = False) -> Tensor:
         """A copy of the maps of samples `index`, (len(index), *shape), on the host."""
         assert ((index >= 0) & (index < self.num_samples)).all()
-        self._fetch(index)
+        if self._waiting():
+            self._fetch(index)
         rows = torch.empty((len(index), *self.shape), dtype=self.dtype, pin_memory=pin_memory)
         np.take(self._rows, index, axis=0, out=rows.numpy(), mode="clip")  # other modes copy through a buffer
         return rows

@@ -261,3 +261,20 @@ def test_it_can_be_traced_as_one_graph() -> None:
     traced = torch.compile(labels, fullgraph=True, backend="eager")(maps, view.crop, view.flipped)
     for one, other in zip(traced, labels(maps, view.crop, view.flipped), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_nothing_waits_and_every_run_is_the_same() -> None:
+    maps, view = random_maps(6, 5, 18, 18, num_classes=1000), random_view(6)
+    moves = torch.tensor([[0.9011, -0.3, 0.2013], [0.3, 0.9011, -0.1017]]).repeat(6, 1, 1, 1)
+    expected = soft_labels(maps, replace(view, moves=moves), grid=(14, 14), num_classes=1000)
+    there, given = maps.cuda(), View(view.crop.cuda(), view.flipped.cuda(), moves.cuda())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first, second = (soft_labels(there, given, grid=(14, 14), num_classes=1000) for _ in range(2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other, on_host in zip(first, second, expected, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one.cpu(), on_host, atol=1e-5, rtol=1e-4)
