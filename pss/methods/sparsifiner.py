@@ -91,7 +91,7 @@ class SparsifinerSettings(MethodSection, section="sparsifiner"):
     """What the authors' code does where it is wrong; docs/rivals.md says what."""
 
     def check(self) -> None:
-        if not self.keep or min(self.keep) == 1:
+        if not self.keep or min(self.keep) > 0.999:
             raise ValueError(
                 f"sparsifiner.keep is {','.join(f'{share:g}' for share in self.keep) or 'empty'}; name a share below "
                 "1, such as 0.25, or set method=dense, where every patch sees every key"

@@ -138,6 +138,7 @@ def test_blocks_may_differ_and_another_point_moves_all():
     assert method.budgets(0.5) == (17, 8, 4, 4)
     assert method.budgets(0.25) == (17, 4, 1, 1)
     assert method.budgets(1.0) == (17,) * 4
+    assert build("sparsifiner.keep=1e-9").budgets(1e-9) == (1,) * 4
     with pytest.raises(ValueError, match=r"sparsifiner.keep names 2 shares, and the model has 4 blocks; name one, or"):
         build("sparsifiner.keep=0.5,0.25")
 

@@ -31,7 +31,7 @@ class KeepRates(NamedTuple):
 
     @classmethod
     def of(cls, rates: Sequence[float], of_all: bool) -> Self:
-        keep = round(sum(rates) / len(rates), 6)
+        keep = rates[0] if len(set(rates)) == 1 else sum(rates) / len(rates)
         return cls(keep, tuple(math.log(rate) / math.log(keep) for rate in rates), of_all)
 
     def budgets(self, point: float, num_patches: int, num_prefix: int) -> tuple[int, ...]:
