@@ -42,7 +42,7 @@ APART = {"avit", "dynamicvit", "s2vite", "svite", EVERYTHING}
 """Methods whose loss is not a mean over images, which draw random numbers, which look at the first images, or which
 rank gradients: two processes learn what one does that computes a batch in two parts."""
 ON_LVVIT = " on lvvit_s"
-LABELLED = [f"{name}{ON_LVVIT}" for name in ("dense", "sampled", "toe", "dynamicvit")]
+LABELLED = [f"{name}{ON_LVVIT}" for name in ("dense", "sampled", "toe", "dynamicvit", "sparsifiner")]
 """Methods on a backbone that classifies patches, too, and has running statistics."""
 TINY = [
     "model.embed_dim=24", "model.depth=4", "train.epochs=4", "train.batch_size=8", "optim.warmup_epochs=1",
