@@ -217,4 +217,4 @@ def test_a_run_starts_from_weights_of_what_it_is_trained_on(
         begun(config)
     remedied = [word for word in words.replace("--set ", "").split("; ")[-1].split() if "=" in word]
     trainer = begun(config.with_settings(remedied))
-    assert trainer.method.model.trained_on == TrainedOn(tuple("abcd"), (mean,) * 3, (0.35,) * 3)
+    assert trainer.method.model.trained_on == TrainedOn(tuple("abcd"), (mean,) * 3, (0.35,) * 3, 1.0)

@@ -183,14 +183,11 @@ def test_losses_are_those_of_the_published_order(name, settings):
     """Written out: logits are brought back to the layout that is not mixed, and held against labels that never were."""
     method, dense = labelled(name, *settings)
     images, truth, model = images_of(method, 6), torch.arange(6) % 4, method.model.train()
-    kept_at = []
     step = next(step for step in range(8, 20) if method.enter(images, at(step)).box.any())
     rho = method.stage(at(step)).rho
     entered = method.enter(images, at(step), rho)
     torch.manual_seed(0)
     out = method(images, truth, at(step), dense)
-    model.eval()
-    model.train()
     patches, image = soft_labels(
         dense.maps, dense.view, grid=(4, 4), num_classes=4, smoothing=0.1, floor=-2.0 if settings else 0.0
     )
@@ -214,7 +211,6 @@ def test_losses_are_those_of_the_published_order(name, settings):
     back, seen = exchanged(canvas, entered.box), exchanged(seen, entered.box)
     each = -(patches * back.log_softmax(2)).sum(2)
     torch.testing.assert_close(out["patches"], each[seen].mean())
-    kept_at.append(where.shape[1])
     assert (where.shape[1] < 16) == (name == "sampled" and rho < 1)
 
 
