@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipelines.storage.manifest import MapsEntry
 from pss import overrides
 from pss.config import Config, ModelConfig, unread_in
+from pss.methods.patches import TokensSettings
 from pss.models.create import create_model
 from pss.plugins import is_plugin
 from pss.runs.lock import CHECKPOINTS, CONFIG, CURVES, LOCK, SUMMARY
@@ -76,6 +78,20 @@ def check_steps(config: Config, steps_per_epoch: int) -> None:
             )
     for section in config.own:
         section.check_steps(config, steps_per_epoch)
+
+
+def check_maps(config: Config, maps: Mapping[str, MapsEntry]) -> None:
+    """Raise `ValueError` where a data set's own label maps are of another part of the images than the run takes them to
+    be; `maps` is what its manifest says of them, by split."""
+    if config.data.label_maps != "auto" or (entry := maps.get("train")) is None:
+        return
+    for section in config.own:
+        if isinstance(section, TokensSettings) and entry.covers == "square" and section.label_geometry == "whole":
+            raise ValueError(
+                f"{entry.file} holds label maps of the images' central squares, and tokens.label_geometry=whole takes "
+                "them for maps of whole images; set tokens.label_geometry=reference, or make them again without "
+                "--label-square"
+            )
 
 
 def check_folders(data: Path, output: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from pipelines.storage.manifest import MapsEntry
 from pss import methods, recipes
 from pss.config import ScheduleConfig
 from pss.methods.sampled import build_schedule
 from pss.planning.plan import plan
-from pss.starting import check_folders, check_machine, check_shapes, check_steps
+from pss.starting import check_folders, check_machine, check_maps, check_shapes, check_steps
 
 
 def config(*settings, recipe="digits"):
@@ -167,3 +168,25 @@ def test_a_fixed_schedule_with_a_cooldown_is_planned_so():
 def test_a_plan_of_too_many_steps_is_refused_before_it_begins():
     with pytest.raises(ValueError, match=r"has 40,000,000,000 steps, .* set train.max_steps="):
         plan(config("train.epochs=1000000"), num_images=1_280_000)
+
+
+@pytest.mark.parametrize(
+    ("covers", "geometry", "named", "refused"),
+    [
+        ("square", "whole", "auto", True),
+        ("square", "reference", "auto", False),
+        ("whole", "whole", "auto", False),
+        ("square", "whole", "mine.npy", False),  # nobody has said what that file is of
+    ],
+)
+def test_label_maps_are_of_the_part_of_the_images_that_the_run_takes_them_for(covers, geometry, named, refused):
+    settings = [f"data.label_maps={named}", "model.name=lvvit_s", "model.global_pool=token", "method=dense"]
+    run = config(*settings, *([f"tokens.label_geometry={geometry}"] if geometry != "whole" else []))
+    maps = {"train": MapsEntry("train.maps.1.npy", "timm:x", "0", 224, covers, (4, 4), 5, 10, 0.9)}
+    if refused:
+        with pytest.raises(ValueError, match=r"train.maps.1.npy .*central squares.* tokens.label_geometry=reference"):
+            check_maps(run, maps)
+    else:
+        check_maps(run, maps)
+    check_maps(run, {})
+    check_maps(config(), maps)

@@ -20,7 +20,7 @@ from pss.runs.log import read_rows
 from pss.runtime import files, processes
 from pss.runtime.files import in_words
 from pss.runtime.processes import World
-from pss.starting import check_folders, check_machine, check_shapes, check_steps
+from pss.starting import check_folders, check_machine, check_maps, check_shapes, check_steps
 from pss.training.trainer import Trainer
 
 LoaderName = Literal["auto", "dali", "ffcv", "torch"]
@@ -120,6 +120,8 @@ def train(
         raise ValueError(f"--output {output} is a file; name a folder")
     check_folders(data, output)
     dataset = pipelines.open_dataset(data)
+    if dataset.manifest is not None:
+        check_maps(config, dataset.manifest.label_maps)
     with (
         processes.start(config.train.timeout_seconds) as world,
         claim(output, world, lambda: _admit(output, config, resume), tell),

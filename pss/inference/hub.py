@@ -179,10 +179,7 @@ def _is_ours(folder: Path) -> bool:
 
 @torch.inference_mode()
 def _timm_computes_the_same(model: VisionTransformer, name: str, model_args: Mapping[str, Any]) -> bool:
-    """Whether timm's model of that name takes the weights, and gives the same logits with them; it is tried.
-
-    It knows no relative positions, however little they matter to weights that have learnt nothing yet.
-    """
+    """Whether timm's model of that name takes the weights, and gives the same logits with them; it is tried."""
     if model.rel_pos != "none" or not timm_has(name.split(".")[0]):
         return False
     weight = next(model.parameters())
