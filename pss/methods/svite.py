@@ -376,7 +376,8 @@ class Deployed(Dense):
     def __init__(
         self, model: VisionTransformer, config: RunSettings, steps_per_epoch: int, facts: dict[str, float]
     ) -> None:
-        super().__init__(model, config, steps_per_epoch)
+        plain = {"method": Dense.name, "own": tuple(kind() for kind in Dense.sections), "spare": ()}
+        super().__init__(model, RunSettings(**(vars(config) | plain)), steps_per_epoch)
         self._facts = facts
 
     def facts(self) -> dict[str, float]:
