@@ -141,8 +141,8 @@ def test_a_resumed_run_is_in_its_stage_at_once(tmp_path):
         Trainer(config, *loaders, classes=list("abcd"), output=tmp_path, world=HERE).fit()
         return [(row["epoch"], row.get("stage"), row["tokens"]) for row in read_rows(tmp_path, "step")]
 
-    assert trained(13)[-1] == (2, "stage 2", 14)
-    assert trained(22)[13:] == [(2, "stage 2", 14)] * 2 + [(3, "stage 2", 14)] * 5 + [(4, None, 17)] * 2
+    assert trained(13)[-1] == (3, "stage 2", 14)
+    assert trained(22)[13:] == [(3, "stage 2", 14)] * 2 + [(4, "stage 2", 14)] * 5 + [(5, None, 17)] * 2
     assert list(read_rows(tmp_path, "epoch")[0]["by_rho"]) == ["1 stage 1"]
 
 

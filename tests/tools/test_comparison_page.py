@@ -113,7 +113,7 @@ def test_tables_of_dynamicvit_are_of_arms_of_their_own(result, tmp_path, capsys)
     assert "| ratio-4 | 83.00 ± 2.83 | 1.5 | 2 | 79.29 | – |" in told
     with pytest.raises(SystemExit):
         seed_figures.main([str(tmp_path), "--output", str(tmp_path / "made"), "--numbers", "4"])
-    assert "keep-0.5; compare them; tables have theirs in --arms-file" in capsys.readouterr().err
+    assert "keep-0.5; compare them; tables have theirs in the arms files of tools/figures/" in capsys.readouterr().err
 
 
 def test_tables_of_the_sampling_paper_are_of_arms_of_their_own(result, tmp_path):
