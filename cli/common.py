@@ -30,12 +30,10 @@ VERSION: Any = typer.Option("--version", help="Show the version and leave.", is_
 
 
 def recipe_names(incomplete: str) -> Iterator[tuple[str, str]]:
-    """For a shell: recipes that begin so, each with its first line."""
-    from pss.recipes import RECIPES
+    """For a shell: recipes that begin so, each with a line on it."""
+    from pss.recipes import summaries
 
-    for name, recipe in RECIPES.items():
-        if name.startswith(incomplete):
-            yield name, (recipe.__doc__ or "").strip().splitlines()[0]
+    yield from (told for told in summaries().items() if told[0].startswith(incomplete))
 
 
 def setting_names(incomplete: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -129,13 +129,18 @@ def evaluate(
                 ("--push", push),
                 ("--export", export),
                 (demand.option, demand.option),
+                ("--sort", sort),
+                ("--dynamic", dynamic),
+                ("--split", split != "val"),
+                ("--loader", loader != "auto"),
             )
             if value
         ]:
             raise ValueError(f"{given[0]} does not go with --predict, which looks at image files alone; leave it out")
         if len(runs) > 1 or (rhos is not None and len(rhos) > 1):
             raise ValueError("--predict takes one model at one --rho; name one")
-        _predict(runs[0], predict, None if rhos is None else rhos[0], top or 5, format or "table", ema=ema, best=best)
+        at = None if rhos is None else rhos[0]
+        _predict(runs[0], predict, at, top or 5, format or "table", batch_size=batch_size, ema=ema, best=best)
         return
     if top is not None or format is not None:
         raise ValueError("--top and --format are for --predict; add it, or leave them out")
@@ -151,6 +156,7 @@ def evaluate(
         raise ValueError("--data is missing; name the data set to evaluate on, as given to pss-train")
     outputs.check_paths(output=output, export=export, push=push)
 
+    import pipelines
     from pss.api.evaluation import REPORT, check_data, measure, open_runs
     from pss.inference import report, sweep, table
     from pss.runtime import files
@@ -170,6 +176,7 @@ def evaluate(
         if output is not None and sweeping:
             outputs.check_folder(output, results, given=True)
 
+    dataset = None if data is None else pipelines.open_dataset(data)
     names = sweep.distinct_names(runs)
     with dist.start() as world:
         if world.size > 1 and not sweeping:
@@ -178,8 +185,8 @@ def evaluate(
         loaded = open_runs(runs, world, ema=ema, best=best, sort=sort)
         for point in (rhos or ()) if len(loaded) == 1 else ():  # beside others, a method without a knob has one row
             loaded[0].method.check_point(point)
-        if data is not None:
-            check_data(loaded, runs, data)
+        if dataset is not None:
+            check_data(loaded, runs, dataset)
         for note in (note for one in loaded for note in one.notes if world.is_main):
             typer.echo(note, err=True)
 
@@ -215,10 +222,10 @@ def evaluate(
             write_export(loaded[0], export, rhos, dynamic=dynamic)
 
 
-def _predict(run: str, images: Sequence[str], rho: float | None, top: int, form: str, *, ema: bool, best: bool) -> None:
+def _predict(run: str, images: Sequence[str], rho: float | None, top: int, form: str, **options: Any) -> None:
     from pss.api import prediction
 
-    found = prediction.predict(run, images, rho=rho, top=top, ema=ema, best=best)
+    found = prediction.predict(run, images, rho=rho, top=top, **options)
     typer.echo(
         {"table": prediction.as_table, "json": prediction.as_json, "csv": prediction.as_csv}[form](found), nl=False
     )

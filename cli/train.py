@@ -154,7 +154,9 @@ def train(
 
     say = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
     try:
-        train_run(config, data, output, settings=(), loader=loader, resume=resume, quiet=quiet, say=say, given=settings)
+        train_run(
+            recipe, data, output, settings=settings, start=start, loader=loader, resume=resume, quiet=quiet, say=say
+        )
     except LostProcess as lost:
         raise Failed(str(lost)) from lost
     except Interrupted as stopped:

@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from pipelines.settings import OneOf, Section, hints_of, is_section
 from pss.config import Config, unread_in
+from pss.overrides import written
 
 _LARGE = 10**5
 """Limits beyond it keep accidents out and tell a reader nothing."""
@@ -55,15 +56,6 @@ def _of_section(section: Section, unread: dict[str, str]) -> Iterator[Setting]:
             continue
         full = f"{kind.section}.{name}"
         yield Setting(full, takes(hint), written(value), docs.get(name, ""), unread.get(full))
-
-
-def written(value: Any) -> str:
-    """A value as `--set` takes it."""
-    if isinstance(value, tuple):
-        return ",".join(map(written, value))
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def takes(hint: Any) -> str:

@@ -81,3 +81,12 @@ def value_of(text: str, hint: Any) -> Any:
     if origin is tuple:
         return [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
     return text
+
+
+def written(value: Any) -> str:
+    """A value as `--set` takes it."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(written, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pipelines import crng
 from pipelines.augment import RandAugment, RandAugmentSpec, RandomErasing, ThreeAugment
-from pipelines.augment.operations import moves
+from pipelines.augment.operations import apply, moves
 from pipelines.augment.plan import make_plan
+from pipelines.augment.policy import Draws
 from pipelines.augment.transfer import host_index, kernels_serve, to_device
 from pipelines.base import Batch, DataConfig, View
 
@@ -40,7 +41,7 @@ class DeviceTransform:
         self._normalisation = self._scale.flatten().tolist(), self._shift.flatten().tolist()
 
     def __call__(self, batch: Batch, epoch: int) -> Tensor:
-        return self._prepare(batch, epoch, self._flips(batch, epoch))
+        return self._prepare(batch, epoch, self._flips(batch, epoch), self._draws(batch, epoch))
 
     def with_view(self, batch: Batch, epoch: int) -> tuple[Tensor, View]:
         """What a call returns, and the view of it, on its device; `ValueError` for a batch without a view.
@@ -51,20 +52,20 @@ class DeviceTransform:
             raise ValueError("batch.view is None; take the batch from a loader, or give it the View of its images")
         flips, device = self._flips(batch, epoch), batch.images.device
         flipped = batch.view.flipped.numpy()  # (B,), what the loader has mirrored
-        moved = self._moves(batch, epoch)
+        draws = self._draws(batch, epoch)
+        moved = moves(*draws, batch.images.shape[-1]) if draws and isinstance(self._augment, RandAugment) else None
         view = View(
             to_device(batch.view.crop.numpy(), device),
             to_device(flipped if flips is None else flipped ^ flips, device),
             None if moved is None else to_device(moved, device),
         )
-        return self._prepare(batch, epoch, flips), view
+        return self._prepare(batch, epoch, flips, draws), view
 
-    def _moves(self, batch: Batch, epoch: int) -> NDArray[np.float32] | None:
-        """Of a view, (B, L, 2, 3); None where nothing ever moves."""
-        if not isinstance(self._augment, RandAugment):
+    def _draws(self, batch: Batch, epoch: int) -> Draws | None:
+        """Operations and their arguments; None where there are none."""
+        if self._augment is None:
             return None
-        side = batch.images.shape[-1]
-        return moves(*self._augment.draw(host_index(batch.draw_keys), epoch, side), side)
+        return self._augment.draw(host_index(batch.draw_keys), epoch, batch.images.shape[-1])
 
     def _flips(self, batch: Batch, epoch: int) -> NDArray[np.bool_] | None:
         """Which images to flip, (B,), on the host; None where none ever is."""
@@ -73,17 +74,17 @@ class DeviceTransform:
         keys = host_index(batch.draw_keys)  # (B,)
         return crng.u01(crng.key(self.seed, epoch, keys, crng.FLIP), 0) < self.flip
 
-    def _prepare(self, batch: Batch, epoch: int, flips: NDArray[np.bool_] | None) -> Tensor:
+    def _prepare(self, batch: Batch, epoch: int, flips: NDArray[np.bool_] | None, draws: Draws | None) -> Tensor:
         one_way = self._by_kernels if kernels_serve(batch.images) else self._by_torch
-        return one_way(batch, epoch, flips)
+        return one_way(batch, epoch, flips, draws)
 
-    def _by_kernels(self, batch: Batch, epoch: int, flips: NDArray[np.bool_] | None) -> Tensor:
+    def _by_kernels(self, batch: Batch, epoch: int, flips: NDArray[np.bool_] | None, draws: Draws | None) -> Tensor:
         """In a few launches and one copy, on the current stream of the images' device."""
         from pipelines.augment import fused
 
         images, side = batch.images, batch.images.shape[-1]
         keys = host_index(batch.draw_keys)
-        operations, arguments = (None, None) if self._augment is None else self._augment.draw(keys, epoch, side)
+        operations, arguments = (None, None) if draws is None else draws
         erased = None if self._erase is None else self._erase.draw(keys, epoch, side)
         plan = make_plan(len(images), operations, arguments, flips, erased)
         result: Tensor = fused.augment(
@@ -97,13 +98,14 @@ class DeviceTransform:
         )
         return result
 
-    def _by_torch(self, batch: Batch, epoch: int, flips: NDArray[np.bool_] | None) -> Tensor:
+    def _by_torch(self, batch: Batch, epoch: int, flips: NDArray[np.bool_] | None, draws: Draws | None) -> Tensor:
         images = batch.images  # uint8 (B, 3, S, S)
         if flips is not None:
             flipped = to_device(flips, images.device).view(-1, 1, 1, 1)
             images = torch.where(flipped, images.flip(-1), images)
-        if self._augment is not None:
-            images = self._augment(images, batch.draw_keys, epoch)
+        if self._augment is not None and draws is not None:
+            fill, interpolation = self._augment.fill, self._augment.interpolation
+            images = apply(images, *draws, fill=fill, interpolation=interpolation)
         self._scale, self._shift = self._scale.to(images.device), self._shift.to(images.device)
         values = images.to(torch.float32, memory_format=torch.contiguous_format)
         values = values.mul_(self._scale).add_(self._shift)

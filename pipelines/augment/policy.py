@@ -21,6 +21,7 @@ from pipelines.base import Interpolation
 from pipelines.rand_augment import MAX_LEVEL, RandAugmentSpec
 
 Operations = NDArray[np.int64]
+Draws = tuple[Operations, Arguments]
 
 RAND_AUGMENT_OPS = (
     Op.AUTO_CONTRAST,
@@ -46,7 +47,7 @@ _DRAWS_PER_OPERATION = 5
 
 def draw_rand_augment(
     spec: RandAugmentSpec, index: NDArray[np.int64], *, seed: int, epoch: int, img_size: int
-) -> tuple[Operations, Arguments]:
+) -> Draws:
     """Operations and their arguments, each (num_ops, B); `Op.NONE` where one is not carried out."""
     keys = crng.key(seed, epoch, index, crng.RAND_AUGMENT)
     numbers = np.arange(_DRAWS_PER_OPERATION * spec.num_ops).reshape(spec.num_ops, _DRAWS_PER_OPERATION).T
@@ -91,7 +92,7 @@ class RandAugment:
     ) -> None:
         self.spec, self.seed, self.fill, self.interpolation = spec, seed, fill, interpolation
 
-    def draw(self, index: NDArray[np.int64], epoch: int, img_size: int) -> tuple[Operations, Arguments]:
+    def draw(self, index: NDArray[np.int64], epoch: int, img_size: int) -> Draws:
         """What happens to each sample of `index` (B,): operations and their arguments, each (num_ops, B)."""
         return draw_rand_augment(self.spec, index, seed=self.seed, epoch=epoch, img_size=img_size)
 
@@ -105,9 +106,7 @@ _PRIMARY = np.array((Op.COLOR, Op.SOLARIZE, Op.BLUR))
 _JITTER_ORDERS = np.array(list(itertools.permutations((Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR))))  # (6, 3)
 
 
-def draw_three_augment(
-    index: NDArray[np.int64], *, jitter: float, seed: int, epoch: int
-) -> tuple[Operations, Arguments]:
+def draw_three_augment(index: NDArray[np.int64], *, jitter: float, seed: int, epoch: int) -> Draws:
     """Operations and their arguments, each (4, B): one of grey, solarise and blur, then the colour jitter."""
     draws = crng.u01(crng.key(seed, epoch, index, crng.THREE_AUGMENT), np.arange(6)[:, None])  # (6, B)
     primary = _PRIMARY[(draws[0] * len(_PRIMARY)).astype(np.int64)]
@@ -136,7 +135,7 @@ class ThreeAugment:
             raise ValueError(f"3-Augment's jitter is {jitter}; it must be at least 0")
         self.seed, self.jitter = seed, jitter
 
-    def draw(self, index: NDArray[np.int64], epoch: int, img_size: int) -> tuple[Operations, Arguments]:
+    def draw(self, index: NDArray[np.int64], epoch: int, img_size: int) -> Draws:
         """What happens to each sample of `index` (B,), whatever the size: operations and arguments, each (4, B)."""
         del img_size
         return draw_three_augment(index, jitter=self.jitter, seed=self.seed, epoch=epoch)

@@ -92,10 +92,10 @@ def evaluate(
         ValueError: what is named cannot be opened, or not be run so, or does not suit the data.
     """
     sources = [runs] if isinstance(runs, str | Path) else list(runs)
-    names = sweep.distinct_names(sources)
+    names, dataset = sweep.distinct_names(sources), pipelines.open_dataset(data)
     with processes.start() as world:
         loaded = open_runs(sources, world, ema=ema, best=best, sort=sort)
-        check_data(loaded, sources, data)
+        check_data(loaded, sources, dataset)
         return measure(loaded, names, data, rho, split=split, loader=loader, batch_size=batch_size, world=world)
 
 
@@ -115,9 +115,8 @@ def open_runs(
     return opened
 
 
-def check_data(runs: Sequence[Run], sources: Sequence[str | Path], data: str | Path) -> None:
+def check_data(runs: Sequence[Run], sources: Sequence[str | Path], dataset: pipelines.DataSet) -> None:
     """Raise `DataError` where a model tells other classes apart than the data set has."""
-    dataset = pipelines.open_dataset(data)
     for run, source in zip(runs, sources, strict=True):
         if run.num_classes != len(dataset.classes):
             raise DataError(

@@ -89,7 +89,6 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     say: Say | None = None,
-    given: Sequence[str] = (),
 ) -> Trained:
     """Train a recipe, alone or as one of the processes that torchrun started.
 
@@ -103,8 +102,6 @@ def train(
         resume: go on with the run in `output`, or begin it where there is none.
         quiet: show no progress.
         say: is given what is worth a line; it goes to stderr by default, and nowhere where it is quiet.
-        given: settings that are in `recipe` already and that somebody asked for: one that this machine has no use for
-            is refused, as one of `settings` is.
 
     Raises:
         ValueError: a setting, a folder or data that cannot be.
@@ -152,7 +149,7 @@ def train(
             val_backend = pipelines.choose_backend(data, "val", beside=loader)
             val_loader = pipelines.build(data, "val", train=False, loader=val_backend, **options)
             backends = {train_loader.backend, val_loader.backend}
-            check_machine(config, [*settings, *given], device=world.device.type, backends=backends)
+            check_machine(config, settings, device=world.device.type, backends=backends)
             check_steps(config, train_loader.steps_per_epoch)
             classes = list(dataset.classes)
             trainer = Trainer(

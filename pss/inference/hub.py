@@ -122,7 +122,7 @@ def save(folder: Path, published: Published, card: str) -> None:
     model_args |= {"img_size": data.img_size}
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with_timm = _timm_computes_the_same(model, name, model_args)
-    trained_on = TrainedOn(None if classes is None else tuple(classes), data.mean, data.std, data.crop_pct)
+    trained_on = TrainedOn.images(classes, data)
     told = about.describe(model) | trained_on.to_dict()
     # A tensor that timm has no place for, so that it does not take weights that mean something else to it.
     weights[about.KEY] = about.encode(told)
@@ -281,7 +281,7 @@ def _read(folder: Path) -> Published:
     told = TrainedOn.of(weights.settings or {})
     if classes is None and told.classes is not None:
         raise ValueError(f"{_CONFIG} has no label_names, and {_WEIGHTS} was made with some; restore it")
-    model.trained_on = TrainedOn(None if classes is None else tuple(classes), data.mean, data.std, data.crop_pct)
+    model.trained_on = TrainedOn.images(classes, data)
     for key in ("mean", "std", "crop_pct"):
         theirs = getattr(told, key)
         if theirs is not None and theirs != getattr(data, key):

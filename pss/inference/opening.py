@@ -173,8 +173,7 @@ def load_run(
             f"({str(error).strip().splitlines()[-1].strip()}); it was edited: name another checkpoint"
         ) from error
     method = method.deployed()
-    data = config.data
-    method.model.trained_on = TrainedOn(tuple(state["classes"]), data.mean, data.std, data.crop_pct)
+    method.model.trained_on = TrainedOn.images(state["classes"], config.data)
     notes = (f"the best is step {state['step']}, its {'moving average' if ema else 'weights'}",) if best else ()
     found_at = folder.name, config, state["classes"], state["step"], method.to(device).eval(), folder
     return Run(*found_at, averaged=ema, settings=dict(method.model.block_sizes), notes=notes)

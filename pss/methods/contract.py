@@ -13,7 +13,7 @@ need it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -231,6 +231,14 @@ class Method(nn.Module):
         model = self.model
         return tuple(count / model.num_tokens for count in range(model.num_prefix_tokens + 1, model.num_tokens + 1))
 
+    def cheaper_points(self, candidates: Iterable[float]) -> tuple[float, ...]:
+        """1, and those of the candidates that cost less than every larger one, ascending."""
+        found, least = [1.0], self.cost(1.0).forward
+        for point in sorted(candidates, reverse=True):
+            if (cost := self.cost(point).forward) < least:
+                found, least = [point, *found], cost
+        return tuple(found)
+
     def check_point(self, point: Point) -> None:
         """Raise `ValueError` for an operating point that the model cannot be run at."""
         if self.points() == (None,):
@@ -264,9 +272,11 @@ class Method(nn.Module):
         """How many blocks each patch of the grid goes through, int64 (B, patches): all for one that is kept throughout,
         0 for one that no block sees."""
         assert point is not None
-        model = self.model
-        kept = model.sample(model.embed(images), point)[1]
-        shape, depth = (len(images), model.num_patches), len(model.blocks)
+        return self.depths_of(images, self.model.sample(self.model.embed(images), point)[1])
+
+    def depths_of(self, images: Tensor, kept: Tensor | None) -> Tensor:
+        """`depths` where the patches `kept` (B, k) go through all blocks and the others through none; None for all."""
+        shape, depth = (images.shape[0], self.model.num_patches), len(self.model.blocks)
         if kept is None:
             return torch.full(shape, depth, device=images.device)
         return torch.zeros(shape, dtype=torch.int64, device=images.device).scatter_(1, kept, depth)

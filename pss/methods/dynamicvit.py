@@ -313,11 +313,7 @@ class DynamicViT(Method):
         """Those that cost less than every larger one: predictors that drop few patches cost more than they save."""
         total = self.model.num_patches
         steps = {(count / total) ** (1 / power) for count in range(1, total) for power in self.exponents if power}
-        found, least = [1.0], self.cost(1.0).forward
-        for point in sorted(steps, reverse=True):
-            if (cost := self.cost(point).forward) < least:
-                found, least = [point, *found], cost
-        return tuple(found)
+        return self.cheaper_points(steps)
 
     def predict(self, images: Tensor, point: Point = None) -> Tensor:
         ((tokens, _, _),) = deque(self._course(images, point), maxlen=1)  # lets go of those before the last

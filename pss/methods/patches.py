@@ -19,7 +19,7 @@ from pss.methods.parts.mix_token import draw_boxes, exchanged, own_share
 from pss.methods.parts.token_labels import soft_labels
 from pss.methods.vocabulary import DenseTargets, Progress
 from pss.models.create import classifies_patches
-from pss.models.sampling import gather, num_kept_tokens, select, spread, step_generator
+from pss.models.sampling import num_kept_tokens, spread, step_generator
 from pss.models.vit import VisionTransformer
 from pss.sections import MethodSection, RunSettings
 
@@ -104,7 +104,7 @@ class PatchMethod(Method):
 
         The box and what is dropped are functions of (seed, step, rank).
         """
-        model, box, kept = self.model, None, None
+        model, box = self.model, None
         grid = model.grid_of((images.shape[-2], images.shape[-1]))
         generator = step_generator(at.seed, at.step, at.rank, images.device) if rho < 1 or self.mixing else None
         if model.patch_share is None:
@@ -117,9 +117,8 @@ class PatchMethod(Method):
             patches = exchanged(patches, box)
         tokens = model.place(patches, None, places)
         count = num_kept_tokens(rho, len(patches[0]), model.num_prefix_tokens, model.token_counts)
-        if count < tokens.shape[1]:
-            kept = select(tokens, count, model.num_prefix_tokens, model.sort, generator)
-            tokens = gather(tokens, kept, model.num_prefix_tokens)
+        tokens, kept = model.take(tokens, count, None, generator)
+        if kept is not None:
             places = kept if places is None else places[kept]
         return Entered(tokens, places, grid, kept, box)
 

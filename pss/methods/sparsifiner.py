@@ -270,15 +270,12 @@ class Sparsifiner(Method):
             loss = loss + self.own.l1_at(at.step / at.total_steps) * out["l1"]
         return {"loss": loss, "logits": self.model.readout(tokens), **out}
 
-    @torch.no_grad()
     def _taught(self, images: Tensor, of_patches: bool) -> tuple[Tensor, Tensor]:
-        """The teacher's logits, and its patches' logits or last features. A backbone may predict otherwise than it is
-        trained, so that its readout is not what is learnt from."""
-        answer, model = self.teachers["teacher"](images), self.teachers["teacher"].model
-        assert model is not None
-        logits, patches = model.answers(answer.tokens)
-        features = answer.tokens[:, model.num_prefix_tokens :]
-        return logits, patches if of_patches and patches is not None else features
+        """The teacher's logits, and its patches' logits or last features."""
+        teacher = self.teachers["teacher"]
+        answer = teacher(images)
+        features = answer.tokens[:, teacher.blank.num_prefix_tokens :]
+        return answer.logits, answer.patches if of_patches and answer.patches is not None else features
 
     def _check_alike(self, own: Tensor, taught: Tensor) -> None:
         if own.shape != taught.shape:
@@ -336,11 +333,7 @@ class Sparsifiner(Method):
 
     def fine_points(self) -> tuple[float, ...]:
         """Those that cost less than every larger one; 1 alone where hidden keys are computed all the same."""
-        found, least = [1.0], self.cost(1.0).forward
-        for point in sorted(self.rates.steps(self.model.num_patches), reverse=True):
-            if (cost := self.cost(point).forward) < least:
-                found, least = [point, *found], cost
-        return tuple(found)
+        return self.cheaper_points(self.rates.steps(self.model.num_patches))
 
     def predict(self, images: Tensor, point: Point = None) -> Tensor:
         point = self.keep if point is None else point
@@ -387,7 +380,7 @@ class Sparsifiner(Method):
             self._warned.add(told)
 
     def depths(self, images: Tensor, point: Point = None) -> Tensor:
-        return torch.full((images.shape[0], self.model.num_patches), len(self.model.blocks), device=images.device)
+        return self.depths_of(images, None)
 
     def connected(self, images: Tensor, point: Point = None, blocks: Sequence[int] | None = None) -> list[Connected]:
         """Masks, scores, and attention weights with and without the masks, of some blocks, by default of all."""

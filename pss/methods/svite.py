@@ -237,11 +237,7 @@ class SparseTraining(Method):
     def depths(self, images: Tensor, point: Point = 1.0) -> Tensor:
         if self.selector is None:
             return super().depths(images, point)
-        shape, depth = (images.shape[0], self.model.num_patches), len(self.model.blocks)
-        kept = self._select(images, point)[1]
-        if kept is None:
-            return torch.full(shape, depth, device=images.device)
-        return torch.zeros(shape, dtype=torch.int64, device=images.device).scatter_(1, kept, depth)
+        return self.depths_of(images, self._select(images, point)[1])
 
     def attention_maps(self, images: Tensor, point: Point = 1.0, blocks: Sequence[int] | None = None) -> list[Tensor]:
         if self.selector is None:

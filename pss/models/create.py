@@ -91,17 +91,17 @@ def create_model(
     Raises:
         ValueError: unknown name, a model that is not a plain ViT, or settings that do not go together.
     """
+    explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
+    model: VisionTransformer
     if is_plugin(name):
-        explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
         given = overrides | {key: value for key, value in explicit.items() if value is not None}
-        return _create_own(name, num_classes, img_size, sort=sort, token_counts=token_counts, **given)
-    if name in lvvit.VARIANTS:
-        model: VisionTransformer = lvvit.build(
+        model = _create_own(name, num_classes, img_size, sort=sort, token_counts=token_counts, **given)
+    elif name in lvvit.VARIANTS:
+        model = lvvit.build(
             name, num_classes=num_classes, img_size=img_size, rel_pos=rel_pos, qkv_bias=qkv_bias, init=init, sort=sort,
             token_counts=token_counts, **overrides,
         )  # fmt: skip
     else:
-        explicit = {"rel_pos": rel_pos, "qkv_bias": qkv_bias, "init": init}
         model = _create_timms(name, num_classes, img_size, sort, token_counts, explicit, overrides)
     model.name = name
     if block_heads is not None or block_neurons is not None:
@@ -181,7 +181,6 @@ def _create_own(
     made = builder(**settings)
     if not isinstance(made, VisionTransformer):
         raise ValueError(f"{name} made a {type(made).__name__}; a backbone is a pss.models.vit.VisionTransformer")
-    made.name = name
     return made
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,11 @@ class TrainedOn:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
+
+    @classmethod
+    def images(cls, classes: Iterable[str] | None, data: Any) -> TrainedOn:
+        """`data` has `mean`, `std` and `crop_pct`, as `pipelines.base.DataConfig` has them."""
+        return cls(None if classes is None else tuple(classes), data.mean, data.std, data.crop_pct)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> TrainedOn:

@@ -214,7 +214,7 @@ class VisionTransformer(WithSettings):
         random = (self.sort if sort is None else sort) == "random"
         dropout = self.training and self.pos_drop.p > 0
         if whole or not random or dropout or not self.embeds_apart:
-            tokens, kept = self._sample(self.embed(images, places=places), num_kept, sort, generator)
+            tokens, kept = self.take(self.embed(images, places=places), num_kept, sort, generator)
         else:
             count = num_kept - self.num_prefix_tokens
             kept = sampling.select_at_random(len(images), num_patches, count, generator, images.device)
@@ -298,11 +298,12 @@ class VisionTransformer(WithSettings):
             The prefix and the kept patches (B, K, D), and the indices of the latter (B, K - prefix); at rho = 1 the
             tokens themselves and None.
         """
-        return self._sample(tokens, self.num_kept_tokens(rho), sort, generator)
+        return self.take(tokens, self.num_kept_tokens(rho), sort, generator)
 
-    def _sample(
+    def take(
         self, tokens: Tensor, num_kept: int, sort: Sort | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
+        """`sample` of any grid of tokens (B, N, D), with the number to keep, prefix included."""
         if num_kept == tokens.shape[1]:
             return tokens, None
         kept = sampling.select(tokens, num_kept, self.num_prefix_tokens, self.sort if sort is None else sort, generator)

@@ -82,10 +82,10 @@ def get(name: str) -> Config:
         ValueError: there is none, with the nearest name; or several have it; or it cannot be read.
     """
     from pss.config import Config  # with torch and timm behind it, which a list of recipes can do without
-    from pss.recipes import own
+    from pss.recipes import files, own
 
     if is_plugin(name):
-        return own.configuration(name, get)
+        return own.made_by(name)
     found = list(own.candidates(name))
     if name in RECIPES:
         if found:
@@ -94,7 +94,8 @@ def get(name: str) -> Config:
     if len(found) > 1:
         raise ValueError(f"{_where(found[0])} and {_where(found[1])} are both called {name}; rename one of them")
     if found:
-        return own.configuration(found[0], get)
+        (one,) = found
+        return files.read(one, get) if isinstance(one, Path) else own.made_by(one.value)
     known = [*RECIPES, *own.listed()]
     near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""

@@ -13,9 +13,9 @@ from pipelines.base import in_words
 from pipelines.settings import hints_of, is_section
 from pss import methods, overrides
 from pss.config import Config, unread_in
+from pss.recipes.own import SUFFIXES
 from pss.runs import records
 
-SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 _MOST_BYTES = 1 << 20
 
 
@@ -121,14 +121,9 @@ def _pairs(path: Path, raw: Mapping[str, Any], prefix: str = "") -> Iterator[tup
             yield from _pairs(path, value, f"{name}.")
             continue
         parts = value if isinstance(value, list) else [value]
-        texts = [_text(part) for part in parts]
-        if any(isinstance(part, Mapping | list) for part in parts) or not all(texts):
+        if any(isinstance(part, Mapping | list) or part == "" for part in parts):
             raise ValueError(f"{path}: {name} is {str(value)[:80]!r}; write one value, or a list of values")
-        yield name, ",".join(texts)
-
-
-def _text(value: Any) -> str:
-    return "none" if value is None else json.dumps(value) if isinstance(value, bool) else str(value)
+        yield name, overrides.written(parts)
 
 
 # Files.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pss.config import Config
-from pss.plugins import is_plugin, load
-from pss.recipes import files
-from pss.runs.lock import CONFIG
+from pss.plugins import load
 from pss.sections import RunSettings
 
+if TYPE_CHECKING:
+    from pss.config import Config
+
+SUFFIXES = (".yaml", ".yml", ".toml", ".json")
+"""Of files that hold a recipe."""
 FOLDERS = "PSS_RECIPES"
 """Environment variable: folders of recipe files, separated as in PATH."""
 GROUP = "pss.recipes"
@@ -33,7 +36,7 @@ def listed() -> dict[str, list[Path | EntryPoint]]:
     for folder in folders():
         if folder.is_dir():
             for path in sorted(folder.iterdir()):
-                if path.suffix in files.SUFFIXES and path.is_file():
+                if path.suffix in SUFFIXES and path.is_file():
                     found.setdefault(path.stem, []).append(path)
     for point in entry_points(group=GROUP):
         found.setdefault(point.name, []).append(point)
@@ -42,8 +45,10 @@ def listed() -> dict[str, list[Path | EntryPoint]]:
 
 def candidates(name: str) -> Iterator[Path | EntryPoint]:
     """What a name may mean beside the recipes of pss: a file, a run's folder, or one of `listed`."""
+    from pss.runs.lock import CONFIG  # with torch behind it, which a list of recipes can do without
+
     path = Path(name)
-    if path.suffix in files.SUFFIXES:
+    if path.suffix in SUFFIXES:
         yield path
     elif (path / CONFIG).is_file():
         yield path / CONFIG
@@ -51,16 +56,10 @@ def candidates(name: str) -> Iterator[Path | EntryPoint]:
         yield from listed().get(name, ())
 
 
-def configuration(found: Path | EntryPoint | str, find: Callable[[str], Config]) -> Config:
-    """Of a file, an entry point, or a function `package.module:function`; `find` knows the bases of files.
+def made_by(name: str) -> Config:
+    """The configuration that `package.module:function` returns. Raises `ValueError` where it does not."""
+    from pss.config import Config
 
-    Raises:
-        ValueError: it cannot be had, or is no configuration.
-    """
-    if isinstance(found, Path):
-        return files.read(found, find)
-    name = found if isinstance(found, str) else found.value
-    assert is_plugin(name)
     made = load(name)
     settings = made() if callable(made) else made
     if not isinstance(settings, RunSettings):

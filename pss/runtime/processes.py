@@ -42,11 +42,6 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def share(self, values: Tensor) -> None:
-        """Give all processes those of the main one, in place."""
-        if self.size > 1:
-            dist.broadcast(values, src=0)
-
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -61,7 +56,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 def share(values: Tensor) -> None:
-    """Give all processes those of the first one, in place; every process must call it."""
+    """Give all processes those of the main one, in place; every process must call it."""
     if dist.is_initialized():
         dist.broadcast(values, src=0)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pss.runtime.processes import World
+from pss.runtime.processes import share
 
 
 class Parts:
@@ -51,11 +51,11 @@ class Parts:
             buffer.copy_(values[name])
 
 
-def share_buffers(world: World, *modules: nn.Module) -> None:
+def share_buffers(*modules: nn.Module) -> None:
     """Have all processes evaluate with the buffers, such as running statistics, of the first one, which saves its own.
 
     Each has seen other images since DDP last did so; shards never do.
     """
-    for module in modules if world.size > 1 else ():
+    for module in modules:
         for buffer in module.buffers():
-            world.share(buffer)
+            share(buffer)

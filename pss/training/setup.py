@@ -19,7 +19,7 @@ from pss.attention.attend import gets_masks_right
 from pss.config import CompileConfig, Config
 from pss.methods import Method, Progress, Stage, mean_tokens
 from pss.models.compiled import Graphs
-from pss.runtime.processes import World
+from pss.runtime.processes import World, share
 from pss.training.sharding import reshard
 
 
@@ -111,7 +111,7 @@ def compile_levels(method: Method, settings: CompileConfig, device: torch.device
 
 
 @torch.no_grad()
-def begin_run(method: Method, average: Method | None, images: Tensor, world: World) -> None:
+def begin_run(method: Method, average: Method | None, images: Tensor) -> None:
     """Let the method see the first images, and all processes and the average have what the first one made of them."""
     if type(method).begin_run is Method.begin_run:
         return
@@ -119,7 +119,7 @@ def begin_run(method: Method, average: Method | None, images: Tensor, world: Wor
     reshard(method)
     averages = [None] * len(list(method.buffers())) if average is None else list(average.buffers())
     for buffer, averaged in zip(method.buffers(), averages, strict=True):
-        world.share(buffer)
+        share(buffer)
         if averaged is not None:
             averaged.copy_(buffer)
 

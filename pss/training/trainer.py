@@ -69,9 +69,7 @@ class Trainer:
         seed = config.train.seed
         seed_generator(seed)  # the same on every process: they must begin with the same weights
         self.method: Method = methods.build(config, len(classes), self.steps_per_epoch)
-        self.method.model.trained_on = TrainedOn(
-            tuple(classes), config.data.mean, config.data.std, config.data.crop_pct
-        )
+        self.method.model.trained_on = TrainedOn.images(classes, config.data)
         setup.check_phases(self.method)
         if self.sharded:
             self._check_shards()
@@ -198,7 +196,7 @@ class Trainer:
             set_rates(self.optimizer, self.lr_schedule, self.step - first_step, self.method.lr_factors(at))
             if self.step == 0:
                 first = inputs.images.chunk(self.config.train.accumulate)[0]
-                setup.begin_run(self.method, None if self.ema is None else self.ema.module, first, self.world)
+                setup.begin_run(self.method, None if self.ema is None else self.ema.module, first)
             statistics = Statistics(held)
             self.method.begin_step(at)
             out = self._gradients(engine, inputs, at)
@@ -341,7 +339,7 @@ class Trainer:
                 raise Interrupted(self.step, stop)
 
         models = {"": self.method} | ({"ema_": self.ema.module} if self.ema is not None else {})
-        share_buffers(self.world, *models.values())
+        share_buffers(*models.values())
         row: dict[str, float] = {}
         for passed, (prefix, model) in enumerate(models.items()):
             model.eval()

@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from memory_loader import MemoryLoader
+from token_norm import TokenNorm
 from torch import nn
 
 from pss import methods, recipes
@@ -449,17 +450,6 @@ def test_points_for_a_choice_cost_less_than_larger_ones():
 
 
 # 9. What is optimized, and when.
-
-
-class TokenNorm(nn.Module):
-    """A backbone with running statistics, as LV-ViT's stem has them."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width)
-
-    def forward(self, tokens):
-        return self.norm(tokens.flatten(0, 1)).view_as(tokens)
 
 
 def fine_tuning(*settings):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from memory_loader import MemoryLoader
 from ranks import launch
+from token_norm import TokenNorm
 from torch import nn
 
 from pss import methods, recipes
@@ -276,17 +277,6 @@ def test_what_predictors_observe_is_the_model_of_timm():
 
 
 # 6. What is frozen.
-
-
-class TokenNorm(nn.Module):
-    """A backbone with running statistics, as LV-ViT's stem has them."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width)
-
-    def forward(self, tokens):
-        return self.norm(tokens.flatten(0, 1)).view_as(tokens)
 
 
 def with_statistics(*settings):

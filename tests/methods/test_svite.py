@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from memory_loader import MemoryLoader
+from memory_loader import fit
 from sparse_steps import TINY, Steps, build, images_of, on_paper, stir, trained_head
 
 from pss import recipes
@@ -20,7 +20,6 @@ from pss.methods.svite import prunable
 from pss.planning.plan import plan
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
-from pss.training.trainer import Trainer
 
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
 SVITE = ["method=svite", "svite.interval=5"]
@@ -381,9 +380,7 @@ def test_it_is_planned_as_it_is_computed():
 def run(tmp_path_factory):
     output = tmp_path_factory.mktemp("svite")
     config = recipes.get("digits").with_settings([*TINY, "method=svite", "train.ema_decay=0.9", "train.batch_size=8"])
-    (output / "config.json").write_text(config.to_json(), encoding="utf-8")
-    loaders = MemoryLoader(40), MemoryLoader(40, train=False)
-    Trainer(config, *loaders, classes=list("abcd"), output=output, world=HERE).fit()
+    fit(config, output)
     return output
 
 

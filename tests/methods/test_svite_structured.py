@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from memory_loader import MemoryLoader
+from memory_loader import fit
 from sparse_steps import TINY, Steps, build, images_of, on_paper, stir, trained_head
 from torch import nn
 
@@ -21,7 +21,6 @@ from pss.models.create import create_model
 from pss.models.flops import macs
 from pss.models.maps import attention_maps
 from pss.runtime.processes import World
-from pss.training.trainer import Trainer
 
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
 S2VITE = ["method=s2vite", "model.num_heads=6", "model.embed_dim=48", "s2vite.head_density=0.5"]
@@ -309,9 +308,7 @@ def run(request, tmp_path_factory):
         word for word in (*TINY, "method=s2vite", "train.batch_size=8", "train.ema_decay=0.9", request.param) if word
     ]
     config = recipes.get("digits").with_settings(words)
-    (output / "config.json").write_text(config.to_json(), encoding="utf-8")
-    loaders = MemoryLoader(40), MemoryLoader(40, train=False)
-    Trainer(config, *loaders, classes=list("abcd"), output=output, world=HERE).fit()
+    fit(config, output)
     return output
 
 

@@ -6,17 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_loader import MemoryLoader
+from memory_loader import fit
 
 from pss import recipes
-from pss.runtime.processes import World
-from pss.training.trainer import Trainer
 from tools.benchmarks import sparse_attention
 from tools.comparing import arms as known_arms
 from tools.figures import sparsifiner
 from tools.figures.figure import Source
 
-HERE = World(rank=0, size=1, device=torch.device("cpu"))
 TINY = [
     "model.embed_dim=24", "model.depth=3", "train.epochs=3", "train.batch_size=8", "optim.warmup_epochs=1",
     "data.prefetch_gb=0", "method=sparsifiner", "sparsifiner.predictor_lr=0.03",
@@ -35,10 +32,7 @@ def source(tmp_path_factory, converted_root):
     for arm, settings in ARMS.items():
         config = recipes.get("digits").with_settings([*TINY, *settings])
         run = folder / "runs" / f"{arm}-s0"
-        run.mkdir(parents=True)
-        (run / "config.json").write_text(config.to_json(), encoding="utf-8")
-        loaders = MemoryLoader(40), MemoryLoader(40, train=False)
-        row = Trainer(config, *loaders, classes=list("abcd"), output=run, world=HERE).fit()
+        row = fit(config, run)
         runs.append({"column": "epochs", "arm": arm, "seed": 0, "run": run.name, "points": [row]})
     return Source(folder, {"runs": runs, "plan": {"data": str(converted_root)}})
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_loader import MemoryLoader
+from memory_loader import fit
 
 from pss import recipes
 from pss.inference.opening import load_run
 from pss.runtime.processes import World
-from pss.training.trainer import Trainer
 from tools.comparing import arms
 from tools.figures import svite
 from tools.figures.figure import Source
@@ -29,10 +28,7 @@ def source(tmp_path_factory, converted_root):
     for number, arm in enumerate(dict.fromkeys(name for one in svite.FIGURES for name in one.arms)):
         config = recipes.get("digits").with_settings([*TINY, *KNOWN[arm].settings])
         run = folder / "runs" / f"{arm}-s0"
-        run.mkdir(parents=True)
-        (run / "config.json").write_text(config.to_json(), encoding="utf-8")
-        loaders = MemoryLoader(40), MemoryLoader(40, train=False)
-        Trainer(config, *loaders, classes=list("abcd"), output=run, world=HERE).fit()
+        fit(config, run)
         point = {"top1": 80.0 + number, "gflops_total": 2.0, "gflops_theoretical": None if arm == "dense" else 1.25}
         runs.append({"column": "epochs", "arm": arm, "seed": 0, "run": run.name, "points": [point]})
     return Source(folder, {"runs": runs, "plan": {"data": str(converted_root)}})
