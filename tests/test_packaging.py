@@ -107,11 +107,12 @@ def test_types_are_seen_from_outside(installed, tmp_path):
     assert shown == wanted, done.stdout + done.stderr
 
 
-def test_the_sdist_has_what_its_tests_read(installed):
+def test_the_sdist_has_what_its_tests_read(installed, tmp_path):
     """Some that read documents and settings, run in it."""
     tests = ["tests/test_layout.py::test_the_map_shows_every_file", "tests/test_readme.py", "tests/test_schedules.py"]
+    kept_out = {"PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_STORAGE_DIRECTORY": str(tmp_path)}
     words = ["-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *tests]
-    done = installed.run(sys.executable, *words, cwd=installed.sdist, PYTHONDONTWRITEBYTECODE="1")
+    done = installed.run(sys.executable, *words, cwd=installed.sdist, **kept_out)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -30,7 +30,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def settings_page() -> str:
-    """Every setting of every method: what it takes, what it is unless set, what it does, and what must be set for it."""
+    """Every setting of every method: what it takes, its default, what it does, and what must be set for it."""
     from pss import methods
     from pss.config import Config
     from pss.explain import explain
@@ -52,8 +52,8 @@ def settings_page() -> str:
     lines = [
         "# All settings",
         "",
-        "Change one with `--set NAME=VALUE`, or in [a file of your own](recipes.md). `pss-train RECIPE --set help` shows",
-        "the values of that recipe. A setting that nothing in the run would read is refused, and so is a wrong value,",
+        "Change one with `--set NAME=VALUE`, or in [a file of your own](recipes.md). `pss-train RECIPE --set help`",
+        "shows the values of that recipe. A setting that nothing in the run would read is refused, and so is a wrong value,",
         "before anything is loaded. The defaults below are those of a recipe that sets nothing.",
     ]
     for section, rows in shown.items():
@@ -72,7 +72,11 @@ def commands_page() -> str:
     import cli.eval
     import cli.train
 
-    lines = ["# Commands", "", "What `--help` says of each. How a command ends is in [Recipes](recipes.md#how-a-command-ends)."]
+    lines = [
+        "# Commands",
+        "",
+        "What `--help` says of each. How a command ends is in [Recipes](recipes.md#how-a-command-ends).",
+    ]
     for module in (cli.convert, cli.train, cli.eval):
         command: Any = typer.main.get_command(module.app)
         name = f"pss-{module.__name__.rpartition('.')[2]}"
