@@ -87,12 +87,14 @@ def run_page(folder, page, small):
 SMALL = ("--set", "train.epochs=2", "--set", "optim.warmup_epochs=0", "--loader", "torch")
 
 
+@pytest.mark.timeout(600)
 def test_five_minutes(tmp_path):
     run_page(tmp_path, DOCS / "start.md", SMALL)
     assert (tmp_path / "runs" / "digits" / "rho.png").exists()
     assert (tmp_path / "runs" / "rho.png").exists()
 
 
+@pytest.mark.timeout(600)
 def test_a_schedule_of_ones_own(tmp_path):
     page = DOCS / "own-schedule.md"
     (code,) = blocks(page, "python")
@@ -103,6 +105,7 @@ def test_a_schedule_of_ones_own(tmp_path):
     assert "0.6" not in re.findall(r"^ +(0\.\d) ", planned, re.MULTILINE)
 
 
+@pytest.mark.timeout(600)
 def test_a_recipe_of_ones_own(tmp_path):
     page = DOCS / "own-recipe.md"
     (recipe,), (code,) = blocks(page, "yaml"), blocks(page, "python")

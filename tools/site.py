@@ -39,7 +39,7 @@ def settings_page() -> str:
     plain = Config.of(RunSettings(recipe="defaults"))
     shown: dict[str, list[str]] = {}
     users: dict[str, list[str]] = {}
-    for name in sorted(methods.METHODS):
+    for name in [plain.method, *sorted(methods.METHODS.keys() - {plain.method})]:
         for setting in explain(plain.with_method(name)):
             section = setting.name.rpartition(".")[0]
             row = f"| `{setting.name}` | {_cell(setting.takes)} | {_value(setting.value)} | {_cell(setting.doc)}"
