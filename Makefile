@@ -1,4 +1,4 @@
-.PHONY: demo test test-all setup check clean
+.PHONY: demo test test-all setup check docs clean
 .DEFAULT_GOAL := help
 PYTEST := .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
@@ -20,5 +20,8 @@ test-all: setup  ## run all tests
 check: setup  ## lint, format check, types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
+docs: setup  ## build the documentation as a site: site/index.html
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs --quiet build --clean && echo "site/index.html"
+
 clean:  ## remove the environment and all runs
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv runs site build dist *.egg-info

@@ -37,6 +37,10 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> None:
     `ValueError` and `OSError` are user errors. With --traceback anywhere on the command line, or PSS_TRACEBACK=1 in
     the environment, they are raised instead. Typer itself turns Ctrl-C into exit code 130.
     """
+    try:
+        import pss  # noqa: F401
+    except ImportError as error:  # another package has the name of one of ours
+        _end(str(error), 2)
     # Waiting threads must not spin: the loader's threads and the model's share the cores, and a spinning team that
     # misses one member for a time slice costs ten times the step. Read once, when torch loads OpenMP; to set it later
     # would tell `pss.runtime.threads` what is not so.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pss.neighbours import check, is_command
 from pss.version import __version__
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from pss.models.flops import macs
     from pss.models.weights import load_weights
     from pss.schedules import Cosine, Cyclic, Fixed, Linear
+
+if not is_command():
+    check("pipelines")
 
 __all__ = [
     "Cosine",

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import installed as packaged
 import numpy as np
 import pytest
 import torch
@@ -119,6 +120,13 @@ def image_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     with shared(tmp_path_factory, "images", make) as root:
         yield root
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[packaged.Installed]:
+    """The wheel of this checkout in an environment of its own."""
+    with shared(tmp_path_factory, "installed", packaged.install) as folder:
+        yield packaged.Installed(folder)
 
 
 def missing(backend: str) -> str | None:
