@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -92,8 +93,6 @@ def _register() -> None:
 
 def _without_code(cfg: Any) -> Any:
     """Without what only code of timm's models can read."""
-    from dataclasses import replace
-
     return replace(cfg, custom_load=False, url=None) if cfg.custom_load else cfg
 
 
@@ -156,7 +155,7 @@ def _create(name: str, *, in_chans: int = 3, global_pool: str | None = None, **s
         raise ValueError(f"{PREFIX}{name} takes images of 3 channels, got in_chans={in_chans}; leave it out")
     if isinstance(settings.get("img_size"), list):
         settings["img_size"] = tuple(settings["img_size"])
-    pool = {} if not global_pool else {"global_pool": global_pool}
+    pool: dict[str, Any] = {} if not global_pool else {"global_pool": global_pool}
     model = create_model(name, **settings, **pool)
     if global_pool == "":
         model.reset_classifier(model.num_classes, "")
@@ -172,8 +171,23 @@ def _fitted(weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
     from pss.models.files import unwrap
     from pss.models.weights import fill
 
-    found = unwrap(weights, f"the weights of {model.name}")
+    found = unwrap(weights, f"the file of weights for {model.name}")
+    told = found.settings or {}
+    if "img_size" not in told and (size := _size_of(found.tensors, model)) is not None:
+        found = replace(found, settings=told | {"img_size": size})
     head = found.tensors.get("head.weight")
     fill(model, found, ignore_head=head is None or head.shape[0] != model.num_classes)
     state: dict[str, Any] = model.state_dict()
     return state
+
+
+def _size_of(tensors: Mapping[str, Any], model: Any) -> list[int] | None:
+    """Height and width of the images that weights are for, as timm tells them, if they have as many positions."""
+    from pss.models.files import patch_size_of
+
+    told = (model.source_cfg or {}).get("input_size")
+    if told is None or "pos_embed" not in tensors:
+        return None
+    rows, columns = (side // part for side, part in zip(told[1:], patch_size_of(tensors), strict=True))
+    fits = tensors["pos_embed"].shape[1] - rows * columns in (0, model.num_prefix_tokens)
+    return list(told[1:]) if fits else None

@@ -12,7 +12,7 @@ address or code.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from pss.models.vit import VisionTransformer
 from pss.runtime import files
 
 PREFIX = "hf-hub:"
+
+PICTURES = ("rho.png",)
+"""What the card shows, and lies beside it."""
 
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _FORMAT = 1
@@ -70,8 +73,16 @@ def is_model(folder: Path) -> bool:
     return all(found_at(folder / name) == "file" for name in (_CONFIG, _WEIGHTS))
 
 
-def save(folder: Path, published: Published, card: str) -> None:
-    """Write a model and its card (Markdown with front matter): a new `folder` is complete or not there.
+def save(
+    folder: Path, published: Published, card: str | Callable[[bool], str], more: Mapping[str, str | bytes] | None = None
+) -> None:
+    """Write a model and its card: a new `folder` is complete or not there.
+
+    Args:
+        folder: Where to.
+        published: The model.
+        card: Markdown with front matter, or what returns it when told whether timm builds the model without pss.
+        more: What else lies there, by the names in `PICTURES`.
 
     Raises:
         OSError: it cannot be written, and what was there before still is.
@@ -134,7 +145,8 @@ def save(folder: Path, published: Published, card: str) -> None:
     text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     contents: dict[str, str | bytes] = {
         _WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt", PSS: about.to_text(told)}),
-        _CARD: card,
+        **(more or {}),
+        _CARD: card if isinstance(card, str) else card(with_timm),
         _CONFIG: text,  # last: it says what the others are
     }
     files.write_folder(folder, contents)
@@ -149,7 +161,7 @@ def check_target(folder: Path) -> None:
     """Raise `ValueError` for a folder that holds something else, which a pushed model would be mixed up with."""
     if not folder.is_dir():
         return
-    for name in (_WEIGHTS, _CARD, _CONFIG):
+    for name in (_WEIGHTS, _CARD, _CONFIG, *PICTURES):
         if (folder / name).is_dir():
             raise ValueError(f"--push {folder} holds a folder {name}; name another folder")
     held = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))  # such as a clone's .git

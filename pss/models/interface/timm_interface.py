@@ -1,7 +1,7 @@
 """The methods by which programs that know timm's models use one as a backbone.
 
-Signatures and shapes are those of timm's `VisionTransformer`; where a share of the patches has a meaning, `rho` and what
-goes with it come after timm's own arguments.
+Signatures and shapes are those of timm's `VisionTransformer`. Where a share of the patches has a meaning, `rho` and
+what goes with it come after timm's own arguments.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class TimmInterface:
     """The convolution that sees the pixels."""
     in_chans = 3
     """Channels of an image."""
-    _cfg: dict[str, Any] | None = None
+    source_cfg: dict[str, Any] | None = None
+    """What timm knows of the weights that it was asked to build the model for; None where timm did not build it."""
 
     @property
     def num_features(self) -> int:
@@ -84,7 +85,7 @@ class TimmInterface:
 
         What is not known of the images that it was trained on is left out.
         """
-        told = self._cfg
+        told = self.source_cfg
         if told is None:
             names = self.classifiers()
             told = {
@@ -102,7 +103,7 @@ class TimmInterface:
 
     @pretrained_cfg.setter
     def pretrained_cfg(self, cfg: dict[str, Any]) -> None:
-        self._cfg = dict(cfg)
+        self.source_cfg = dict(cfg)
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -135,8 +136,7 @@ class TimmInterface:
     def forward_features(
         self, x: Tensor, rho: float = 1.0, *, sort: str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Images (B, 3, height, width) to the tokens after the last norm, (B, K, D): prefix, then the kept patches, in
-        the order of the image if all are kept.
+        """Images (B, 3, height, width) to the tokens after the last norm, (B, K, D): prefix, then the kept patches.
 
         Raises:
             ValueError: wrong image size, rho or sort.
@@ -204,7 +204,7 @@ class TimmInterface:
         prefix = [one[:, : self.num_prefix_tokens] for one in taken]
         patches = [one[:, self.num_prefix_tokens :] for one in taken]
         if form == "NCHW":
-            patches = [one.transpose(1, 2).unflatten(2, self.grid_size).contiguous() for one in patches]
+            patches = [one.transpose(1, 2).reshape(len(x), -1, *self.grid_size) for one in patches]
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": patches}
@@ -258,7 +258,7 @@ class TimmInterface:
         Returns the numbers of the blocks that were asked for. Raises `ValueError` where there is no such block.
         """
         wanted, last = self._blocks_asked_for(indices)
-        self.blocks = self.blocks[: last + 1]  # type: ignore[assignment]
+        self.blocks = self.blocks[: last + 1]
         self.block_sizes = {key: sizes[: last + 1] for key, sizes in self.block_sizes.items()}
         if prune_norm:
             self.norm = nn.Identity()
