@@ -112,7 +112,8 @@ class TimmInterface:
 
     @default_cfg.setter
     def default_cfg(self, cfg: dict[str, Any]) -> None:
-        self.pretrained_cfg = cfg
+        if cfg != self.pretrained_cfg:  # timm sets the one to the other, with what is known of the model now
+            self.pretrained_cfg = cfg
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are not to be decayed although they are not 1-D, as in timm."""
