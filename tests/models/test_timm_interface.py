@@ -280,7 +280,7 @@ def test_what_has_no_meaning_is_refused_in_a_sentence() -> None:
     distilled, average = build("distilled"), build("average")
     for call, words in (
         (lambda: model.forward_intermediates(x, rho=0.5), "a map of features needs all patches, and rho is 0.5"),
-        (lambda: model.get_intermediate_layers(x, reshape=True, rho=0.5), "set output_fmt='NLC'"),
+        (lambda: model.get_intermediate_layers(x, reshape=True, rho=0.5), "set output_fmt to NLC"),
         (lambda: model.forward_intermediates(x, output_fmt="NHWC"), "must be NCHW or NLC, got 'NHWC'"),
         (lambda: model.forward_intermediates(x, 4), "4 blocks are asked for and the model has 3"),
         (lambda: model.forward_intermediates(x, [3]), r"indices \[3\] are no blocks of this model; it has 0 to 2"),

@@ -113,7 +113,7 @@ def _front_matter(name: str, rows: Sequence[dict[str, Any]], facts: Facts, plain
         pipeline_tag=_TASK,
         tags=[_TASK, "vision-transformer", "patch-sampling", "timm", "pss"],
         base_model=facts.base_model,
-        model_name=printable(name),
+        model_name=printable(name) if found else None,
         eval_results=found or None,
     )
     shown: str = yaml.safe_dump(about.to_dict(), sort_keys=False, allow_unicode=True, width=1 << 20)

@@ -194,7 +194,7 @@ class TimmInterface:
         tokens, kept = self.see(x, rho, sort, generator)
         if kept is not None and form == "NCHW":
             raise ValueError(
-                f"a map of features needs all patches, and rho is {rho:g}; leave rho out, or set output_fmt='NLC'"
+                f"a map of features needs all patches, and rho is {rho:g}; leave rho out, or set output_fmt to NLC"
             )
         positions = self.positions(kept)
         taken: list[Tensor] = []
