@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,9 @@ def test_the_hub_reads_the_front_matter(pushed: Path) -> None:
 def test_it_tells_what_the_run_tells(pushed: Path, trained: Path) -> None:
     shown = (pushed / "README.md").read_text(encoding="utf-8")
     run = trained / pushed.name.split()[0]
-    hours = json.loads((run / SUMMARY).read_text())["train_seconds"] / 3600
+    seconds = json.loads((run / SUMMARY).read_text())["train_seconds"]
     for words in (
-        "| recipe | digits |", "| epochs | 2 |", f"| hours | {hours:.3g} |", "CPU |",
+        "| recipe | digits |", "| epochs | 2 |", f"| trained for | {seconds:.1f} seconds |", "CPU |",
         "was trained with a Patch Sampling Schedule", "![Accuracy against", "| 0.6 |", "51.23",
         "of my digits, split val", "4 classes) for images of 32 × 32 pixels", "mean (0.3, 0.3, 0.3)",
     ):  # fmt: skip
@@ -105,7 +106,7 @@ def test_what_is_not_known_is_left_out(trained: Path) -> None:
     shown = card.text("alone", rows=[row(None)], facts=alone, plain=False, picture=False)
     data = yaml.safe_load(shown.split("---\n")[1])
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
-    for word in ("recipe", "hours", "Schedule", "None", "rho.png", "pss-train", "split", "licen"):
+    for word in ("recipe", "trained for", "Schedule", "None", "rho.png", "pss-train", "split", "licen"):
         assert word not in shown, word
     assert "| as trained |" in shown
     known = facts.of(open_run(str(trained / "biased"), CPU))
@@ -123,10 +124,21 @@ def test_what_is_not_known_is_left_out(trained: Path) -> None:
 def test_the_base_model_is_named_as_on_the_hub(trained: Path) -> None:
     config = recipes.get("deit-s-224").with_settings(["model.weights=timm:deit_small_patch16_224"])
     assert facts._base_model(config) == "timm/deit_small_patch16_224.fb_in1k"
+    for recipe, words in (
+        (None, "Its weights are those of timm/x"),
+        ("mine", "Its training began with the weights of"),
+    ):
+        known = replace(facts.of(open_run(str(trained / "biased"), CPU)), base_model="timm/x", recipe=recipe)
+        assert words in card.text("a", rows=[row(1.0)], facts=known, plain=True, picture=True)
     assert facts._base_model(config.with_settings(["model.weights=/home/me/w.pt"])) is None
     command = facts._command(config.with_settings(["model.weights=/home/me/w.pt"]))
     assert command is not None
     assert "--set model.weights=w.pt" in command  # and no folder of this machine
+
+
+def test_a_duration_has_the_unit_that_suits_it() -> None:
+    for hours, words in ((1234.5, "1,234.5 hours"), (1.0, "1.0 hours"), (0.5, "30.0 minutes"), (0.001, "3.6 seconds")):
+        assert card._duration(hours) == words
 
 
 def test_a_licence_is_one_that_the_hub_knows_the_form_of() -> None:

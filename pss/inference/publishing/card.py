@@ -10,12 +10,15 @@ from pss.inference.hub import PICTURES
 from pss.inference.publishing.facts import Facts
 from pss.inference.table import COLUMNS
 from pss.inference.text import markdown, printable
+from pss.version import __version__
 
 (PICTURE,) = PICTURES
 """The sweep's picture, in the folder beside the card."""
 
 _TASK = "image-classification"
-_USE = """```python
+_USE = """The code needs the package patch-sampling-schedule; it was written by version {version}.
+
+```python
 import pss
 
 folder = "."  # this folder; or "hf-hub:OWNER/NAME"
@@ -107,7 +110,7 @@ def _front_matter(name: str, rows: Sequence[dict[str, Any]], facts: Facts, plain
         for row in rows
         for key, metric in (("top1", "top-1 %"), ("top5", "top-5 %"))
     ]  # fmt: skip
-    about = ModelCardData(
+    about: Any = ModelCardData(
         license=facts.licence,
         library_name="timm" if plain else "pss",
         pipeline_tag=_TASK,
@@ -134,14 +137,15 @@ def _opening(facts: Facts) -> str:
     if facts.method == "sampled":
         lines.append("It was trained with a Patch Sampling Schedule (McDanel & Huynh 2022).")
     if facts.base_model is not None:
-        lines.append(f"Its training began with the weights of {markdown(facts.base_model)}.")
+        began = "Its weights are those" if facts.recipe is None else "Its training began with the weights"
+        lines.append(f"{began} of {markdown(facts.base_model)}.")
     return " ".join(lines) + "\n"
 
 
 def _use(rows: Sequence[dict[str, Any]], facts: Facts, plain: bool) -> str:
     points = [row["rho"] for row in rows if row["knob"] == "ρ" and row["rho"] is not None]
     rho = min(points, key=lambda point: abs(point - 0.6), default=0.6)
-    shown = _USE.format(rho=f"{rho:g}", size=facts.data.img_size, num_classes=facts.num_classes)
+    shown = _USE.format(version=__version__, rho=f"{rho:g}", size=facts.data.img_size, num_classes=facts.num_classes)
     return shown + "\n" + (_WITH_TIMM if plain else _WITH_PSS.format(parts=_PARTS[facts.rel_pos]))
 
 
@@ -170,8 +174,8 @@ def _training(facts: Facts) -> list[str]:
             ("recipe", None if facts.recipe is None else markdown(facts.recipe)),
             ("method", None if facts.method is None else markdown(facts.method)),
             ("epochs", None if facts.epochs is None else f"{facts.epochs:,}"),
-            ("hours", None if facts.hours is None else f"{facts.hours:.3g}"),
-            ("hardware", None if facts.hardware is None else markdown(facts.hardware)),
+            ("trained for", None if facts.hours is None else _duration(facts.hours)),
+            ("trained on", None if facts.hardware is None else markdown(facts.hardware)),
         )
         if value is not None
     ]
@@ -180,6 +184,12 @@ def _training(facts: Facts) -> list[str]:
     table = "\n".join(["| | |", "|---|---|", *told, ""])
     command = [] if facts.command is None else [f"```sh\n{printable(facts.command)}\n```\n"]
     return ["## Training\n", table, *command]
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{hours * 60:.1f} minutes" if hours * 60 >= 1 else f"{hours * 3600:.1f} seconds"
 
 
 def _images(facts: Facts) -> str:

@@ -54,7 +54,7 @@ class Facts:
 def of(run: Run, *, dataset: str | None = None, split: str | None = None, licence: str | None = None) -> Facts:
     """What is known of an opened model."""
     model, config = run.method.model, run.config
-    told = {
+    told: dict[str, Any] = {
         "architecture": config.model.name,
         "rel_pos": model.rel_pos,
         "num_classes": model.num_classes,
