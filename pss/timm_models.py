@@ -43,16 +43,15 @@ def install() -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds nothing itself: it sees that timm is imported, and steps aside."""
+    """Finds timm by the other finders, registers the models once it is imported, and is gone."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != _TIMM:
             return None
-        sys.meta_path.remove(self)
-        others = (one.find_spec(fullname, path, target) for one in list(sys.meta_path) if hasattr(one, "find_spec"))
-        spec = next((one for one in others if one is not None), None)
+        others = [one for one in sys.meta_path if one is not self and hasattr(one, "find_spec")]
+        spec = next(filter(None, (one.find_spec(fullname, path, target) for one in others)), None)
         loader: Any = None if spec is None else spec.loader
         if loader is None:
             return spec
@@ -61,6 +60,8 @@ class _Waiting(MetaPathFinder):
         def then_register(module: ModuleType) -> None:
             del loader.exec_module
             run(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             _register()
 
         loader.exec_module = then_register

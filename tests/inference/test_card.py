@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,9 +92,10 @@ def test_it_tells_what_the_run_tells(pushed: Path, trained: Path) -> None:
         "of my digits, split val", "4 classes) for images of 32 × 32 pixels", "mean (0.3, 0.3, 0.3)",
     ):  # fmt: skip
         assert words in shown, words
-    (command,) = re.findall(r"```sh\n(.*)\n```", shown)
-    assert command.startswith("pss-train digits --data DATA --output RUN --set ")
-    settings = re.findall(r"--set (\S+)", command)
+    (command,) = re.findall(r"```sh\n(.*)\n```", shown, re.DOTALL)
+    _, _, *words = [word for word in shlex.split(command) if word != "\n"]
+    assert command.startswith("pss-train digits --data DATA --output RUN \\\n    --set ")
+    settings = [value for option, value in zip(words[::2], words[1::2], strict=True) if option == "--set"]
     again = recipes.get("digits").with_settings(settings)
     assert again.to_dict() == open_run(str(run), CPU).config.to_dict()
 

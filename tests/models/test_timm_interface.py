@@ -6,7 +6,10 @@ What goes beyond timm's models, a share of the patches, follows.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +73,33 @@ def test_every_name_that_pss_builds_is_registered_and_no_other() -> None:
     for name in sorted(theirs - names):
         with torch.device("meta"), pytest.raises(ValueError, match=r"not a plain Vision Transformer|not a multiple"):
             create_plain(name, depth=1)
+
+
+def test_they_are_registered_once_timm_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks for timm before, without importing it, or fails to."""
+    called: list[int] = []
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.setattr(timm_models, "_TIMM", "some_library")
+    monkeypatch.setattr(timm_models, "_register", lambda: called.append(sys.modules["some_library"].answer))
+    for _ in range(2):
+        timm_models.install()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("some_library")
+    (tmp_path / "some_library.py").write_text("raise RuntimeError")
+    importlib.invalidate_caches()
+    with pytest.raises(RuntimeError):
+        importlib.import_module("some_library")
+    (tmp_path / "some_library.py").write_text("answer = 42")
+    assert importlib.util.find_spec("some_library") is not None
+    before = len(sys.meta_path)
+    library = importlib.import_module("some_library")
+    assert called == [42]
+    assert len(sys.meta_path) == before - 1
+    assert "exec_module" not in vars(library.__loader__)
+    timm_models.install()
+    assert called == [42, 42]
+    monkeypatch.delitem(sys.modules, "some_library")
 
 
 @pytest.mark.exhaustive
@@ -160,7 +190,7 @@ def test_model_default_cfgs_non_std(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "registers", "distilled", "bias"])
-def test_model_load_pretrained(kind: str, tmp_path: Any) -> None:
+def test_model_load_pretrained(kind: str, tmp_path: Path) -> None:
     """From weights of timm's model at its own size, for another number of classes and a finer grid."""
     name, more = MODELS[kind]
     plain: Any = timm.create_model(name.removeprefix("pss_"), depth=1, img_size=64, patch_size=16, num_classes=1000)
@@ -178,7 +208,7 @@ def test_model_load_pretrained(kind: str, tmp_path: Any) -> None:
     torch.testing.assert_close(none.patch_embed.proj.weight, plain.patch_embed.proj.weight)
 
 
-def test_weights_of_another_model_are_refused(tmp_path: Any) -> None:
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     plain = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32)
     save_file(plain.state_dict(), tmp_path / "weights.safetensors")
     overlay = {"file": str(tmp_path / "weights.safetensors"), "input_size": (3, 32, 32)}

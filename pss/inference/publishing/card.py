@@ -21,7 +21,7 @@ _USE = """The code needs the package patch-sampling-schedule; it was written by 
 ```python
 import pss
 
-folder = "."  # this folder; or "hf-hub:OWNER/NAME"
+folder = "."  # or "hf-hub:OWNER/NAME"
 for found in pss.predict(folder, "photo.jpg", rho={rho}):
     print(found.file, found.classes)
 ```
@@ -34,12 +34,13 @@ import torch
 from PIL import Image
 from pss.inference import hub
 
-model = hub.load(".").model  # this folder; or "hf-hub:OWNER/NAME"
+model = hub.load(folder).model
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-images = transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)  # (1, 3, {size}, {size})
+images = transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)
 with torch.inference_mode():
     logits = model(images, rho={rho})  # (1, {num_classes})
-    maps = model.forward_intermediates(images, intermediates_only=True)  # one a block, (1, channels, rows, columns)
+    # One a block, (1, channels, rows, columns).
+    maps = model.forward_intermediates(images, intermediates_only=True)
 ```
 """
 _WITH_TIMM = """At ρ = 1 it is timm's own model, and needs timm alone:
@@ -47,7 +48,8 @@ _WITH_TIMM = """At ρ = 1 it is timm's own model, and needs timm alone:
 ```python
 import timm
 
-model = timm.create_model("local-dir:.", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
+name = "local-dir:."  # or "hf-hub:OWNER/NAME"
+model = timm.create_model(name, pretrained=True).eval()
 ```
 """
 _WITH_PSS = """timm loads it once pss is imported; without pss it does not know this architecture, which has {parts}:
@@ -56,7 +58,8 @@ _WITH_PSS = """timm loads it once pss is imported; without pss it does not know 
 import pss  # tells timm of its models
 import timm
 
-model = timm.create_model("local-dir:.", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
+name = "local-dir:."  # or "hf-hub:OWNER/NAME"
+model = timm.create_model(name, pretrained=True).eval()
 ```
 """
 _PARTS = {
@@ -145,7 +148,7 @@ def _opening(facts: Facts) -> str:
 def _use(rows: Sequence[dict[str, Any]], facts: Facts, plain: bool) -> str:
     points = [row["rho"] for row in rows if row["knob"] == "ρ" and row["rho"] is not None]
     rho = min(points, key=lambda point: abs(point - 0.6), default=0.6)
-    shown = _USE.format(version=__version__, rho=f"{rho:g}", size=facts.data.img_size, num_classes=facts.num_classes)
+    shown = _USE.format(version=__version__, rho=f"{rho:g}", num_classes=facts.num_classes)
     return shown + "\n" + (_WITH_TIMM if plain else _WITH_PSS.format(parts=_PARTS[facts.rel_pos]))
 
 
@@ -182,7 +185,8 @@ def _training(facts: Facts) -> list[str]:
     if not told:
         return []
     table = "\n".join(["| | |", "|---|---|", *told, ""])
-    command = [] if facts.command is None else [f"```sh\n{printable(facts.command)}\n```\n"]
+    parts = map(printable, facts.command or ())
+    command = [] if facts.command is None else ["```sh\n" + " \\\n    ".join(parts) + "\n```\n"]
     return ["## Training\n", table, *command]
 
 

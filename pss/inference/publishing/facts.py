@@ -42,8 +42,8 @@ class Facts:
     """On the hub: where its training began."""
     method: str | None = None
     recipe: str | None = None
-    command: str | None = None
-    """What trains such a model again."""
+    command: tuple[str, ...] | None = None
+    """What trains such a model again, in the parts that it is to be broken between."""
     epochs: int | None = None
     hours: float | None = None
     """Of training, over all epochs."""
@@ -111,7 +111,7 @@ def _base_model(config: Config) -> str | None:
     return name if isinstance(name, str) and "/" in name else None
 
 
-def _command(config: Config) -> str | None:
+def _command(config: Config) -> tuple[str, ...] | None:
     """The command that makes this configuration of its recipe; None where it is not known to."""
     try:
         base = recipes.get(config.recipe)
@@ -125,8 +125,8 @@ def _command(config: Config) -> str | None:
     except ValueError:
         return None
     told = [_without_folders(one) for one in changed]
-    words = ["pss-train", config.recipe, "--data", "DATA", "--output", "RUN"]
-    return " ".join([*words, *(f"--set {shlex.quote(one)}" for one in told)])
+    begin = f"pss-train {shlex.quote(config.recipe)} --data DATA --output RUN"
+    return begin, *(f"--set {shlex.quote(one)}" for one in told)
 
 
 def _text(value: Any) -> str:
