@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from pss.api.evaluation import Evaluated
     from pss.inference.opening import Run
-    from pss.inference.sweep import Row
 
 _MOST_RHOS = 1000
 _LARGEST_BATCH = 10**6
@@ -72,6 +71,12 @@ def evaluate(
     push: Annotated[
         Path | None,
         typer.Option(help="Also write the model into this folder, ready for the Hugging Face Hub.", show_default=False),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--license", help="With --push: the model's licence on its card, such as apache-2.0.", show_default=False
+        ),
     ] = None,
     budget_ms: Annotated[
         float | None,
@@ -127,6 +132,7 @@ def evaluate(
                 ("--data", data),
                 ("--output", output),
                 ("--push", push),
+                ("--license", licence),
                 ("--export", export),
                 (demand.option, demand.option),
                 ("--sort", sort),
@@ -150,6 +156,8 @@ def evaluate(
     sweeping = export is None and not demand.option
     if push is not None and not sweeping:
         raise ValueError("--push writes the table of a sweep along; leave out --export and what chooses ρ")
+    if licence is not None and push is None:
+        raise ValueError("--license is for the card of a pushed model; add --push, or leave it out")
     if dynamic and (export is None or demand.option or rhos):
         raise ValueError("--dynamic goes with --export alone: a file whose ρ is free at each call")
     if data is None and (sweeping or max_drop is not None):
@@ -159,6 +167,8 @@ def evaluate(
     import pipelines
     from pss.api.evaluation import REPORT, check_data, measure, open_runs
     from pss.inference import report, sweep, table
+    from pss.inference.publishing import facts
+    from pss.inference.publishing.pushing import write_model
     from pss.runtime import files
     from pss.runtime import processes as dist
 
@@ -173,6 +183,7 @@ def evaluate(
             from pss.inference.hub import check_target as check_pushing
 
             check_pushing(push)
+            facts.check_licence(licence)
         if output is not None and sweeping:
             outputs.check_folder(output, results, given=True)
 
@@ -205,12 +216,15 @@ def evaluate(
                 with writing.result("the table"):  # first: whatever happens to the files, it is not lost
                     table.show(found.rows)
                     flush()
+                made: dict[str, str | bytes] = {}
                 for name, content in found.contents().items():
                     with writing.result(str(folder / name)), sweep.stage(f"writing {name}", world):
-                        files.write(folder / name, content())
-                if push is not None:
+                        made[name] = content()
+                        files.write(folder / name, made[name])
+                if push is not None and dataset is not None:
                     with writing.result(str(push)):
-                        write_model(loaded[0], names[0], found.rows, push)
+                        about = facts.of(loaded[0], dataset=dataset.root.name, split=split, licence=licence)
+                        write_model(push, loaded[0], names[0], found.rows, about, made)
                 if told := [name for name in writing.written if name != "the table"]:
                     missing = "" if report.available() else f"; {report.MISSING}"
                     typer.echo(f"wrote {outputs.listed(told)}{missing}", err=True)
@@ -309,14 +323,6 @@ def choose(
     )
     flush()  # before anything is written, which may fail
     return chosen
-
-
-def write_model(one: Run, name: str, rows: Sequence[Row], folder: Path) -> None:
-    """Write a model for the Hugging Face Hub."""
-    from pss.inference import hub, table
-
-    card = hub.card(name, rows=rows, columns=table.COLUMNS, architecture=one.config.model.name)
-    hub.save(folder, one.published(), card)
 
 
 def write_export(one: Run, path: Path, rhos: Sequence[float] | None, *, dynamic: bool) -> None:

@@ -1,6 +1,7 @@
 """pss: train Vision Transformers on a schedule of sampled patches.
 
-The names below are the public API. They are imported on first use, so that `import pss` costs nothing.
+The names below are the public API. They are imported on first use, so that `import pss` costs nothing. It makes timm
+know the models, as `pss_NAME`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pss.neighbours import check, is_command
+from pss.timm_models import install as _install_in_timm
 from pss.version import __version__
 
 if TYPE_CHECKING:
@@ -63,3 +65,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+_install_in_timm()

@@ -1,8 +1,9 @@
 """Models in the layout of the Hugging Face Hub: `config.json`, `model.safetensors`, and a model card.
 
 `config.json` is timm's. What needs nothing of ours (no relative positions, ordinary biases) loads with
-`timm.create_model("local-dir:FOLDER")`; it is tried, logits and all, before timm is told what to build. Under `pss` it
-says how to build the model with ρ. Uploading the folder is the user's step, with whatever tool of the hub.
+`timm.create_model("local-dir:FOLDER")`; it is tried, logits and all, before timm is told what to build. Anything else
+names an architecture `pss_…`, which timm knows once pss is imported (`pss.timm_models`). Under `pss` it says how to
+build the model with ρ. Uploading the folder is the user's step, with whatever tool of the hub.
 
 A folder that somebody else made is data: what it may ask for is a closed list, and nothing in it names another file, an
 address or code.
@@ -11,7 +12,7 @@ address or code.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,41 +25,26 @@ from timm.models import is_model as timm_has
 from torch import Tensor
 
 from pipelines.base import DataConfig
-from pss.inference.text import markdown
+from pss import timm_models
 from pss.models import settings as about
 from pss.models.create import create_model
 from pss.models.files import PSS, check_values, found_at, read
+from pss.models.interface.asked import OWN, check_setting, is_whole
 from pss.models.settings import TrainedOn
 from pss.models.vit import VisionTransformer
 from pss.runtime import files
 
 PREFIX = "hf-hub:"
 
+PICTURES = ("rho.png",)
+"""What the card shows, and lies beside it."""
+
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _FORMAT = 1
-_NOT_TIMMS = "pss_vision_transformer"
-"""The architecture of what timm would build another model for: it says that it does not know it."""
+_REQUIRES = "pss: import it before timm.create_model, which then knows this architecture"
 
-_OWN = ("rel_pos", "sort", "token_counts", "qkv_bias", "init")
 _MOST_BYTES = 1 << 26
 _MOST_PATCHES = 1 << 16
-
-# What a folder may ask `create_model` for, and the largest number of each. The weights bound it further: nothing is
-# built that they do not fill.
-_NUMBERS = {"patch_size": 1 << 10, "embed_dim": 1 << 16, "depth": 1 << 10, "num_heads": 1 << 10, "reg_tokens": 1 << 10}
-_RATES: dict[str, float] = {
-    "drop_path_rate": 1,
-    "drop_rate": 1,
-    "pos_drop_rate": 1,
-    "proj_drop_rate": 1,
-    "attn_drop_rate": 1,
-}
-_RATES |= {"mlp_ratio": 64, "init_values": 1 << 10}
-_FLAGS = {"class_token", "no_embed_class", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "pre_norm"}
-_FLAGS |= {"final_norm", "fc_norm", "pool_include_prefix"}
-_COUNTS = {"block_heads": 1 << 10, "block_neurons": 1 << 18}
-"""Of every block, in a list: what is left of one that was pruned."""
-_WORDS = (*_OWN, "global_pool", "pos_embed", "norm_layer", "act_layer")
 
 
 @dataclass(frozen=True)
@@ -87,8 +73,16 @@ def is_model(folder: Path) -> bool:
     return all(found_at(folder / name) == "file" for name in (_CONFIG, _WEIGHTS))
 
 
-def save(folder: Path, published: Published, card: str) -> None:
-    """Write a model and its card (Markdown with front matter): a new `folder` is complete or not there.
+def save(
+    folder: Path, published: Published, card: str | Callable[[bool], str], more: Mapping[str, str | bytes] | None = None
+) -> None:
+    """Write a model and its card: a new `folder` is complete or not there.
+
+    Args:
+        folder: Where to.
+        published: The model.
+        card: Markdown with front matter, or what returns it when told whether timm builds the model without pss.
+        more: What else lies there, by the names in `PICTURES`.
 
     Raises:
         OSError: it cannot be written, and what was there before still is.
@@ -103,7 +97,7 @@ def save(folder: Path, published: Published, card: str) -> None:
     settings = {key: value for key, value in settings.items() if value is not None or key == "init_values"}
     for key, value in settings.items():
         try:
-            _check_setting(key, value)
+            check_setting(key, value, _CONFIG)
         except ValueError:
             raise ValueError(
                 f"the model was built with {key}={value!r}, which no published folder tells; --export writes a file "
@@ -118,10 +112,10 @@ def save(folder: Path, published: Published, card: str) -> None:
             f"the settings {settings} of {name} build another model{', with '.join(['', *found])}; pass "
             "those that it was built with"
         )
-    model_args = {key: value for key, value in settings.items() if key not in _OWN and value is not None}
-    model_args |= {"img_size": data.img_size}
+    plain_args = {key: value for key, value in settings.items() if key not in OWN and value is not None}
+    plain_args |= {"img_size": data.img_size}
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with_timm = _timm_computes_the_same(model, name, model_args)
+    with_timm = _timm_computes_the_same(model, name, plain_args)
     trained_on = TrainedOn.images(classes, data)
     told = about.describe(model) | trained_on.to_dict()
     # A tensor that timm has no place for, so that it does not take weights that mean something else to it.
@@ -129,10 +123,11 @@ def save(folder: Path, published: Published, card: str) -> None:
     if with_timm:
         del weights[about.KEY]
     config = {
-        "architecture": name if with_timm else _NOT_TIMMS,
+        "architecture": name if with_timm else timm_models.PREFIX + name.split(".")[0],
         "num_classes": model.num_classes,
         "num_features": model.embed_dim,
-        **({"model_args": model_args} if with_timm else {}),
+        "model_args": plain_args if with_timm else settings | {"img_size": data.img_size},
+        **({} if with_timm else {"requires": _REQUIRES}),
         "pretrained_cfg": {
             "input_size": [3, data.img_size, data.img_size],
             "fixed_input_size": True,
@@ -141,8 +136,8 @@ def save(folder: Path, published: Published, card: str) -> None:
             "mean": list(data.mean),
             "std": list(data.std),
             "num_classes": model.num_classes,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head" if model.head_dist is None else ["head", "head_dist"],
+            "first_conv": model.first_conv,
+            "classifier": _classifiers(model),
             **({"label_names": list(classes)} if classes is not None else {}),
         },
         "pss": {"format": _FORMAT, "name": name, "settings": settings, "step": published.step},
@@ -150,17 +145,23 @@ def save(folder: Path, published: Published, card: str) -> None:
     text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     contents: dict[str, str | bytes] = {
         _WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt", PSS: about.to_text(told)}),
-        _CARD: card,
+        **(more or {}),
+        _CARD: card if isinstance(card, str) else card(with_timm),
         _CONFIG: text,  # last: it says what the others are
     }
     files.write_folder(folder, contents)
+
+
+def _classifiers(model: VisionTransformer) -> str | list[str]:
+    names = model.classifiers()
+    return names[0] if len(names) == 1 else names
 
 
 def check_target(folder: Path) -> None:
     """Raise `ValueError` for a folder that holds something else, which a pushed model would be mixed up with."""
     if not folder.is_dir():
         return
-    for name in (_WEIGHTS, _CARD, _CONFIG):
+    for name in (_WEIGHTS, _CARD, _CONFIG, *PICTURES):
         if (folder / name).is_dir():
             raise ValueError(f"--push {folder} holds a folder {name}; name another folder")
     held = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))  # such as a clone's .git
@@ -240,16 +241,16 @@ def _read(folder: Path) -> Published:
         raise ValueError(f"{_CONFIG} was not written by pss; for another model name MODEL=FILE, its weights")
     own = _part(config, "pss", dict)
     version = own.get("format", _FORMAT)  # the first version had none
-    if not _is_whole(version, 1, _FORMAT):
+    if not is_whole(version, 1, _FORMAT):
         raise ValueError(f"{_CONFIG} has format {str(version)[:40]!r}, and this pss reads up to {_FORMAT}; update pss")
     name, step, known = _part(own, "name", str), _part(own, "step", int), _part(config, "pretrained_cfg", dict)
     if ":" in name:
         raise ValueError(f"{_CONFIG} names code, {name[:80]!r}, and a published folder holds none; ask for its run")
     settings = _part(own, "settings", dict)
     for key, value in settings.items():
-        _check_setting(key, value)
+        check_setting(key, value, _CONFIG)
     num_classes, shape = _part(config, "num_classes", int), _part(known, "input_size", list)
-    if len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2] or not _is_whole(shape[1], 1, 1 << 14):
+    if len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2] or not is_whole(shape[1], 1, 1 << 14):
         raise ValueError(f"{_CONFIG} has input_size {str(shape)[:60]}; it is [3, SIDE, SIDE]")
     data = DataConfig(
         img_size=shape[1],
@@ -282,6 +283,7 @@ def _read(folder: Path) -> Published:
     if classes is None and told.classes is not None:
         raise ValueError(f"{_CONFIG} has no label_names, and {_WEIGHTS} was made with some; restore it")
     model.trained_on = TrainedOn.images(classes, data)
+    model.pretrained_cfg = model.pretrained_cfg | {"interpolation": data.interpolation}
     for key in ("mean", "std", "crop_pct"):
         theirs = getattr(told, key)
         if theirs is not None and theirs != getattr(data, key):
@@ -313,35 +315,9 @@ def _part(config: Mapping[str, Any], key: str, kind: Any) -> Any:
     """A value of that type. Raises `ValueError` where it is not there, or is something else."""
     value: Any = config.get(key)
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
-    if not fits or isinstance(value, bool) or (kind is int and not _is_whole(value, 0, 1 << 62)):
+    if not fits or isinstance(value, bool) or (kind is int and not is_whole(value, 0, 1 << 62)):
         raise ValueError(f"{_CONFIG} has {key} {str(value)[:60]!r}; restore it, or have pss-eval --push write it again")
     return value
-
-
-def _is_whole(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _check_setting(key: str, value: Any) -> None:
-    """Raise `ValueError` for what `save` does not write."""
-    number: float = value if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
-    fits = (
-        (key in _NUMBERS and _is_whole(value, 0 if key == "reg_tokens" else 1, _NUMBERS[key]))
-        or (key in _RATES and 0 <= number <= _RATES[key])
-        or (key == "init_values" and value is None)
-        or (key in _FLAGS and isinstance(value, bool))
-        or (key in _WORDS and isinstance(value, str) and len(value) < 40)
-        or (
-            key in _COUNTS
-            and isinstance(value, list)
-            and len(value) <= _NUMBERS["depth"]
-            and all(_is_whole(one, 1, _COUNTS[key]) for one in value)
-        )
-    )
-    if not fits:
-        known = any(key in names for names in (_NUMBERS, _RATES, _FLAGS, _WORDS, _COUNTS))
-        what = f"{key} {str(value)[:60]!r}" if known else f"a setting {key[:40]!r}, which no model has"
-        raise ValueError(f"{_CONFIG} has {what}; restore it, or have pss-eval --push write it again")
 
 
 def _check_fits(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
@@ -364,35 +340,3 @@ def _fetch(name: str) -> Path:
     except Exception as error:  # whatever the hub's client raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{PREFIX}{name} could not be fetched: {reason}") from None
-
-
-def card(name: str, *, rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, Any]], architecture: str) -> str:
-    """A model card that shows what the sweep found."""
-    lines = [
-        "---",
-        "library_name: pss",
-        "tags: [image-classification, vision-transformer, patch-sampling]",
-        "---",
-        "",
-        f"# {markdown(name)}",
-        "",
-        f"A Vision Transformer ({markdown(architecture)}) that takes any share ρ of an image's patches at inference: "
-        "fewer patches are faster, more are more accurate. Trained with a Patch Sampling Schedule (McDanel & Huynh "
-        "2022).",
-        "",
-        "```python",
-        "from pss.inference import hub",
-        "",
-        'model = hub.load("FOLDER or hf-hub:OWNER/NAME").model',
-        "logits = model(images, rho=0.6)",
-        "```",
-        "",
-        f"Measured on {rows[0]['num_images']:,} images, {markdown(rows[0]['device'])}, torch {rows[0]['torch']}, "
-        f"batches of {rows[0]['batch_size']}; median (slowest–fastest round). GFLOPs are multiply-accumulates.",
-        "",
-        "| " + " | ".join(heading for heading, _ in columns) + " |",
-        "|---" * len(columns) + "|",
-        *("| " + " | ".join(text(row) for _, text in columns) + " |" for row in rows),
-        "",
-    ]
-    return "\n".join(lines)

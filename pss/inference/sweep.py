@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,7 +139,7 @@ def sweep(
                     "batch_size": batch_size,
                     "step": one.step,
                     "processes": world.size,
-                    "device": _device_name(world.device),
+                    "device": world.device_name,
                     "torch": torch.__version__,
                     **one.method.facts(),
                 }
@@ -277,10 +276,6 @@ def default_output(runs: Sequence[Run]) -> Path:
     """The run's own folder, or the nearest folder that holds all of several; the current one if none has a folder."""
     folders = [one.folder.resolve() for one in runs if one.folder is not None]
     return Path(os.path.commonpath(folders)) if folders else Path()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 @contextmanager

@@ -20,14 +20,13 @@ from torch import nn
 from pss.attention.attend import RelPos
 from pss.models import lvvit
 from pss.models.block import prune
+from pss.models.interface.timm_interface import POOLING
 from pss.models.sampling import Sort, TokenCounts
 from pss.models.settings import describe
 from pss.models.vit import QkvBias, VisionTransformer
 from pss.plugins import is_plugin, load
 
 Init = Literal["timm", "published"]
-
-_POOLING = ("token", "avg", "max", "avgmax")
 
 _PRESETS: dict[str, dict[str, Any]] = {
     # ViT-B as SimMIM fine-tunes it: positions are known through the bias alone.
@@ -209,7 +208,7 @@ def create_plain(name: str, **settings: Any) -> Any:
     if not _is_plain(plain):
         raise ValueError(
             f"{name} is not a plain Vision Transformer (patch embedding, pre-norm blocks with ordinary attention, "
-            f"{', '.join(_POOLING)} pooling); choose one that is, such as deit_small_patch16_224"
+            f"{', '.join(POOLING)} pooling); choose one that is, such as deit_small_patch16_224"
         )
     if any(size % patch for size, patch in zip(plain.patch_embed.img_size, plain.patch_embed.patch_size, strict=True)):
         raise ValueError(
@@ -238,7 +237,7 @@ def _is_plain(plain: Any) -> bool:
     return (
         all(type(block) is TimmBlock and type(block.attn) is TimmAttention for block in plain.blocks)
         and all(block.attn.gate is None for block in plain.blocks)
-        and plain.global_pool in _POOLING
+        and plain.global_pool in POOLING
         and plain.attn_pool is None
         and type(plain.patch_drop) is nn.Identity
         and not plain.dynamic_img_size

@@ -94,6 +94,7 @@ class LVViT(VisionTransformer):
 
     embeds_apart = False  # convolutions look over the borders of patches
     own_heads = ("aux_head",)
+    first_conv = "patch_embed.conv1"
     patch_embed: Any
 
     def __init__(self, plain: Any, *, residual_divisor: float, **options: Any) -> None:

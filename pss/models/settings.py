@@ -23,6 +23,7 @@ KEY = "_extra_state"
 """Where torch puts what `get_extra_state` returns."""
 
 _FORMAT = 1
+_IN_METHOD = "model."  # what precedes a model's names in the state of its method
 _MOST_BYTES = 1 << 24  # the names of a hundred thousand classes; what is longer is no such text
 
 _CHECKS: dict[str, Any] = {
@@ -105,6 +106,8 @@ def _compare(model: Any, state: Json, prefix: str, *_: Any) -> None:
 
     A state dict without settings, timm's say, is taken as it is: `load_weights` asks for what it does not tell.
     """
+    if not prefix:
+        _take_out_of_a_checkpoint(state)
     ours = describe(model)
     theirs = decode(state.setdefault(prefix + KEY, encode(ours)))
     found = differences(theirs, ours)
@@ -115,6 +118,23 @@ def _compare(model: Any, state: Json, prefix: str, *_: Any) -> None:
         found.append(f"other classes: {classes}")
     if found:
         raise ValueError(f"these weights are of another model, with {'; '.join(found)}; build the one they belong to")
+
+
+def _take_out_of_a_checkpoint(state: Json) -> None:
+    """Leave the model's own tensors of what a run's checkpoint holds, which `timm.models.load_checkpoint` passes whole.
+
+    They are the weights that were trained, not their average. Raises `ValueError` where the method has others besides.
+    """
+    if not (isinstance(state.get("method"), Mapping) and isinstance(state.get("config"), Mapping)):
+        return
+    weights = state["method"]
+    if others := [name for name in weights if not name.startswith(_IN_METHOD)]:
+        raise ValueError(
+            f"the checkpoint holds weights of its method beside those of the model ({others[0]}, …); name its run to "
+            "pss-eval, whose --export writes a file with all of them"
+        )
+    state.clear()
+    state.update({name.removeprefix(_IN_METHOD): value for name, value in weights.items()})
 
 
 def describe(model: Any) -> Json:

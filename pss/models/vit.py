@@ -21,6 +21,7 @@ from pss.attention.relpos import Grid
 from pss.models import sampling
 from pss.models.block import Block
 from pss.models.compiled import Graphs
+from pss.models.interface.timm_interface import TimmInterface
 from pss.models.sampling import Sort, TokenCounts
 from pss.models.settings import WithSettings
 from pss.models.stem import embed_some
@@ -28,7 +29,7 @@ from pss.models.stem import embed_some
 QkvBias = Literal["full", "qv"]
 
 
-class VisionTransformer(WithSettings):
+class VisionTransformer(WithSettings, TimmInterface):
     """A ViT whose forward pass takes the kept share of patches as an argument; it remembers nothing about it.
 
     At rho = 1 nothing is sampled and the numbers are those of timm's model. Training and evaluation mode obey rho
@@ -143,20 +144,6 @@ class VisionTransformer(WithSettings):
         """Multiply-accumulates of one image after the blocks, which returned so many tokens, prefix included."""
         heads = (self.head, self.head_dist)
         return int(sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear)))
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are not to be decayed although they are not 1-D, as in timm."""
-        return {"pos_embed", "cls_token", "reg_token", "dist_token"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameter names into layers, for learning rates that fall towards the input: stem, then
-        each block, then what follows them (BEiT's rule; timm counts the last norm to the last block).
-        """
-        assert not coarse, "only layer-wise learning rates ask for it"
-        return {
-            "stem": r"^cls_token|^reg_token|^dist_token|^pos_embed|^patch_embed|^norm_pre",
-            "blocks": r"^blocks\.(\d+)",
-        }
 
     def forward(
         self,
@@ -378,8 +365,8 @@ class VisionTransformer(WithSettings):
         return tokens
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """The trunk's tokens (B, K, D) to one feature vector per image, (B, D)."""
-        if self.head_dist is not None:
+        """The trunk's tokens (B, K, D) to one feature vector per image, (B, D); to all of them without pooling."""
+        if self.head_dist is not None and self.global_pool:
             features: Tensor = (self.head_drop(tokens[:, 0]) + self.head_drop(tokens[:, 1])) / 2
         else:
             x = global_pool_nlc(tokens, self.global_pool, self.num_prefix_tokens, self.pool_include_prefix)
@@ -388,7 +375,7 @@ class VisionTransformer(WithSettings):
 
     def readout(self, tokens: Tensor) -> Tensor:
         """The trunk's tokens (B, K, D) to logits (B, num_classes); a distilled model averages its two heads."""
-        if self.head_dist is None:
+        if self.head_dist is None or not self.global_pool:
             logits: Tensor = self.head(self.pooled(tokens))
         else:
             logits = (self.head(self.head_drop(tokens[:, 0])) + self.head_dist(self.head_drop(tokens[:, 1]))) / 2

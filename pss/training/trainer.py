@@ -138,6 +138,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the end and return the last epoch's row of the log."""
         about = {"continuation": self.saver.continuation, "loader": self.train_loader.backend}
+        about |= {"device": self.world.device_name}
         self.reporter.open(step=self.step, last_step=self.last_step, epochs=self.epochs, **about)
         self.row: dict[str, Any] = {}
         try:

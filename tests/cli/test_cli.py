@@ -258,7 +258,12 @@ def write_head(source, target, num_classes):
 
 def test_eval_pushes_and_pulls(trained, image_root, tmp_path):
     options = ["--data", image_root, "--rho", "0.5", "--loader", "torch", "--output"]
-    assert call(cli.eval.app, trained, "--push", tmp_path / "hub", *options, tmp_path / "a") in (0, None)
+    pushing = ("--push", tmp_path / "hub", "--license", "mit")
+    assert call(cli.eval.app, trained, *pushing, *options, tmp_path / "a") in (0, None)
+    shown = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
+    assert "license: mit" in shown
+    assert f"images of {image_root.name}, split val" in shown
+    assert (tmp_path / "hub" / "rho.png").read_bytes() == (tmp_path / "a" / "rho.png").read_bytes()
     assert call(cli.eval.app, tmp_path / "hub", *options, tmp_path / "b") in (0, None)
     ((one,), (other,)) = (json.loads((tmp_path / name / "rho.json").read_text()) for name in "ab")
     assert (one["top1"], one["loss"]) == (other["top1"], other["loss"])
@@ -276,6 +281,7 @@ def test_eval_pushes_and_pulls(trained, image_root, tmp_path):
         (["--export", "model.pt2", "--rho", "0.5,1"], "needs one ρ"),
         (["--export", "model.h5", "--dynamic"], "ends in .onnx or .pt2"),
         (["--export", "model.pt2", "--rho", "0.5", "--push", "there"], "leave out --export"),
+        (["--license", "mit"], "add --push, or leave it out"),
         (["other", "--budget-ms", "5"], "for one model and 2 are named"),
     ],
 )

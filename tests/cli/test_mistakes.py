@@ -95,6 +95,7 @@ run --batch-size x --data {data} ; run --batch 0 --budget-ms 5 ; run --batch 4 ;
 run --budget-ms -1 ; run --budget-ms nan ; run --budget-ms inf ; run --target-ips -3
 run --max-drop nan --data {data} ; run --budget-ms 5 --max-drop 1 ; run --max-drop 1 ; run --rho 0.5
 run other --budget-ms 5 ; run --dynamic ; run --export model.h5 --dynamic ; run --export m.pt2 --rho 0.5 --push there
+run --license mit --data {data} ; run --push there --license Mine! --data {data}
 run --loader jpeg --data {data} ; run --sort size --data {data} ; run --data nowhere
 """
 

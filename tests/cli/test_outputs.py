@@ -18,7 +18,7 @@ from pss.inference import choose, sweep
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 WRITTEN = ("rho.json", "rho.csv", "rho.png", "report.html")
-PUSHED = ("config.json", "model.safetensors", "README.md")
+PUSHED = ("config.json", "model.safetensors", "README.md", "rho.png")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -215,15 +216,66 @@ def test_timm_is_told_what_computes_the_same(tmp_path: Path, name: str) -> None:
     assert other(x).shape[-1] == 7  # timm drops the classifiers that it is told of
 
 
-@pytest.mark.parametrize("options", [{"rel_pos": "rope"}, {"rel_pos": "bias"}, {"qkv_bias": "qv"}])
-def test_timm_is_told_nothing_of_what_it_would_compute_differently(tmp_path: Path, options: dict[str, Any]) -> None:
-    publish(tmp_path / "mine", **options)
-    with pytest.raises(RuntimeError, match="Unknown model"):
-        timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True)
-    with pytest.raises(RuntimeError, match="_extra_state"):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (NAME, {"rel_pos": "rope"}),
+        (NAME, {"rel_pos": "bias", "sort": "random"}),
+        (NAME, {"qkv_bias": "qv"}),
+        ("lvvit_s", {}),
+    ],
+)
+def test_timm_builds_with_pss_what_it_would_compute_differently(
+    tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    folder = tmp_path / "mine"
+    published = publish(folder, name, **options)
+    assert config_of(folder)["architecture"] == f"pss_{name}"
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x, 0.5, sort="magnitude"), published.model.eval()(x, 0.5, sort="magnitude"))
+    assert model.sort == published.model.sort
+    assert model.pretrained_cfg["label_names"] == ("a", "b", "c")
+    other: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7, drop_path_rate=0.1)
+    assert other(x).shape == (2, 7)
+    torch.testing.assert_close(other.patch_embed.proj.weight, published.model.patch_embed.proj.weight)
+    maps: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=1)
+    assert [one.shape for one in maps(x)] == [(2, 24, 4, 4)]
+    with pytest.raises(RuntimeError, match="_extra_state"):  # as what it is not
         timm.create_model(
             NAME, **TINY, num_classes=3, img_size=32, checkpoint_path=str(tmp_path / "mine/model.safetensors")
         )
+
+
+def test_timm_fetches_it_from_the_hub(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "cache" / "models--me--mine"
+    shutil.copytree(good, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model: Any = timm.create_model("hf-hub:me/mine", pretrained=True, cache_dir=tmp_path / "cache").eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x, 0.5), hub.load(good).model(x, 0.5))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"checkpoint_path": "/etc/passwd"},
+        {"depth": 1 << 30},
+        {"img_size": 1 << 40},
+        {"num_classes": -1},
+        {"in_chans": "3"},
+        {"norm_layer": ["os"]},
+    ],
+)
+def test_timm_asks_for_nothing_else_either(folder: Path, asked: dict[str, Any]) -> None:
+    config = config_of(folder)
+    config["model_args"] |= asked
+    write(folder, config)
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert re.search("the published folder has|_extra_state", str(raised.value)), raised.value
 
 
 def test_a_run_starts_from_a_published_folder(good: Path) -> None:

@@ -13,10 +13,12 @@ from memory_loader import MemoryLoader
 from safetensors.torch import save_file
 
 from pss import methods, recipes
-from pss.inference import hub, sweep, table
+from pss.inference import sweep, table
 from pss.inference.accuracy import accuracy, evaluation_inputs
 from pss.inference.exhibit import Curator
 from pss.inference.opening import Run, checkpoint, load_run, open_run
+from pss.inference.publishing import facts
+from pss.inference.publishing.pushing import write_model
 from pss.inference.timing import rates
 from pss.runtime.processes import World
 from pss.training.trainer import Trainer
@@ -179,9 +181,7 @@ def test_what_is_pushed_comes_back(folder, swept, tmp_path, monkeypatch, rel_pos
     config = recipes.get("digits").with_settings(["model.depth=2", f"model.rel_pos={rel_pos}"])
     method = methods.build(config, 4, steps_per_epoch=1).eval()
     run = Run("mine", config, list("abcd"), 7, method)
-    hub.save(
-        tmp_path / "mine", run.published(), hub.card("mine", rows=swept.rows, columns=table.COLUMNS, architecture="x")
-    )
+    write_model(tmp_path / "mine", run, "mine", swept.rows, facts.of(run))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / name.split("/")[1]))
     images = torch.randn(2, 3, 32, 32)
     for source in (str(tmp_path / "mine"), "hf-hub:me/mine"):

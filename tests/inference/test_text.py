@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import replace
 
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from pss.inference import hub, plots, sweep, table
+from pipelines.base import DataConfig
+from pss.inference import plots, sweep, table
+from pss.inference.publishing import card as cards
+from pss.inference.publishing.facts import Facts
 from pss.inference.text import cell, markdown, printable, shortened
 from pss.runtime.processes import World
 
@@ -77,10 +81,16 @@ def test_names_are_printable():
     assert shortened("abcde", 5) == "abcde"
 
 
+KNOWN = Facts(architecture="x", rel_pos="bias", num_classes=3, num_parameters=5, data=DataConfig())
+
+
 @pytest.mark.parametrize("name", [*NAMES, "a\n---\nlicense: mit", "a | b | c"])
 def test_a_card_keeps_its_form(name):
-    card = hub.card(name, rows=[row(name)], columns=table.COLUMNS, architecture=name)
-    usual = hub.card("usual", rows=[row("usual")], columns=table.COLUMNS, architecture="usual")
+    card, usual = (
+        cards.text(one, rows=[row(one)], facts=replace(KNOWN, architecture=one, dataset=one, recipe=one), plain=False,
+                   picture=True)
+        for one in (name, "usual")
+    )  # fmt: skip
     assert len(card.splitlines()) == len(usual.splitlines())
     assert card.splitlines().count("---") == 2
     heading = next(line for line in card.splitlines() if line.startswith("# "))
