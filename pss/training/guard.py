@@ -106,7 +106,7 @@ class Statistics:
     @torch.no_grad()
     def __init__(self, model: Inventory) -> None:
         """Remember those of `model` before a step."""
-        self._before = [(part, part.clone()) for part in model.buffers() if part.is_floating_point()]
+        self._before = [(part, part.clone()) for part in model.statistics()]
 
     @torch.no_grad()
     def settle(self, skip: Tensor) -> None:
@@ -129,7 +129,7 @@ def update_average(average: Inventory, model: Inventory, decay: float, skipped: 
     share = torch.rsub(skipped, 1 - decay, alpha=1 - decay)  # 1 - decay, or 0
     averages: list[Tensor] = list(average.parameters)
     differences: list[Tensor] = list(model.parameters)
-    for old, new in zip(average.state()[len(averages) :], model.state()[len(differences) :], strict=True):
+    for old, new in zip(average.saved_buffers(), model.saved_buffers(), strict=True):
         own_part(old).copy_(own_part(new))
     if model.sharded:
         averages, differences = list(map(own_part, averages)), list(map(own_part, differences))

@@ -201,22 +201,20 @@ class Trainer:
             self.method.begin_step(at)
             out = self._gradients(engine, inputs, at)
             self.method.mask_gradients(at)
-            gradients = [gradient for part in held.parameters if (gradient := part.grad) is not None]
-            norm = whole(total_norm(gradients, alike=held.alike))
+            norm = whole(total_norm(held.gradients(), alike=held.alike))
             skip, measured = self.guard.judge(out["loss"], norm, phase.optim.clip_grad)
             skipping(self.optimizer, skip)
             statistics.settle(skip)
             if phase.optim.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(held.parameters, phase.optim.clip_grad, norm)
-            self.optimizer.step()
+            self.optimizer.advance()
             taken = Step(self.optimizer, skip)
             self.method.after_optimizer(at, taken)
             if self.ema is not None and averaged is not None:
                 update_average(averaged, held, self.ema.get_decay(self.step), skip)
                 self.ema.module.after_average(at)
             self.method.end_step(at, taken)
-            for part in held.parameters:  # also what no optimizer has
-                part.grad = None
+            held.forget_gradients()
             self.step += 1
             self._report_step(inputs.images, measured, waited, at, out)
             self._stop_or_save(stop)
