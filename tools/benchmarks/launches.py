@@ -11,7 +11,8 @@ Milliseconds of the host are measured apart, those of the thread that makes inpu
 beside those of the training thread: the trainer on the CPU with the same settings, but with narrow blocks and
 batches of four small images, so that what is left is the interpreter and torch's dispatch; CPU time of the training
 thread, as a median over the steps. Operations on lists of tensors, which a GPU does at once and a CPU one by one, are
-left out; whatever else is small is computed, so that it is an upper bound.
+left out but for the new tensors that they return; whatever else is small is computed, so that it is an upper bound.
+What autograd recorded is freed when the step lets go of its loss: that is the model's time, and told apart.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from tools.benchmarks.measure import Result, conclude, page, parser
 Enter = Callable[[str], AbstractContextManager[None]]
 
 BLOCKS = "forward: blocks"
+FREED = "backward: graph freed"
 SMALL = ("data.img_size=64", "train.batch_size=4", "optim.lr_batch=none")
 """What keeps arithmetic out of the measurement of the host, with heads 8 wide besides."""
 STEPS_PER_EPOCH = 50
@@ -132,6 +134,27 @@ class _Batches:
 @contextmanager
 def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
     """Within, the trainer's step enters `enter(part)` for each of its parts; of parts in parts the innermost counts."""
+    graphs: list[Any] = []
+
+    def kept(forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, whose outcome lives until `freeing` is done: otherwise it would be freed with the step's names."""
+
+        @wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            graphs.append(forward(*args, **kwargs))
+            return graphs[-1]
+
+        return call
+
+    def freeing(gradients: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(gradients)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = gradients(*args, **kwargs)
+            with enter(FREED):
+                graphs.clear()
+            return found
+
+        return call
 
     def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -156,7 +179,7 @@ def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
         ("guard", Guard, "judge"),
         ("clipping", training, "total_norm"),
         ("clipping", nn.utils, "clip_grads_with_norm_"),
-        ("optimizer", AdamW, "step"),
+        ("optimizer", AdamW, "advance"),
         ("average", training, "update_average"),
         ("meter", Reporter, "add"),
     ]
@@ -164,6 +187,9 @@ def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
         for name, place, attribute in places:
             function = marked(name, getattr(place, attribute))
             exits.enter_context(mock.patch.object(place, attribute, function))
+        exits.enter_context(mock.patch.object(method, "forward", kept(method.forward)))
+        gradients = freeing(training.Trainer._gradients)
+        exits.enter_context(mock.patch.object(training.Trainer, "_gradients", gradients))
         yield
 
 
@@ -213,14 +239,13 @@ class Run:
 
 @contextmanager
 def without_kernels_of_a_gpu() -> Iterator[None]:
-    """Within, operations on lists of tensors do nothing, nor does what seeds a GPU."""
+    """Within, operations on lists of tensors compute nothing, and return new tensors where those of torch do; nor does
+    anything seed a GPU."""
 
     def idle(name: str) -> Callable[..., Any]:
         if name.endswith("_"):
             return lambda *_, **__: None
-        if "norm" in name:
-            return lambda tensors, *_, **__: [tensors[0].new_zeros(())] * len(tensors)
-        return lambda tensors, *_, **__: tensors
+        return lambda tensors, *_, **__: list(tensors[0].new_zeros(len(tensors)).unbind())
 
     with ExitStack() as exits:
         for name in dir(torch):
