@@ -41,9 +41,11 @@ class AdamW(torch.optim.AdamW):
         if found_inf is None or not self._found():
             return False
         assert self._lists is not None
-        gradients = [[part.grad for part in parts] for _, parts, *_ in self._lists]
-        if not all(gradient is not None for own in gradients for gradient in own):
-            return False
+        gradients = []
+        for _, parts, *_ in self._lists:
+            gradients.append([gradient for part in parts if (gradient := part.grad) is not None])
+            if len(gradients[-1]) < len(parts):
+                return False
         took = torch.rsub(found_inf, 1)  # torch adds 1 to every count, and takes it back again
         for own, (group, parts, averages, squares, steps) in zip(gradients, self._lists, strict=True):
             torch._foreach_add_(steps, took, alpha=1)  # without alpha torch would read the number

@@ -20,9 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import wraps
@@ -50,7 +48,7 @@ from pss.training.optim import AdamW
 from pss.training.reporting import Reporter
 from pss.training.setup import positions_of
 from tools.benchmarks.fake_gpu import OTHER, FakeGpu
-from tools.benchmarks.measure import Result, conclude, page, parser
+from tools.benchmarks.measure import Result, ThreadTime, conclude, page, parser
 
 Enter = Callable[[str], AbstractContextManager[None]]
 
@@ -325,39 +323,15 @@ def count_prediction(gpu: FakeGpu, run: Run, point: Point) -> dict[str, dict[str
 def host_milliseconds(config: Config, rounds: int, num_heads: int) -> dict[str, float]:
     """Of the training thread by part, the median over `rounds` steps of a model with `num_heads`; see the module."""
     narrow = config.with_settings([*SMALL, f"model.embed_dim={8 * num_heads}"])
-    spent: defaultdict[str, float] = defaultdict(float)
     steps: list[dict[str, float]] = []
-    open_parts = [OTHER]
-    last = time.thread_time()
-
-    def turn() -> None:
-        nonlocal last
-        now = time.thread_time()
-        spent[open_parts[-1]] += now - last
-        last = time.thread_time()
-
-    @contextmanager
-    def enter(name: str) -> Iterator[None]:
-        turn()
-        open_parts.append(name)
-        try:
-            yield
-        finally:
-            turn()
-            open_parts.pop()
-
-    def before(number: int) -> None:
-        turn()
-        steps.append(dict(spent))
-        spent.clear()
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(narrow, torch.device("cpu"), Path(folder), num_classes=10)
-            with without_kernels_of_a_gpu(), in_parts(enter, type(run.trainer.method)):
-                run.steps(0, min(rounds + 3, STEPS_PER_EPOCH), before)
+            clock = ThreadTime(OTHER)
+            with without_kernels_of_a_gpu(), in_parts(clock.part, type(run.trainer.method)):
+                run.steps(0, min(rounds + 3, STEPS_PER_EPOCH), lambda number: steps.append(clock.taken()))
     finally:
         torch.set_num_threads(threads)
     kept = steps[4:]  # the first is what came before the first step, and three warm up
