@@ -30,7 +30,9 @@ class Inventory:
         self._buffers = [(one._buffers, name) for one, name in places]
         self._saved = [(one._buffers, name) for one, name in places if name not in one._non_persistent_buffers_set]
         self._statistics = [
-            (holder, name) for holder, name in self._buffers if (part := holder[name]) is None or part.is_floating_point()
+            (holder, name)
+            for holder, name in self._buffers
+            if (part := holder[name]) is None or part.is_floating_point()
         ]
 
     def gradients(self) -> list[Tensor]:

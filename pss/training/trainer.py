@@ -240,10 +240,9 @@ class Trainer:
         numbers, and sees buffers as that process would.
         """
         parts, sums = self.config.train.accumulate, dict[str, Tensor]()
-        extras = [()] * parts if inputs.dense is None else [(some,) for some in inputs.dense.chunk(parts)]
-        pieces = zip(inputs.images.chunk(parts), inputs.targets.chunk(parts), extras, strict=True)
         buffers = Parts(self.method, parts)
-        for number, (some, their_targets, extra) in enumerate(pieces):
+        for number, piece in enumerate(inputs.chunk(parts)):
+            extra = () if piece.dense is None else (piece.dense,)
             rank = at.rank * parts + number
             # Dropout is then a function of (seed, step, rank), whatever else drew random numbers before.
             seed_generator(at.seed, at.step, rank)
@@ -251,7 +250,7 @@ class Trainer:
             apart = nullcontext() if last or not isinstance(engine, DistributedDataParallel) else engine.no_sync()
             with apart, buffers.part(number):
                 with self.autocast:
-                    out: dict[str, Tensor] = engine(some, their_targets, at._replace(rank=rank), *extra)
+                    out: dict[str, Tensor] = engine(piece.images, piece.targets, at._replace(rank=rank), *extra)
                 self.guard.backward(out["loss"] if parts == 1 else out["loss"] / parts)
             for name, value in out.items():
                 if value.ndim == 0:

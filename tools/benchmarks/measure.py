@@ -56,10 +56,12 @@ class ThreadTime:
         self._last = time.thread_time()
         empty = []
         for _ in range(500):
+            self.taken()
             with self.part(""):
                 pass
-            empty.append(self.taken())
-        self._within, self._around = (statistics.median(one[name] for one in empty) for name in ("", rest))
+            with_part, without = self.taken(), self.taken()
+            empty.append((with_part[""], with_part[rest] - without[rest]))
+        self._within, self._around = map(statistics.median, zip(*empty, strict=True))
 
     def _turn(self) -> None:
         self._spent[self._open[-1]] += time.thread_time() - self._last
