@@ -135,6 +135,7 @@ class _Batches:
 @contextmanager
 def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
     """Within, the trainer's step enters `enter(part)` for each of its parts; of parts in parts the innermost counts."""
+
     def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
