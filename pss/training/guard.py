@@ -22,7 +22,8 @@ class Guard:
         """`limit`: how many steps in a row may be skipped."""
         self.limit = limit
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        """Steps skipped: in all, in a row up to now, and the longest row since `check`."""
+        """Steps skipped: in all, in a row up to now, and the longest row since `check`. Written in place."""
+        self._total, self._row, self._longest = self.counts.unbind()
         self._watched: Inventory | None = None
         self._sound_until = 0
         """The step after which the weights were last seen to be finite."""
@@ -40,7 +41,7 @@ class Guard:
         infinite from then on, and those weights would never move again.
 
         Args:
-            loss: of this process, scalar.
+            loss: of this process, scalar, without its graph.
             norm: of the gradients, averaged over processes, before clipping; scalar.
             clip: what the norm will be clipped to, if it is.
 
@@ -52,11 +53,10 @@ class Guard:
         if clip is not None:
             squared = squared.add(norm, alpha=0)  # NaN where it is not finite before it is clipped
         bad = (squared < math.inf).logical_not()
-        total, row, longest = self.counts.unbind()
-        total += bad
-        torch.addcmul(bad, row, bad, out=row)  # one more, or 0
-        torch.maximum(longest, row, out=longest)
-        measured = torch.stack((loss.detach().float(), norm.float(), self._one)).masked_fill_(bad, 0.0)
+        self._total += bad
+        torch.addcmul(bad, self._row, bad, out=self._row)  # one more, or 0
+        torch.maximum(self._longest, self._row, out=self._longest)
+        measured = torch.stack((loss.float(), norm.float(), self._one)).masked_fill_(bad, 0.0)
         return bad.float(), measured
 
     def watch(self, model: Inventory, step: int) -> None:
@@ -103,12 +103,10 @@ class Guard:
 class Statistics:
     """Floating-point buffers, such as running statistics, which a forward pass may change: a skipped step must not."""
 
-    @torch.no_grad()
     def __init__(self, model: Inventory) -> None:
         """Remember those of `model` before a step."""
-        self._before = [(part, part.clone()) for part in model.buffers() if part.is_floating_point()]
+        self._before = [(part, part.clone()) for part in map(torch.detach, model.statistics())]
 
-    @torch.no_grad()
     def settle(self, skip: Tensor) -> None:
         """Put them back where `skip` is 1.0."""
         if self._before:
@@ -129,7 +127,7 @@ def update_average(average: Inventory, model: Inventory, decay: float, skipped: 
     share = torch.rsub(skipped, 1 - decay, alpha=1 - decay)  # 1 - decay, or 0
     averages: list[Tensor] = list(average.parameters)
     differences: list[Tensor] = list(model.parameters)
-    for old, new in zip(average.state()[len(averages) :], model.state()[len(differences) :], strict=True):
+    for old, new in zip(average.saved_buffers(), model.saved_buffers(), strict=True):
         own_part(old).copy_(own_part(new))
     if model.sharded:
         averages, differences = list(map(own_part, averages)), list(map(own_part, differences))

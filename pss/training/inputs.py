@@ -24,6 +24,14 @@ class StepInputs:
     dense: DenseTargets | None = None
     """What a dense loss needs, for a method that wants it."""
 
+    def chunk(self, parts: int) -> list[StepInputs]:
+        """As `Tensor.chunk`, along the batch."""
+        if parts == 1:
+            return [self]
+        dense = [None] * parts if self.dense is None else self.dense.chunk(parts)
+        pieces = zip(self.images.chunk(parts), self.targets.chunk(parts), dense, strict=True)
+        return [StepInputs(*piece) for piece in pieces]
+
 
 class TrainingInputs:
     """Makes `StepInputs` of the batches of a run: a pure function of batch, epoch and step, called from any thread."""

@@ -76,7 +76,9 @@ class Meter:
             macs: of one image, forward and backward.
         """
         now = time.perf_counter()
-        level = self._by_stage.setdefault(stage, _Level(macs))
+        level = self._by_stage.get(stage)
+        if level is None:
+            level = self._by_stage[stage] = _Level(macs)
         level.steps += 1
         level.seconds += now - self._last
         level.wait_seconds += wait_seconds

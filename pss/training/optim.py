@@ -25,16 +25,28 @@ class AdamW(torch.optim.AdamW):
     """Of each group: itself, its parameters, their averages, averages of squares and steps. None until all are there
     and alike."""
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step; none where `found_inf`, which the loop sets, is 1.0."""
+        return super().step(closure) if closure is not None or not self._step_at_once() else None
+
+    def advance(self) -> None:
+        """`step` without what torch wraps around it for profilers and hooks, which takes longer than what is within."""
+        if not self._step_at_once():
+            self.step()
+
+    @torch.no_grad()
+    def _step_at_once(self) -> bool:
+        """One step of all parameters, if all have gradients and averages; else nothing. Whether it was taken."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        gradients = [[part.grad for part in group["params"]] for group in self.param_groups]
-        whole = all(gradient is not None for own in gradients for gradient in own)
-        if closure is not None or found_inf is None or not whole or not self._found():
-            return super().step(closure)
-        took = torch.rsub(found_inf, 1)  # torch adds 1 to every count, and takes it back again
+        if found_inf is None or not self._found():
+            return False
         assert self._lists is not None
+        gradients = []
+        for _, parts, *_ in self._lists:
+            gradients.append([gradient for part in parts if (gradient := part.grad) is not None])
+            if len(gradients[-1]) < len(parts):
+                return False
+        took = torch.rsub(found_inf, 1)  # torch adds 1 to every count, and takes it back again
         for own, (group, parts, averages, squares, steps) in zip(gradients, self._lists, strict=True):
             torch._foreach_add_(steps, took, alpha=1)  # without alpha torch would read the number
             torch._fused_adamw_(
@@ -53,7 +65,7 @@ class AdamW(torch.optim.AdamW):
                 maximize=False,
                 found_inf=found_inf,
             )
-        return None
+        return True
 
     def _found(self) -> bool:
         """Whether there are `_lists`; the first step of torch's makes the averages."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,12 @@ class Parts:
     def __init__(self, method: nn.Module, count: int) -> None:
         self._method, self._count = method, count
 
-    @contextmanager
-    def part(self, number: int) -> Iterator[None]:
+    def part(self, number: int) -> AbstractContextManager[None]:
         """Part `number` is computed within, forward and backward."""
-        if self._count == 1:
-            yield
-            return
+        return nullcontext() if self._count == 1 else self._one_of_several(number)
+
+    @contextmanager
+    def _one_of_several(self, number: int) -> Iterator[None]:
         # Not before the call, as DDP sets buffers in it.
         hook = self._method.register_forward_pre_hook(self._remember) if number == 0 else None
         try:

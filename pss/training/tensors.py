@@ -15,44 +15,62 @@ from torch.utils._foreach_utils import _has_foreach_support
 
 
 class Inventory:
-    """What a module holds. Its parameters and modules stay the same ones; a buffer may be replaced by another."""
+    """What a module holds. Its parameters and modules stay the same ones; a buffer may be replaced by another of its
+    kind, and one that is not there yet may come."""
 
     def __init__(self, module: nn.Module) -> None:
         """Look through `module` once."""
         self.parameters = list(module.parameters())
         """As torch lists them."""
         self.trained = [part for part in self.parameters if part.requires_grad]
-        self.alike = _alike(self.parameters)
-        """Whether all parameters, and with them their gradients, are of one kind."""
+        self.alike = _served_as_list(self.parameters)
+        """Whether all parameters, and with them their gradients, are of one kind, which torch takes lists of."""
         self.sharded = any(isinstance(part, DTensor) for part in self.parameters)
-        self._with_buffers = [one for one in module.modules() if one._buffers]
+        places = [(one, name) for one in module.modules() for name in one._buffers]
+        self._buffers = [(one._buffers, name) for one, name in places]
+        self._saved = [(one._buffers, name) for one, name in places if name not in one._non_persistent_buffers_set]
+        self._statistics = [
+            (holder, name)
+            for holder, name in self._buffers
+            if (part := holder[name]) is None or part.is_floating_point()
+        ]
+
+    def gradients(self) -> list[Tensor]:
+        """Of those parameters that have one."""
+        return [gradient for part in self.parameters if (gradient := part.grad) is not None]
+
+    def forget_gradients(self) -> None:
+        """Set all to None, also what no optimizer has."""
+        for part in self.parameters:
+            part.grad = None
 
     def buffers(self) -> list[Tensor]:
         """What `module.buffers()` yields, in another order at most."""
-        found = [part for one in self._with_buffers for part in one._buffers.values() if part is not None]
-        return list({id(part): part for part in found}.values()) if len(found) > 1 else found
+        return _present(self._buffers)
 
-    def state(self) -> list[Tensor]:
-        """What a state dict holds: the parameters, and those buffers that are saved, each once."""
-        kept = [
-            part
-            for one in self._with_buffers
-            for name, part in one._buffers.items()
-            if part is not None and name not in one._non_persistent_buffers_set
-        ]
-        return [*self.parameters, *({id(part): part for part in kept}.values())]
+    def statistics(self) -> list[Tensor]:
+        """The floating-point buffers."""
+        return [part for part in _present(self._statistics) if part.is_floating_point()]
+
+    def saved_buffers(self) -> list[Tensor]:
+        """Those that a state dict holds, each once."""
+        return _present(self._saved)
+
+
+def _present(places: list[tuple[dict[str, Tensor | None], str]]) -> list[Tensor]:
+    found = [part for holder, name in places if (part := holder[name]) is not None]
+    return list({id(part): part for part in found}.values()) if len(found) > 1 else found
 
 
 @torch.no_grad()
 def total_norm(parts: Sequence[Tensor], alike: bool | None = None) -> Tensor:
-    """`nn.utils.get_total_norm(parts)`, to the bit. `alike` says whether the parts are of one kind; None looks."""
-    first = parts[0] if parts else torch.zeros(())
-    alike = bool(parts) and (_alike(parts) if alike is None else alike)
-    if not alike or not _has_foreach_support([first.detach()], first.device):
+    """`nn.utils.get_total_norm(parts)`, to the bit. `alike` is that of their `Inventory`; None looks at the parts."""
+    if not parts or not (_served_as_list(parts) if alike is None else alike):
         return nn.utils.get_total_norm(list(parts))
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(parts), 2.0)), 2.0)
     return norm
 
 
-def _alike(parts: Sequence[Tensor]) -> bool:
-    return len({(type(part), part.dtype, part.device) for part in parts}) == 1
+def _served_as_list(parts: Sequence[Tensor]) -> bool:
+    kinds = {(type(part), part.dtype, part.device) for part in parts}
+    return len(kinds) == 1 and _has_foreach_support([parts[0].detach()], parts[0].device)

@@ -189,7 +189,8 @@ class Trainer:
         self.reporter.begin_epoch(resumed=self.step > self.epoch * self.steps_per_epoch)
         every_inputs = iter(self.inputs)
         held = Inventory(self.method)  # parameters neither come nor go within an epoch: the optimizer has them
-        averaged = None if self.ema is None else Inventory(self.ema.module)
+        average = None if self.ema is None else self.ema.module
+        averaged = None if average is None else Inventory(average)
         self.guard.watch(held, self.step)
         while self.step < min((self.epoch + 1) * self.steps_per_epoch, self.last_step):
             inputs, waited = self._next(every_inputs)
@@ -202,22 +203,20 @@ class Trainer:
             self.method.begin_step(at)
             out = self._gradients(engine, inputs, at)
             self.method.mask_gradients(at)
-            gradients = [gradient for part in held.parameters if (gradient := part.grad) is not None]
-            norm = whole(total_norm(gradients, alike=held.alike))
+            norm = whole(total_norm(held.gradients(), alike=held.alike))
             skip, measured = self.guard.judge(out["loss"], norm, phase.optim.clip_grad)
             skipping(self.optimizer, skip)
             statistics.settle(skip)
             if phase.optim.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(held.parameters, phase.optim.clip_grad, norm)
-            self.optimizer.step()
+            self.optimizer.advance()
             taken = Step(self.optimizer, skip)
             self.method.after_optimizer(at, taken)
             if self.ema is not None and averaged is not None:
                 update_average(averaged, held, self.ema.get_decay(self.step), skip)
-                self.ema.module.after_average(at)
+                average.after_average(at)
             self.method.end_step(at, taken)
-            for part in held.parameters:  # also what no optimizer has
-                part.grad = None
+            held.forget_gradients()
             self.step += 1
             self._report_step(inputs.images, measured, waited, at, out)
             self._stop_or_save(stop)
@@ -242,10 +241,9 @@ class Trainer:
         numbers, and sees buffers as that process would.
         """
         parts, sums = self.config.train.accumulate, dict[str, Tensor]()
-        extras = [()] * parts if inputs.dense is None else [(some,) for some in inputs.dense.chunk(parts)]
-        pieces = zip(inputs.images.chunk(parts), inputs.targets.chunk(parts), extras, strict=True)
         buffers = Parts(self.method, parts)
-        for number, (some, their_targets, extra) in enumerate(pieces):
+        for number, piece in enumerate(inputs.chunk(parts)):
+            extra = () if piece.dense is None else (piece.dense,)
             rank = at.rank * parts + number
             # Dropout is then a function of (seed, step, rank), whatever else drew random numbers before.
             seed_generator(at.seed, at.step, rank)
@@ -253,7 +251,7 @@ class Trainer:
             apart = nullcontext() if last or not isinstance(engine, DistributedDataParallel) else engine.no_sync()
             with apart, buffers.part(number):
                 with self.autocast:
-                    out: dict[str, Tensor] = engine(some, their_targets, at._replace(rank=rank), *extra)
+                    out: dict[str, Tensor] = engine(piece.images, piece.targets, at._replace(rank=rank), *extra)
                 self.guard.backward(out["loss"] if parts == 1 else out["loss"] / parts)
             for name, value in out.items():
                 if value.ndim == 0:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 
-from tools.benchmarks.measure import conclude, in_turns, over, page, parser, spread
+from tools.benchmarks import measure
+from tools.benchmarks.measure import ThreadTime, conclude, in_turns, over, page, parser, spread
 
 
 def test_cases_take_turns_in_alternating_order_after_a_round_that_warms_up():
@@ -15,6 +17,31 @@ def test_cases_take_turns_in_alternating_order_after_a_round_that_warms_up():
     assert in_turns(cases, 3) == {"a": [4, 9, 10], "b": [5, 8, 11], "c": [6, 7, 12]}
     assert "".join(called) == "cba" + "abc" + "cba" + "abc"
     assert in_turns(cases, 1, warm_up=False) == {"a": [13], "b": [14], "c": [15]}
+
+
+def test_time_of_parts_is_theirs_alone_and_not_that_of_the_clock(monkeypatch):
+    now = 0
+
+    def look():
+        nonlocal now
+        now += 1  # what a look at the clock takes
+        return now
+
+    monkeypatch.setattr(measure.time, "thread_time", look)
+    clock = ThreadTime("rest")
+    none = clock.taken()
+    assert none.keys() == {"rest"}
+    for _ in range(2):
+        now += 100
+        with clock.part("outer"):
+            now += 50
+            for _ in range(3):
+                with clock.part("inner"):
+                    now += 7
+        with suppress(KeyError), clock.part("fails"):
+            now += 20
+            raise KeyError
+        assert clock.taken() == {"rest": none["rest"] + 100, "outer": 50, "inner": 21, "fails": 20}
 
 
 def test_a_ratio_is_formed_within_a_round_and_told_with_its_spread():

@@ -32,15 +32,28 @@ class Odd(nn.Module):
 def test_an_inventory_holds_what_torch_lists() -> None:
     model = Odd()
     held = Inventory(model)
-    model.hidden = torch.zeros(2)  # replaced since
+    model.hidden, model.missing = torch.zeros(2), torch.zeros(3)  # replaced since, and come since
     for ours, theirs in (
         (held.parameters, list(model.parameters())),
         (held.buffers(), list(model.buffers())),
-        (held.state(), list(model.state_dict(keep_vars=True).values())),
+        ([*held.parameters, *held.saved_buffers()], list(model.state_dict(keep_vars=True).values())),
+        (held.statistics(), [part for part in model.buffers() if part.is_floating_point()]),
     ):
         assert {id(one) for one in ours} == {id(one) for one in theirs}
         assert len(ours) == len({id(one) for one in theirs})
     assert [id(one) for one in held.parameters] == [id(one) for one in model.parameters()]
+
+
+def test_an_inventory_has_gradients_until_they_are_forgotten() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    held, untrained = Inventory(model), model[0].weight
+    untrained.requires_grad_(False)
+    model(torch.ones(1, 2)).sum().backward()
+    expected = [part.grad for part in model.parameters() if part is not untrained]
+    assert [id(one) for one in held.gradients()] == [id(one) for one in expected]
+    held.forget_gradients()
+    assert not held.gradients()
+    assert all(part.grad is None for part in model.parameters())
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.float64)])
@@ -52,7 +65,8 @@ def test_the_norm_is_torchs(dtypes: tuple[torch.dtype, ...], odd: float) -> None
 
 
 @pytest.mark.parametrize("idle", [False, True])
-def test_the_optimizer_is_torchs(idle: bool) -> None:
+@pytest.mark.parametrize("name", ["step", "advance"])
+def test_the_optimizer_is_torchs(idle: bool, name: str) -> None:
     ours, theirs = (nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     pairs = [(ours, AdamW), (theirs, torch.optim.AdamW)]
@@ -75,7 +89,7 @@ def test_the_optimizer_is_torchs(idle: bool) -> None:
             if number == 4:  # as a resumed run does
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             skipping(optimizer, torch.tensor(float(skip)))
-            optimizer.step()
+            getattr(optimizer, name if optimizer is optimizers[0] else "step")()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(one, other)
     states = [optimizer.state_dict()["state"] for optimizer in optimizers]

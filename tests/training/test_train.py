@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipelines.base import DataError
 from pss import recipes
 from pss.attention import attend as attention
+from pss.methods import Method
 from pss.runs import checkpoint
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
@@ -258,6 +260,19 @@ def test_a_batch_in_parts_is_a_batch(tmp_path):
     for other in states[1:]:
         for name, weight in states[0].items():
             torch.testing.assert_close(other[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_no_gradient_outlives_its_step(tmp_path, monkeypatch):
+    gradients, left = [], []
+    monkeypatch.setattr(
+        Method, "end_step", lambda method, *_: gradients.extend(weakref.ref(part.grad) for part in method.parameters())
+    )
+    monkeypatch.setattr(
+        Method, "begin_step", lambda method, at: left.append(sum(seen() is not None for seen in gradients))
+    )
+    trainer(tmp_path, "train.max_steps=3").fit()
+    assert gradients
+    assert left == [0, 0, 0]
 
 
 @pytest.mark.parametrize("compiling", [False, True])

@@ -251,7 +251,7 @@ def steps_of(count: int, rounds: int) -> dict[str, float]:
 
 
 def _of_model(part: str) -> bool:
-    return part.startswith("forward") or part == "backward"
+    return part.startswith(("forward", "backward"))
 
 
 def augment_ms(count: int, rounds: int) -> float:

@@ -8,10 +8,12 @@ patches and for all of them. Blocks are counted as they run uncompiled. A step t
 with an error.
 
 Milliseconds of the host are measured apart, those of the thread that makes inputs ready (inputs, augmentation, mixing)
-beside those of the training thread: the trainer on the CPU with the same settings, but with narrow blocks and
-batches of four small images, so that what is left is the interpreter and torch's dispatch; CPU time of the training
-thread, as a median over the steps. Operations on lists of tensors, which a GPU does at once and a CPU one by one, are
-left out; whatever else is small is computed, so that it is an upper bound.
+beside those of the training thread, with what it takes to get inputs that are ready: the trainer on the CPU with the
+same settings, but with narrow blocks and batches of four small images, so that what is left is the interpreter and
+torch's dispatch; CPU time of the training thread, as a median over the steps. Operations on lists of tensors, which a
+GPU does at once and a CPU one by one, are left out but for the new tensors that they return; whatever else is small is
+computed, so that it is an upper bound. What autograd recorded is freed when a step lets go of its loss: that is time of
+the model, and told apart.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import wraps
@@ -49,11 +50,13 @@ from pss.training.optim import AdamW
 from pss.training.reporting import Reporter
 from pss.training.setup import positions_of
 from tools.benchmarks.fake_gpu import OTHER, FakeGpu
-from tools.benchmarks.measure import Result, conclude, page, parser
+from tools.benchmarks.measure import Result, ThreadTime, conclude, page, parser
 
 Enter = Callable[[str], AbstractContextManager[None]]
 
 BLOCKS = "forward: blocks"
+FREED = "backward: graph freed"
+TAKEN = "taking inputs"
 SMALL = ("data.img_size=64", "train.batch_size=4", "optim.lr_batch=none")
 """What keeps arithmetic out of the measurement of the host, with heads 8 wide besides."""
 STEPS_PER_EPOCH = 50
@@ -141,6 +144,15 @@ def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
 
         return call
 
+    def then(function: Callable[..., Any], act: Callable[[Any], object]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            act(result)
+            return result
+
+        return call
+
     places: list[tuple[str, Any, str]] = [
         ("inputs", Inputs, "_make"),
         ("augmentation", DeviceTransform, "__call__"),
@@ -156,7 +168,7 @@ def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
         ("guard", Guard, "judge"),
         ("clipping", training, "total_norm"),
         ("clipping", nn.utils, "clip_grads_with_norm_"),
-        ("optimizer", AdamW, "step"),
+        ("optimizer", AdamW, "advance"),
         ("average", training, "update_average"),
         ("meter", Reporter, "add"),
     ]
@@ -164,6 +176,11 @@ def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
         for name, place, attribute in places:
             function = marked(name, getattr(place, attribute))
             exits.enter_context(mock.patch.object(place, attribute, function))
+        # What the method returns holds autograd's graph: it is kept until the step has let go of it.
+        graphs: list[Any] = []
+        free = marked(FREED, lambda _: graphs.clear())
+        for place, attribute, act in ((method, "forward", graphs.append), (training.Trainer, "_gradients", free)):
+            exits.enter_context(mock.patch.object(place, attribute, then(getattr(place, attribute), act)))
         yield
 
 
@@ -213,14 +230,13 @@ class Run:
 
 @contextmanager
 def without_kernels_of_a_gpu() -> Iterator[None]:
-    """Within, operations on lists of tensors do nothing, nor does what seeds a GPU."""
+    """Within, operations on lists of tensors compute nothing, and return new tensors where those of torch do; nor does
+    anything seed a GPU."""
 
     def idle(name: str) -> Callable[..., Any]:
         if name.endswith("_"):
             return lambda *_, **__: None
-        if "norm" in name:
-            return lambda tensors, *_, **__: [tensors[0].new_zeros(())] * len(tensors)
-        return lambda tensors, *_, **__: tensors
+        return lambda tensors, *_, **__: list(tensors[0].new_zeros(len(tensors)).unbind())
 
     with ExitStack() as exits:
         for name in dir(torch):
@@ -258,8 +274,8 @@ def fake_run(config: Config, num_classes: int = 1000) -> Iterator[tuple[FakeGpu,
             yield gpu, run
 
 
-def count(gpu: FakeGpu, run: Run, start: int) -> dict[str, dict[str, int]]:
-    """Launches and bytes by part of the step after number `start`, which settles what a first one prepares."""
+def _second_alone(gpu: FakeGpu) -> Callable[[int], None]:
+    """To be called before each batch: nothing is counted of the first, which settles what a first one prepares."""
     exits = ExitStack()
 
     def before(number: int) -> None:
@@ -269,22 +285,19 @@ def count(gpu: FakeGpu, run: Run, start: int) -> dict[str, dict[str, int]]:
             exits.close()
             gpu.reset()
 
-    run.steps(start, 2, before)
+    return before
+
+
+def count(gpu: FakeGpu, run: Run, start: int) -> dict[str, dict[str, int]]:
+    """Launches and bytes by part of the step after number `start`."""
+    run.steps(start, 2, _second_alone(gpu))
     return {part: {"launches": work.launches, "bytes": work.moved} for part, work in gpu.work.items()}
 
 
 def count_prediction(gpu: FakeGpu, run: Run, point: Point) -> dict[str, dict[str, int]]:
     """Launches and bytes of a batch of validation at an operating point, of the second one."""
-    trainer, exits = run.trainer, ExitStack()
-
-    def before(number: int) -> None:
-        if number == 0:
-            exits.enter_context(gpu.apart())
-        elif number == 1:
-            exits.close()
-            gpu.reset()
-
-    run.batches.steps, run.batches.side, run.before = 2, trainer.config.data.img_size, before
+    trainer = run.trainer
+    run.batches.steps, run.batches.side, run.before = 2, trainer.config.data.img_size, _second_alone(gpu)
     trainer.method.eval()
     with suppress(_Over):
         accuracy(
@@ -300,43 +313,38 @@ def count_prediction(gpu: FakeGpu, run: Run, point: Point) -> dict[str, dict[str
 def host_milliseconds(config: Config, rounds: int, num_heads: int) -> dict[str, float]:
     """Of the training thread by part, the median over `rounds` steps of a model with `num_heads`; see the module."""
     narrow = config.with_settings([*SMALL, f"model.embed_dim={8 * num_heads}"])
-    spent: defaultdict[str, float] = defaultdict(float)
     steps: list[dict[str, float]] = []
-    open_parts = [OTHER]
-    last = time.thread_time()
-
-    def turn() -> None:
-        nonlocal last
-        now = time.thread_time()
-        spent[open_parts[-1]] += now - last
-        last = time.thread_time()
-
-    @contextmanager
-    def enter(name: str) -> Iterator[None]:
-        turn()
-        open_parts.append(name)
-        try:
-            yield
-        finally:
-            turn()
-            open_parts.pop()
-
-    def before(number: int) -> None:
-        turn()
-        steps.append(dict(spent))
-        spent.clear()
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(narrow, torch.device("cpu"), Path(folder), num_classes=10)
-            with without_kernels_of_a_gpu(), in_parts(enter, type(run.trainer.method)):
-                run.steps(0, min(rounds + 3, STEPS_PER_EPOCH), before)
+            run, clock = Run(narrow, torch.device("cpu"), Path(folder), num_classes=10), ThreadTime(OTHER)
+            with without_kernels_of_a_gpu(), in_parts(clock.part, type(run.trainer.method)):
+                run.steps(0, min(rounds + 3, STEPS_PER_EPOCH), lambda number: steps.append(clock.taken()))
+            taking = _taking_milliseconds(run, rounds)
     finally:
         torch.set_num_threads(threads)
     kept = steps[4:]  # the first is what came before the first step, and three warm up
-    return {part: 1e3 * statistics.median(step.get(part, 0.0) for step in kept) for part in kept[0]}
+    return {part: 1e3 * statistics.median(step.get(part, 0.0) for step in kept) for part in kept[0]} | {TAKEN: taking}
+
+
+def _taking_milliseconds(run: Run, rounds: int) -> float:
+    """Of the training thread, for inputs that another one has made ready; the median."""
+    inputs, spent = run.trainer.inputs, list[float]()
+    run.batches.steps, run.before, inputs.overlap = rounds + 1, lambda number: None, True
+    inputs.set_epoch(0)
+    try:
+        ready = iter(inputs)
+        for _ in range(rounds):
+            while not inputs.buffered_batches:
+                time.sleep(0.001)
+            began = time.thread_time()
+            next(ready)
+            spent.append(time.thread_time() - began)
+    finally:
+        inputs.rest()
+        inputs.overlap = False
+    return 1e3 * statistics.median(spent)
 
 
 def measured(arguments: argparse.Namespace) -> Result:
