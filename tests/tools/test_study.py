@@ -252,7 +252,9 @@ def test_what_is_not_shown_is_told():
         "plan": {"arms": {"dense": arm, "late": arm, "left": arm}, "seeds": [0, 1], "epochs": 4, "reference": "dense"},
         "columns": {"time": "equal training time"}, "rhos": [1.0], "num_images": 53, "num_val_images": 23,
         "num_classes": 3, "img_size": 16, "environment": {"device": "cpu", "threads": "1"},
-        "lines": [line | {"arm": "dense", "time_of_dense": [1.0, 1.0]}, line | {"arm": "late", "time_of_dense": [1.2, 1.0]}],
+        "lines": [
+            line | {"arm": "dense", "time_of_dense": [1.0, 1.0]}, line | {"arm": "late", "time_of_dense": [1.2, 1.0]},
+        ],
     }  # fmt: skip
     told = "\n".join(schedule_page.limits(result))
     assert "left cannot be trained in that time" in told
