@@ -107,7 +107,8 @@ class Stages:
         """
         lengths = [Fraction(repr(float(length))) for length in self.lengths]
         whole = sum(lengths)
-        return tuple(math.ceil(before * self.num_steps / whole) for before in accumulate(lengths[:-1], initial=0))
+        places = accumulate(lengths[:-1], initial=Fraction(0))
+        return tuple(math.ceil(place * self.num_steps / whole) for place in places)
 
     def __call__(self, step: int) -> float:
         if step < 0:

@@ -2,9 +2,9 @@
 
     python -m tools.search_schedule --data DIR --output runs/search --recipe cifar10 --seeds 0 1 --held-out 2 3 4 5 6
 
-Candidates are the arms of tools/comparing/schedules.toml, and those of `--arms-file`. All are trained with `--seeds` for
-a quarter of the dense run's time, the best `--keep` of them for half of it, and the best of those for all of it. The
-winner is then held against dense training on the seeds of `--held-out`, at all and at half of the time, by tools.study.
+Candidates are the arms of tools/comparing/schedules.toml, and those of `--arms-file`. All are trained with `--seeds`
+for a quarter of the dense run's time, the best `--keep` of them for half of it, and the best of those for all of it.
+tools.study then holds the winner against dense training on the seeds of `--held-out`, at all and at half of the time.
 Choosing the best of many favours the lucky: only what the held-out seeds say is a result.
 
 The search goes on where it was stopped. `--plan` says how long it would take, and trains nothing.

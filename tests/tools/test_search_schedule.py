@@ -83,9 +83,8 @@ def test_the_best_go_on_and_the_winner_is_reported_on_other_seeds(start):
     assert (first["share"], second["share"], last["share"]) == (0.25, 0.5, 1.0)
     assert result["winner"] == "stages-40-15"
     trained = [folder.relative_to(out).as_posix() for folder, _ in machine.called]
-    assert len([name for name in trained if not name.startswith("pilots")]) == len(
-        {name for name in trained if not name.startswith("pilots")}
-    )
+    whole = [name for name in trained if "pilots/" not in name]  # pilots take turns of an epoch
+    assert len(whole) == len(set(whole))
     # Only the winner and dense training see the held-out seeds, and the search sees none of them.
     assert {name.rpartition("-s")[2] for name in trained if name.startswith("runs/")} == {"0", "1"}
     late = {name.split("/")[-1].rsplit("-", 2)[0] for name in trained if name.startswith("held-out/runs/")}
