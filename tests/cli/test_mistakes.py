@@ -51,9 +51,9 @@ train.ema_decay=-0.5 train.num_workers=100000 train.num_workers=-1 data.prefetch
 train.prefetch_mb=512 train.log_every_steps=0 train.checkpoint_every_minutes=-1 train.checkpoint_every_minutes=0
 train.checkpoint_every_minutes=nan train.keep_checkpoints=0 train.max_steps=0 train.max_steps=-5 train.max_steps=all
 method=dnese method=a.b:C schedule.name=cyc schedule.name=list schedule.form=cut schedule.form=round schedule.low=0
-schedule.low=0.5 schedule.high=1.2 schedule.rho=0.4 schedule.rho=2 schedule.rhos=0.5,1 schedule.rhos=0.5,2 schedule.lengths=3,1
-schedule.lengths=0,1 schedule.period_steps=0 schedule.period_steps=999999999 schedule.shuffle=x schedule.cooldown_epochs=-1
-schedule.cooldown_epochs=51 train.epoch=3 epochs=3 train.epochs recipe=other
+schedule.low=0.5 schedule.high=1.2 schedule.rho=0.4 schedule.rho=2 schedule.rhos=0.5,1 schedule.rhos=0.5,2
+schedule.lengths=3,1 schedule.lengths=0,1 schedule.period_steps=0 schedule.period_steps=999999999 schedule.shuffle=x
+schedule.cooldown_epochs=-1 schedule.cooldown_epochs=51 train.epoch=3 epochs=3 train.epochs recipe=other
 """
 
 TRAIN = """
