@@ -35,7 +35,7 @@ def test_the_demo_ends_with_rows_and_a_picture(tmp_path, monkeypatch, start):
     assert [(row["run"], row["rho"]) for row in rows] == [
         (run, rho) for run in ("pss", "dense") for rho in (1.0, 0.8, 0.6, 0.4, 0.2)
     ]
-    assert [row["tokens"] for row in rows[:5]] == [50, 40, 30, 20, 10]
+    assert [row["tokens"] for row in rows[:5]] == [37, 30, 22, 15, 7]
     assert {row["num_images"] for row in rows} == {1000}
     assert rows[0]["top1"] > 25  # one epoch on ten classes
     assert (output / "rho.png").read_bytes().startswith(b"\x89PNG")
