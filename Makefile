@@ -8,7 +8,7 @@ help:  ## list the targets
 setup:  ## make .venv with everything pss uses
 	@tools/setup.sh
 
-demo: setup  ## convert, train and sweep rho on real handwritten digits, PSS against dense
+demo: setup  ## convert, train and sweep rho on real handwritten digits, under a schedule and dense
 	@.venv/bin/python -m tools.demo
 
 test: setup  ## run the tests, without those marked as exhaustive

@@ -6,11 +6,25 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Gt, Le
 
-from pipelines.settings import Always, Context, Json, Natural, OneOf, Positive, ReadIf, Section, Share, unread_at
+from pipelines.settings import (
+    AboveZero,
+    Always,
+    Context,
+    Json,
+    Natural,
+    OneOf,
+    Positive,
+    ReadIf,
+    Section,
+    Share,
+    unread_at,
+)
+from pss.schedules import Stages
 
 
 class MethodSection(Section):
@@ -31,7 +45,7 @@ class MethodSection(Section):
         return ()
 
 
-Shape = Literal["fixed", "linear", "cosine", "cyclic", "list"]
+Shape = Literal["fixed", "linear", "cosine", "cyclic", "list", "stages"]
 Level = Annotated[float, Gt(0), Le(1), OneOf((0.2, 0.4, 0.6, 0.8, 1.0))]
 """What the ramps round to: a whole run sees at most these."""
 
@@ -42,6 +56,8 @@ def _of(*names: Shape) -> ReadIf:
     return ReadIf(lambda at: at.own.name in names, f"schedule.name={listed}")
 
 
+_USUAL_STAGES = ((0.4, 1.0), (7.0, 3.0))
+"""Rhos and lengths of `stages`, where none are set."""
 _RAMPS = _of("linear", "cosine", "cyclic")
 _CUT = ReadIf(
     # Cycles do not depend on the length of the run: a cooldown cuts them off in every form.
@@ -70,8 +86,12 @@ class ScheduleConfig(MethodSection, section="schedule"):
     """Largest rho of linear, cosine and cyclic; None is 1."""
     rho: Annotated[Share | None, _of("fixed")] = None
     """The constant rho of `fixed`; None is 0.6."""
-    rhos: Annotated[tuple[Share, ...], _of("list")] = ()
-    """The values of `list`, one a step, over and over."""
+    rhos: Annotated[tuple[Share, ...], _of("list", "stages")] = ()
+    """The values of `list`, one a step, over and over, or of `stages`, one after the other; none are 0.4 and 1 of
+    `stages`."""
+    lengths: Annotated[tuple[AboveZero, ...], _of("stages")] = ()
+    """How long each of `stages` is, relative to the others, in the steps before the cooldown: 3,1 are three quarters
+    and one. None are alike; without `schedule.rhos` 7,3."""
     period_steps: Annotated[Positive | None, _of("cyclic")] = None
     """Length of a cycle, in steps; None is one epoch, as published."""
     shuffle: Annotated[bool, _of("linear", "cosine", "cyclic", "list")] = False
@@ -95,12 +115,24 @@ class ScheduleConfig(MethodSection, section="schedule"):
         """Of fixed: its rho."""
         return 0.6 if self.rho is None else self.rho
 
+    @property
+    def stages(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Of stages: their rhos and their lengths."""
+        rhos, lengths = (self.rhos, (1.0,) * len(self.rhos)) if self.rhos else _USUAL_STAGES
+        return rhos, self.lengths or lengths
+
     def check(self) -> None:
         for found in unread_at(Context(self)):  # of a schedule's settings, all depend on the schedule alone
             if found.value != found.default:
                 raise found.error()
         if self.name == "list" and not self.rhos:
             raise ValueError("schedule.name is list and schedule.rhos is empty; --set schedule.rhos=0.6,1.0 names them")
+        if self.name == "stages" and len(self.stages[0]) != len(self.stages[1]):
+            rhos, lengths = self.stages
+            raise ValueError(
+                f"schedule.lengths has {len(lengths)} numbers for {len(rhos)} stages "
+                f"(schedule.rhos={','.join(map(str, rhos))}); name one for each, or leave schedule.lengths out"
+            )
         low, high = self.span
         if low > high:
             raise ValueError(f"schedule.low ({low}) is above schedule.high ({high})")
@@ -119,13 +151,22 @@ class ScheduleConfig(MethodSection, section="schedule"):
                 f"schedule.period_steps is {self.period_steps:,}, and the run has {total:,} steps before its cooldown: "
                 f"no cycle would end; set schedule.period_steps={steps_per_epoch}, or schedule.name=linear"
             )
+        if self.name == "stages" and total:
+            rhos, lengths = self.stages
+            starts = (*Stages(rhos, lengths, total).starts, total)
+            for number, (start, end) in enumerate(pairwise(starts)):
+                if start == end:
+                    raise ValueError(
+                        f"stage {number + 1} of schedule.name=stages (rho {rhos[number]}) has no step among the "
+                        f"{total:,} before the cooldown; lengthen it (schedule.lengths), or raise train.epochs"
+                    )
 
     @classmethod
     def from_dict(cls, raw: Any) -> Self:
         return super().from_dict(_without_former_defaults(raw))
 
     def evened(self, steps_per_epoch: int) -> Iterable[Iterable[tuple[str, MethodSection]]]:
-        if self.name == "fixed":
+        if self.name in ("fixed", "stages"):
             return
         yield [("schedule.shuffle=true", dataclasses.replace(self, shuffle=True))]
         if self.name == "cyclic":

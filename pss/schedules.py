@@ -18,10 +18,13 @@ by floating-point noise.
 """
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from fractions import Fraction
+from functools import cached_property, lru_cache
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Literal, Protocol, Self, runtime_checkable
 
 Form = Literal["published", "symmetric"]
@@ -71,6 +74,48 @@ class Listed:
         if self.cooldown_start is not None and step >= self.cooldown_start:
             return 1.0
         return self.rhos[step % len(self.rhos)]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """One kept share after the other, each for a part of the steps; any values in (0, 1]."""
+
+    rhos: tuple[float, ...]
+    """Of the stages, in their order."""
+    lengths: tuple[float, ...]
+    """How long each of them is, relative to the others."""
+    num_steps: int
+    """Steps of all stages; the last one goes on after them."""
+    cooldown_start: int | None = None
+    """First step of the cooldown, during which rho is 1; None for no cooldown."""
+
+    def __post_init__(self) -> None:
+        _check_positive(num_steps=self.num_steps)
+        if not self.rhos or not all(0 < rho <= 1 for rho in self.rhos):
+            raise ValueError(f"the kept shares of stages must be numbers in (0, 1], got {self.rhos}")
+        if len(self.lengths) != len(self.rhos) or not all(0 < length < math.inf for length in self.lengths):
+            raise ValueError(
+                f"lengths must be one positive number for each of {len(self.rhos)} stages, got {self.lengths}"
+            )
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The first step of every stage; one that is shorter than a step may start where the next one does.
+
+        A stage starts with the first step that is not before its place in the run, worked out in fractions of the
+        numbers as they are written in decimal: 3 and 7 tenths divide ten steps into three and seven.
+        """
+        lengths = [Fraction(repr(float(length))) for length in self.lengths]
+        whole = sum(lengths)
+        places = accumulate(lengths[:-1], initial=Fraction(0))
+        return tuple(math.ceil(place * self.num_steps / whole) for place in places)
+
+    def __call__(self, step: int) -> float:
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        if self.cooldown_start is not None and step >= self.cooldown_start:
+            return 1.0
+        return self.rhos[bisect_right(self.starts, step) - 1]
 
 
 @dataclass(frozen=True, kw_only=True)

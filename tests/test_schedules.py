@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled, histogram, levels, mean_rho
+from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled, Stages, histogram, levels, mean_rho
 
 STEPS_PER_EPOCH = 1251  # ImageNet in batches of 1024
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -198,6 +199,41 @@ def test_a_list_is_repeated() -> None:
     assert levels(schedule, 9) == (0.3, 0.55, 1.0)
 
 
+decimals = st.integers(1, 10**4).map(lambda number: number / 100)
+
+
+@given(
+    stages=st.lists(st.tuples(st.sampled_from([0.25, *GRID]), decimals), min_size=1, max_size=5),
+    total=st.integers(1, 3000),
+    stop=st.none() | st.integers(0, 3000),
+)
+@settings(deadline=None)
+def test_stages_follow_their_definition_exactly(
+    stages: list[tuple[float, float]], total: int, stop: int | None
+) -> None:
+    rhos, lengths = zip(*stages, strict=True)
+    exact = [Fraction(round(100 * length)) for length in lengths]
+    ends = [sum(exact[: number + 1]) / sum(exact) for number in range(len(exact))]
+    schedule = Stages(rhos, lengths, total, stop)
+    for step in range(0, total, max(1, total // 50)):
+        stage = next(number for number, end in enumerate(ends) if Fraction(step, total) < end)
+        expected = 1.0 if stop is not None and step >= stop else rhos[stage]
+        assert schedule(step) == pickle.loads(pickle.dumps(schedule))(step) == expected
+    assert schedule(total + 7) == (1.0 if stop is not None and total + 7 >= stop else rhos[-1])
+    # Every stage has its length, to a step.
+    counts = [end - start for start, end in pairwise((*schedule.starts, total))]
+    assert all(abs(count - total * part / sum(exact)) < 1 for count, part in zip(counts, exact, strict=True))
+
+
+@given(total=st.integers(1, 500), factor=st.integers(1, 50))
+def test_lengths_of_stages_are_relative(total: int, factor: int) -> None:
+    """Whether they are written as shares, percentages or epochs, and though no binary number is a tenth."""
+    tenths = Stages((0.4, 0.6, 1.0), (0.1, 0.2, 0.7), 10 * total)
+    assert tenths.starts == (0, total, 3 * total)
+    assert Stages((0.4, 0.6, 1.0), (factor, 2 * factor, 7 * factor), 10 * total).starts == tenths.starts
+    assert Stages((0.4, 1.0), (3, 1), 4 * total) != Stages((0.4, 1.0), (1, 3), 4 * total)
+
+
 def test_module_costs_no_torch_import() -> None:
     program = "import sys, pss.schedules; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
@@ -223,6 +259,13 @@ def test_module_costs_no_torch_import() -> None:
         (lambda: histogram(Fixed(1.0), 0), "total_steps .* 0"),
         (lambda: Listed(()), r"list .* \(\)"),
         (lambda: Listed((0.5, 0.0)), "list .* 0.0"),
+        (lambda: Stages((), (), 5), r"stages .* \(\)"),
+        (lambda: Stages((0.4, 1.5), (1, 1), 5), "stages .* 1.5"),
+        (lambda: Stages((0.4, 1.0), (1,), 5), "each of 2 stages"),
+        (lambda: Stages((0.4, 1.0), (1, 0), 5), "each of 2 stages"),
+        (lambda: Stages((0.4, 1.0), (1, math.inf), 5), "each of 2 stages"),
+        (lambda: Stages((1.0,), (1,), 0), "num_steps .* 0"),
+        (lambda: Stages((1.0,), (1,), 5)(-1), "step .* -1"),
         (lambda: Shuffled(of=Fixed(1.0), block_steps=0), "block_steps .* 0"),
         (lambda: Shuffled(of=Fixed(1.0), block_steps=5)(-1), "step .* -1"),
     ],

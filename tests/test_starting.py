@@ -130,6 +130,10 @@ def test_what_only_another_machine_reads_is_refused_where_it_was_asked_for(setti
         (["schedule.name=cosine", "schedule.form=cut", "schedule.cooldown_epochs=5"],
          "ρ: cosine 0.2→1.0 over 50 epochs (cut), then 5 epochs at 1.0"),
         (["schedule.name=list", "schedule.rhos=0.5,1"], "ρ: the list 0.5, 1.0 over and over, one a step"),
+        (["schedule.name=stages"], "ρ: 0.4 for 35 epochs, then 1.0 for 15 epochs"),
+        (["schedule.name=stages", "schedule.rhos=0.4,0.6,1", "schedule.lengths=0.5,0.25,0.25", "train.epochs=11",
+          "schedule.cooldown_epochs=1"],
+         "ρ: 0.4 for 5 epochs, then 0.6 for 2.51 epochs, then 1.0 for 2.49 epochs, then 1 epoch at 1.0"),
         (["schedule.cooldown_epochs=50"], "ρ: 1.0 throughout (schedule.cooldown_epochs=50 is the whole run)"),
         (["method=dense"], "ρ: 1 throughout"),
     ],
@@ -146,7 +150,14 @@ def test_a_method_with_stages_of_its_own_has_a_course(monkeypatch):
     assert made.course() == "ρ: 0.25 to 1, 3 levels"
 
 
-@pytest.mark.parametrize("chosen", [{"name": "fixed", "rho": 0.4}, {"name": "list", "rhos": (0.4, 0.4)}])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"name": "fixed", "rho": 0.4},
+        {"name": "list", "rhos": (0.4, 0.4)},
+        {"name": "stages", "rhos": (0.4, 0.4), "lengths": (2, 5)},
+    ],
+)
 @pytest.mark.parametrize("cooled", [1, 3])
 def test_a_cooldown_ends_every_schedule(chosen, cooled):
     """Four tenths, then all patches: it was trained at four tenths to the end."""
@@ -163,6 +174,33 @@ def test_a_fixed_schedule_with_a_cooldown_is_planned_so():
     assert planned.course == "ρ: 0.4, then 3 epochs at 1.0"
     section = config(*chosen).section_of(ScheduleConfig)
     assert list(section.evened(10)) == []  # a constant cannot be shuffled
+
+
+@pytest.mark.parametrize("lengths", [(), (0.75, 0.25), (3, 1)])
+def test_stages_are_planned_with_their_lengths(lengths):
+    chosen = ["schedule.name=stages", "schedule.rhos=0.4,1", "train.epochs=12"]
+    if lengths:
+        chosen.append(f"schedule.lengths={','.join(map(str, lengths))}")
+    planned = plan(config(*chosen), num_images=320, num_classes=10)
+    short = 0.75 if lengths else 0.5
+    assert [(level.rho, level.share) for level in planned.levels] == [(0.4, short), (1.0, 1 - short)]
+    assert planned.rhos[0] == 0.4
+    assert planned.cooldown_epochs == 12 * (1 - short)
+    assert list(config(*chosen).section_of(ScheduleConfig).evened(10)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["schedule.lengths=1,2,3"], r"schedule.lengths has 3 numbers for 2 stages \(schedule.rhos=0.4,1.0\)"),
+        (["schedule.rhos=0.4,0.6,1", "schedule.lengths=2,1"], "schedule.lengths has 2 numbers for 3 stages"),
+        (["schedule.lengths=10000,1"], r"stage 2 of schedule.name=stages \(rho 1.0\) has no step among the 500"),
+        (["schedule.lengths=0,1"], "schedule.lengths"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(settings, told):
+    with pytest.raises(ValueError, match=told):
+        check_steps(config("schedule.name=stages", *settings), 10)
 
 
 def test_a_plan_of_too_many_steps_is_refused_before_it_begins():

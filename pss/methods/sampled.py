@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from pss.methods.patches import PatchMethod
 from pss.methods.vocabulary import DenseTargets, Progress, Stage
 from pss.models.vit import VisionTransformer
-from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled
+from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled, Stages
 from pss.sections import RunSettings, ScheduleConfig
 
 
@@ -46,6 +47,9 @@ def build_schedule(config: RunSettings, settings: ScheduleConfig, steps_per_epoc
         schedule = Fixed(settings.constant, cooldown)
     elif settings.name == "list":
         schedule = Listed(settings.rhos, cooldown)
+    elif settings.name == "stages":
+        before = (config.train.epochs - settings.cooldown_epochs) * steps_per_epoch
+        schedule = Stages(*settings.stages, before or 1, cooldown)
     else:
         low, high = settings.span
         options: dict[str, Any] = {
@@ -78,6 +82,8 @@ def course(config: RunSettings, settings: ScheduleConfig, steps_per_epoch: int) 
             words.append("throughout")
     elif settings.name == "list":
         words = ["the list", ", ".join(map(str, settings.rhos)), "over and over, one a step"]
+    elif settings.name == "stages":
+        words = [_stages(settings, (epochs - cooled) * steps_per_epoch, steps_per_epoch)]
     elif settings.name == "cyclic":
         words.insert(0, "cyclic")
         period = settings.period_steps
@@ -86,11 +92,19 @@ def course(config: RunSettings, settings: ScheduleConfig, steps_per_epoch: int) 
         words.insert(0, settings.name)
         climb = epochs - cooled if settings.shape_form == "published" else epochs
         words.append(f"over {_epochs(climb)}")
-    if settings.name not in ("fixed", "list") and settings.shape_form != "published":
+    if settings.name in ("linear", "cosine", "cyclic") and settings.shape_form != "published":
         words.append(f"({settings.shape_form})")
     if settings.shuffle:
         words.append("in random order")
     return " ".join(words) + (f", then {_epochs(cooled)} at 1.0" if cooled else "")
+
+
+def _stages(settings: ScheduleConfig, num_steps: int, steps_per_epoch: int) -> str:
+    rhos, lengths = settings.stages
+    starts = (*Stages(rhos, lengths, num_steps).starts, num_steps)
+    parts = [(rho, end - start) for rho, (start, end) in zip(rhos, pairwise(starts), strict=True)]
+    first, *others = [f"{rho} for {steps / steps_per_epoch:.3g} epochs" for rho, steps in parts]
+    return ", then ".join([first, *others])
 
 
 def _epochs(count: int) -> str:

@@ -20,7 +20,7 @@ from pss.recipes.deit import (
 )
 from pss.recipes.dynamicvit import dynamicvit_b, dynamicvit_s
 from pss.recipes.lvvit import lvvit_m, lvvit_s, lvvit_ti
-from pss.recipes.small import cifar10, digits
+from pss.recipes.small import cifar10, digits, mnist
 from pss.recipes.sparsifiner import sparsifiner_s, sparsifiner_s_release
 from pss.recipes.svite import (
     s2vite_b,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 RECIPES: dict[str, Callable[[], RunSettings]] = {
     "digits": digits,
+    "mnist": mnist,
     "cifar10": cifar10,
     "deit-ti-224": deit_ti_224,
     "deit-s-224": deit_s_224,

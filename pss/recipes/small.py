@@ -35,6 +35,35 @@ def digits() -> RunSettings:
     )
 
 
+def mnist() -> RunSettings:
+    """Digits of MNIST (at 24 px, 36 patches of 4x4), for a few thousand of them: minutes on two cores."""
+    return RunSettings(
+        recipe="mnist",
+        model=ModelConfig(
+            name="vit_tiny_patch16_224",
+            rel_pos="bias",
+            patch_size=4,
+            embed_dim=96,
+            depth=4,
+            num_heads=3,
+            global_pool="avg",
+        ),
+        own=(ScheduleConfig(name="stages"),),
+        data=DataConfig(
+            img_size=24,
+            crop_scale=(0.7, 1.0),
+            crop_ratio=(0.85, 1.18),
+            flip=0.0,
+            crop_pct=1.0,
+            mean=(0.1307, 0.1307, 0.1307),
+            std=(0.3081, 0.3081, 0.3081),
+        ),
+        optim=OptimConfig(lr=2e-3, lr_batch=None, warmup_epochs=1),
+        loss=LossConfig(label_smoothing=0.1),
+        train=TrainConfig(epochs=20, batch_size=32, ema_decay=0.998),
+    )
+
+
 def cifar10() -> RunSettings:
     """CIFAR-10 (32 px, 64 patches of 4x4): a ViT of width 192 and 6 blocks."""
     return RunSettings(

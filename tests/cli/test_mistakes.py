@@ -52,8 +52,8 @@ train.prefetch_mb=512 train.log_every_steps=0 train.checkpoint_every_minutes=-1 
 train.checkpoint_every_minutes=nan train.keep_checkpoints=0 train.max_steps=0 train.max_steps=-5 train.max_steps=all
 method=dnese method=a.b:C schedule.name=cyc schedule.name=list schedule.form=cut schedule.form=round schedule.low=0
 schedule.low=0.5 schedule.high=1.2 schedule.rho=0.4 schedule.rho=2 schedule.rhos=0.5,1 schedule.rhos=0.5,2
-schedule.period_steps=0 schedule.period_steps=999999999 schedule.shuffle=x schedule.cooldown_epochs=-1
-schedule.cooldown_epochs=51 train.epoch=3 epochs=3 train.epochs recipe=other
+schedule.lengths=3,1 schedule.lengths=0,1 schedule.period_steps=0 schedule.period_steps=999999999 schedule.shuffle=x
+schedule.cooldown_epochs=-1 schedule.cooldown_epochs=51 train.epoch=3 epochs=3 train.epochs recipe=other
 """
 
 TRAIN = """
@@ -74,6 +74,8 @@ digits --data {data} --output out --set model.weights=gone.pth --loader torch
 digits --plan --set schedule.name=fixed --set schedule.low=0.4 ; digits --plan --set method=dense --set schedule.rho=1
 digits --plan --set schedule.name=linear --set schedule.period_steps=7 ; deit-ti-224 --plan --set train.batch_size=8
 digits --plan --set schedule.low=0.8 --set schedule.high=0.4
+digits --plan --set schedule.name=stages --set schedule.lengths=1,2,3
+digits --plan --set schedule.name=stages --set schedule.lengths=100000,1
 digits --plan --set compile.mode=off --set compile.max_graphs=4
 digits --plan --set data.progressive.start_size=16 --set data.progressive.end_epoch=50
 digits --plan --set data.progressive.start_size=20 --set data.progressive.end_epoch=5

@@ -13,6 +13,7 @@ import pytest
 from pss.runs.log import read_rows
 from tests import warm
 from tools import compare_methods
+from tools.comparing import comparison
 
 ARMS = """
 [short]
@@ -49,7 +50,7 @@ class Machine:
 @pytest.fixture
 def compare(image_root, tmp_path, monkeypatch):
     machine = Machine()
-    monkeypatch.setattr(compare_methods.subprocess, "run", machine.run)
+    monkeypatch.setattr(comparison.subprocess, "run", machine.run)
     monkeypatch.setattr(compare_methods, "environment", lambda device: {"device": "cpu", "threads": "1"})
     (tmp_path / "arms.toml").write_text(ARMS)
 
@@ -66,7 +67,7 @@ def compare(image_root, tmp_path, monkeypatch):
 @pytest.mark.exhaustive  # twenty seconds of processes
 def test_a_comparison_goes_on_where_it_was_stopped_and_tells_what_was_logged(compare, capsys, monkeypatch):
     start, machine, out = compare
-    monkeypatch.setattr(compare_methods, "epochs_for", lambda arm, pace, seconds: 3)  # of a second or so, all noise
+    monkeypatch.setattr(comparison, "epochs_for", lambda arm, pace, seconds: 3)  # of a second or so, all noise
     machine.fails_at = 2
     with pytest.raises(SystemExit) as stopped:
         start()

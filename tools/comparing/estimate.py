@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,7 +12,7 @@ from pss.config import Config
 from pss.planning.doctor import measure_training
 from pss.planning.plan import plan
 from tools.comparing.arms import Arm, Layout
-from tools.comparing.budget import Pace, epochs_for
+from tools.comparing.budget import Pace
 from tools.comparing.turns import Run
 
 START_SECONDS = 6.0
@@ -46,22 +45,19 @@ def epoch_seconds(
     return more * per_image * planned.steps_per_epoch * planned.batch_size
 
 
-def total_seconds(
-    layout: Layout, arms: Sequence[Arm], reference: str, pace: Mapping[str, Pace], seeds: int, turn: int
-) -> tuple[float, dict[str, int]]:
-    """Of training everything, the start of processes included, and the epochs of each arm at equal training time, but
-    of those that take too long for it."""
-    time_given = pace[reference].seconds(layout.arms[reference], layout.epochs)
-    chosen = {}
-    for arm in arms:
-        with suppress(ValueError):
-            chosen[arm.name] = epochs_for(arm, pace[arm.name], time_given)
+def total_seconds(layout: Layout, runs: Iterable[tuple[Arm, int, int, int]], pace: Mapping[str, Pace]) -> float:
+    """Of training, the start of processes included.
+
+    Args:
+        layout: Which runs are one and the same.
+        runs: Arm, epochs in all, number of seeds, and epochs of a turn.
+        pace: By the arm's name.
+    """
     seconds, counted = 0.0, set()
-    for arm in arms:
-        for epochs in {layout.epochs, chosen.get(arm.name, layout.epochs)}:
-            run = layout.run(arm, 0, epochs)
-            for part, each in ((run.needs, pace[arm.name].before), (run, pace[arm.name].own)):
-                if part is not None and part.folder not in counted:
-                    counted.add(part.folder)
-                    seconds += part.epochs * each + -(-part.epochs // turn) * START_SECONDS
-    return seconds * seeds, chosen
+    for arm, epochs, seeds, turn in runs:
+        run = layout.run(arm, 0, epochs)
+        for part, each in ((run.needs, pace[arm.name].before), (run, pace[arm.name].own)):
+            if part is not None and part.folder not in counted:
+                counted.add(part.folder)
+                seconds += seeds * (part.epochs * each + -(-part.epochs // turn) * START_SECONDS)
+    return seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +16,13 @@ import pipelines
 from pipelines.base import Backend, DataConfig
 from pss.config import Config
 from pss.inference import report, sweep
-from pss.inference.accuracy import evaluation_inputs
+from pss.inference.accuracy import accuracy, evaluation_inputs
 from pss.inference.opening import Run as Opened
 from pss.inference.opening import open_run
 from pss.inference.timing import call_seconds
 from pss.planning.plan import plan
-from pss.runtime import processes
+from pss.runtime import files, processes
+from pss.runtime.precision import autocast
 from tools.comparing.turns import Run
 
 Row = dict[str, Any]
@@ -134,3 +136,52 @@ def training_costs(run: Run, configured: Callable[[Run], Config], num_images: in
             row["training_step"] += weight * level.cost.training
         spent += planned.mean_cost * part.epochs
     return row | {"arithmetic_epochs": spent}
+
+
+def accuracies(
+    runs: Sequence[Run], options: Options, points: Sequence[float], folder: Path
+) -> dict[str, dict[float, float]]:
+    """Top-1 accuracy in percent of every run at every one of `points`, by the run's name; nothing is timed.
+
+    What is found is kept in `folder`, one file for each run, and read there the next time.
+    """
+    found: dict[str, dict[float, float]] = {}
+    with processes.start() as world:
+        if options.device is not None:
+            world = processes.World(0, 1, torch.device(options.device))
+        for run in runs:
+            path = folder / f"{run.name}{'-ema' if options.ema else ''}.json"
+            kept = _kept(path)
+            if missing := [point for point in points if point not in kept]:
+                kept |= _top1(open_run(str(run.folder), world.device, ema=options.ema), missing, options, world)
+                files.write(path, json.dumps({f"{point:g}": top1 for point, top1 in kept.items()}, indent=1) + "\n")
+                print(f"{run.name}: {', '.join(f'{kept[point]:.2f} % at {point:g}' for point in points)}", flush=True)
+            found[run.name] = {point: kept[point] for point in points}
+    return found
+
+
+def _kept(path: Path) -> dict[float, float]:
+    try:
+        return {float(point): float(top1) for point, top1 in json.loads(path.read_text(encoding="utf-8")).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError):
+        raise ValueError(f"{path} is damaged; remove it, and the run is evaluated once more") from None
+
+
+def _top1(one: Opened, points: Sequence[float], options: Options, world: processes.World) -> dict[float, float]:
+    loader: Any = pipelines.build(
+        options.data, "val", config=one.config.data, batch_size=options.batch_size, train=False, loader=options.loader,
+        device=str(world.device),
+    )  # fmt: skip
+    try:
+        results = accuracy(
+            one.method.predict,
+            evaluation_inputs(loader, one.config.data, world.device),
+            world,
+            points=sweep.operating_points(one, points),
+            autocast=autocast(one.config, world.device),
+        )
+    finally:
+        loader.close()
+    return {point: result.top1 for point, result in zip(points, results, strict=True)}

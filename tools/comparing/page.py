@@ -6,6 +6,7 @@ import csv
 import io
 import tomllib
 from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,12 @@ def read_published(path: Path) -> list[Row]:
         if not row.get("source") or not row.get("method"):
             raise ValueError(f"{path} has a row without method or source; name both: who measured it, where it stands")
     return rows
+
+
+def plain(value: Any) -> Any:
+    """A result as JSON can hold it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
