@@ -51,8 +51,8 @@ class Comparison:
     def __init__(self, arguments: argparse.Namespace) -> None:
         """Raises `ValueError` for arms, settings or data that do not go together, or other ones than before."""
         every = known_arms.read(known_arms.BUILT_IN)
-        if arguments.arms_file is not None:
-            every |= known_arms.read(arguments.arms_file)
+        for path in arguments.arms_file:
+            every |= known_arms.read(path)
         chosen = known_arms.choose(every, arguments.arms or list(every), REFERENCE)
         config = recipes.get(arguments.recipe).with_settings(arguments.set)
         self.arguments, self.output, self.data = arguments, arguments.output, arguments.data
@@ -125,7 +125,7 @@ class Comparison:
                 given = self.layout.run(self.layout.arms[REFERENCE], seed, epochs).seconds()
                 saved["equal_time"][str(seed)] = found = {REFERENCE: epochs}
                 for arm in self.arms:
-                    if arm.name != REFERENCE:
+                    if arm.name != REFERENCE and arm.equal_time:
                         with suppress(ValueError):
                             found[arm.name] = epochs_for(arm, self.pace(arm, seed), given)
             fit = set.intersection(*map(set, saved["equal_time"].values()))
@@ -306,7 +306,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         "--arms", nargs="+", metavar="ARM", help=f"which to compare, {REFERENCE} among them; all by default"
     )
     parser.add_argument(
-        "--arms-file", type=Path, metavar="FILE", help="TOML with further arms, or others of the same name"
+        "--arms-file",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="TOML with further arms, or others of the same name",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each is a run of every arm")
     parser.add_argument("--epochs", type=int, help="that every arm sees in all; those of the recipe by default")

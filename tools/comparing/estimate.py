@@ -53,7 +53,7 @@ def total_seconds(
     of those that take too long for it."""
     time_given = pace[reference].seconds(layout.arms[reference], layout.epochs)
     chosen = {}
-    for arm in arms:
+    for arm in (arm for arm in arms if arm.equal_time or arm.name == reference):
         with suppress(ValueError):
             chosen[arm.name] = epochs_for(arm, pace[arm.name], time_given)
     seconds, counted = 0.0, set()
