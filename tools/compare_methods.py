@@ -126,8 +126,10 @@ class Comparison:
                 saved["equal_time"][str(seed)] = found = {REFERENCE: epochs}
                 for arm in self.arms:
                     if arm.name != REFERENCE and arm.equal_time:
-                        with suppress(ValueError):
-                            found[arm.name] = epochs_for(arm, self.pace(arm, seed), given)
+                        with suppress(ValueError):  # it takes too long, or so few epochs cannot be divided as it wants
+                            count = epochs_for(arm, self.pace(arm, seed), given)
+                            self.layout.config(self.layout.run(arm, seed, count))
+                            found[arm.name] = count
             fit = set.intersection(*map(set, saved["equal_time"].values()))
             saved["equal_time"] = {
                 seed: {name: count for name, count in found.items() if name in fit}
