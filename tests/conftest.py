@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import installed as packaged
 import numpy as np
 import pytest
@@ -26,6 +27,10 @@ from pipelines.conversion.convert import convert
 from pipelines.conversion.options import Options
 from pipelines.storage.manifest import Manifest
 from pss.inference import timing
+
+# No test measures time, and on a busy machine an example takes as long as it takes.
+hypothesis.settings.register_profile("pss", deadline=None)
+hypothesis.settings.load_profile("pss")
 
 # The tensors of the tests are too small to share: threads would only wait for each other.
 torch.set_num_threads(1)

@@ -124,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     try:
         page.read_published(arguments.published)
         every = known_arms.read(known_arms.BUILT_IN)
-        if arguments.arms_file is not None:
-            every |= known_arms.read(arguments.arms_file)
+        for path in arguments.arms_file:
+            every |= known_arms.read(path)
         compared = MethodComparison(arguments, every)
         if arguments.plan or (arguments.budget_minutes is not None and not (arguments.output / PLAN).exists()):
             seconds, told = compared.told()

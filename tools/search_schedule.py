@@ -125,7 +125,7 @@ def held_out(arguments: argparse.Namespace, found: Search, winner: Arm) -> list[
     words += ["--recipe", arguments.recipe, "--arms", REFERENCE, winner.name, "--epochs", str(found.layout.epochs)]
     words += ["--seeds", *map(str, arguments.held_out), "--equal", "time", "time:0.5", "--turn", str(found.turn)]
     words += ["--loader", str(found.plan["loader"]), "--batch-size", str(arguments.batch_size)]
-    words += [] if arguments.arms_file is None else ["--arms-file", str(arguments.arms_file)]
+    words += ["--arms-file", *map(str, arguments.arms_file)] if arguments.arms_file else []
     words += [] if arguments.device is None else ["--device", arguments.device]
     words += ["--ema"] if arguments.ema else []
     return words + [word for setting in arguments.set for word in ("--set", setting)]

@@ -42,8 +42,8 @@ class Study(Comparison):
     def __init__(self, arguments: argparse.Namespace, columns: Sequence[Column]) -> None:
         """Raises `ValueError` for arms, settings or data that do not go together."""
         every = known_arms.read(ARMS)
-        if arguments.arms_file is not None:
-            every |= known_arms.read(arguments.arms_file)
+        for path in arguments.arms_file:
+            every |= known_arms.read(path)
         if all(column.share < 1 for column in columns):
             raise ValueError("--equal names shares only; add time, as a whole dense run is what shares are of")
         super().__init__(arguments, every, columns)

@@ -98,6 +98,8 @@ def test_quantiles_are_those_of_students_t():
         ("[a]\nsettings = []\nstart = 'dense'\nfine_tuning = 1.0\n", "fine_tuning is 1.0; it is a share"),
         ("[a]\nsettings = ['model.weights={start}']\n", "name its arm"),
         ("[a]\nsettings = []\nof_epochs = { 'schedule.cooldown_epochs' = 3 }\n", "of_epochs has shares"),
+        ("[a]\nsettings = []\ntimes = 0\n", "times is 0; it is how many times"),
+        ("[a]\nsettings = []\nequal_time = 'no'\n", "equal_time is 'no'; it is true or false"),
     ],
 )
 def test_mistakes_in_a_file_of_arms(tmp_path, text, told):
@@ -138,6 +140,14 @@ def test_what_a_run_is_given(tmp_path):
     assert "schedule.cooldown_epochs=3" in cooled.settings
     assert layout.config(cooled).train.epochs == 100
     assert [run.name for run in with_starts([tuned, tuned.needs])] == ["dense-36-s3", "dynamicvit-36+4-s3"]
+
+
+def test_an_arm_of_twice_the_epochs(tmp_path):
+    known = {"dense": DENSE, "double": Arm("double", ("method=dense",), times=2)}
+    assert known["double"].split(5) == (0, 10)
+    run = Layout("digits", (), 5, tmp_path, known, 1000).run(known["double"], 0, 5)
+    assert (run.name, run.epochs) == ("double-10-s0", 10)
+    assert "train.epochs=10" in run.settings
 
 
 # Turns

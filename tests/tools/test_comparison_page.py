@@ -55,10 +55,10 @@ def trained():
 @pytest.fixture
 def result():
     runs = trained()
-    arm = {"note": "", "start": None}
+    arm = {"note": "", "start": None, "times": 1, "equal_time": True}
     made = {
         "title": "two ways", "plan": {
-            "epochs": 2, "seeds": [0, 1], "reference": "dense", "arms": {"dense": arm, "quick": arm}, "data": "set",
+            "epochs": 2, "seeds": [0, 1], "reference": "dense", "arms": {"dense": arm, "quick": dict(arm)}, "data": "set",
             "recipe": "digits", "settings": [], "num_images": 320,
         },
         "equal_time": {"0": {"dense": 2}, "1": {"dense": 2}}, "environment": {"device": "cpu", "threads": "1"},
@@ -147,9 +147,46 @@ def test_figures_of_a_comparison_with_their_manifest(result, tmp_path, capsys):
     with pytest.raises(SystemExit):
         seed_figures.main([str(tmp_path / "out"), "--output", str(tmp_path / "figures"), "--numbers", "14"])
     assert (
-        "no figure 14 can be made; there are 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17, 18, 19, 20, 21"
+        "no figure 14 can be made; there are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 16, 17, 18, 19, 20"
         in capsys.readouterr().err
     )
     with pytest.raises(SystemExit):
         seed_figures.main([str(tmp_path), "--output", str(tmp_path / "figures")])
     assert "name the --output of a finished tools.compare_methods" in capsys.readouterr().err
+
+
+def test_every_number_has_a_maker_whose_arms_are_in_the_files():
+    assert {number for one in seed_figures.FIGURES for number in one.numbers} == set(seed_figures.WANTED)
+    known = set(known_arms.read(known_arms.BUILT_IN))
+    for path in seed_figures.ARMS_FILES:
+        known |= set(known_arms.read(path))
+    assert {name for one in seed_figures.FIGURES for name in one.arms} <= known
+
+
+def test_training_for_the_figures_is_one_comparison_of_all_arms(result, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def compare(words):
+        asked.extend(words)
+        compare_methods.write(result, tmp_path / "out")
+
+    monkeypatch.setattr(compare_methods, "main", compare)
+    seed_figures.main([str(tmp_path / "out"), "--output", str(tmp_path / "made"), "--data", "set", "--epochs", "3"])
+    assert asked[: asked.index("--arms-file")] == [
+        "--data", "set", "--output", str(tmp_path / "out"), "--recipe", "digits", "--epochs", "3", "--turn", "3",
+        "--seeds", "0", "1",
+    ]  # fmt: skip
+    assert [Path(word).stem for word in asked[asked.index("--arms-file") + 1 :]] == [
+        "dynamicvit", "sampling", "sparsifiner", "svite",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        seed_figures.main([str(tmp_path / "out"), "--output", str(tmp_path / "made"), "--epochs", "3"])
+    assert "--epochs is of what is trained; name --data too" in capsys.readouterr().err
+
+
+def test_arms_of_twice_the_epochs_and_at_equal_epochs_only_are_told_as_such(result):
+    result["plan"]["arms"]["quick"] |= {"times": 2, "equal_time": False}
+    page = markdown(result)
+    assert "But quick, for 2 times as many." in page
+    assert "cannot be trained within the given time" not in " ".join(limits(result))
+    assert any("; 1 are made," in line for line in limits(result))

@@ -26,10 +26,13 @@ class Arm:
     of_epochs: Mapping[str, float] = field(default_factory=dict)
     start: str | None = None
     fine_tuning: float = 1.0
+    times: int = 1
+    equal_time: bool = True
     note: str = ""
 
     def split(self, epochs: int) -> tuple[int, int]:
-        """Epochs of the run that it starts from, and of its own: together `epochs`."""
+        """Epochs of the run that it starts from, and of its own: together `times` as many as `epochs`."""
+        epochs *= self.times
         if self.start is None:
             return 0, epochs
         own = min(max(round(self.fine_tuning * epochs), min(FEWEST, epochs // 2)), epochs - 1)
@@ -78,9 +81,15 @@ def _arm(where: str, name: str, values: Any) -> Arm:
         raise ValueError(f"{where}: start and fine_tuning go together: whose weights, and the share of epochs after")
     if start is None and any("{start}" in one for one in settings):
         raise ValueError(f"{where}: {{start}} is the run that the arm starts from; name its arm, as in start = 'dense'")
+    times, equal_time = values.get("times", 1), values.get("equal_time", True)
+    if not isinstance(times, int) or isinstance(times, bool) or times < 1:
+        raise ValueError(f"{where}: times is {times!r}; it is how many times the others' epochs it has, 1 or more")
+    if not isinstance(equal_time, bool):
+        raise ValueError(f"{where}: equal_time is {equal_time!r}; it is true or false")
     if fine_tuning is not None and (not _is_share(fine_tuning) or fine_tuning == 1):
         raise ValueError(f"{where}: fine_tuning is {fine_tuning}; it is a share of the epochs, between 0 and 1")
-    return Arm(name, tuple(settings), shares, start, fine_tuning or 1.0, str(values.get("note", "")))
+    note = str(values.get("note", ""))
+    return Arm(name, tuple(settings), shares, start, fine_tuning or 1.0, times, equal_time, note)
 
 
 def _is_share(value: Any) -> bool:

@@ -151,7 +151,7 @@ class Comparison:
     def equal(self, column: Column) -> dict[str, dict[str, int]]:
         """Epochs of every arm by seed; chosen once, then kept.
 
-        An arm whose shortest run takes too long for one of the seeds is left out.
+        An arm whose shortest run takes too long for one of the seeds is left out, and so is one for equal epochs only.
         """
         saved = self._saved()
         assert saved is not None, "admit comes first"
@@ -191,11 +191,15 @@ class Comparison:
             if arm.name == REFERENCE:
                 chosen[arm.name] = given
                 continue
+            if not arm.equal_time:
+                continue
             pace, measured_at = paces[arm.name]
-            with suppress(ValueError):
+            with suppress(ValueError):  # it takes too long, or so few epochs cannot be divided as it wants
                 first = epochs_for(arm, pace, limit)
                 ratio = self.own_cost(arm.name, first) / self.own_cost(arm.name, measured_at)
-                chosen[arm.name] = epochs_for(arm, replace(pace, own=pace.own * ratio), limit)
+                count = epochs_for(arm, replace(pace, own=pace.own * ratio), limit)
+                self.layout.config(self.layout.run(arm, self.plan["seeds"][0], count))
+                chosen[arm.name] = count
         return chosen
 
     def _own_cost(self, arm: str, epochs: int) -> float:
@@ -318,7 +322,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
         "--arms", nargs="+", metavar="ARM", help=f"which to compare, {REFERENCE} among them; all by default"
     )
     made.add_argument(
-        "--arms-file", type=Path, metavar="FILE", help="TOML with further arms, or others of the same name"
+        "--arms-file",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="TOML with further arms, or others of the same name",
     )
     made.add_argument("--seeds", nargs="+", type=int, default=[0], help="each is a run of every arm")
     made.add_argument("--epochs", type=int, help="of the dense run; those of the recipe by default")

@@ -69,7 +69,9 @@ _APART = "Quoted, not measured here; they are no rows of the tables above."
 def _introduction(result: Row, column: str) -> str:
     plan = result["plan"]
     if column == "epochs":
-        return f"Every arm is trained for {plan['epochs']} epochs in all, those before fine-tuning included."
+        longer = [f"{name}, for {arm['times']} times as many" for name, arm in plan["arms"].items() if arm["times"] > 1]
+        but = f" But {'; '.join(longer)}." if longer else ""
+        return f"Every arm is trained for {plan['epochs']} epochs in all, those before fine-tuning included.{but}"
     return (
         f"Every arm is given the training time of the {plan['reference']} run of the same seed, validation not "
         "counted; the number of epochs is the one whose time is nearest at the pace of the runs above. `training` "
@@ -163,7 +165,7 @@ def duration(seconds: Mean) -> str:
 def limits(result: Row) -> list[str]:
     """What the numbers do not show, as the configuration has it."""
     plan, device = result["plan"], result["environment"]["device"]
-    seeds, others = len(plan["seeds"]), len(plan["arms"]) - 1
+    seeds, others = len(plan["seeds"]), [arm for name, arm in plan["arms"].items() if name != plan["reference"]]
     parameters = result["lines"][0]["parameters_backbone"]
     said = [
         f"{result['num_images']:,} training and {result['num_val_images']:,} validation images of "
@@ -174,9 +176,10 @@ def limits(result: Row) -> list[str]:
     if seeds == 1:
         said.append("One seed: there is no spread, and no difference here can be told from chance.")
     else:
+        made = sum(1 + arm["equal_time"] for arm in others)
         said.append(
             f"{seeds} seeds: a standard deviation of so few is itself uncertain, and the intervals take differences "
-            f"for normally distributed. They are for one comparison each; {2 * others} are made, of which one in "
+            f"for normally distributed. They are for one comparison each; {made} are made, of which one in "
             "twenty leaves its interval by chance."
         )
     tuned = [f"{name} {arm['note']}" for name, arm in plan["arms"].items() if arm["note"] and arm["start"]]
@@ -191,7 +194,8 @@ def limits(result: Row) -> list[str]:
         "much a method gains depends on the machine, the size of the model and of the batch."
         + ("" if device != "cpu" else " A GPU, which small models keep waiting, may rank them otherwise.")
     )
-    if missing := [name for name in plan["arms"] if name not in next(iter(result["equal_time"].values()))]:
+    at_equal_time = next(iter(result["equal_time"].values()))
+    if missing := [name for name, arm in plan["arms"].items() if arm["equal_time"] and name not in at_equal_time]:
         said.append(
             f"{', '.join(missing)} cannot be trained within the given time at all: even the fewest epochs exceed it."
         )

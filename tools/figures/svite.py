@@ -1,4 +1,4 @@
-"""Figures and tables of SViTE (Chen et al. 2021), from runs of a comparison; two of its arms are in svite.toml."""
+"""Figures and tables of SViTE (Chen et al. 2021), from runs of a comparison; those of its tables are in svite.toml."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ _PUBLISHED_FAINT = {
     "svite-plus": (24.37, 33.24, 28.05, 19.51, 9.03, 13.79, 13.24, 8.88, 6.78, 5.65, 2.88, 35.22),
 }
 """Per cent of the attention entries in each layer of DeiT-S on ImageNet-1k, by arm."""
+_PUBLISHED_LENGTHS = {"dense": (79.90, 81.80), "dense-double": (80.02, 82.01)}
 _PUBLISHED_TOP1 = {"dense": 79.90, "selector": 78.67, "svite-plus": 79.91}
 
 
@@ -115,6 +116,17 @@ def ablation(source: Source) -> str:
     return "\n".join(table("arm | top-1 % | GFLOPs | without zeros | published: top-1 %, DeiT-S", rows)) + "\n"
 
 
+def lengths(source: Source) -> str:
+    """Dense training, and dense training for twice as many epochs."""
+    rows = []
+    for arm, published in _PUBLISHED_LENGTHS.items():
+        runs = [run for run in source.runs if run["arm"] == arm]
+        top1 = Mean.of([run["points"][0]["top1"] for run in runs]).told(".2f")
+        rows.append(" | ".join([arm, f"{runs[0]['epochs']}", top1, *(f"{one:.2f}" for one in published)]))
+    head = "arm | epochs | top-1 % | published, 300 and 600 epochs: top-1 %, DeiT-S | DeiT-B"
+    return "\n".join(table(head, rows)) + "\n"
+
+
 def _numbers(depth: int) -> str:
     return " | ".join(str(number + 1) for number in range(depth))
 
@@ -139,6 +151,8 @@ def _saved(canvas: Canvas) -> bytes:
 _SEED = "none: the first seed's masks"
 _TABLE = "mean ± standard deviation over seeds; published numbers apart"
 FIGURES = (
+    Figure((15,), "svite_lengths.md", "SViTE table A7", "dense training, and for twice as many epochs", _TABLE, lengths,
+           tuple(_PUBLISHED_LENGTHS)),
     Figure((16,), "svite_masks.png", "SViTE figure A6", "masks of weights, initial and explored", _SEED, weight_masks,
            ("svite",)),
     Figure((17,), "s2vite_masks.png", "SViTE figure A7", "heads and neurons that are left, by block", _SEED, unit_masks,
