@@ -58,8 +58,8 @@ def result():
     arm = {"note": "", "start": None, "times": 1, "equal_time": True}
     made = {
         "title": "two ways", "plan": {
-            "epochs": 2, "seeds": [0, 1], "reference": "dense", "arms": {"dense": arm, "quick": dict(arm)}, "data": "set",
-            "recipe": "digits", "settings": [], "num_images": 320,
+            "epochs": 2, "seeds": [0, 1], "reference": "dense", "arms": {"dense": arm, "quick": dict(arm)},
+            "data": "set", "recipe": "digits", "settings": [], "num_images": 320,
         },
         "equal_time": {"0": {"dense": 2}, "1": {"dense": 2}}, "environment": {"device": "cpu", "threads": "1"},
         "num_images": 320, "num_val_images": 20, "num_classes": 10, "img_size": 32, "batch_size": 8, "published": [],
