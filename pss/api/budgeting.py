@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +98,9 @@ def choose_run(
         return float(told)
 
     rate = _loader_rate(config, make_loaders, world) if world.device.type == "cuda" else None
-    clock = partial(Clock, rehearse=measure, loader_rate=rate, processes=world.size, **sizes)
-    return choose(budget, clock(config, kept=kept), clock(dense_of(config)), now)
+    options: dict[str, Any] = {"rehearse": measure, "loader_rate": rate, "processes": world.size, **sizes}
+    own, dense = Clock(config, kept=kept, **options), Clock(dense_of(config), **options)
+    return choose(budget, own, dense, now)
 
 
 def plan_run(

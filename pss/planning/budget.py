@@ -55,7 +55,7 @@ class Parts:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return self.start + self.training + self.validation + self.checkpoints
 
     def to_dict(self) -> dict[str, float]:
         """For JSON, in seconds."""
