@@ -187,6 +187,7 @@ def test_a_rehearsal_measures_every_level_and_leaves_no_trace(tmp_path: Any, ext
         made.extend([MemoryLoader(40, size=of.data.train_size), MemoryLoader(40, train=False)])
         return made[-2:]
 
+    (tmp_path / "scratch").mkdir()
     before = tmp_path / "before"
     fit(config.with_settings(["data.progressive.start_size=none"]), before)
     measure = partial(rehearse, make_loaders=loaders, classes=list("abcd"), world=HERE, seconds=0.05)
