@@ -168,8 +168,11 @@ def _tried(own: Answers) -> tuple[list[Floats], Floats, Floats]:
             right, macs = (values.reshape(-1, values.shape[-1]) for values in (right, macs))
         else:
             count = right.shape[1]
-            means = (leaves * own.right[0]).mean(axis=1, dtype=np.float64)[:, None] + goes @ right.T / count
-            return tried, 100 * means.ravel(), (own.macs[0] + goes @ macs.T / count).ravel()
+            hits = (leaves * own.right[0]).sum(axis=1)[:, None] + goes @ right.T
+            spent = (own.macs[0] + goes @ macs.T / count).ravel().astype(np.float64)
+            # Whole images, and seven digits: of what is equally good, rounding must not decide.
+            digits = 6 - math.floor(math.log10(spent.max()))
+            return tried, 100 * np.rint(hits.astype(np.float64)).ravel() / count, np.round(spent, digits)
     raise AssertionError("a cascade has two stages at least")
 
 

@@ -214,7 +214,7 @@ def choose(budget: Budget, clock: Clock, dense: Clock, now: Callable[[], float])
             break
         guess = found
     clock.measured(guess)
-    predicted = clock.predict(guess, now())
+    predicted = clock.predict(guess, before)
     if guess == least and predicted.total > given:
         raise ValueError(_refusal(budget, given, least, predicted, dense_seconds))
     config, planned = clock.planned(guess)
