@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cli import outputs
+from cli import cascades, outputs
+from cli.cascades import wish
 from cli.common import VERSION, make_app
 from cli.errors import flush, run
+from cli.rhos import parse_rhos
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from pss.api.evaluation import Evaluated
     from pss.inference.opening import Run
 
-_MOST_RHOS = 1000
 _LARGEST_BATCH = 10**6
 
 app = make_app()
@@ -90,6 +91,25 @@ def evaluate(
         float | None,
         typer.Option(help="Choose the smallest ρ that costs at most so many points of top-1.", show_default=False),
     ] = None,
+    cascade: Annotated[
+        str | None,
+        typer.Option(
+            help="Look at every image at the first of these ρ, 0.4,0.7,1.0 say, and at those that are uncertain again "
+            "at the next; fitted to --max-drop (default: 0) or --target-gmacs.",
+            show_default=False,
+        ),
+    ] = None,
+    target_gmacs: Annotated[
+        float | None,
+        typer.Option(help="With --cascade: what an image may cost on average, in GMACs.", show_default=False),
+    ] = None,
+    fit_split: Annotated[
+        str | None,
+        typer.Option(
+            help="With --cascade: the split to fit thresholds on (default: one half of --split, not measured on).",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[
         int | None,
         typer.Option(
@@ -135,6 +155,7 @@ def evaluate(
                 ("--license", licence),
                 ("--export", export),
                 (demand.option, demand.option),
+                ("--cascade", cascade),
                 ("--sort", sort),
                 ("--dynamic", dynamic),
                 ("--split", split != "val"),
@@ -150,17 +171,22 @@ def evaluate(
         return
     if top is not None or format is not None:
         raise ValueError("--top and --format are for --predict; add it, or leave them out")
-    single = [demand.option, *(name for name, value in (("--export", export), ("--push", push)) if value is not None)]
+    wanted = wish(cascade, demand, target_gmacs, fit_split, dynamic=dynamic, push=push is not None)
+    single = [
+        "--cascade" if wanted else "",
+        demand.option,
+        *(name for name, value in (("--export", export), ("--push", push)) if value is not None),
+    ]
     if len(runs) > 1 and any(single):
         raise ValueError(f"{next(filter(None, single))} is for one model and {len(runs)} are named; name one")
-    sweeping = export is None and not demand.option
+    sweeping = export is None and not demand.option and wanted is None
     if push is not None and not sweeping:
         raise ValueError("--push writes the table of a sweep along; leave out --export and what chooses ρ")
     if licence is not None and push is None:
         raise ValueError("--license is for the card of a pushed model; add --push, or leave it out")
     if dynamic and (export is None or demand.option or rhos):
         raise ValueError("--dynamic goes with --export alone: a file whose ρ is free at each call")
-    if data is None and (sweeping or max_drop is not None):
+    if data is None and (sweeping or wanted or max_drop is not None):
         raise ValueError("--data is missing; name the data set to evaluate on, as given to pss-train")
     outputs.check_paths(output=output, export=export, push=push)
 
@@ -184,14 +210,14 @@ def evaluate(
 
             check_pushing(push)
             facts.check_licence(licence)
-        if output is not None and sweeping:
+        if output is not None and (sweeping or wanted):
             outputs.check_folder(output, results, given=True)
 
     dataset = None if data is None else pipelines.open_dataset(data)
     names = sweep.distinct_names(runs)
     with dist.start() as world:
         if world.size > 1 and not sweeping:
-            raise ValueError(f"{demand.option or '--export'} is for one process; start it without torchrun")
+            raise ValueError(f"{next(filter(None, single))} is for one process; start it without torchrun")
         outputs.agree(world, check_targets)
         loaded = open_runs(runs, world, ema=ema, best=best, sort=sort)
         for point in (rhos or ()) if len(loaded) == 1 else ():  # beside others, a method without a knob has one row
@@ -230,6 +256,15 @@ def evaluate(
                     typer.echo(f"wrote {outputs.listed(told)}{missing}", err=True)
             world.barrier()
             writing.close()
+        if wanted is not None:
+            assert data is not None
+            folder = output or sweep.default_output(loaded)
+            outputs.check_folder(folder, cascades.FILES, given=output is not None)
+            cascades.run(
+                loaded[0], names[0], wanted, data, folder, rhos,
+                split=split, loader=loader, batch_size=batch_size, world=world, export=export,
+            )  # fmt: skip
+            return
         if demand.option:
             rhos = [choose(demand, loaded[0], rhos, None if data is None else measured, batch_size, world.device)]
         if export is not None:
@@ -339,40 +374,6 @@ def write_export(one: Run, path: Path, rhos: Sequence[float] | None, *, dynamic:
     typer.echo(
         f"wrote {path}: {how}, any batch size; its logits differ from the model's by {worst:.1g} at most", err=True
     )
-
-
-def parse_rhos(text: str) -> list[float]:
-    """The rhos of `--rho`, in the order given. Raises `ValueError` for an empty list or a value outside (0, 1]."""
-    how = "write numbers with commas, as in 1.0,0.6,0.2, or a range 0.2:1.0:0.1"
-    try:
-        values = [float(part) for part in text.split(":" if ":" in text else ",") if part.strip()]
-    except ValueError:
-        raise ValueError(f"--rho {text}: {how}") from None
-    if not values:
-        raise ValueError(f"--rho is empty; {how}")
-    if ":" not in text:
-        check_rhos(values)
-    elif len(values) != 3 or text.count(":") != 2:
-        raise ValueError(f"--rho {text}: {how}")
-    else:
-        low, high, step = values
-        check_rhos((low, high))
-        if not low <= high or not (high - low) / _MOST_RHOS <= step <= 1 or step <= 0:
-            raise ValueError(
-                f"--rho {text} is no range of at most {_MOST_RHOS + 1:,} values; write low:high:step, as in 0.2:1.0:0.1"
-            )
-        count = int((high - low) / step + 1e-9)
-        values = [round(low + number * step, 9) for number in range(count, -1, -1)]
-    if len(values) > _MOST_RHOS + 1:
-        raise ValueError(f"--rho holds {len(values):,} values; write at most {_MOST_RHOS + 1:,}")
-    return list(dict.fromkeys(values))
-
-
-def check_rhos(values: Sequence[float]) -> None:
-    """Raise `ValueError` for one that is no share of patches."""
-    for value in values:
-        if not 0 < value <= 1:
-            raise ValueError(f"--rho {value:g} is out of range; rho is the share of patches kept, in (0, 1]")
 
 
 def main() -> None:

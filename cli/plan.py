@@ -10,6 +10,7 @@ import typer
 
 import pipelines
 from cli.feeding import hours, print_wrapped, show_feeding
+from pipelines.base import Backend
 from pss.config import Config
 from pss.planning.feeding import Feed, assumed_feeds
 from pss.planning.gpu import CARDS, Card, Host, Parts, Work, assumptions, predict, read_host, works
@@ -32,7 +33,7 @@ class Wanted:
     nodes: int = 1
     cores: int | None = None
     """Of a node."""
-    loader: str = "auto"
+    loader: Backend = "auto"
     loader_rate: float | None = None
     """Images per second that a node decodes."""
     gpu_rate: float | None = None
@@ -94,6 +95,40 @@ def show_plan(config: Config, data: Path | None, wanted: Wanted) -> None:
             "\n--gpu h100 predicts the run on one, and which loaders keep up with it;\n--loader-rate says how one "
             "keeps up (see tools.benchmarks.loader), on --gpus and --nodes"
         )
+
+
+def fitting(
+    config: Config,
+    data: Path | None,
+    wanted: Wanted,
+    settings: Sequence[str],
+    budget_hours: float | None,
+    budget_of_dense: float | None,
+    began: float | None,
+) -> Config:
+    """The run that such a time is enough for on this machine, and what to say of it. Raises `ValueError`."""
+    from pss.api.training import fit_to_budget
+    from pss.planning.budget import Budget
+    from pss.planning.length import changes
+
+    option = Budget(budget_hours, budget_of_dense).option
+    if data is None:
+        raise ValueError(f"{option} measures training on this machine; give --data")
+    if wanted.gpu is not None or wanted.loader_rate is not None:
+        raise ValueError(f"{option} is for this machine, which is measured; leave out --gpu and --loader-rate")
+    chosen = fit_to_budget(
+        config,
+        data,
+        settings,
+        loader=wanted.loader,
+        budget_hours=budget_hours,
+        budget_of_dense=budget_of_dense,
+        began=began,
+    )
+    for line in (*chosen.words(), f"settings: {' '.join(changes(config, chosen.config))}"):
+        print_wrapped(line)
+    typer.echo()
+    return chosen.config
 
 
 def show(config: Config, planned: Plan, whose: str = "") -> None:

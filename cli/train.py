@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from pss.config import Config
 
 app = make_app()
+
+_began: float | None = None  # the process, by `time.perf_counter`, before anything large is imported
 
 _MOST_MACHINES = 10**5  # GPUs of a node, or nodes
 _STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "run again"
@@ -77,6 +80,19 @@ def train(
             "--resume", help="Continue the run in --output where it stopped, or begin it; also --resume auto."
         ),
     ] = False,
+    budget_hours: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose train.epochs so that all of it, start and validation too, takes so many hours here at most.",
+            show_default=False,
+        ),
+    ] = None,
+    budget_of_dense: Annotated[
+        float | None,
+        typer.Option(
+            help="The same, as a share of what dense training of the recipe's epochs takes.", show_default=False
+        ),
+    ] = None,
     list_recipes: Annotated[
         bool, typer.Option("--list", help="Show the recipes and leave.", is_eager=True, callback=_list_recipes)
     ] = False,
@@ -125,15 +141,21 @@ def train(
     settings = list(settings or [])
     asked = [text for text in settings if text == "help"]
     config = configuration(recipe, [text for text in settings if text != "help"], start)
+    if (budget_hours, budget_of_dense) != (None, None) and (asked or show or doctor):
+        option = "--budget-hours" if budget_hours is not None else "--budget-of-dense"
+        raise ValueError(f"{option} measures how long the run takes; leave out --show, --set help and --doctor")
     if asked or show:
         typer.echo(_help_of(config) if asked else _file_of(config, recipe or str(start)), nl=False)
         return
     if plan:
-        from cli.plan import Wanted, show_plan
+        from cli.plan import Wanted, fitting, show_plan
 
         check_shapes(config)
         files = tuple(measured or ())
-        show_plan(config, data, Wanted(gpu, gpus, nodes, cores, loader, loader_rate, gpu_rate, files))
+        wanted = Wanted(gpu, gpus, nodes, cores, loader, loader_rate, gpu_rate, files)
+        if (budget_hours, budget_of_dense) != (None, None):
+            config = fitting(config, data, wanted, settings, budget_hours, budget_of_dense, _began)
+        show_plan(config, data, wanted)
         return
     if (gpu, gpus, nodes, cores, loader_rate, gpu_rate, measured or None) != (None, 1, 1, None, None, None, None):
         raise ValueError(
@@ -155,7 +177,18 @@ def train(
     say = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
     try:
         train_run(
-            recipe, data, output, settings=settings, start=start, loader=loader, resume=resume, quiet=quiet, say=say
+            recipe,
+            data,
+            output,
+            settings=settings,
+            start=start,
+            loader=loader,
+            resume=resume,
+            budget_hours=budget_hours,
+            budget_of_dense=budget_of_dense,
+            began=_began,
+            quiet=quiet,
+            say=say,
         )
     except LostProcess as lost:
         raise Failed(str(lost)) from lost
@@ -190,6 +223,8 @@ def _help_of(config: Config) -> str:
 
 
 def main() -> None:
+    global _began
+    _began = time.perf_counter()
     # `--resume auto` is what schedulers' scripts often say; it is what --resume does.
     words = sys.argv[1:]
     run(app, [word for before, word in pairwise(["", *words]) if (before, word) != ("--resume", "auto")])

@@ -132,6 +132,8 @@ class Progressive(Section, section="data.progressive"):
     """Progressive resizing: training begins with small images, which grow to `data.img_size`. Sizes are constant within
     an epoch; evaluation always takes images of full size."""
 
+    in_epochs = ("begin_epoch", "end_epoch")
+
     start_size: Always[_Side | None] = None
     """Side of the first epochs' images in pixels; None trains at full size throughout."""
     begin_epoch: Annotated[Natural, _WHERE_IMAGES_GROW] = 0

@@ -202,6 +202,8 @@ class Section:
 
     section: ClassVar[str] = ""
     """What stands before the names of the fields: `train` in `--set train.epochs=10`."""
+    in_epochs: ClassVar[tuple[str, ...]] = ()
+    """Which fields count epochs of the run: they take the same share of a longer or a shorter one."""
 
     def __init_subclass__(cls, *, section: str = "", **options: Any) -> None:
         super().__init_subclass__(**options)

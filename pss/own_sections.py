@@ -74,6 +74,8 @@ class ScheduleConfig(MethodSection, section="schedule"):
     which the properties tell.
     """
 
+    in_epochs = ("cooldown_epochs",)
+
     name: Always[Shape] = "cyclic"
     """The shape over time."""
     form: Annotated[Literal["published", "cut", "symmetric"] | None, _RAMPS, _CUT] = None

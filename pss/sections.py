@@ -112,6 +112,8 @@ def _has_bias_tables(at: Context) -> bool:
 class OptimConfig(Section, section="optim"):
     """AdamW with linear warm-up and cosine decay, per step."""
 
+    in_epochs = ("warmup_epochs", "cooldown_epochs")
+
     lr: Always[AboveZero] = 5e-4
     """Peak learning rate at a global batch of `lr_batch`; it scales linearly with the global batch."""
     lr_batch: Always[Positive | None] = 512

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import pipelines
 from pipelines.base import DataError
+from pss.api.cascading import Found, Target, cascade_of
 from pss.api.training import LoaderName
 from pss.inference import report, sweep, table
 from pss.inference.exhibit import Exhibit
@@ -33,6 +35,8 @@ class Evaluated:
     """For every model at every operating point, in that order: accuracy, cost, rates with their spread."""
     exhibits: list[Exhibit]
     """For every model, what it keeps of some images."""
+    cascade: Found | None = None
+    """What `cascade` asked for."""
 
     def table(self) -> str:
         """The rows for people."""
@@ -43,7 +47,8 @@ class Evaluated:
         return plot_sweep(self.rows)
 
     def write(self, folder: str | Path) -> list[Path]:
-        """Write `rho.json`, `rho.csv`, `rho.png` and, where its packages are installed, `report.html`.
+        """Write `rho.json`, `rho.csv`, `rho.png`, where its packages are installed `report.html`, and of a cascade
+        `cascade.json` and `cascade.png`.
 
         Raises:
             OSError: one cannot be written, which the error names; what is there is whole.
@@ -60,7 +65,7 @@ class Evaluated:
         if report.available():
             found = sweep.Sweep(self.rows, self.exhibits)
             made[REPORT] = lambda: report.page(found, self.runs, self.names)
-        return made
+        return made if self.cascade is None else made | self.cascade.contents()
 
 
 def evaluate(
@@ -74,6 +79,9 @@ def evaluate(
     batch_size: int = 64,
     ema: bool = False,
     best: bool = False,
+    cascade: Sequence[float] | None = None,
+    target: Target | None = None,
+    fit_split: str | None = None,
 ) -> Evaluated:
     """Evaluate models on a split, alone or as one of the processes that torchrun started.
 
@@ -87,6 +95,10 @@ def evaluate(
         batch_size: images per batch, also for the rates.
         ema: take the moving average of the weights.
         best: of a run, the checkpoint of the best validation, not the newest.
+        cascade: two to four ρ, to look at every image at the smallest and at those that are uncertain again at the
+            next; of one model.
+        target: what the cascade is fitted to; no loss of top-1 against its largest ρ if None.
+        fit_split: what it is fitted on; half of `split`, which it is not measured on, if None.
 
     Raises:
         ValueError: what is named cannot be opened, or not be run so, or does not suit the data.
@@ -96,7 +108,16 @@ def evaluate(
     with processes.start() as world:
         loaded = open_runs(sources, world, ema=ema, best=best, sort=sort)
         check_data(loaded, sources, dataset)
-        return measure(loaded, names, data, rho, split=split, loader=loader, batch_size=batch_size, world=world)
+        options: dict[str, Any] = {"split": split, "loader": loader, "batch_size": batch_size, "world": world}
+        found = measure(loaded, names, data, rho, **options)
+        if cascade is None:
+            return found
+        if len(loaded) > 1 or world.size > 1:
+            raise ValueError(f"a cascade is of one model, on one process, and {len(loaded)} are named; name one")
+        fitted = cascade_of(
+            loaded[0], names[0], data, cascade, target or Target(), fit_split=fit_split, compared=rho, **options
+        )
+        return dataclasses.replace(found, cascade=fitted)
 
 
 def open_runs(

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pipelines
+from pipelines.base import Backend, Loader
 from pss import recipes
+from pss.api import budgeting
 from pss.config import Config, changes_of_run
 from pss.inference.plots import plot_training
+from pss.planning.budget import Chosen
 from pss.runs import records
 from pss.runs.checkpoint import list_checkpoints, load_latest
 from pss.runs.lock import CHECKPOINTS, CONFIG, CURVES, SUMMARY, claim
@@ -87,6 +92,9 @@ def train(
     start: str | Path | None = None,
     loader: LoaderName = "auto",
     resume: bool = False,
+    budget_hours: float | None = None,
+    budget_of_dense: float | None = None,
+    began: float | None = None,
     quiet: bool = False,
     say: Say | None = None,
 ) -> Trained:
@@ -99,7 +107,10 @@ def train(
         settings: changes to the recipe, each `section.key=value`.
         start: the folder of a run to begin with the weights of: a run of its own, with its own optimizer and schedule.
         loader: what decodes the images.
-        resume: go on with the run in `output`, or begin it where there is none.
+        resume: go on with the run in `output`, or begin it where there is none; at the length that it was planned with.
+        budget_hours: choose the number of epochs so that the whole takes at most so many hours here.
+        budget_of_dense: the same, as a share of the time that dense training of the recipe's epochs would take.
+        began: when the clock of such a budget began to run, by `time.perf_counter`; now if None.
         quiet: show no progress.
         say: is given what is worth a line; it goes to stderr by default, and nowhere where it is quiet.
 
@@ -109,8 +120,10 @@ def train(
         Interrupted: Ctrl-C or SIGTERM came, and the run is saved (`pss.training.setup`).
         LostProcess: another process has died (`pss.runtime.processes`).
     """
+    began = time.perf_counter() if began is None else began
     config = configuration(recipe, settings, start)
     data, output = Path(data), Path(output)
+    budget = budgeting.wanted(budget_hours, budget_of_dense, config, settings)
     tell = say if say is not None else (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
     check_shapes(config)
     if output.is_file():
@@ -119,6 +132,9 @@ def train(
     dataset = pipelines.open_dataset(data)
     if dataset.manifest is not None:
         check_maps(config, dataset.manifest.label_maps)
+    if budget is not None and resume and (output / CONFIG).exists():
+        config = budgeting.as_planned(config, output, dataset, settings)
+        budget = None
     with (
         processes.start(config.train.timeout_seconds) as world,
         claim(output, world, lambda: _admit(output, config, resume), tell),
@@ -129,25 +145,17 @@ def train(
                 f"train.batch_size is {config.train.batch_size}, which {world.size} processes cannot share evenly in "
                 f"{config.train.accumulate} parts each (train.accumulate)"
             )
-        options: dict[str, Any] = {
-            "config": config.data,
-            "batch_size": config.train.batch_size // world.size,
-            "seed": config.train.seed,
-            "rank": world.rank,
-            "world_size": world.size,
-            "device": world.device,
-            "num_workers": config.train.num_workers,
-        }
         if loader == "auto":
             loader, reason = _choose_loader(data, output if resume else None, config, world)
             speak(f"--loader auto: {loader} ({reason})")
-        maps = config.data.label_maps
-        train_loader = pipelines.build(data, "train", train=True, loader=loader, label_maps=maps, **options)
-        val_loader = None
+        if budget is not None:
+            make = partial(_make_loaders, data=data, loader=loader, world=world)
+            config = budgeting.plan_run(
+                budget, config, settings, dataset, make, output=output, world=world, began=began, say=speak
+            )
+            check_shapes(config)
+        train_loader, val_loader = _make_loaders(config, data=data, loader=loader, world=world)
         try:
-            # Accuracy is measured on the original bytes, which FFCV's files do not hold.
-            val_backend = pipelines.choose_backend(data, "val", beside=loader)
-            val_loader = pipelines.build(data, "val", train=False, loader=val_backend, **options)
             backends = {train_loader.backend, val_loader.backend}
             check_machine(config, settings, device=world.device.type, backends=backends)
             check_steps(config, train_loader.steps_per_epoch)
@@ -170,9 +178,52 @@ def train(
             raise
         finally:
             train_loader.close()
-            if val_loader is not None:
-                val_loader.close()
+            val_loader.close()
+            if world.is_main:
+                budgeting.account(output, time.perf_counter() - began, speak)
     return Trained(output)
+
+
+def fit_to_budget(
+    config: Config,
+    data: str | Path,
+    settings: Sequence[str] = (),
+    *,
+    loader: LoaderName = "auto",
+    budget_hours: float | None = None,
+    budget_of_dense: float | None = None,
+    began: float | None = None,
+) -> Chosen:
+    """What `train` would train in such a time; measured here, and nothing is kept. Raises `ValueError` as it does."""
+    began = time.perf_counter() if began is None else began
+    data, budget = Path(data), budgeting.wanted(budget_hours, budget_of_dense, config, settings)
+    assert budget is not None
+    dataset = pipelines.open_dataset(data)
+    with processes.start() as world, budgeting.scratch(None, world) as folder:
+        backend: Any = _choose_loader(data, None, config, world)[0] if loader == "auto" else loader
+        make = partial(_make_loaders, data=data, loader=backend, world=world)
+        return budgeting.choose_run(budget, config, settings, dataset, make, folder=folder, world=world, began=began)
+
+
+def _make_loaders(config: Config, *, data: Path, loader: Backend, world: World) -> tuple[Loader, Loader]:
+    """Of the training images and the validation images, on this process."""
+    options: dict[str, Any] = {
+        "config": config.data,
+        "batch_size": config.train.batch_size // world.size,
+        "seed": config.train.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "device": world.device,
+        "num_workers": config.train.num_workers,
+    }
+    train = pipelines.build(data, "train", train=True, loader=loader, label_maps=config.data.label_maps, **options)
+    try:
+        # Accuracy is measured on the original bytes, which FFCV's files do not hold.
+        backend = pipelines.choose_backend(data, "val", beside=loader)
+        return train, pipelines.build(data, "val", train=False, loader=backend, **options)
+    except BaseException:
+        train.close()
+        raise
 
 
 def _draw(output: Path, speak: Say) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ _IR_VERSION = 8
 _MOST_BYTES = 2**31 - 2**20  # of a protocol buffer, less what is no weights
 
 
-def export(run: Run, path: Path, *, point: Point, dynamic: bool = False) -> float:
+def export(
+    run: Run, path: Path, *, point: Point, dynamic: bool = False, more: Mapping[str, Any] | None = None
+) -> float:
     """Write a run's model to `path`, and compare what the file computes with what the model does.
 
     Args:
@@ -49,6 +51,7 @@ def export(run: Run, path: Path, *, point: Point, dynamic: bool = False) -> floa
         path: A `.pt2` or `.onnx` file.
         point: The operating point; None for a method that has none to choose.
         dynamic: Leave the number of patches to be chosen at each call instead.
+        more: What else its metadata are to hold.
 
     Returns:
         The largest difference of a logit, over batches of two sizes, and over five shares of patches if it is free.
@@ -69,7 +72,7 @@ def export(run: Run, path: Path, *, point: Point, dynamic: bool = False) -> floa
         module = method.export_dynamic() if dynamic else method.export_module(point)
     except ValueError as error:
         raise ValueError(f"{run.name} cannot be exported: {error}") from None
-    metadata = describe(method, run.config.data, run.classes, point, dynamic=dynamic)
+    metadata = describe(method, run.config.data, run.classes, point, dynamic=dynamic) | dict(more or {})
     program = _trace(module.eval(), method.model, dynamic=dynamic, explicit_attention=path.suffix == ".onnx")
     # Made in memory: torch's own writer ends the process where the disk is full.
     content = _pt2(program, metadata) if path.suffix == ".pt2" else _onnx(program, metadata, dynamic=dynamic)

@@ -87,6 +87,43 @@ def plot_training(rows: Sequence[dict[str, Any]]) -> bytes:
     return _png(figure)
 
 
+def plot_cascade(found: dict[str, Any]) -> bytes:
+    """Top-1 against the mean cost of an image: single ρ, cascades fitted to several costs, and the one chosen; a PNG.
+
+    `found` is what `cascade.json` holds.
+    """
+    per, unit = (1e3, "million") if max(one["gmacs"] for one in found["singles"]) < 0.1 else (1.0, "billion")
+    figure = Figure(figsize=(6.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, points) in enumerate((("a single ρ", found["singles"]), ("cascades", found["frontier"]))):
+        xs, ys = [per * point["gmacs"] for point in points], [point["top1"] for point in points]
+        style: dict[str, Any] = {"color": _COLOURS[number], "marker": _MARKERS[number], "markersize": 5}
+        axes.plot(xs, ys, linewidth=1.8, label=name, **style)
+    for point in found["singles"]:
+        place: dict[str, Any] = {"xytext": (3, -12), "textcoords": "offset points"}
+        axes.annotate(
+            f"{point['rho']:g}", (per * point["gmacs"], point["top1"]), color=_COLOURS[0], fontsize=8, **place
+        )
+    rhos = " → ".join(f"{stage['rho']:g}" for stage in found["stages"])
+    axes.errorbar(
+        [per * found["gmacs"]],
+        [found["top1"]],
+        yerr=[found["top1_error"]],
+        color=_COLOURS[6],
+        marker="*",
+        markersize=13,
+        capsize=3,
+        linestyle="none",
+        label=f"ρ {rhos} (± standard error)",
+    )
+    axes.set(xlabel=f"{unit} multiply-accumulates of an image, on average", ylabel="top-1 accuracy, %")
+    axes.set_title(f"A cascade against single ρ, on {found['images']:,} images", fontsize=12)
+    axes.grid(alpha=0.25, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    return _png(figure)
+
+
 def _png(figure: Figure) -> bytes:
     picture = io.BytesIO()
     with warnings.catch_warnings():

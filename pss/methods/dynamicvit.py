@@ -52,6 +52,8 @@ _Taught = ReadIf(lambda at: at.own.teacher is not None, "dynamicvit.teacher")
 class DynamicViTSettings(MethodSection, section="dynamicvit"):
     """What is dropped where, what is learnt from, and how fast the backbone follows."""
 
+    in_epochs = ("frozen_epochs",)
+
     rho: Annotated[float, Gt(0), Lt(1), ReadIf(lambda at: at.own.rates is None, "dynamicvit.rates=none")] = 0.7
     """Base keep rate: stage s keeps ρ ** s of all patches."""
     places: Always[tuple[Natural, ...] | None] = None

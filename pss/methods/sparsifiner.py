@@ -45,6 +45,8 @@ _L1 = ReadIf(lambda at: at.own.regularizer == "l1", "sparsifiner.regularizer=l1"
 class SparsifinerSettings(MethodSection, section="sparsifiner"):
     """How many keys a patch sees, how they are predicted, and what is learnt from."""
 
+    in_epochs = ("predictor_epochs", "dense_epochs")
+
     keep: Always[tuple[Share, ...]] = (0.25,)
     """Keys that each patch sees, as a share of the patches; one number, or one for each block."""
     budget_base: Always[Literal["patches", "all"]] = "patches"

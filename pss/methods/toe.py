@@ -35,6 +35,8 @@ _NAMES = ("", "stage 1", "stage 2", "")
 class ToESettings(MethodSection, section="toe"):
     """Token Expansion; the defaults are the published ones."""
 
+    in_epochs = ("starts",)
+
     rate: Always[Share] = 0.5
     """r_1, the share of the patches that stage 1 selects. Half of it are seeds; stage 2 selects (1 + r_1) / 2."""
     starts: Always[Annotated[tuple[Natural, Natural, Natural] | None, Remedy("three epochs: 0,100,200")]] = None

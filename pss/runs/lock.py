@@ -18,6 +18,7 @@ from pss.runtime.processes import World
 
 CONFIG = "config.json"
 SUMMARY = "summary.json"
+BUDGET = "budget.json"
 CHECKPOINTS = "checkpoints"
 CURVES = "curves.png"
 
@@ -90,7 +91,7 @@ def _clean(folder: Path, before: set[Path]) -> None:
     if (checkpoints.is_dir() and any(checkpoints.iterdir())) or any(row["kind"] == "step" for row in read_rows(folder)):
         return
     with suppress(OSError):
-        for path in {folder / name for name in (CONFIG, SUMMARY, LOG, LOCK)} - before:
+        for path in {folder / name for name in (CONFIG, SUMMARY, BUDGET, LOG, LOCK)} - before:
             path.unlink(missing_ok=True)
         if folder / BOARD not in before:
             for path in (folder / BOARD).glob(PATTERN):

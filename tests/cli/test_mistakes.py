@@ -83,6 +83,13 @@ digits --plan --set model.rel_pos=rope --set model.embed_dim=90
 digits --plan --set optim.warmup_epochs=0 --set optim.warmup_lr=0.1
 digits --plan --set data.repeats=2 --set data.decode_once=2 ; deit-s-224 --plan --set data.three_augment=true
 digits --plan --set train.parallel=fsdp --set compile.mode=on
+digits --data {data} --output out --budget-hours 0 ; digits --data {data} --output out --budget-hours nan
+digits --data {data} --output out --budget-of-dense -1 ; digits --plan --budget-hours 1
+digits --data {data} --output out --budget-hours 1 --budget-of-dense 1
+digits --data {data} --output out --budget-hours 1 --set train.epochs=3 ; digits --show --budget-hours 1
+digits --data {data} --output out --budget-of-dense 1 --set train.max_steps=3
+digits --data {data} --plan --gpu h100 --budget-hours 1 ; digits --data {data} --doctor --budget-of-dense 0.5
+digits --data {data} --output out --budget-hours 1e-9 --loader torch
 """
 
 EVAL = """
@@ -98,6 +105,9 @@ run --budget-ms -1 ; run --budget-ms nan ; run --budget-ms inf ; run --target-ip
 run --max-drop nan --data {data} ; run --budget-ms 5 --max-drop 1 ; run --max-drop 1 ; run --rho 0.5
 run other --budget-ms 5 ; run --dynamic ; run --export model.h5 --dynamic ; run --export m.pt2 --rho 0.5 --push there
 run --license mit --data {data} ; run --push there --license Mine! --data {data}
+run --cascade 0.5 --data {data} ; run --cascade a --data {data} ; run --cascade auto
+run --target-gmacs 1 --data {data} ; run other --cascade auto --data {data}
+run --fit-split val --data {data} ; run --cascade auto --target-ips 5 --data {data}
 run --loader jpeg --data {data} ; run --sort size --data {data} ; run --data nowhere
 """
 

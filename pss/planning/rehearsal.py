@@ -1,0 +1,289 @@
+"""A few steps of a run before the run, to learn what its parts take on this machine.
+
+They are taken by the trainer itself, with its loader, its guard, its moving average and its processes, from steps all
+over the run, and leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.base import DataError, Loader
+from pss.config import Config
+from pss.methods import Progress
+from pss.planning.plan import Level, Plan
+from pss.runtime.processes import Vote, World
+from pss.training import setup
+from pss.training.inputs import StepInputs
+from pss.training.optim import build_optimizer
+from pss.training.setup import Interrupted, position_of
+from pss.training.trainer import Trainer
+
+_STRETCH_SECONDS = 0.1  # of steps that are timed together: on a GPU they overlap
+_FEWEST_ROUNDS, _MOST_ROUNDS, _MOST_STEPS = 3, 25, 100
+
+Loaders = Callable[[Config], tuple[Loader, Loader]]
+"""Makes the loaders of the training and of the validation images."""
+Key = tuple[int, float, str]
+"""Size of the images, and the stage: what `Level` is known by in plans of runs of other lengths."""
+
+
+def key_of(level: Level) -> Key:
+    return level.img_size, level.stage.rho, level.stage.name
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the parts of a run take, in seconds."""
+
+    build: float
+    """Loaders, model and optimizer, and what the first steps take longer than others, to compile, say."""
+    steps: dict[Key, float]
+    """A step, by level, with the loader in its path and nothing kept ready."""
+    waits: dict[Key, float]
+    """Of it, what was waited for the loader."""
+    epoch: float
+    """From the beginning of an epoch to its first batch."""
+    validation: float
+    """After each epoch."""
+    checkpoint: float
+
+    def to_json(self) -> str:
+        values = asdict(self)
+        for name in ("steps", "waits"):
+            values[name] = [[*key, seconds] for key, seconds in values[name].items()]
+        return json.dumps(values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Taken:
+        values = json.loads(text)
+        for name in ("steps", "waits"):
+            values[name] = {(size, rho, stage): seconds for size, rho, stage, seconds in values[name]}
+        return cls(**values)
+
+
+def rehearse(
+    config: Config,
+    planned: Plan,
+    wanted: Iterable[Level],
+    *,
+    make_loaders: Loaders,
+    classes: Sequence[str],
+    folder: Path,
+    world: World,
+    seconds: float,
+) -> Taken:
+    """Measure what a run takes at some levels of its plan, and besides.
+
+    Args:
+        config: Of the run.
+        planned: Its plan.
+        wanted: Levels of it, at least one.
+        make_loaders: For a configuration.
+        classes: Their names.
+        folder: Where a checkpoint is written to; on the run's own disk.
+        world: The processes: all must call this, and the main one's clock counts.
+        seconds: How long to measure, about; it takes longer where few steps do.
+    """
+    began = time.perf_counter()
+    # A queue would fill while little is trained, and would be paid for by steps that never come.
+    config = replace(config, data=replace(config.data, prefetch_gb=0.0))
+    train_loader, val_loader = make_loaders(config)
+    try:
+        options: dict[str, Any] = {"classes": list(classes), "output": folder, "world": world, "quiet": True}
+        run = _Rehearsal(config, train_loader, val_loader, **options)
+        build = time.perf_counter() - began
+        found = run.measure(planned, list(wanted), build, seconds)
+    finally:
+        train_loader.close()
+        val_loader.close()
+    told = world.broadcast(found.to_json() if world.is_main else None)
+    assert told is not None
+    return Taken.from_json(told)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Steps in a row at one level."""
+
+    level: Level
+    step: int
+    """Where in the run there is such a step."""
+    count: int
+    kept: bool
+    """Whether it counts, or warms up."""
+
+
+class _Rehearsal(Trainer):
+    """The trainer, at steps of its run that are chosen one by one. It saves once, and reports nothing."""
+
+    def measure(self, planned: Plan, levels: list[Level], build: float, seconds: float) -> Taken:
+        self._kept: dict[Key, list[tuple[float, float]]] = {}
+        self._warm: dict[Key, list[float]] = {}
+        places = {level: planned.level_of_step.index(planned.levels.index(level)) for level in levels}
+        groups: dict[tuple[int, int], list[Level]] = {}  # of one phase and size: those may follow each other
+        for level in levels:
+            groups.setdefault((self._at(places[level]).phase, level.img_size), []).append(level)
+        try:
+            for (phase, _), group in groups.items():
+                self._run_group(phase, {level: places[level] for level in group}, seconds / len(groups))
+            epoch = self._begin_epoch_seconds()
+            checkpoint = self._checkpoint_seconds()
+            self.inputs.rest()
+            validation = self._validation_seconds(seconds / 4)
+        finally:
+            self.inputs.rest()
+            self.val_inputs.rest()
+        steps = {key: statistics.median(total for total, _ in found) for key, found in self._kept.items()}
+        waits = {key: statistics.median(waited for _, waited in found) for key, found in self._kept.items()}
+        build += sum(max(0.0, sum(warm) - len(warm) * steps[key]) for key, warm in self._warm.items())
+        return Taken(build, steps, waits, epoch, validation, checkpoint)
+
+    def _at(self, step: int) -> Progress:
+        return position_of(self.method, step)._replace(rank=self.world.rank)
+
+    def _run_group(self, number: int, places: dict[Level, int], seconds: float) -> None:
+        phase = self.method.phases()[number]
+        first = min(places.values())
+        self.phase, self.epoch = number, first // self.steps_per_epoch
+        self.method.begin_phase(phase)
+        self.optimizer, self.lr_schedule = build_optimizer(
+            self.method, phase, batch_size=self.config.train.batch_size, steps_per_epoch=self.steps_per_epoch
+        )
+        engine = self.method if self.sharded else setup.wrap(self.method, self.world)
+        self._stretches = self._chosen(places, seconds)
+        self._stretch, self._done, self._waited = next(self._stretches), 0, 0.0
+        self._stream: Iterator[StepInputs] | None = None
+        self.step = self.epoch * self.steps_per_epoch
+        self._clock = time.perf_counter()
+        self._run_epoch(engine, phase, self.step, [])
+
+    def _chosen(self, places: dict[Level, int], seconds: float) -> Iterator[_Stretch]:
+        """Twice each level to warm up; then rounds of all, as many as there is time for."""
+        for _ in range(2):
+            for level, step in places.items():
+                yield _Stretch(level, step, 1, kept=False)
+        last = {level: self._warm[key_of(level)][-1] for level in places}
+        counts = {level: min(_MOST_STEPS, max(1, round(_STRETCH_SECONDS / last[level]))) for level in places}
+        rounds = int(seconds / sum(counts[level] * last[level] for level in places))
+        plan = [min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, rounds)), *counts.values()]
+        told = self.world.broadcast(json.dumps(plan))
+        assert told is not None
+        rounds, *lengths = json.loads(told)
+        for _ in range(rounds):
+            for (level, step), count in zip(places.items(), lengths, strict=True):
+                yield _Stretch(level, step, count, kept=True)
+
+    def _run_epoch(self, engine: nn.Module, phase: Any, first_step: int, stop: list[int]) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        super()._run_epoch(engine, phase, first_step, stop)
+
+    def _position(self) -> Progress:
+        return self._at(self._stretch.step)
+
+    def _next(self, every_inputs: Iterator[StepInputs]) -> tuple[StepInputs, float]:
+        before = self.inputs.seconds_waited
+        if self._stream is None:
+            self._stream = every_inputs
+        inputs = next(self._stream, None)
+        if inputs is None:  # the epoch is over before enough was measured
+            self.inputs.set_epoch(self.epoch)
+            self._stream = iter(self.inputs)
+            inputs = next(self._stream, None)
+        if inputs is None:
+            raise DataError(
+                f"the {self.inputs.backend} loader delivers nothing of epoch {self.epoch}; look at the data"
+            )
+        return inputs, self.inputs.seconds_waited - before
+
+    def _report_step(
+        self, images: Tensor, measured: Tensor, waited: float, at: Progress, out: dict[str, Tensor]
+    ) -> None:
+        # Whatever is chosen, the epoch goes on until all is measured; step 0 comes once only.
+        self.step = self.epoch * self.steps_per_epoch + min(1, self.steps_per_epoch - 1)
+        self._done, self._waited = self._done + 1, self._waited + waited
+        stretch = self._stretch
+        if self._done < stretch.count:
+            return
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        now = time.perf_counter()
+        taken, key = (now - self._clock) / stretch.count, key_of(stretch.level)
+        if stretch.kept:
+            self._kept.setdefault(key, []).append((taken, self._waited / stretch.count))
+        else:
+            self._warm.setdefault(key, []).append(taken)
+        chosen = next(self._stretches, None)
+        if chosen is None:
+            self.step = (self.epoch + 1) * self.steps_per_epoch
+            return
+        self._stretch, self._done, self._waited, self._clock = chosen, 0, 0.0, time.perf_counter()
+
+    def _stop_or_save(self, stop: list[int]) -> None:
+        pass
+
+    def _end_epoch(self, stop: list[int]) -> None:
+        pass
+
+    def _finish(self) -> None:
+        pass
+
+    def _begin_epoch_seconds(self) -> float:
+        found = []
+        for _ in range(2):
+            began = time.perf_counter()
+            self.inputs.set_epoch(self.epoch)
+            next(iter(self.inputs), None)
+            found.append(time.perf_counter() - began)
+        return min(found)
+
+    def _checkpoint_seconds(self) -> float:
+        """On a GPU, what the steps wait for it: it is written while they go on. A CPU's time goes into that, too."""
+        self.saver.open()
+        try:
+            began = time.perf_counter()
+            self._save()
+            if self.world.device.type == "cpu":
+                self.saver.wait()
+            taken = time.perf_counter() - began
+            self.saver.wait()
+        finally:
+            self.saver.close()
+        return taken
+
+    def _validation_seconds(self, seconds: float) -> float:
+        """Of a whole validation: measured, or what it comes to from a part of its batches."""
+        self.vote = clock = _Clock(self.world, seconds)
+        began = time.perf_counter()
+        with suppress(Interrupted):
+            self._validate([])
+            return time.perf_counter() - began
+        passes = 1 + (self.ema is not None)
+        first, last = clock.times[0], clock.times[-1]
+        each = (last - first) / max(1, len(clock.times) - 1)
+        return passes * (first - began + each * (len(self.val_inputs) - 1))
+
+
+class _Clock(Vote):
+    """Notes when each batch was over, and wants no more when the time is up."""
+
+    def __init__(self, world: World, seconds: float) -> None:
+        super().__init__(world, num_questions=3)
+        self._main, self._seconds = world.is_main, seconds
+        self.times: list[float] = []
+
+    def cast(self, *wanted: bool) -> tuple[bool, ...]:
+        self.times.append(time.perf_counter())
+        enough = self._main and len(self.times) > _FEWEST_ROUNDS and self.times[-1] - self.times[0] > self._seconds
+        return super().cast(wanted[0] or enough, *wanted[1:])
