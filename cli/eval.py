@@ -186,7 +186,7 @@ def evaluate(
         for point in (rhos or ()) if len(loaded) == 1 else ():  # beside others, a method without a knob has one row
             loaded[0].method.check_point(point)
         if dataset is not None:
-            check_data(loaded, runs, dataset)
+            check_data(loaded, runs, dataset, split)
         for note in (note for one in loaded for note in one.notes if world.is_main):
             typer.echo(note, err=True)
 

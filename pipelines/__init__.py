@@ -105,6 +105,14 @@ class DataSet:
     manifest: Manifest | None
     """Of a converted data set; None for a plain folder."""
 
+    def num_samples(self, split: str) -> int:
+        """How many a split has; `DataError` where there is none of that name."""
+        if split not in self.splits:
+            raise DataError(
+                f"{self.root} has no {split} split, only {' and '.join(self.splits)}; name another data set"
+            )
+        return sum(self.per_class[split])
+
     @cached_property
     def per_class(self) -> dict[str, tuple[int, ...]]:
         """Per split the number of samples of each class. A plain folder is listed for it."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pipelines
 from pipelines.base import DataError
+from pipelines.storage.manifest import canonical_split
 from pss.api.training import LoaderName
 from pss.inference import report, sweep, table
 from pss.inference.exhibit import Exhibit
@@ -95,7 +96,7 @@ def evaluate(
     names, dataset = sweep.distinct_names(sources), pipelines.open_dataset(data)
     with processes.start() as world:
         loaded = open_runs(sources, world, ema=ema, best=best, sort=sort)
-        check_data(loaded, sources, dataset)
+        check_data(loaded, sources, dataset, split)
         return measure(loaded, names, data, rho, split=split, loader=loader, batch_size=batch_size, world=world)
 
 
@@ -115,8 +116,13 @@ def open_runs(
     return opened
 
 
-def check_data(runs: Sequence[Run], sources: Sequence[str | Path], dataset: pipelines.DataSet) -> None:
-    """Raise `DataError` where a model tells other classes apart than the data set has."""
+def check_data(runs: Sequence[Run], sources: Sequence[str | Path], dataset: pipelines.DataSet, split: str) -> None:
+    """Raise `DataError` where the data set has no such split, or a model tells other classes apart than it has."""
+    if canonical_split(split) not in dataset.splits:
+        (other,) = dataset.splits
+        raise DataError(
+            f"{dataset.root} has no {split} split; name another data set with --data, or add --split {other}"
+        )
     for run, source in zip(runs, sources, strict=True):
         if run.num_classes != len(dataset.classes):
             raise DataError(

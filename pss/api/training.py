@@ -145,10 +145,12 @@ def train(
         train_loader = pipelines.build(data, "train", train=True, loader=loader, label_maps=maps, **options)
         val_loader = None
         try:
-            # Accuracy is measured on the original bytes, which FFCV's files do not hold.
-            val_backend = pipelines.choose_backend(data, "val", beside=loader)
-            val_loader = pipelines.build(data, "val", train=False, loader=val_backend, **options)
-            backends = {train_loader.backend, val_loader.backend}
+            backends = {train_loader.backend}
+            if validated := "val" in dataset.splits:
+                # Accuracy is measured on the original bytes, which FFCV's files do not hold.
+                val_backend = pipelines.choose_backend(data, "val", beside=loader)
+                val_loader = pipelines.build(data, "val", train=False, loader=val_backend, **options)
+                backends.add(val_loader.backend)
             check_machine(config, settings, device=world.device.type, backends=backends)
             check_steps(config, train_loader.steps_per_epoch)
             classes = list(dataset.classes)
@@ -157,13 +159,14 @@ def train(
             )
             if world.is_main:
                 records.write(output / CONFIG, config.to_dict())
-            for line in _first_words(trainer, len(classes)):
+            for line in _first_words(trainer, len(classes), data):
                 speak(line)
             world.barrier()
             trainer.fit()
             if world.is_main:
                 _draw(output, speak)
-            speak(f"done: {output}; next: pss-eval {output} --data {data}")
+            held_out = str(data) if validated else "a data set with a validation split"
+            speak(f"done: {output}; next: pss-eval {output} --data {held_out}")
         except RuntimeError as error:
             if world.size > 1 and processes.is_lost(error):
                 raise processes.LostProcess(world.rank, error) from error
@@ -183,7 +186,7 @@ def _draw(output: Path, speak: Say) -> None:
         speak(f"{output / CURVES} could not be drawn ({in_words(error)})")
 
 
-def _first_words(trainer: Trainer, num_classes: int) -> list[str]:
+def _first_words(trainer: Trainer, num_classes: int, data: Path) -> list[str]:
     config, loader = trainer.config, trainer.train_loader
     begin = f"continuing at step {trainer.step}" if trainer.step else "starting"
     lines = [
@@ -191,6 +194,10 @@ def _first_words(trainer: Trainer, num_classes: int) -> list[str]:
         f"{num_classes} classes, {trainer.total_steps:,} steps, {loader.backend} loader",
         trainer.method.course(),
     ]
+    if trainer.val_loader is None:
+        lines.append(
+            f"{data} has no validation split: no accuracy will be measured, and no checkpoint is noted as the best one"
+        )
     if trainer.moved is not None:
         lines.append(trainer.moved)
     if trainer.started_from is not None:

@@ -32,7 +32,7 @@ LEVELS = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Shares of patches at which a file with a free one is compared with the model it was made from."""
 
 METADATA = "pss.json"
-"""The metadata's name inside a `.pt2` file; ONNX files carry the same under its keys."""
+"""The metadata's name in a file. ONNX files also carry them under their own keys, as older ones did alone."""
 
 _TOLERANCE = 1e-4
 _OPSET = 18
@@ -182,9 +182,8 @@ def _onnx(program: Any, metadata: dict[str, Any], *, dynamic: bool) -> bytes:
     )
     assert written is not None
     model = written.model_proto
-    onnx.helper.set_model_props(
-        model, {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    )
+    words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    onnx.helper.set_model_props(model, words | {METADATA: json.dumps(metadata)})
     model.ir_version = _IR_VERSION
     onnx.checker.check_model(model)
     content: bytes = model.SerializeToString()

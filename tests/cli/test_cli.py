@@ -509,4 +509,4 @@ def test_the_best_checkpoint_can_be_evaluated(capsys, image_root, tmp_path):
     capsys.readouterr()
     assert "leave out --best" in mistake(capsys, cli.eval.app, oldest, *arguments, "--best")
     best.unlink()
-    assert "no validated checkpoint yet" in mistake(capsys, cli.eval.app, output, *arguments, "--best")
+    assert "no validated checkpoint; leave out --best" in mistake(capsys, cli.eval.app, output, *arguments, "--best")
