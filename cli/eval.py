@@ -200,6 +200,8 @@ def evaluate(
                 outputs.agree(world, lambda: outputs.check_folder(folder, results, given=False))
             if push is not None:
                 loaded[0].published()  # raises for what cannot be
+            if world.is_main and (missing := report.missing()) is not None:
+                typer.echo(f"there will be no report: {missing}", err=True)
             found, writing = measured(rhos), outputs.Writing()
             if world.is_main:
                 with writing.result("the table"):  # first: whatever happens to the files, it is not lost
@@ -212,8 +214,7 @@ def evaluate(
                     with writing.result(str(push)):
                         write_model(loaded[0], names[0], found.rows, push)
                 if told := [name for name in writing.written if name != "the table"]:
-                    missing = "" if report.available() else f"; {report.MISSING}"
-                    typer.echo(f"wrote {outputs.listed(told)}{missing}", err=True)
+                    typer.echo(f"wrote {outputs.listed(told)}", err=True)
             world.barrier()
             writing.close()
         if demand.option:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipelines.base import DataConfig
+from pipelines.extras import need
 from pss.inference.opening import Run
 from pss.methods import Method, Point
 from pss.models import settings
@@ -82,11 +82,8 @@ def check_target(path: Path) -> None:
     """Raise `ValueError` for a file that cannot be written here."""
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"--export {path}: name a file that ends in .onnx or .pt2")
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
-    if path.suffix == ".onnx" and missing:
-        raise ValueError(
-            f"--export {path} needs {', '.join(missing)}; run: pip install 'patch-sampling-schedule[export]'"
-        )
+    if path.suffix == ".onnx":
+        need(f"--export {path}", "export", "onnx", "onnxscript", "onnxruntime")
 
 
 def describe(

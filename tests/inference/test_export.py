@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -134,6 +135,6 @@ def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
         export.export(made(sort="random"), tmp_path / "model.pt2", point=0.5)
     with pytest.raises(ValueError, match=r"\.onnx or \.pt2"):
         export.check_target(tmp_path / "model.pth")
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"patch-sampling-schedule\[export\]"):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ValueError, match=r"model\.onnx needs onnx; run: pip install .*\[export\]"):
         export.check_target(tmp_path / "model.onnx")
