@@ -101,6 +101,9 @@ def evaluate(
         ),
     ] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Export with ρ free at each call.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Export .onnx in 8 bits, and measure it beside the float form on --data.")
+    ] = False,
     predict: Annotated[
         list[str] | None,
         typer.Option(help="Say what an image file is, or those in a folder; may be repeated.", show_default=False),
@@ -131,6 +134,7 @@ def evaluate(
                 (demand.option, demand.option),
                 ("--sort", sort),
                 ("--dynamic", dynamic),
+                ("--int8", int8),
                 ("--split", split != "val"),
                 ("--loader", loader != "auto"),
             )
@@ -152,11 +156,14 @@ def evaluate(
         raise ValueError("--push writes the table of a sweep along; leave out --export and what chooses ρ")
     if dynamic and (export is None or demand.option or rhos):
         raise ValueError("--dynamic goes with --export alone: a file whose ρ is free at each call")
-    if data is None and (sweeping or max_drop is not None):
+    if int8 and export is None:
+        raise ValueError("--int8 goes with --export FILE.onnx; add it, or leave --int8 out")
+    if data is None and (sweeping or max_drop is not None or int8):
         raise ValueError("--data is missing; name the data set to evaluate on, as given to pss-train")
     outputs.check_paths(output=output, export=export, push=push)
 
     import pipelines
+    from cli.export import Wanted8, check_export, write_export
     from pss.api.evaluation import REPORT, check_data, measure, open_runs
     from pss.inference import report, sweep, table
     from pss.runtime import files
@@ -166,9 +173,7 @@ def evaluate(
 
     def check_targets() -> None:
         if export is not None:
-            from pss.inference.export import check_target
-
-            check_target(export)
+            check_export(export, int8=int8)
         if push is not None:
             from pss.inference.hub import check_target as check_pushing
 
@@ -220,7 +225,8 @@ def evaluate(
         if demand.option:
             rhos = [choose(demand, loaded[0], rhos, None if data is None else measured, batch_size, world.device)]
         if export is not None:
-            write_export(loaded[0], export, rhos, dynamic=dynamic)
+            wanted = None if not int8 or data is None else Wanted8(data, split, loader, batch_size)
+            write_export(loaded[0], export, rhos, dynamic=dynamic, int8=wanted)
 
 
 def _predict(run: str, images: Sequence[str], rho: float | None, top: int, form: str, **options: Any) -> None:
@@ -318,22 +324,6 @@ def write_model(one: Run, name: str, rows: Sequence[Row], folder: Path) -> None:
 
     card = hub.card(name, rows=rows, columns=table.COLUMNS, architecture=one.config.model.name)
     hub.save(folder, one.published(), card)
-
-
-def write_export(one: Run, path: Path, rhos: Sequence[float] | None, *, dynamic: bool) -> None:
-    """Write a model for other programs."""
-    from pss.inference.export import export
-    from pss.inference.sweep import operating_points
-
-    points = (1.0,) if dynamic else operating_points(one, rhos)
-    if len(points) != 1 or (rhos is None and not dynamic and points != (None,)):
-        raise ValueError("--export needs one ρ, as in --rho 0.6, or --dynamic")
-    (point,) = points
-    worst = export(one, path, point=point, dynamic=dynamic)
-    how = "any ρ" if dynamic else "as trained" if point is None else f"ρ {point:.4g}"
-    typer.echo(
-        f"wrote {path}: {how}, any batch size; its logits differ from the model's by {worst:.1g} at most", err=True
-    )
 
 
 def parse_rhos(text: str) -> list[float]:

@@ -178,7 +178,7 @@ def _columns(path: Path, schema: pyarrow.Schema, choice: Choice) -> tuple[str, s
     image = _chosen(what, "image", choice.images, _image_columns(schema), _IMAGES, schema.names)
     features = named_by(schema.metadata or {}, what)
     types = _pyarrow("pyarrow.types")
-    kinds = (types.is_integer, types.is_string, types.is_large_string)
+    kinds = (types.is_integer, types.is_string, types.is_large_string, types.is_string_view)
     fitting = [
         field.name
         for field in schema

@@ -58,6 +58,13 @@ def export(run: Run, path: Path, *, point: Point, dynamic: bool = False) -> floa
             too large for ONNX, or a difference of more than 1e-4 (of the largest logit, where that is above 1).
         OSError: the file cannot be written; what was there before still is.
     """
+    content, worst = made(run, path, point=point, dynamic=dynamic)
+    files.write(path, content)
+    return worst
+
+
+def made(run: Run, path: Path, *, point: Point, dynamic: bool = False) -> tuple[bytes, float]:
+    """What `export` would write, and what it returns; raises `ValueError` as it does."""
     check_target(path)
     if path.suffix == ".onnx" and (size := sum(one.nbytes for one in run.method.state_dict().values())) > _MOST_BYTES:
         raise ValueError(
@@ -73,9 +80,7 @@ def export(run: Run, path: Path, *, point: Point, dynamic: bool = False) -> floa
     program = _trace(module.eval(), method.model, dynamic=dynamic, explicit_attention=path.suffix == ".onnx")
     # Made in memory: torch's own writer ends the process where the disk is full.
     content = _pt2(program, metadata) if path.suffix == ".pt2" else _onnx(program, metadata, dynamic=dynamic)
-    worst = _compare(method, path, content, LEVELS if dynamic else (point,), dynamic=dynamic)
-    files.write(path, content)
-    return worst
+    return content, _compare(method, path, content, LEVELS if dynamic else (point,), dynamic=dynamic)
 
 
 def check_target(path: Path) -> None:

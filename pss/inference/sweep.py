@@ -181,7 +181,7 @@ def _evaluate(
         world=world,
         autocast=lambda: autocast(one.config, world.device),
     )
-    with _progress(name, loader.num_samples, world) as advance:
+    with progress(name, loader.num_samples, world) as advance:
 
         def observe(batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
             curator(batch, images, logits)
@@ -299,7 +299,7 @@ def stage(told: str, world: World) -> Iterator[None]:
         yield
 
 
-class _progress:
+class progress:
     """A bar over the images of a split, on the main process's terminal."""
 
     def __init__(self, name: str, total: int, world: World) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from conftest import convert_folder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,6 +18,7 @@ import cli.eval
 import cli.train
 import pss
 from cli.errors import run
+from pss.api.training import Trained
 from pss.inference.plots import plot_training
 from pss.runs import checkpoint
 from pss.runs.log import read_rows
@@ -76,7 +76,7 @@ def test_it_says_what_is_lost_and_keeps_the_newest(outcome, train_only):
     assert not (output / "checkpoints" / "best.json").exists()
     state, _ = weights(output)
     assert state["step"] == 6
-    summary = pss.api.training.Trained(output).summary
+    summary = Trained(output).summary
     assert (summary["finished"], summary["best"]) == (True, None)
     rows = read_rows(output, "epoch")
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -149,7 +149,7 @@ def test_it_is_evaluated_on_other_data(outcome, train_only, image_root, tmp_path
 
 
 def test_a_function_trains_on_a_converted_set_without_one(train_only, tmp_path):
-    convert_folder(train_only, tmp_path / "set", "dali")
+    pss.convert(str(train_only), tmp_path / "set", jobs=1, say=lambda line: None)
     said = []
     found = pss.train(
         "digits", tmp_path / "set", tmp_path / "run", settings=[*SETTINGS, "train.epochs=1"], loader="torch",

@@ -42,7 +42,7 @@ def test_so_does_the_progress_bar(monkeypatch):
     console = Console(file=written, force_terminal=True, width=400, markup=False, emoji=False)
     monkeypatch.setattr(sweep, "Console", lambda **options: console)
     for name in NAMES:
-        with sweep._progress(name, 5, World(0, 1, None)) as advance:
+        with sweep.progress(name, 5, World(0, 1, None)) as advance:
             advance(1)
     assert all(name in written.getvalue() for name in NAMES)
 
