@@ -89,11 +89,11 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
         classes = number_classes(tree.root, labels)
         named_by = "classes by number"
         if named:
-            try:
-                classes = _names(named, len(classes))
-                named_by = "classes in its order, named by .json"
-            except ValueError as error:
-                notes.append(f"classes are named by their numbers, as the .json members {error}")
+            told_names = _names(named, len(classes))
+            if isinstance(told_names, str):
+                notes.append(f"classes are named by their numbers, as the .json members {told_names}")
+            else:
+                classes, named_by = told_names, "classes in its order, named by .json"
     taken: dict[str, list[str]] = {}
     for name in (name for names in chosen.values() for name in names):
         folder, _, last = name.rpartition("/")
@@ -120,24 +120,21 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
     )
 
 
-def _names(named: Mapping[int, set[str]], num_classes: int) -> tuple[str, ...]:
-    """Classes by their numbers, as samples name them; of namesakes, each is followed by its number.
-
-    Raises:
-        ValueError: some have no name, several, or one that is none; the rest of a sentence.
-    """
+def _names(named: Mapping[int, set[str]], num_classes: int) -> tuple[str, ...] | str:
+    """Classes by their numbers, as samples name them; of namesakes, each is followed by its number. Or why they cannot
+    be named so: the rest of a sentence."""
     if (first := next((number for number in range(num_classes) if number not in named), None)) is not None:
-        raise ValueError(f"name {len(named)} of {num_classes} classes, not {first}")
+        return f"name {len(named)} of {num_classes} classes, not {first}"
     if several := [(number, sorted(names)) for number, names in sorted(named.items()) if len(names) > 1]:
         number, names = several[0]
-        raise ValueError(f"name class {number} both {names[0]!r} and {names[1]!r}")
+        return f"name class {number} both {names[0]!r} and {names[1]!r}"
     found = [next(iter(named[number])) for number in range(num_classes)]
     counts = Counter(found)
     told = [f"{name} ({number})" if counts[name] > 1 else name for number, name in enumerate(found)]
     try:
         return check_class_names(told, "it")
     except DataError as error:
-        raise ValueError(f"hold one that is none: {error}") from error
+        return f"hold one that is none: {error}"
 
 
 def _gaps(tars: Sequence[str]) -> list[str]:

@@ -47,10 +47,11 @@ class Int8:
         exported, quantised = self.found[-2:]
         ratio = quantised.images_per_second.median / exported.images_per_second.median
         rate = f"{ratio:.2f} times the images a second of float32" + (", which is slower" if ratio < 1 else "")
-        less = exported.accuracy.top1 - quantised.accuracy.top1
+        less = round(exported.accuracy.top1 - quantised.accuracy.top1, 2)
+        drop = f"{abs(less):.2f} points of top-1 {'less' if less > 0 else 'more'}" if less else "the same top-1"
         return (
             f"int8 at ρ {quantised.rho}: {rate}, {quantised.bytes / exported.bytes:.2f} of its size, "
-            f"{abs(less):.2f} points of top-1 {'less' if less >= 0 else 'more'}; on this CPU, {self.threads} "
+            f"{drop}; on this CPU, {self.threads} "
             f"{'thread' if self.threads == 1 else 'threads'}, onnxruntime"
         )
 
@@ -91,10 +92,10 @@ def export_int8(
         source = "train" if "train" in pipelines.open_dataset(data).splits else "val"
         quantised = quantise(content, _some_images(run, data, source, loader), threads)
     files.write(path, quantised.content)
-    shares = " and ".join(f"the {kind} kind on {share:.1%}" for kind, share in quantised.agreement.items())
+    shares = " and ".join(f"{share:.1%} with {kind} ranges" for kind, share in quantised.agreement.items())
     say(
-        f"wrote {path}: int8, {quantised.kind}; with {quantised.num_calibrated} images of {source} to calibrate on, "
-        f"{shares} of {quantised.num_compared} others agree with float32"
+        f"wrote {path}: int8 with {quantised.kind} ranges of activations; calibrated on {quantised.num_calibrated} "
+        f"images of {source}, int8 agrees with float32 on {shares} of {quantised.num_compared} others"
     )
     sessions = {"float32": Session(content, threads), f"int8 {quantised.kind}": Session(quantised.content, threads)}
     reader = pipelines.build(
