@@ -26,7 +26,7 @@ pytest.importorskip("onnxruntime")
 
 
 def model(classes=("cat", "dog", "emu"), **data):
-    small = ["model.embed_dim=32", "model.depth=1", *(f"data.{key}={value}" for key, value in data.items())]
+    small = ["model.embed_dim=48", "model.depth=1", *(f"data.{key}={value}" for key, value in data.items())]
     config = recipes.get("digits").with_settings(small)
     torch.manual_seed(0)
     method = methods.build(config, len(classes), steps_per_epoch=1).eval()
