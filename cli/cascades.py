@@ -40,6 +40,7 @@ def wish(
     fit_split: str | None,
     *,
     dynamic: bool,
+    int8: bool,
     push: bool,
 ) -> Wish | None:
     """What the options ask for; None if they ask for no cascade. Raises `ValueError` for what does not go together."""
@@ -57,6 +58,10 @@ def wish(
     if dynamic or push:
         option = "--push" if push else "--dynamic"
         raise ValueError(f"{option} does not go with --cascade, whose --export leaves ρ free anyway; leave it out")
+    if int8:
+        raise ValueError(
+            "--int8 does not go with --cascade: thresholds are fitted to the model as it is; leave one out"
+        )
     rhos = () if cascade == "auto" else tuple(sorted(parse_rhos(cascade, "--cascade")))
     if len(rhos) == 1 or len(rhos) > 4:
         raise ValueError(f"--cascade {cascade} names {len(rhos)} ρ; name two to four, such as 0.4,0.7,1.0, or auto")

@@ -38,7 +38,7 @@ def examine(config: Config, data: Path | None, loader: Backend) -> None:
     if data is None:
         raise ValueError("--doctor measures the loader; give --data")
     dataset = pipelines.open_dataset(data)
-    planned = plan(config, num_images=sum(dataset.per_class["train"]), num_classes=len(dataset.classes))
+    planned = plan(config, num_images=dataset.num_samples("train"), num_classes=len(dataset.classes))
     with dist.start() as world:
         if world.size > 1:
             raise ValueError("--doctor looks at one process; run it without torchrun")

@@ -126,6 +126,9 @@ def evaluate(
         ),
     ] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Export with ρ free at each call.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Export .onnx in 8 bits, and measure it beside the float form on --data.")
+    ] = False,
     predict: Annotated[
         list[str] | None,
         typer.Option(help="Say what an image file is, or those in a folder; may be repeated.", show_default=False),
@@ -158,6 +161,7 @@ def evaluate(
                 ("--cascade", cascade),
                 ("--sort", sort),
                 ("--dynamic", dynamic),
+                ("--int8", int8),
                 ("--split", split != "val"),
                 ("--loader", loader != "auto"),
             )
@@ -171,7 +175,7 @@ def evaluate(
         return
     if top is not None or format is not None:
         raise ValueError("--top and --format are for --predict; add it, or leave them out")
-    wanted = wish(cascade, demand, target_gmacs, fit_split, dynamic=dynamic, push=push is not None)
+    wanted = wish(cascade, demand, target_gmacs, fit_split, dynamic=dynamic, int8=int8, push=push is not None)
     single = [
         "--cascade" if wanted else "",
         demand.option,
@@ -186,11 +190,14 @@ def evaluate(
         raise ValueError("--license is for the card of a pushed model; add --push, or leave it out")
     if dynamic and (export is None or demand.option or rhos):
         raise ValueError("--dynamic goes with --export alone: a file whose ρ is free at each call")
-    if data is None and (sweeping or wanted or max_drop is not None):
+    if int8 and export is None:
+        raise ValueError("--int8 goes with --export FILE.onnx; add it, or leave --int8 out")
+    if data is None and (sweeping or wanted or max_drop is not None or int8):
         raise ValueError("--data is missing; name the data set to evaluate on, as given to pss-train")
     outputs.check_paths(output=output, export=export, push=push)
 
     import pipelines
+    from cli.export import Wanted8, check_export, write_export
     from pss.api.evaluation import REPORT, check_data, measure, open_runs
     from pss.inference import report, sweep, table
     from pss.inference.publishing import facts
@@ -202,9 +209,7 @@ def evaluate(
 
     def check_targets() -> None:
         if export is not None:
-            from pss.inference.export import check_target
-
-            check_target(export)
+            check_export(export, int8=int8)
         if push is not None:
             from pss.inference.hub import check_target as check_pushing
 
@@ -223,7 +228,7 @@ def evaluate(
         for point in (rhos or ()) if len(loaded) == 1 else ():  # beside others, a method without a knob has one row
             loaded[0].method.check_point(point)
         if dataset is not None:
-            check_data(loaded, runs, dataset)
+            check_data(loaded, runs, dataset, split)
         for note in (note for one in loaded for note in one.notes if world.is_main):
             typer.echo(note, err=True)
 
@@ -237,6 +242,8 @@ def evaluate(
                 outputs.agree(world, lambda: outputs.check_folder(folder, results, given=False))
             if push is not None:
                 loaded[0].published()  # raises for what cannot be
+            if world.is_main and (missing := report.missing()) is not None:
+                typer.echo(f"there will be no report: {missing}", err=True)
             found, writing = measured(rhos), outputs.Writing()
             if world.is_main:
                 with writing.result("the table"):  # first: whatever happens to the files, it is not lost
@@ -252,8 +259,7 @@ def evaluate(
                         about = facts.of(loaded[0], dataset=dataset.root.name, split=split, licence=licence)
                         write_model(push, loaded[0], names[0], found.rows, about, made)
                 if told := [name for name in writing.written if name != "the table"]:
-                    missing = "" if report.available() else f"; {report.MISSING}"
-                    typer.echo(f"wrote {outputs.listed(told)}{missing}", err=True)
+                    typer.echo(f"wrote {outputs.listed(told)}", err=True)
             world.barrier()
             writing.close()
         if wanted is not None:
@@ -268,7 +274,8 @@ def evaluate(
         if demand.option:
             rhos = [choose(demand, loaded[0], rhos, None if data is None else measured, batch_size, world.device)]
         if export is not None:
-            write_export(loaded[0], export, rhos, dynamic=dynamic)
+            quantised = None if not int8 or data is None else Wanted8(data, split, loader, batch_size)
+            write_export(loaded[0], export, rhos, dynamic=dynamic, int8=quantised)
 
 
 def _predict(run: str, images: Sequence[str], rho: float | None, top: int, form: str, **options: Any) -> None:
@@ -358,22 +365,6 @@ def choose(
     )
     flush()  # before anything is written, which may fail
     return chosen
-
-
-def write_export(one: Run, path: Path, rhos: Sequence[float] | None, *, dynamic: bool) -> None:
-    """Write a model for other programs."""
-    from pss.inference.export import export
-    from pss.inference.sweep import operating_points
-
-    points = (1.0,) if dynamic else operating_points(one, rhos)
-    if len(points) != 1 or (rhos is None and not dynamic and points != (None,)):
-        raise ValueError("--export needs one ρ, as in --rho 0.6, or --dynamic")
-    (point,) = points
-    worst = export(one, path, point=point, dynamic=dynamic)
-    how = "any ρ" if dynamic else "as trained" if point is None else f"ρ {point:.4g}"
-    typer.echo(
-        f"wrote {path}: {how}, any batch size; its logits differ from the model's by {worst:.1g} at most", err=True
-    )
 
 
 def main() -> None:

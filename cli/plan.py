@@ -81,7 +81,7 @@ def show_plan(config: Config, data: Path | None, wanted: Wanted) -> None:
     num_images, num_classes = IMAGENET_IMAGES, IMAGENET_CLASSES
     if data is not None:
         dataset = pipelines.open_dataset(data)
-        num_images, num_classes = sum(dataset.per_class["train"]), len(dataset.classes)
+        num_images, num_classes = dataset.num_samples("train"), len(dataset.classes)
     if steps_per_epoch := num_images // config.train.batch_size:
         check_steps(config, steps_per_epoch)
     planned = plan(config, num_images=num_images, num_classes=num_classes)

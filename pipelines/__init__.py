@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View, choose_loader, in_words
+from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View, choose_loader
+from pipelines.extras import need, require
 from pipelines.storage.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, find_maps, read_manifest
 from pipelines.storage.source import class_names, find_split_folder, open_source
 
@@ -60,25 +61,20 @@ def build(
     }
     backend = choose_backend(root, split) if loader == "auto" else loader
     if backend == "ffcv":
-        module = _import_backend("ffcv", "FFCV is not installed; install its headers, then run `make setup`")
+        need(choose_loader("ffcv"), "ffcv", "ffcv")
+        module = import_module("pipelines.loaders.ffcv_loader")
         made: Loader = module.FfcvLoader(root, split, check_bytes=check_bytes, **settings)
         return made
     source = open_source(root, split, check_bytes)
     if backend == "torch":
         made = import_module("pipelines.loaders.torch_loader").TorchLoader(source, **settings)
     elif backend == "dali":
-        module = _import_backend("dali", f"DALI is not installed; run `make setup`, or use {choose_loader('torch')}")
+        require("nvidia.dali", "dali", choose_loader("dali"))
+        module = import_module("pipelines.loaders.dali_loader")
         made = module.DaliLoader(source, **settings)
     else:
         raise DataError(f"there is no loader {loader!r}; use 'auto', 'torch', 'dali' or 'ffcv'")
     return made
-
-
-def _import_backend(name: str, remedy: str) -> Any:
-    try:
-        return import_module(f"pipelines.loaders.{name}_loader")
-    except ImportError as error:
-        raise DataError(f"{remedy}; importing it says: {in_words(error)}") from error
 
 
 def choose_backend(root: Path, split: str, beside: Backend = "auto") -> Backend:
@@ -104,6 +100,14 @@ class DataSet:
     """`train`, `val` or both."""
     manifest: Manifest | None
     """Of a converted data set; None for a plain folder."""
+
+    def num_samples(self, split: str) -> int:
+        """How many a split has; `DataError` where there is none of that name."""
+        if split not in self.splits:
+            raise DataError(
+                f"{self.root} has no {split} split, only {' and '.join(self.splits)}; name another data set"
+            )
+        return sum(self.per_class[split])
 
     @cached_property
     def per_class(self) -> dict[str, tuple[int, ...]]:

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.base import DataError
 from pipelines.conversion.processes import beat
 from pipelines.conversion.scan import ImageFile, decode_rgb
 from pipelines.conversion.shards import write_file
 from pipelines.conversion.work import Finished, load_finished
+from pipelines.extras import require
 from pipelines.storage.beton import (
     FIELD,
     HEADER,
@@ -79,10 +79,7 @@ def encode_piece(piece: Piece) -> Finished:
 
 def opencv() -> Any:
     """The module; `DataError` where it is missing."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise DataError("writing FFCV files needs OpenCV; install the ffcv extra") from error
+    cv2 = require("cv2", "ffcv", "--format ffcv")
     cv2.setNumThreads(0)
     return cv2
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipelines.base import DataError
 from pipelines.conversion.processes import WorkerLost
+from pipelines.extras import require
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -48,11 +48,7 @@ def map_ray(
 
 def need_ray() -> Any:
     """The module; `DataError` where it is missing."""
-    try:
-        import ray
-    except ImportError as error:
-        raise DataError("--engine ray needs Ray; install the ray extra or leave --engine out") from error
-    return ray
+    return require("ray", "ray", "--engine ray")
 
 
 def _call(function: Callable[[Task], Result], task: Task) -> Result:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.base import DataError, in_words
+from pipelines.extras import require
 from pipelines.sources.features import ClassNames, named_by, saved_files, saved_splits
 from pipelines.sources.names import WORDS, by_split, check_parts, order_classes
 from pipelines.sources.sample import (
@@ -177,7 +178,7 @@ def _columns(path: Path, schema: pyarrow.Schema, choice: Choice) -> tuple[str, s
     image = _chosen(what, "image", choice.images, _image_columns(schema), _IMAGES, schema.names)
     features = named_by(schema.metadata or {}, what)
     types = _pyarrow("pyarrow.types")
-    kinds = (types.is_integer, types.is_string, types.is_large_string)
+    kinds = (types.is_integer, types.is_string, types.is_large_string, types.is_string_view)
     fitting = [
         field.name
         for field in schema
@@ -368,9 +369,4 @@ def _data_bytes() -> int | None:
 
 
 def _pyarrow(module: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DataError("Parquet and Arrow files need pyarrow; install the parquet extra") from error
+    return require(module, "parquet", "reading Parquet and Arrow files")

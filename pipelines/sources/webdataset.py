@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,6 +18,8 @@ from pipelines.storage.json_files import bounded
 
 _LABELS = (".cls", ".lab", ".json")
 _JSON_KEYS = ("label", "cls", "class")
+_NAME_KEYS = ("class_name", "classname", "label_name", "labelname", "class", "label", "cls")
+"""Entries of a .json that may name a class, where they hold a word; the first that does counts."""
 _MAX_LABEL = 1 << 20  # bytes of a member that holds a label
 _MAX_DIGITS = 9
 _INFO = ("_info.json", "info.json")
@@ -29,7 +31,8 @@ _NUMBERED = re.compile(r"(.*?)(\d{1,9})(\D*\.tar)", re.IGNORECASE)
 def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
     """The samples of all tars in the order of their names; None where there is no tar.
 
-    Classes are named by the lines of a `classes.txt` beside the shards, else by their numbers.
+    Classes are named by the lines of a `classes.txt` beside the shards, else by an entry of the samples' .json that
+    names every class, else by their numbers.
 
     Raises:
         DataError: a shard is missing or damaged, a sample has no label, or more than one image.
@@ -60,10 +63,11 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
     members: dict[str, Counter[str]] = {}
     samples: dict[str, list[Sample]] = {}
     told: set[str] = set()
+    named: dict[int, set[str]] = {}
     for split, names in chosen.items():
         members[split], samples[split] = Counter(), []
         for name in names:
-            shard = _Shard(tree, name, choice, members[split])
+            shard = _Shard(tree, name, choice, members[split], named)
             if not (own := shard.samples()):
                 raise DataError(
                     f"{shown(shard.path)} holds no sample; download it again, or leave it out with --ignore"
@@ -80,8 +84,16 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
             raise DataError(f"{path} is not UTF-8; save it as such, or leave it out with --ignore") from error
         classes = check_class_names(lines, f"{path}")
         metadata[NAMES] = "class names"
+        named_by = f"named by {NAMES}"
     else:
         classes = number_classes(tree.root, labels)
+        named_by = "classes by number"
+        if named:
+            told_names = _names(named, len(classes))
+            if isinstance(told_names, str):
+                notes.append(f"classes are named by their numbers, as the .json members {told_names}")
+            else:
+                classes, named_by = told_names, "classes in its order, named by .json"
     taken: dict[str, list[str]] = {}
     for name in (name for names in chosen.values() for name in names):
         folder, _, last = name.rpartition("/")
@@ -97,7 +109,7 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
         classes,
         dict(labels),
         {split: some(names) for split, names in chosen.items()},
-        f"{' or '.join(sorted(told))} in each sample, {f'named by {NAMES}' if names_file else 'classes by number'}",
+        f"{' or '.join(sorted(told))} in each sample, {named_by}",
         lambda spool: dict(samples),
         taken=dict(taken),
         metadata=metadata,
@@ -106,6 +118,23 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
         uses_test=uses_test,
         members=members,
     )
+
+
+def _names(named: Mapping[int, set[str]], num_classes: int) -> tuple[str, ...] | str:
+    """Classes by their numbers, as samples name them; of namesakes, each is followed by its number. Or why they cannot
+    be named so: the rest of a sentence."""
+    if (first := next((number for number in range(num_classes) if number not in named), None)) is not None:
+        return f"name {len(named)} of {num_classes} classes, not {first}"
+    if several := [(number, sorted(names)) for number, names in sorted(named.items()) if len(names) > 1]:
+        number, names = several[0]
+        return f"name class {number} both {names[0]!r} and {names[1]!r}"
+    found = [next(iter(named[number])) for number in range(num_classes)]
+    counts = Counter(found)
+    told = [f"{name} ({number})" if counts[name] > 1 else name for number, name in enumerate(found)]
+    try:
+        return check_class_names(told, "it")
+    except DataError as error:
+        return f"hold one that is none: {error}"
 
 
 def _gaps(tars: Sequence[str]) -> list[str]:
@@ -157,8 +186,10 @@ def _shard_names(path: Any) -> list[str] | None:
 class _Shard:
     """One tar."""
 
-    def __init__(self, tree: Tree, name: str, choice: Choice, members: Counter[str]) -> None:
-        self.path, self.choice, self.members = tree.path(name), choice, members
+    def __init__(
+        self, tree: Tree, name: str, choice: Choice, members: Counter[str], named: dict[int, set[str]]
+    ) -> None:
+        self.path, self.choice, self.members, self.named = tree.path(name), choice, members, named
         self.told: set[str] = set()
         """Members that hold the labels, by suffix."""
 
@@ -232,7 +263,12 @@ class _Shard:
         for extension in by_extension:
             self.members[f".{extension}"] += 1
         image_member(image, self.path)
-        label = _label(self.path, labels[0], self.choice.label)
+        label, name = _label(self.path, labels[0], self.choice.label)
+        beside = by_extension.get("json")
+        if name is None and label not in self.named and beside is not None and labels[0] is not beside:
+            name = _name_beside(self.path, beside)
+        if name is not None:
+            self.named.setdefault(label, set()).add(name)
         self.told.add(PurePosixPath(labels[0].name).suffix.lower())
         return Sample(f"{shown(self.path)}, {image.name}", label, str(self.path), image.offset, image.length)
 
@@ -248,7 +284,8 @@ def _extension(name: str) -> str:
     return PurePosixPath(name).name.partition(".")[2].lower()
 
 
-def _label(path: Any, member: Member, key: str | None) -> int:
+def _label(path: Any, member: Member, key: str | None) -> tuple[int, str | None]:
+    """The number of a class, and its name where the member tells it."""
     if member.length > _MAX_LABEL:
         raise DataError(f"{shown(path)}, {member.name} has {member.length} bytes, too many for a label; repair the tar")
     content = Sample(member.name, 0, str(path), member.offset, member.length).read()
@@ -256,15 +293,15 @@ def _label(path: Any, member: Member, key: str | None) -> int:
         if member.name.lower().endswith(".lab"):
             if len(content) != 4:
                 raise ValueError("not four bytes")
-            return int.from_bytes(content, "little", signed=True)
+            return int.from_bytes(content, "little", signed=True), None
         if member.name.lower().endswith(".cls"):
-            return _number(content.decode("ascii").strip())
+            return _number(content.decode("ascii").strip()), None
         described = json.loads(content)
         values = [described[name] for name in (_JSON_KEYS if key is None else (key,)) if name in described]
         numbers = [value for value in values if type(value) is int] or [_number(str(value)) for value in values]
         first = numbers[0]
         if len(set(numbers)) == 1:  # beside the number of a class, its name is no contradiction
-            return first
+            return first, _name_in(described)
     except (ValueError, TypeError, IndexError, RecursionError) as error:
         raise DataError(
             f"{shown(path)}, {member.name} holds no class number: {content[:40]!r}; repair the tar, or name its entry "
@@ -274,6 +311,23 @@ def _label(path: Any, member: Member, key: str | None) -> int:
         f"{shown(path)}, {member.name} has several entries that may be the label, and they differ: {content[:40]!r}; "
         "say which with --label"
     )
+
+
+def _name_in(described: Mapping[str, Any]) -> str | None:
+    """What a sample's .json calls its class; None where it has only a number."""
+    words = [described[key] for key in _NAME_KEYS if isinstance(described.get(key), str)]
+    return next((word for word in words if word.strip() and not re.fullmatch(r"-?[0-9]+", word)), None)
+
+
+def _name_beside(path: Any, member: Member) -> str | None:
+    """The same of a .json that the class is not read from; None where it says nothing of the kind."""
+    if member.length > _MAX_LABEL:
+        return None
+    try:
+        described = json.loads(Sample(member.name, 0, str(path), member.offset, member.length).read())
+    except (ValueError, RecursionError):
+        return None
+    return _name_in(described) if isinstance(described, dict) else None
 
 
 def _number(text: str) -> int:

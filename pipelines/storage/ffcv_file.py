@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.base import DataError
+from pipelines.base import DataError, choose_loader
+from pipelines.extras import install_hint
 
 FFCV_VERSION = "1.0.2"
 
@@ -24,9 +25,11 @@ def import_ffcv() -> None:
     try:
         found = importlib.metadata.version("ffcv")
     except importlib.metadata.PackageNotFoundError:
-        raise DataError("FFCV is not installed; install the headers it needs, then run `make setup`") from None
+        raise DataError(f"{choose_loader('ffcv')} needs ffcv; run: {install_hint('ffcv')}") from None
     if found != FFCV_VERSION:
-        raise DataError(f"FFCV {found} is installed; the loader is written for {FFCV_VERSION}: run `make setup`")
+        raise DataError(
+            f"FFCV {found} is installed, and {choose_loader('ffcv')} needs {FFCV_VERSION}; run: {install_hint('ffcv')}"
+        )
     import numba
     import torch
 
@@ -38,7 +41,9 @@ def import_ffcv() -> None:
             from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
             from ffcv.pipeline.compiler import Compiler
     except ImportError as error:
-        raise DataError(f"FFCV cannot be imported ({error}); run `make setup`") from error
+        raise DataError(
+            f"{choose_loader('ffcv')} needs ffcv, which cannot be imported ({error}); run: {install_hint('ffcv')}"
+        ) from error
     torch.set_num_threads(threads)
 
     def set_num_threads(count: int) -> None:

@@ -23,7 +23,7 @@ from pss.runs.lock import BUDGET, CONFIG, SUMMARY
 from pss.runtime.files import in_words
 from pss.runtime.processes import World
 
-MakeLoaders = Callable[[Config], tuple[Loader, Loader]]
+MakeLoaders = Callable[[Config], tuple[Loader, Loader | None]]
 Say = Callable[[str], None]
 
 _SHARE, _LEAST_SECONDS, _MOST_SECONDS = 0.06, 2.0, 30.0  # of the time that there is, what measuring takes, about
@@ -190,6 +190,7 @@ def _loader_rate(config: Config, make_loaders: MakeLoaders, world: World) -> flo
         told = world.broadcast(str(world.size * images_per_second(train_loader, _LOADER_SECONDS)))
     finally:
         train_loader.close()
-        val_loader.close()
+        if val_loader is not None:
+            val_loader.close()
     assert told is not None
     return float(told)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pipelines
 from pipelines.base import DataError
+from pipelines.storage.manifest import canonical_split
 from pss.api.cascading import Found, Target, cascade_of
 from pss.api.training import LoaderName
 from pss.inference import report, sweep, table
@@ -136,8 +137,13 @@ def open_runs(
     return opened
 
 
-def check_data(runs: Sequence[Run], sources: Sequence[str | Path], dataset: pipelines.DataSet) -> None:
-    """Raise `DataError` where a model tells other classes apart than the data set has."""
+def check_data(runs: Sequence[Run], sources: Sequence[str | Path], dataset: pipelines.DataSet, split: str) -> None:
+    """Raise `DataError` where the data set has no such split, or a model tells other classes apart than it has."""
+    if canonical_split(split) not in dataset.splits:
+        (other,) = dataset.splits
+        raise DataError(
+            f"{dataset.root} has no {split} split; name another data set with --data, or add --split {other}"
+        )
     for run, source in zip(runs, sources, strict=True):
         if run.num_classes != len(dataset.classes):
             raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.cells import cell_len
 
 from pipelines.augment.device import DeviceTransform
 from pipelines.base import Batch, DataError
@@ -26,6 +28,9 @@ from pss.inference.sweep import predict as logits_of
 from pss.inference.text import cell, printable
 from pss.methods import Point
 from pss.runtime import processes
+
+_WIDEST = 60
+"""Cells of a terminal that a column of the table is padded to at most."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def listed(images: Sequence[str | Path]) -> list[str]:
     found: list[str] = []
     for one in map(Path, images):
         if one.is_dir():
-            below = sorted(str(path) for path in one.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            below = sorted(str(path) for path in one.rglob("*") if _is_image(path))
             if not below:
                 raise DataError(f"there is no image in {one}; name files, or a folder with *.jpg or the like")
             found += below
@@ -85,6 +90,11 @@ def listed(images: Sequence[str | Path]) -> list[str]:
         else:
             raise DataError(f"{one} is not there; name image files, or folders of them")
     return found
+
+
+def _is_image(path: Path) -> bool:
+    """By its name; what begins with a dot is another program's, such as `._photo.jpg`."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def _predictions(
@@ -157,9 +167,14 @@ def as_csv(predictions: Sequence[Prediction]) -> str:
 
 
 def as_table(predictions: Sequence[Prediction]) -> str:
-    """A line for every file."""
+    """A line for every file, in columns."""
+    rows = [
+        [printable(one.file), *(f"{printable(name)} {value:.1%}" for name, value in one.classes)] for one in predictions
+    ]
+    columns = itertools.zip_longest(*rows, fillvalue="")
+    widths = [min(_WIDEST, max(map(cell_len, column))) for column in columns]
     lines = []
-    for one in predictions:
-        told = "  ".join(f"{printable(name)} {value:.1%}" for name, value in one.classes)
-        lines.append(f"{printable(one.file)}  {told or one.error}")
+    for one, row in zip(predictions, rows, strict=True):
+        padded = [cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([*padded, one.error]).rstrip())
     return "\n".join(lines) + "\n"

@@ -156,7 +156,7 @@ def train(
             check_shapes(config)
         train_loader, val_loader = _make_loaders(config, data=data, loader=loader, world=world)
         try:
-            backends = {train_loader.backend, val_loader.backend}
+            backends = {one.backend for one in (train_loader, val_loader) if one is not None}
             check_machine(config, settings, device=world.device.type, backends=backends)
             check_steps(config, train_loader.steps_per_epoch)
             classes = list(dataset.classes)
@@ -165,20 +165,22 @@ def train(
             )
             if world.is_main:
                 records.write(output / CONFIG, config.to_dict())
-            for line in _first_words(trainer, len(classes)):
+            for line in _first_words(trainer, len(classes), data):
                 speak(line)
             world.barrier()
             trainer.fit()
             if world.is_main:
                 _draw(output, speak)
-            speak(f"done: {output}; next: pss-eval {output} --data {data}")
+            held_out = str(data) if val_loader is not None else "a data set with a validation split"
+            speak(f"done: {output}; next: pss-eval {output} --data {held_out}")
         except RuntimeError as error:
             if world.size > 1 and processes.is_lost(error):
                 raise processes.LostProcess(world.rank, error) from error
             raise
         finally:
             train_loader.close()
-            val_loader.close()
+            if val_loader is not None:
+                val_loader.close()
             if world.is_main:
                 budgeting.account(output, time.perf_counter() - began, speak)
     return Trained(output)
@@ -205,8 +207,8 @@ def fit_to_budget(
         return budgeting.choose_run(budget, config, settings, dataset, make, folder=folder, world=world, began=began)
 
 
-def _make_loaders(config: Config, *, data: Path, loader: Backend, world: World) -> tuple[Loader, Loader]:
-    """Of the training images and the validation images, on this process."""
+def _make_loaders(config: Config, *, data: Path, loader: Backend, world: World) -> tuple[Loader, Loader | None]:
+    """Of the training images and the validation images, if there are any, on this process."""
     options: dict[str, Any] = {
         "config": config.data,
         "batch_size": config.train.batch_size // world.size,
@@ -218,6 +220,8 @@ def _make_loaders(config: Config, *, data: Path, loader: Backend, world: World) 
     }
     train = pipelines.build(data, "train", train=True, loader=loader, label_maps=config.data.label_maps, **options)
     try:
+        if "val" not in pipelines.open_dataset(data).splits:
+            return train, None
         # Accuracy is measured on the original bytes, which FFCV's files do not hold.
         backend = pipelines.choose_backend(data, "val", beside=loader)
         return train, pipelines.build(data, "val", train=False, loader=backend, **options)
@@ -234,7 +238,7 @@ def _draw(output: Path, speak: Say) -> None:
         speak(f"{output / CURVES} could not be drawn ({in_words(error)})")
 
 
-def _first_words(trainer: Trainer, num_classes: int) -> list[str]:
+def _first_words(trainer: Trainer, num_classes: int, data: Path) -> list[str]:
     config, loader = trainer.config, trainer.train_loader
     begin = f"continuing at step {trainer.step}" if trainer.step else "starting"
     lines = [
@@ -242,6 +246,10 @@ def _first_words(trainer: Trainer, num_classes: int) -> list[str]:
         f"{num_classes} classes, {trainer.total_steps:,} steps, {loader.backend} loader",
         trainer.method.course(),
     ]
+    if trainer.val_loader is None:
+        lines.append(
+            f"{data} has no validation split: no accuracy will be measured, and no checkpoint is noted as the best one"
+        )
     if trainer.moved is not None:
         lines.append(trainer.moved)
     if trainer.started_from is not None:

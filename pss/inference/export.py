@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipelines.base import DataConfig
+from pipelines.extras import need
 from pss.inference.opening import Run
 from pss.methods import Method, Point
 from pss.models import settings
@@ -32,7 +32,7 @@ LEVELS = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Shares of patches at which a file with a free one is compared with the model it was made from."""
 
 METADATA = "pss.json"
-"""The metadata's name inside a `.pt2` file; ONNX files carry the same under its keys."""
+"""The metadata's name in a file. ONNX files also carry them under their own keys, as older ones did alone."""
 
 _TOLERANCE = 1e-4
 _OPSET = 18
@@ -61,6 +61,15 @@ def export(
             too large for ONNX, or a difference of more than 1e-4 (of the largest logit, where that is above 1).
         OSError: the file cannot be written; what was there before still is.
     """
+    content, worst = made(run, path, point=point, dynamic=dynamic, more=more)
+    files.write(path, content)
+    return worst
+
+
+def made(
+    run: Run, path: Path, *, point: Point, dynamic: bool = False, more: Mapping[str, Any] | None = None
+) -> tuple[bytes, float]:
+    """What `export` would write, and what it returns; raises `ValueError` as it does."""
     check_target(path)
     if path.suffix == ".onnx" and (size := sum(one.nbytes for one in run.method.state_dict().values())) > _MOST_BYTES:
         raise ValueError(
@@ -76,20 +85,15 @@ def export(
     program = _trace(module.eval(), method.model, dynamic=dynamic, explicit_attention=path.suffix == ".onnx")
     # Made in memory: torch's own writer ends the process where the disk is full.
     content = _pt2(program, metadata) if path.suffix == ".pt2" else _onnx(program, metadata, dynamic=dynamic)
-    worst = _compare(method, path, content, LEVELS if dynamic else (point,), dynamic=dynamic)
-    files.write(path, content)
-    return worst
+    return content, _compare(method, path, content, LEVELS if dynamic else (point,), dynamic=dynamic)
 
 
 def check_target(path: Path) -> None:
     """Raise `ValueError` for a file that cannot be written here."""
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"--export {path}: name a file that ends in .onnx or .pt2")
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
-    if path.suffix == ".onnx" and missing:
-        raise ValueError(
-            f"--export {path} needs {', '.join(missing)}; run: pip install 'patch-sampling-schedule[export]'"
-        )
+    if path.suffix == ".onnx":
+        need(f"--export {path}", "export", "onnx", "onnxscript", "onnxruntime")
 
 
 def describe(
@@ -185,9 +189,8 @@ def _onnx(program: Any, metadata: dict[str, Any], *, dynamic: bool) -> bytes:
     )
     assert written is not None
     model = written.model_proto
-    onnx.helper.set_model_props(
-        model, {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    )
+    words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    onnx.helper.set_model_props(model, words | {METADATA: json.dumps(metadata)})
     model.ir_version = _IR_VERSION
     onnx.checker.check_model(model)
     content: bytes = model.SerializeToString()

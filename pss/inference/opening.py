@@ -145,7 +145,10 @@ def load_run(
     if best:
         noted = checkpoint.read_best(checkpoints)
         if noted is None:
-            raise ValueError(f"{folder} holds no validated checkpoint yet; let pss-train finish an epoch")
+            raise ValueError(
+                f"{folder} holds no validated checkpoint; leave out --best, or let pss-train finish an epoch with a "
+                "validation split"
+            )
         path = checkpoints / noted["file"]
         # What was best is evaluated: of an epoch, the weights or their average.
         ema = ema or noted.get("weights") == "ema"

@@ -54,22 +54,27 @@ def plot_sweep(rows: Sequence[dict[str, Any]]) -> bytes:
 def plot_training(rows: Sequence[dict[str, Any]]) -> bytes:
     """A run's losses and accuracy over its epochs, and the accuracy over its hours: a PNG.
 
-    `rows` are those of `log.jsonl` of the kind `epoch`; what a row has none of is left out. Raises `ValueError` where
-    there is no row.
+    `rows` are those of `log.jsonl` of the kind `epoch`; what a row has none of is left out. A run without a
+    validation split has its loss alone, over epochs and hours. Raises `ValueError` where there is no row.
     """
     if not rows:
         raise ValueError("log.jsonl holds no epoch yet; draw its curves once one is over")
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    losses, scores, hours = figure.subplots(1, 3)
+    validated = any("top1" in row for row in rows)
+    figure = Figure(figsize=(11 if validated else 7.5, 4.2), layout="constrained")
+    losses, *others = figure.subplots(1, 3 if validated else 2)
     seconds = list(itertools.accumulate(row["train_seconds"] for row in rows))
     per, unit = (3600, "hours") if seconds[-1] >= 3600 else (60, "minutes")
     epochs = [row["epoch"] for row in rows]
     times = [value / per for value in seconds]
-    for axes, xs, keys in (
-        (losses, epochs, {"loss": "training", "val_loss": "validation"}),
-        (scores, epochs, {"top1": "weights", "ema_top1": "their average"}),
-        (hours, times, {"top1": "weights", "ema_top1": "their average"}),
-    ):
+    loss_keys, score_keys = (
+        {"loss": "training", "val_loss": "validation"},
+        {"top1": "weights", "ema_top1": "their average"},
+    )
+    hours = others[-1]
+    drawn: list[tuple[Axes, list[Any], dict[str, str]]] = [(losses, epochs, loss_keys)]
+    drawn += [(scores, epochs, score_keys) for scores in others[:-1]]
+    drawn.append((hours, times, score_keys if validated else loss_keys))
+    for axes, xs, keys in drawn:
         for number, (key, name) in enumerate(keys.items()):
             ys = [row.get(key) for row in rows]
             if any(y is not None for y in ys):
@@ -80,9 +85,10 @@ def plot_training(rows: Sequence[dict[str, Any]]) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     losses.set(xlabel="epoch", ylabel="cross entropy")
-    scores.set(xlabel="epoch", ylabel="top-1 accuracy, %")
-    hours.set(xlabel=f"{unit} of training", ylabel="top-1 accuracy, %")
-    for axes in (losses, scores):
+    hours.set(xlabel=f"{unit} of training", ylabel="top-1 accuracy, %" if validated else "cross entropy")
+    for scores in others[:-1]:
+        scores.set(xlabel="epoch", ylabel="top-1 accuracy, %")
+    for axes in (losses, *others[:-1]):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _png(figure)
 

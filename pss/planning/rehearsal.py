@@ -32,8 +32,8 @@ from pss.training.trainer import Trainer
 _STRETCH_SECONDS = 0.1  # of steps that are timed together: on a GPU they overlap
 _FEWEST_ROUNDS, _MOST_ROUNDS, _MOST_STEPS = 3, 25, 100
 
-Loaders = Callable[[Config], tuple[Loader, Loader]]
-"""Makes the loaders of the training and of the validation images."""
+Loaders = Callable[[Config], tuple[Loader, Loader | None]]
+"""Makes the loaders of the training images and of the validation images, if there are any."""
 Key = tuple[int, float, str]
 """Size of the images, and the stage: what `Level` is known by in plans of runs of other lengths."""
 
@@ -106,7 +106,8 @@ def rehearse(
         found = run.measure(planned, list(wanted), build, seconds)
     finally:
         train_loader.close()
-        val_loader.close()
+        if val_loader is not None:
+            val_loader.close()
     told = world.broadcast(found.to_json() if world.is_main else None)
     assert told is not None
     return Taken.from_json(told)
@@ -143,7 +144,8 @@ class _Rehearsal(Trainer):
             validation = self._validation_seconds(seconds / 4)
         finally:
             self.inputs.rest()
-            self.val_inputs.rest()
+            if self.val_inputs is not None:
+                self.val_inputs.rest()
         steps = {key: statistics.median(total for total, _ in found) for key, found in self._kept.items()}
         waits = {key: statistics.median(waited for _, waited in found) for key, found in self._kept.items()}
         build += sum(max(0.0, sum(warm) - len(warm) * steps[key]) for key, warm in self._warm.items())
@@ -263,7 +265,9 @@ class _Rehearsal(Trainer):
         return taken
 
     def _validation_seconds(self, seconds: float) -> float:
-        """Of a whole validation: measured, or what it comes to from a part of its batches."""
+        """Of a whole validation: measured, or what it comes to from a part of its batches; 0 where there is none."""
+        if self.val_inputs is None:
+            return 0.0
         self.vote = clock = _Clock(self.world, seconds)
         began = time.perf_counter()
         with suppress(Interrupted):

@@ -172,10 +172,10 @@ class Reporter:
         row, self.pending = self.pending | validation, None
         self._write("epoch", **row)
         averaged = f"  (average {row['ema_top1']:.2f} %)" if "ema_top1" in row else ""
+        validated = f"  val loss {row['val_loss']:.3f}  top-1 {row['top1']:.2f} %{averaged}" if "top1" in row else ""
         self.say(
-            f"{where}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  "
-            f"top-1 {row['top1']:.2f} %{averaged}  {row['train_seconds']:.1f} s  data wait {row['data_wait']:.0%}"
-            + (f"  {row['skipped']} steps skipped so far" if row["skipped"] else "")
+            f"{where}  loss {row['loss']:.3f}{validated}  {row['train_seconds']:.1f} s  "
+            f"data wait {row['data_wait']:.0%}" + (f"  {row['skipped']} steps skipped so far" if row["skipped"] else "")
         )
         return row
 
@@ -226,8 +226,11 @@ class Reporter:
                 _log.warning("%s failed (%s: %s); the run goes on", what, type(error).__name__, in_words(error))
 
 
-def score_of(row: Row) -> tuple[float, str]:
-    """What the best checkpoint is best in, top-1, and whether of the weights (`method`) or their average (`ema`)."""
+def score_of(row: Row) -> tuple[float, str] | None:
+    """What the best checkpoint is best in, top-1, and whether of the weights (`method`) or their average (`ema`); None
+    for an epoch that was not validated."""
+    if "top1" not in row:
+        return None
     plain, average = float(row["top1"]), float(row.get("ema_top1", -1.0))
     return (average, "ema") if average > plain else (plain, "method")
 

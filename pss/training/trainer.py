@@ -50,7 +50,7 @@ class Trainer:
         self,
         config: Config,
         train_loader: Loader,
-        val_loader: Loader,
+        val_loader: Loader | None,
         *,
         classes: list[str],
         output: Path,
@@ -97,7 +97,7 @@ class Trainer:
             world.device,
             prefetch_bytes=config.data.prefetch_bytes(world.device.type),
         )
-        self.val_inputs = evaluation_inputs(val_loader, config.data, world.device)
+        self.val_inputs = None if val_loader is None else evaluation_inputs(val_loader, config.data, world.device)
         decay = config.train.ema_decay
         self.ema: ModelEmaV3 | None = ModelEmaV3(self.method, decay=decay) if decay else None
         self.guard = Guard(world.device, config.train.max_skipped)
@@ -115,7 +115,7 @@ class Trainer:
     def _check_shards(self) -> None:
         if not self.method.shards:
             raise ValueError(f"method {self.method.name} cannot be sharded; set train.parallel=ddp")
-        if self.val_loader.num_samples < self.world.size:
+        if self.val_loader is not None and self.val_loader.num_samples < self.world.size:
             raise DataError(
                 f"the validation split has {self.val_loader.num_samples} images for {self.world.size} processes with a "
                 "sharded model; use fewer processes, or train.parallel=ddp"
@@ -158,7 +158,8 @@ class Trainer:
             self._check_learnt()
         finally:
             self.inputs.rest()
-            self.val_inputs.rest()
+            if self.val_inputs is not None:
+                self.val_inputs.rest()
             self.reporter.close()
             self.saver.close()
         return self.row
@@ -312,8 +313,8 @@ class Trainer:
 
     def _settle(self, row: dict[str, Any]) -> None:
         self.row = row
-        score, weights = score_of(row)
-        self.saver.note_best(step=self.step, score=score, weights=weights)
+        if (best := score_of(row)) is not None:
+            self.saver.note_best(step=self.step, score=best[0], weights=best[1])
 
     def _check_delivered(self) -> None:
         """Every sample of the plan, each as often as planned, also where the epoch was resumed in the middle."""
@@ -325,12 +326,15 @@ class Trainer:
             )
 
     def _validate(self, stop: list[int]) -> dict[str, float]:
-        """Accuracy of the weights and, where there is one, of their moving average, at the first operating point.
+        """Accuracy of the weights and, where there is one, of their moving average, at the first operating point;
+        nothing of the kind without a validation split.
 
         Raises:
             Interrupted: the run is to stop; it does within a batch.
         """
         self.vote.close()  # what was asked of the last training step is asked again
+        if self.val_inputs is None:
+            return self.method.facts()
 
         def between() -> None:
             if self.vote.cast(bool(stop), False, False)[0]:

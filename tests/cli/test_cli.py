@@ -28,6 +28,7 @@ import cli.train
 import pss.inference.report
 import pss.runs.lock
 from cli.errors import run
+from pipelines.extras import install_hint
 from pss.runs import checkpoint
 from pss.runs.log import read_rows
 from tools import crash_runs
@@ -94,9 +95,9 @@ def test_eval_writes_table_rows_and_picture(trained, image_root, tmp_path, capsy
 
 
 def test_eval_says_what_the_report_needs(trained, image_root, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pss.inference.report, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "plotly", None)
     call(cli.eval.app, trained, "--data", image_root, "--rho", "1", "--output", tmp_path, "--loader", "torch")
-    assert "pip install 'patch-sampling-schedule[report]'" in capsys.readouterr().err
+    assert f"report.html needs plotly; run: {install_hint('report')}" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
 
 
@@ -515,4 +516,4 @@ def test_the_best_checkpoint_can_be_evaluated(capsys, image_root, tmp_path):
     capsys.readouterr()
     assert "leave out --best" in mistake(capsys, cli.eval.app, oldest, *arguments, "--best")
     best.unlink()
-    assert "no validated checkpoint yet" in mistake(capsys, cli.eval.app, output, *arguments, "--best")
+    assert "no validated checkpoint; leave out --best" in mistake(capsys, cli.eval.app, output, *arguments, "--best")

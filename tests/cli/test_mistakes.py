@@ -108,6 +108,7 @@ run --license mit --data {data} ; run --push there --license Mine! --data {data}
 run --cascade 0.5 --data {data} ; run --cascade a --data {data} ; run --cascade auto
 run --target-gmacs 1 --data {data} ; run other --cascade auto --data {data}
 run --fit-split val --data {data} ; run --cascade auto --target-ips 5 --data {data}
+run --cascade auto --export m.onnx --int8 --data {data}
 run --loader jpeg --data {data} ; run --sort size --data {data} ; run --data nowhere
 """
 

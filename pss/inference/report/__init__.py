@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Sequence
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from pipelines.extras import need
 from pss.inference.exhibit import Exhibit, Picture
 from pss.inference.opening import Run
 from pss.inference.sweep import Row, Sweep, finite
@@ -26,16 +26,22 @@ from pss.inference.text import printable
 from pss.runs.log import read_rows
 from pss.runtime import files
 
-MISSING = "report.html needs plotly; run: pip install 'patch-sampling-schedule[report]'"
-"""What to say where no report can be made."""
-
 _MAX_POINTS = 1000
 _SMOOTHING = 0.9
 
 
 def available() -> bool:
     """Whether reports can be made here."""
-    return find_spec("plotly") is not None
+    return missing() is None
+
+
+def missing() -> str | None:
+    """What to say where no report can be made; None where one can."""
+    try:
+        need("report.html", "report", "plotly")
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def write(found: Sweep, runs: Sequence[Run], names: Sequence[str], path: Path) -> None:

@@ -171,7 +171,9 @@ function drawTraining() {
       name: plain(short(run.name)), mode: key === "loss" ? "lines" : "lines+markers", x: run.training[key][axis], y: run.training[key].values,
       line: { color: colour(number), width: 2 }, marker: { symbol: symbols[number % symbols.length], size: 5 },
       hovertemplate: `${axis === "steps" ? "step %{x:,}" : "%{x:.3~g} h"}<br>%{y:.4~g}<extra>%{fullData.name}</extra>`,
-    }).filter(Boolean);
+    }).filter((trace) => trace && trace.x.length);
+    get(key).parentElement.hidden = !traces.length;  // a run without a validation split has none
+    if (!traces.length) continue;
     draw(key, traces, { xaxis: { title: { text: axis, standoff: 4 }, nticks: 6 } });
   }
 }

@@ -329,7 +329,7 @@ def test_what_is_missing_is_noticed_before_the_first_image(tmp_path: Path, monke
     monkeypatch.setattr(conversion._Conversion, "run", lambda _: pytest.fail("it began"))
     for module, options in (("cv2", {"formats": ("ffcv",)}), ("ray", {"formats": ("dali",), "engine": "ray"})):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(DataError, match="install the"):
+        with pytest.raises(DataError, match=rf"needs {module}; run: pip install"):
             conversion.convert(str(tmp_path / "src"), tmp_path / "set", Options(**options), Silent())  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 

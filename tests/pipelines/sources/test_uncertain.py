@@ -217,7 +217,10 @@ def test_entries_that_contradict_each_other_are_refused(label: dict[str, Any], s
 def test_the_name_of_a_class_is_no_contradiction_to_its_number(src: Path) -> None:
     tar(src / "train-0.tar", {"1.jpg": jpeg(), "1.json": b'{"label": 0, "class": "cat"}'})
     found = look(src).claim
-    assert (list(found.splits["train"]), found.labels) == ([0], ".json in each sample, classes by number")
+    assert (list(found.splits["train"]), found.labels) == (
+        [0],
+        ".json in each sample, classes in its order, named by .json",
+    )
 
 
 def test_an_entry_that_is_asked_for_must_be_there(src: Path) -> None:
