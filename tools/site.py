@@ -53,8 +53,8 @@ def settings_page() -> str:
         "# All settings",
         "",
         "Change one with `--set NAME=VALUE`, or in [a file of your own](recipes.md). `pss-train RECIPE --set help`",
-        "shows the values of that recipe. A setting that nothing in the run would read is refused, and so is a wrong value,",
-        "before anything is loaded. The defaults below are those of a recipe that sets nothing.",
+        "shows the values of that recipe. A setting that nothing in the run would read is refused, and so is a wrong",
+        "value, before anything is loaded. The defaults below are those of a recipe that sets nothing.",
     ]
     for section, rows in shown.items():
         lines += ["", f"## {section or 'The method'}", ""]
