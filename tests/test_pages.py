@@ -42,7 +42,7 @@ LINES = [(page.stem, line) for page in PAGES for line in commands(page)]
 
 @pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page}-{number}" for number, (page, _) in enumerate(LINES)])
 def test_every_command_parses(page, line):
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line.partition(" > ")[0], comments=True)
     start = next(number for number, word in enumerate(words) if word.startswith("pss-"))
     context = typer.main.get_command(MODULES[words[start]].app).make_context(words[start], words[start + 1 :])
     recipe = context.params.get("recipe")
