@@ -123,9 +123,9 @@ class WandB(Logger):
             settings=wandb.Settings(console="off", silent=True, login_timeout=30),
         )
         self.key = self._run.id
-        if self._run.url:
+        if not self._run.offline:
             run.say(f"Weights & Biases: {self._run.url}")
-        elif os.environ.get("WANDB_MODE") == "offline":
+        elif not self._run.disabled:
             run.say(f"Weights & Biases: offline; wandb sync {where}/wandb/offline-run-*-{self.key} uploads it")
 
     def add(self, row: Mapping[str, Any]) -> None:
