@@ -16,9 +16,11 @@ from pss.planning.feeding import Feed, assumed_feeds
 from pss.planning.gpu import CARDS, Card, Host, Parts, Work, assumptions, predict, read_host, works
 from pss.planning.plan import IMAGENET_CLASSES, IMAGENET_IMAGES, Plan, plan
 from pss.planning.simulation import Machine, Simulated, prepared_batches, queue_batches, remedies, run_on
+from pss.runtime.files import obstacle, write
 from pss.starting import check_steps
 
 _WIDTH = 72
+_EIGHTHS = "▁▂▃▄▅▆▇█"
 _TFLOPS = 290.0  # what an H200 sustains at the rates that `tools.benchmarks.step` aims at
 _CORES = 16  # of a GPU's node, for each GPU
 
@@ -74,9 +76,18 @@ class Wanted:
         return [given, *feeds], given
 
 
-def show_plan(config: Config, data: Path | None, wanted: Wanted) -> None:
-    """All of `--plan`, on ImageNet-1k's number of images where there is no data. Raises `ValueError`."""
+def show_plan(config: Config, data: Path | None, wanted: Wanted, picture: Path | None = None) -> None:
+    """All of `--plan`, on ImageNet-1k's number of images where there is no data; `picture` is where it is drawn.
+
+    Raises:
+        ValueError: options that do not go together, or a run that cannot be.
+        OSError: the picture cannot be written.
+    """
     wanted.check()
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise ValueError(f"--picture {picture} is drawn as a PNG; name a file that ends in .png")
+    if picture is not None and (reason := obstacle(picture)) is not None:
+        raise ValueError(f"--picture {picture} cannot be written: {reason}; name another file")
     host = read_host(wanted.measured)
     num_images, num_classes = IMAGENET_IMAGES, IMAGENET_CLASSES
     if data is not None:
@@ -95,6 +106,19 @@ def show_plan(config: Config, data: Path | None, wanted: Wanted) -> None:
             "\n--gpu h100 predicts the run on one, and which loaders keep up with it;\n--loader-rate says how one "
             "keeps up (see tools.benchmarks.loader), on --gpus and --nodes"
         )
+    if picture is not None:
+        write(picture, draw_plan(config, planned))
+        typer.echo(f"wrote {picture}", err=True)
+
+
+def draw_plan(config: Config, planned: Plan) -> bytes:
+    """ρ and the learning rate of a run, a PNG."""
+    from pss.inference.plots import plot_plan
+
+    rates = [(rate.step, rate.low, rate.high) for rate in planned.rates]
+    title = f"{config.recipe}: {config.train.epochs:,} epochs of {planned.steps_per_epoch:,} steps"
+    title += f", {planned.saving:.0%} of the arithmetic saved" if planned.saving >= 0.005 else ""
+    return plot_plan(planned.rhos, rates, steps_per_epoch=planned.steps_per_epoch, title=title)
 
 
 def fitting(
@@ -160,6 +184,24 @@ def show(config: Config, planned: Plan, whose: str = "") -> None:
     if planned.steps_per_epoch < planned.total_steps:
         typer.echo(f"\nρ over the first epoch, {planned.steps_per_epoch:,} steps")
         draw(planned.rhos[: planned.steps_per_epoch])
+    show_rates(planned)
+
+
+def show_rates(planned: Plan) -> None:
+    """The learning rate over the run, in a line of blocks below its first, largest and last value."""
+    top = max(planned.rates, key=lambda rate: rate.high)
+    first, last = planned.rates[0], planned.rates[-1]
+    typer.echo(
+        f"\nlearning rate over the run: {first.high:.3g} at first, {top.high:.3g} at most (epoch "
+        f"{top.step / planned.steps_per_epoch:.3g}), {last.high:.3g} at the end"
+    )
+    width = min(_WIDTH, planned.total_steps)
+    marks = ""
+    for column in range(width):
+        middle = (column + 0.5) * planned.total_steps / width
+        nearest = min(planned.rates, key=lambda rate: abs(rate.step - middle))
+        marks += _EIGHTHS[round(nearest.high / top.high * (len(_EIGHTHS) - 1))]
+    typer.echo(f"      {marks}")
 
 
 def draw(rhos: Sequence[float]) -> None:

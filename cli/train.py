@@ -103,6 +103,10 @@ def train(
         bool,
         typer.Option("--plan", help="Train nothing; show rho, costs and what the loader must deliver."),
     ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="With --plan: draw rho and the learning rate into this PNG.", show_default=False),
+    ] = None,
     doctor: Annotated[
         bool,
         typer.Option("--doctor", help="Train nothing; measure whether the model or the loader bounds each rho."),
@@ -155,8 +159,10 @@ def train(
         wanted = Wanted(gpu, gpus, nodes, cores, loader, loader_rate, gpu_rate, files)
         if (budget_hours, budget_of_dense) != (None, None):
             config = fitting(config, data, wanted, settings, budget_hours, budget_of_dense, _began)
-        show_plan(config, data, wanted)
+        show_plan(config, data, wanted, picture)
         return
+    if picture is not None:
+        raise ValueError("--picture draws what --plan shows; add --plan, or leave it out")
     if (gpu, gpus, nodes, cores, loader_rate, gpu_rate, measured or None) != (None, 1, 1, None, None, None, None):
         raise ValueError(
             "--gpu, --loader-rate, --gpu-rate, --gpus, --nodes, --cores and --measured are for --plan; add it, or "

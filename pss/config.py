@@ -54,6 +54,7 @@ _MAY_DIFFER = (
     "train.max_steps",
     "train.num_workers",
     "train.log_every_steps",
+    "train.loggers",
     "train.checkpoint_every_minutes",
     "train.keep_checkpoints",
     "train.max_skipped",

@@ -43,6 +43,9 @@ __all__ = [
 
 S = TypeVar("S", bound=Section)
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")
+"""What shows the rows of a log (`pss.runs.loggers`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section, section="model"):
@@ -245,12 +248,22 @@ class TrainConfig(Section, section="train"):
     """Decoding threads or processes of the loader per rank; None takes the cores at hand."""
     log_every_steps: Always[Positive] = 50
     """Steps between two rows of `log.jsonl`."""
+    loggers: Always[tuple[Text, ...]] = ("tensorboard",)
+    """What shows the rows of `log.jsonl`: tensorboard, wandb, mlflow, or `package.module:Class` for one of your own."""
     checkpoint_every_minutes: Always[Annotated[float, Gt(0), Le(1e6)]] = 15.0
     """Longest time between two checkpoints; one is also written after every epoch."""
     keep_checkpoints: Always[Positive] = 2
     """How many of the newest checkpoints are kept; the best one, and the newest of an epoch's end, are kept as well."""
     max_steps: Always[Annotated[int, Ge(1), Le(10**12)] | None] = None
     """Stop after so many steps, with a checkpoint; learning rate and rho keep the course `epochs` gives them."""
+
+
+    def check(self) -> None:
+        for name in self.loggers:
+            if name not in LOGGERS and not is_plugin(name):
+                raise ValueError(
+                    f"train.loggers: there is no logger {name!r}; name {', '.join(LOGGERS)}, or package.module:Class"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

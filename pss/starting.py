@@ -15,9 +15,9 @@ from pss.methods.patches import TokensSettings
 from pss.models.create import create_model
 from pss.plugins import is_plugin
 from pss.runs.lock import BUDGET, CHECKPOINTS, CONFIG, CURVES, LOCK, SUMMARY
-from pss.runs.log import BOARD, LOG
+from pss.runs.log import AUGMENTED, BOARD, LOG
 
-_OF_A_RUN = {CONFIG, LOG, SUMMARY, BUDGET, CURVES, CHECKPOINTS, BOARD, LOCK}
+_OF_A_RUN = {CONFIG, LOG, SUMMARY, BUDGET, CURVES, AUGMENTED, CHECKPOINTS, BOARD, LOCK}
 _SCHEDULERS = (".out", ".err", ".log")  # what a job's output may be written to, beside the run's own files
 
 

@@ -18,7 +18,7 @@ from pss.api import budgeting
 from pss.config import Config, changes_of_run
 from pss.inference.plots import plot_training
 from pss.planning.budget import Chosen
-from pss.runs import records
+from pss.runs import loggers, records
 from pss.runs.checkpoint import list_checkpoints, load_latest
 from pss.runs.lock import CHECKPOINTS, CONFIG, CURVES, SUMMARY, claim
 from pss.runs.log import read_rows
@@ -126,6 +126,7 @@ def train(
     budget = budgeting.wanted(budget_hours, budget_of_dense, config, settings)
     tell = say if say is not None else (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
     check_shapes(config)
+    loggers.check(config.train.loggers)
     if output.is_file():
         raise ValueError(f"--output {output} is a file; name a folder")
     check_folders(data, output)

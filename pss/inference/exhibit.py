@@ -53,6 +53,10 @@ class Exhibit:
     frequencies: list[list[float]]
     """Per point and grid position, in raster order, the share of the split's images that keep the patch throughout."""
     pictures: list[Picture]
+    labels: Tensor
+    """The class of every image of the split, int64 (N,)."""
+    answers: Tensor
+    """The class that the model takes each for, int64 (points, N)."""
 
 
 class Curator:
@@ -78,14 +82,20 @@ class Curator:
         self._num_blocks = len(method.model.blocks)
         shape = len(points), method.model.num_patches
         self._counts = torch.zeros(shape, dtype=torch.float64, device=world.device)
+        every = torch.zeros((1 + len(points), num_samples), dtype=torch.int64, device=world.device)
+        self._labels, self._answers = every[0], every[1:]
+        self._every = every
         self._chosen: dict[int, tuple[bool, int, int, Tensor, Tensor]] = {}
 
     def __call__(self, batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
         """Take note of a batch."""
         for counts, point in zip(self._counts, self._points, strict=True):
             counts += (self._depths(images, point, batch.index) == self._num_blocks).sum(0)
+        predicted = torch.stack([one.argmax(1) for one in logits])
+        places = batch.index.to(self._every.device)
+        self._labels[places], self._answers[:, places] = batch.labels.to(places.device), predicted
         if self._world.is_main:
-            self._choose(batch, images, torch.stack([one.argmax(1) for one in logits]).cpu())
+            self._choose(batch, images, predicted.cpu())
 
     def _choose(self, batch: Batch, images: Tensor, predicted: Tensor) -> None:
         """`predicted` classes are (rhos, B)."""
@@ -103,6 +113,7 @@ class Curator:
     def exhibit(self) -> Exhibit:
         """All that was seen, on every process; the pictures on the main one only."""
         shares = self._world.sum(self._counts) / self._num_samples
+        labels, *answers = self._world.sum(self._every).cpu()  # each image was seen by one process
         chosen = [self._chosen[stretch] for stretch in sorted(self._chosen)]
         views: list[list[View]] = [[] for _ in chosen]
         for point in self._points if chosen else ():
@@ -119,6 +130,8 @@ class Curator:
                 Picture(index, label, pixels, seen)
                 for (_, index, label, pixels, _), seen in zip(chosen, views, strict=True)
             ],
+            labels=labels,
+            answers=torch.stack(answers),
         )
 
     def _depths(self, images: Tensor, point: Point, index: Tensor) -> Tensor:

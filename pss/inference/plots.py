@@ -17,6 +17,7 @@ from pss.inference.text import shortened
 # Okabe and Ito's palette: told apart by people with any colour vision, and in grey by the markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LONGEST = 44  # characters of a name
+_COLUMNS, _CHANGES = 400, 1000  # of a picture over the steps of a run: averages, and single steps
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -128,6 +129,67 @@ def plot_cascade(found: dict[str, Any]) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     return _png(figure)
+
+
+def plot_plan(
+    rhos: Sequence[float], rates: Sequence[tuple[int, float, float]], *, steps_per_epoch: int, title: str
+) -> bytes:
+    """A run before it is trained: ρ and the learning rate over all of it, and over its first epoch: a PNG.
+
+    Args:
+        rhos: of every step.
+        rates: step, smallest and largest learning rate of the parameter groups, at some steps.
+        steps_per_epoch: of the run.
+        title: above the picture.
+    """
+    several = len(rhos) > steps_per_epoch
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes: Any = figure.subplots(2, 1 + several, sharex="col", sharey="row", squeeze=False)
+    for column, (first, unit) in enumerate([(False, "epoch"), (True, "step of the first epoch")][: 1 + several]):
+        last, per = (steps_per_epoch, 1) if first else (len(rhos), steps_per_epoch)
+        upper, lower = axes[:, column]
+        _draw_rhos(upper, rhos[:last], steps_per_epoch, per)
+        shown = [rate for rate in rates if rate[0] < last]
+        xs, lows, highs = [step / per for step, *_ in shown], [rate[1] for rate in shown], [rate[2] for rate in shown]
+        if lows != highs:
+            lower.fill_between(xs, lows, highs, color=_COLOURS[1], alpha=0.2, linewidth=0)
+        lower.plot(xs, highs, color=_COLOURS[1], linewidth=1.8)
+        lower.set(xlabel=unit, xlim=(0, last / per))
+        if first:
+            lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for part in axes.flat:
+        part.grid(alpha=0.25, linewidth=0.7)
+        part.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set(ylabel="ρ, share of patches kept", ylim=(0, 1.05))
+    axes[1, 0].set_ylim(bottom=0)
+    split = any(low != high for _, low, high in rates)
+    axes[1, 0].set_ylabel("learning rate" + (", smallest to largest" if split else ""))
+    axes[1, 0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    figure.suptitle(title, fontsize=12, parse_math=False)
+    return _png(figure)
+
+
+def _draw_rhos(axes: Axes, rhos: Sequence[float], steps_per_epoch: int, per: int) -> None:
+    """ρ of every step, at step / `per`; where it changes too often for that, its range and mean, by epochs if there are
+    many."""
+    changes = [0, *(step for step in range(1, len(rhos)) if rhos[step] != rhos[step - 1])]
+    if len(changes) <= _CHANGES:
+        shown = [*(rhos[step] for step in changes), rhos[-1]]
+        axes.step([step / per for step in (*changes, len(rhos))], shown, where="post", color=_COLOURS[0])
+        return
+    columns = min(_COLUMNS, len(rhos) // steps_per_epoch)
+    if columns < 20:
+        columns = min(_COLUMNS, len(rhos))
+    unit = steps_per_epoch if columns < _COLUMNS and len(rhos) >= 20 * steps_per_epoch else 1
+    ends = [number * (len(rhos) // unit) // columns * unit for number in range(columns)] + [len(rhos)]
+    parts = [rhos[begin:end] for begin, end in itertools.pairwise(ends)]
+    xs = [end / per for end in ends]
+    lows, highs, means = ([of(part) for part in parts] for of in (min, max, lambda part: sum(part) / len(part)))
+    bounds = [*lows, lows[-1]], [*highs, highs[-1]]
+    axes.fill_between(xs, *bounds, step="post", color=_COLOURS[0], alpha=0.2, linewidth=0, label="range")
+    label = "mean of an epoch" if unit > 1 else "mean"
+    axes.step(xs, [*means, means[-1]], where="post", color=_COLOURS[0], linewidth=1.6, label=label)
+    axes.legend(frameon=False, loc="lower right", ncols=2)
 
 
 def _png(figure: Figure) -> bytes:

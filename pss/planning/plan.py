@@ -10,13 +10,15 @@ import torch
 
 from pss import methods
 from pss.config import Config
-from pss.methods import Cost, Stage, mean_tokens
+from pss.methods import Cost, Method, Stage, mean_tokens
 from pss.models.flops import macs
-from pss.training.setup import positions_of
+from pss.training.optim import rates_at
+from pss.training.setup import position_of, positions_of
 
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_CLASSES = 1000
 _MOST_STEPS = 20_000_000  # a minute or two
+_RATES = 600  # learning rates over a run: more than a picture has columns
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """The learning rates of a step."""
+
+    step: int
+    low: float  # of all parameter groups
+    high: float  # what the log calls `lr`
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run as its configuration and the size of its data decide it."""
 
@@ -47,6 +58,7 @@ class Plan:
     levels: tuple[Level, ...]  # by ascending size and rho
     level_of_step: tuple[int, ...]  # for every step, which of `levels`
     course: str  # the method's words on which rho comes when
+    rates: tuple[Rate, ...]  # at steps evenly spread over the run, the first epoch's closer to each other
 
     @property
     def rhos(self) -> tuple[float, ...]:
@@ -151,4 +163,14 @@ def plan(config: Config, *, num_images: int = IMAGENET_IMAGES, num_classes: int 
         ),
         level_of_step=tuple(number_of[level] for level in seen),
         course=method.course(),
+        rates=_rates(method, total_steps),
     )
+
+
+def _rates(method: Method, total_steps: int) -> tuple[Rate, ...]:
+    first = min(total_steps, method.steps_per_epoch)
+    evenly = {number * (end - 1) // _RATES for end in (first, total_steps) for number in range(_RATES + 1)}
+    steps = sorted(evenly)
+    positions = [position_of(method, step) for step in steps]
+    found = rates_at(method, positions, batch_size=method.config.train.batch_size)
+    return tuple(Rate(step, low, high) for step, (low, high) in zip(steps, found, strict=True))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from pss.runs.board import PATTERN
-from pss.runs.log import BOARD, LOG, read_rows
+from pss.runs.log import AUGMENTED, BOARD, LOG, read_rows
+from pss.runs.loggers import STATE
 from pss.runtime.files import in_words
 from pss.runtime.processes import World
 
@@ -91,7 +92,7 @@ def _clean(folder: Path, before: set[Path]) -> None:
     if (checkpoints.is_dir() and any(checkpoints.iterdir())) or any(row["kind"] == "step" for row in read_rows(folder)):
         return
     with suppress(OSError):
-        for path in {folder / name for name in (CONFIG, SUMMARY, BUDGET, LOG, LOCK)} - before:
+        for path in {folder / name for name in (CONFIG, SUMMARY, BUDGET, LOG, LOCK, AUGMENTED, STATE)} - before:
             path.unlink(missing_ok=True)
         if folder / BOARD not in before:
             for path in (folder / BOARD).glob(PATTERN):

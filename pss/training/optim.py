@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from pss.config import OptimConfig
-from pss.methods import Method, Phase
+from pss.methods import Method, Phase, Progress
 
 
 def peak_lr(optim: OptimConfig, batch_size: int) -> float:
@@ -101,10 +101,13 @@ def build_optimizer(
     """
     optim = phase.optim
     lr = peak_lr(optim, batch_size)
-    groups = [{**group, "lr": lr * group.get("lr_scale", 1.0)} for group in method.param_groups(phase)]
-    for group in groups:
-        group.pop("lr_scale", None)  # timm would scale the whole course by it, its beginning and its end too
-    optimizer = AdamW(groups, lr=lr, betas=optim.betas, fused=True)
+    optimizer = AdamW(_groups(method, phase, lr), lr=lr, betas=optim.betas, fused=True)
+    return optimizer, lr_schedule(optimizer, phase, steps_per_epoch)
+
+
+def lr_schedule(optimizer: torch.optim.Optimizer, phase: Phase, steps_per_epoch: int) -> CosineLRScheduler:
+    """The scheduler of `build_optimizer` for groups whose rates are their peaks."""
+    optim = phase.optim
     warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
     steps = phase.epochs * steps_per_epoch - round(optim.cooldown_epochs * steps_per_epoch)
     schedule = CosineLRScheduler(
@@ -117,7 +120,38 @@ def build_optimizer(
         t_in_epochs=False,
     )
     schedule.step_update(0)
-    return optimizer, schedule
+    return schedule
+
+
+def _groups(method: Method, phase: Phase, lr: float) -> list[dict[str, Any]]:
+    groups = [{**group, "lr": lr * group.get("lr_scale", 1.0)} for group in method.param_groups(phase)]
+    for group in groups:
+        group.pop("lr_scale", None)  # timm would scale the whole course by it, its beginning and its end too
+    return groups
+
+
+def rates_at(method: Method, positions: Sequence[Progress], *, batch_size: int) -> list[tuple[float, float]]:
+    """The smallest and the largest learning rate of the groups at each of some ascending positions of a run.
+
+    Nothing is computed of the weights, so that the method may be on the `meta` device; its phases are begun.
+    """
+    found: list[tuple[float, float]] = []
+    first_epoch = 0
+    for number, phase in enumerate(method.phases()):
+        within = [at for at in positions if at.phase == number]
+        if within:
+            method.begin_phase(phase)
+            groups = _groups(method, phase, peak_lr(phase.optim, batch_size))
+            alone = [{**group, "params": [torch.zeros(1, requires_grad=True)]} for group in groups]
+            optimizer = torch.optim.SGD(alone)
+            schedule = lr_schedule(optimizer, phase, method.steps_per_epoch)
+        for at in within:
+            step = at.step - first_epoch * method.steps_per_epoch
+            set_rates(optimizer, schedule, step, method.lr_factors(at))
+            rates = [group["lr"] for group in optimizer.param_groups]
+            found.append((min(rates), max(rates)))
+        first_epoch += phase.epochs
+    return found
 
 
 def set_rates(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from pss.inference.accuracy import Observe
 from pss.methods import Method, Progress, Stage, mean_tokens
 from pss.runs import checkpoint, records
 from pss.runs.lock import CHECKPOINTS, SUMMARY
-from pss.runs.log import LOG, RunLog, read_rows
+from pss.runs.log import AUGMENTED, LOG, RunLog, read_rows
 from pss.runtime.files import in_words
 from pss.runtime.processes import World
+from pss.training import sheet
 from pss.training.console import TrainView
 from pss.training.meter import Meter
+from pss.training.sharding import reshard
 
 Row = dict[str, Any]
 
@@ -56,9 +59,12 @@ class Reporter:
         """
         main = self.world.is_main
         if main:
-            self._log = RunLog(self.output, resume_step=step)
-            self._write("start", step, **records.STAMP, processes=self.world.size, **about)
+            self._log = log = RunLog(self.output, resume_step=step)
         self._view = TrainView(total_steps=last_step, done_steps=step, epochs=epochs, enabled=main and not self._quiet)
+        if main:
+            names, settings = self.config.train.loggers, self.config.to_dict()
+            self._attempt("the loggers", lambda: log.show(names, settings, self.say))
+            self._write("start", step, **records.STAMP, processes=self.world.size, **about)
 
     def close(self) -> None:
         """Stop reporting."""
@@ -70,6 +76,20 @@ class Reporter:
         """Print a line that stays."""
         if (view := self._view) is not None:
             self._attempt("the console", lambda: view.say(line))
+
+    def picture(self, images: Tensor, total_steps: int, autocast: AbstractContextManager[Any]) -> None:
+        """Keep a picture of the run's first images (B, 3, S, S) and of what of them is kept; the run is as before. With
+        a sharded model every process must call it."""
+        sharded = self.config.train.parallel == "fsdp" and self.world.size > 1
+        if self.world.is_main or sharded:
+            self._attempt(AUGMENTED, lambda: self._picture(images[: sheet.IMAGES], total_steps, autocast))
+        if sharded:
+            reshard(self.method)
+
+    def _picture(self, images: Tensor, total_steps: int, autocast: AbstractContextManager[Any]) -> None:
+        rows = sheet.seen(self.method, images, sheet.levels(self.method, total_steps), autocast)
+        if (log := self._log) is not None:
+            log.picture(sheet.draw(images, rows, self.config.data, self.method.knob), 0)
 
     def watch(self, passed: int, passes: int, num_images: int) -> Observe:
         """What shows how far validation is, of `passes` over `num_images` images of which `passed` are done."""

@@ -200,6 +200,7 @@ class Trainer:
             if self.step == 0:
                 first = inputs.images.chunk(self.config.train.accumulate)[0]
                 setup.begin_run(self.method, None if self.ema is None else self.ema.module, first)
+                self.reporter.picture(inputs.images, self.total_steps, self.autocast)
             statistics = Statistics(held)
             self.method.begin_step(at)
             out = self._gradients(engine, inputs, at)

@@ -71,6 +71,54 @@ def test_everything_is_in_the_file(swept):
     assert 0 < hours[0] < hours[-1] < 1
 
 
+def confusion(exhibit, place, count):
+    table = [[0] * count for _ in range(count)]
+    for label, answer in zip(exhibit.labels.tolist(), exhibit.answers[place].tolist(), strict=True):
+        table[label][answer] += 1
+    return table
+
+
+def test_classes_are_counted_at_every_point(swept):
+    """Against the accuracy in the table, and counted image by image."""
+    found, path = swept
+    for run, name, exhibit in zip(data_of_runs(path), ("sampled", "dense"), found.exhibits, strict=True):
+        assert run["classes"]["names"] == NAMES
+        assert run["classes"]["sizes"] == [10] * 4
+        for place, point in enumerate(run["classes"]["points"]):
+            table = confusion(exhibit, place, 4)
+            assert [row[:4] for row in point["matrix"]] == table
+            assert point["right"] == [table[number][number] for number in range(4)]
+            (top1,) = [row["top1"] for row in found.rows if (row["run"], row["rho"]) == (name, RHOS[place])]
+            assert 100 * sum(point["right"]) / 40 == pytest.approx(top1)
+            wrong = sorted((-table[a][b] for a in range(4) for b in range(4) if a != b and table[a][b]))
+            assert [-images for _, _, images, _ in point["confusions"]] == wrong
+            for label, answer, images, share in point["confusions"]:
+                assert table[NAMES.index(label)][NAMES.index(answer)] == images
+                assert share == images / 10
+
+
+def data_of_runs(path):
+    return json.loads(data_of(path.read_text(encoding="utf-8")))["runs"]
+
+
+def test_of_many_classes_the_worst_are_shown(swept):
+    """120 classes, of which the split lacks five: class n has n right answers of 120, all others go to class 0."""
+    exhibit = swept[0].exhibits[0]
+    labels = torch.arange(5, 120).repeat_interleave(120)
+    answers = torch.where(torch.arange(120).repeat(115) < labels, labels, torch.zeros_like(labels))
+    half = replace(exhibit, points=[0.5, 1.0], labels=labels, answers=torch.stack([torch.zeros_like(labels), answers]))
+    found = report._classes(half, [f"c{number}" for number in range(120)])
+    assert found["names"] == [f"c{number}" for number in range(5, 35)]
+    assert found["all"] == 115
+    assert found["points"][1]["right"] == list(range(5, 35))
+    assert found["points"][0]["right"] == [0] * 30
+    for row, right in zip(found["points"][1]["matrix"], range(5, 35), strict=True):
+        assert sum(row) == 120
+        assert row[-1] == 120 - right  # class 0 has no column of its own
+    assert found["points"][1]["confusions"][0] == ["c5", "c0", 115, round(115 / 120, 4)]
+    assert len(found["points"][1]["confusions"]) == 12
+
+
 ODD = [
     "<!--<script>", "]]></script><script>throw 1</script>", "a \u2028 b\u2029", "&lt;b&gt; & <b>bold</b>",
     "\"'`${1}{{data}}\\", "\u202eright to left\u200f", "\udcff\ud800", "", "x" * 300, "🦆", "$a$ %{x} _b_",
@@ -189,6 +237,11 @@ def test_the_slider_shows_what_each_image_keeps(swept, tmp_path):
                     assert float(card["probability"]) == pytest.approx(view.top[0][1], abs=1e-4)
                 shares = page.run("get('map').data[0].z.flat()")
                 assert shares == pytest.approx(exhibit.frequencies[RHOS.index(rho)], abs=1e-4)
+                classes = confusion(exhibit, RHOS.index(rho), 4)
+                assert page.run("get('right').data[0].x") == [10 * classes[number][number] for number in range(4)]
+                assert page.run("get('matrix').data[0].z") == [[part / 10 for part in row] for row in classes]
+                body = page.run("[...document.querySelectorAll('#confusions tbody tr')].map(row => row.cells[2].innerText)")
+                assert sum(map(int, body)) == 40 - sum(classes[number][number] for number in range(4))
                 seen.append([card["prediction"] for card in shown])
         assert len({tuple(one) for one in seen[:3]}) > 1  # predictions change with rho
         points = page.run("get('throughput').data.map(line => line.x)")

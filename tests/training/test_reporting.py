@@ -20,7 +20,7 @@ import cli.train
 from pss import recipes
 from pss.runs import checkpoint, lock, log, writer
 from pss.runs.log import RunLog, read_rows
-from pss.training import reporting
+from pss.training import reporting, sheet
 from pss.training.console import TrainView
 from pss.training.guard import Guard
 from pss.training.meter import Meter
@@ -39,6 +39,9 @@ def fail(*args, **kwargs):
     [
         (log.Board, "add"),
         (log.Board, "__init__"),
+        (log.Board, "picture"),
+        (sheet, "draw"),
+        (sheet, "seen"),
         (TrainView, "step"),
         (TrainView, "say"),
         (TrainView, "close"),

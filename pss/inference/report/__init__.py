@@ -28,6 +28,7 @@ from pss.runtime import files
 
 _MAX_POINTS = 1000
 _SMOOTHING = 0.9
+_MOST_CLASSES, _WORST, _CONFUSIONS = 50, 30, 12
 
 
 def available() -> bool:
@@ -120,7 +121,64 @@ def _exhibit(exhibit: Exhibit, run: Run) -> dict[str, Any]:
         "kept": [round(sum(shares)) for shares in exhibit.frequencies],  # on average over the images
         "frequencies": [[round(share, 4) for share in shares] for shares in exhibit.frequencies],
         "pictures": [_picture(picture, classes) for picture in exhibit.pictures],
+        "classes": _classes(exhibit, classes),
     }
+
+
+def _classes(exhibit: Exhibit, names: Sequence[str]) -> dict[str, Any]:
+    """What of each class is right at every point, and what it is taken for: of all classes, or of the worst of many.
+
+    Those are the same at all points. Classes of which the split has no image are left out.
+    """
+    labels, count = exhibit.labels.numpy(), len(names)
+    sizes = np.bincount(labels, minlength=count)
+    tables = []
+    for answers in exhibit.answers.numpy():
+        pairs, times = np.unique(labels * count + answers, return_counts=True)
+        tables.append((pairs // count, pairs % count, times))
+    rights = np.zeros((len(tables), count))
+    for right, (true, taken, times) in zip(rights, tables, strict=True):
+        right[true[true == taken]] = times[true == taken]
+    largest = max(range(len(tables)), key=lambda place: exhibit.points[place] or 0.0)
+    there = np.flatnonzero(sizes)
+    shown = there
+    if len(there) > _MOST_CLASSES:
+        shown = np.sort(there[np.argsort(rights[largest][there] / sizes[there], kind="stable")[:_WORST]])
+    place_of = np.full(count, len(shown))  # all others in one column
+    place_of[shown] = np.arange(len(shown))
+    return {
+        "names": [names[number] for number in shown],
+        "sizes": sizes[shown].tolist(),
+        "all": len(there),
+        "points": [
+            {
+                "right": rights[number][shown].astype(int).tolist(),
+                "matrix": _matrix(table, place_of, len(shown)),
+                "confusions": _confusions(table, names, sizes),
+            }
+            for number, table in enumerate(tables)
+        ],
+    }
+
+
+_Pairs = tuple[Any, Any, Any]
+"""Arrays: labels, what the model took them for, and of how many images."""
+
+
+def _matrix(table: _Pairs, place_of: Any, count: int) -> list[list[int]]:
+    """Images by label and answer; the last column is of all answers that have none of their own."""
+    found = np.zeros((count + 1, count + 1), dtype=int)
+    np.add.at(found, (place_of[table[0]], place_of[table[1]]), table[2])
+    return [[int(value) for value in row] for row in found[:count]]
+
+
+def _confusions(table: _Pairs, names: Sequence[str], sizes: Any) -> list[list[Any]]:
+    """The mistakes made most often: label, answer, images, and their share of the images of that label."""
+    true, taken, times = (part[table[0] != table[1]] for part in table)
+    order = np.argsort(-times, kind="stable")[:_CONFUSIONS]
+    return [
+        [names[true[n]], names[taken[n]], int(times[n]), round(float(times[n] / sizes[true[n]]), 4)] for n in order
+    ]
 
 
 def _picture(picture: Picture, classes: Sequence[str]) -> dict[str, Any]:

@@ -140,6 +140,7 @@ function showRho() {
     `${rhoLabel(rho)}: ${run.kept[place]} of ${patches} patches, ${run.tokens[place]} tokens` +
     (get("block-label").hidden || block === run.blocks ? "" : `; shown: what block ${block} of ${run.blocks} sees`);
   drawMap(run, place);
+  drawClasses(run, place);
 }
 
 function drawMap(run, place) {
@@ -158,6 +159,52 @@ function drawMap(run, place) {
     margin: { l: 10, r: 10, t: 10, b: 10 },
     xaxis: { visible: false, constrain: "domain" }, yaxis: { visible: false, autorange: "reversed", scaleanchor: "x", constrain: "domain" },
   });
+}
+
+// Right and wrong by class.
+function drawClasses(run, place) {
+  const { names, sizes, all, points } = run.classes;
+  const { right, matrix, confusions } = points[place];
+  const count = names.length, some = count < all;
+  const ticks = names.map((name) => plain(apart(name.length > 18 ? `${name.slice(0, 17)}…` : name)));
+  const where = rhoLabel(run.rhos[place]);
+  const numbers = names.map((_, number) => number);
+  const tall = `${Math.max(320, 150 + 16 * count)}px`;
+  get("right").style.height = get("matrix").style.height = tall;
+  get("classes-note").hidden = !some;
+  get("classes-note").textContent = `The ${count} of ${all} classes that the model gets right least often at its largest ρ.`;
+  get("right-title").textContent = `${where}: right answers by class`;
+  const axis = { tickvals: numbers, ticktext: ticks, tickfont: { size: 11 } };
+  draw("right", [{
+    type: "bar", orientation: "h", y: numbers, x: right.map((value, number) => 100 * value / sizes[number]),
+    customdata: names.map((name, number) => [plain(apart(short(name))), right[number], sizes[number]]),
+    marker: { color: style("--accent") },
+    hovertemplate: "%{customdata[0]}<br>%{customdata[1]:,} of %{customdata[2]:,} right (%{x:.1f} %)<extra></extra>",
+  }], {
+    showlegend: false, bargap: 0.3,
+    xaxis: { range: [0, 100], ticksuffix: " %", nticks: 6 }, yaxis: { ...axis, autorange: "reversed", showgrid: false },
+  });
+  const columns = some ? [...names, "others"] : names;
+  const shares = matrix.map((row, number) => row.slice(0, columns.length).map((value) => value / sizes[number]));
+  draw("matrix", [{
+    type: "heatmap", z: shares, zmin: 0, zmax: 1, colorscale: "Cividis", xgap: 1, ygap: 1,
+    customdata: matrix.map((row, number) => columns.map((name, other) =>
+      [plain(apart(short(names[number]))), plain(apart(short(name))), row[other]])),
+    hovertemplate: "%{customdata[0]} taken for %{customdata[1]}<br>%{customdata[2]:,} images (%{z:.1%})<extra></extra>",
+    colorbar: { tickformat: ".0%", thickness: 12, outlinewidth: 0 },
+  }], {
+    showlegend: false,
+    xaxis: { ...axis, tickvals: columns.map((_, number) => number), ticktext: some ? [...ticks, "others"] : ticks, tickangle: -90, showgrid: false },
+    yaxis: { ...axis, autorange: "reversed", showgrid: false },
+  });
+  get("confusions-title").textContent =
+    confusions.length ? `${where}: the mistakes made most often` : `${where}: no mistakes`;
+  const line = (tag, cells) => element("tr", {}, ...cells.map((text) => element(tag, { textContent: text })));
+  get("confusions").replaceChildren(...(confusions.length ? [
+    element("thead", {}, line("th", ["class", "taken for", "images", "of the class"])),
+    element("tbody", {}, ...confusions.map(([name, answer, images, share]) =>
+      line("td", [apart(short(name)), apart(short(answer)), images.toLocaleString("en"), percent(share)]))),
+  ] : []));
 }
 
 // Training curves.
