@@ -58,7 +58,7 @@ def mnist() -> RunSettings:
             mean=(0.1307, 0.1307, 0.1307),
             std=(0.3081, 0.3081, 0.3081),
         ),
-        optim=OptimConfig(lr=2e-3, lr_batch=None, warmup_epochs=1),
+        optim=OptimConfig(lr=1e-3, lr_batch=None, warmup_epochs=1),
         loss=LossConfig(label_smoothing=0.1),
         train=TrainConfig(epochs=20, batch_size=32, ema_decay=0.998),
     )
