@@ -116,7 +116,7 @@ def test_it_is_written_calibrated_and_measured_on_a_data_set(image_root, tmp_pat
     assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
     assert path.read_bytes() == made.quantised.content
     assert seen["images"].shape == (53, 3, 32, 32)
-    assert said[0].startswith(f"wrote {path}: int8, ")
+    assert said[0].startswith(f"wrote {path}: int8 with {made.quantised.kind} ranges")
     assert "27 images of train" in said[0]
     plain, small = made.found
     assert (plain.file, small.file) == ("float32", f"int8 {made.quantised.kind}")

@@ -1,8 +1,9 @@
 """ONNX files whose weights and activations are of 8 bits, made of exported ones with images to calibrate them on.
 
-What is multiplied with weights is quantised: linear layers and convolutions. Attention, normalisation, softmax and the
-choice of the patches stay as they are. Activations are of 8 bits without a sign, weights of 7 with one: with 8, sums of
-two products overflow 16 bits on processors without VNNI, which no measurement on another machine would tell.
+Linear layers are quantised. Attention, normalisation and softmax stay as they are, and so does the embedding, whose
+magnitudes decide which patches are kept: the same ones as in float32. Activations are of 8 bits without a sign, weights
+of 7 with one: with 8, sums of two products overflow 16 bits on processors without VNNI, which no measurement on another
+machine would tell.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ Kind = Literal["static", "dynamic"]
 NUM_IMAGES = 512
 """To calibrate on, and to choose by: half of them each."""
 
+_LINEAR = ["MatMul", "Gemm"]
 _BATCH = 16
 _LEAD = 0.01
 _READY = "onnx.quant.pre_process", "onnxruntime.quant"
@@ -95,7 +97,7 @@ def _quantised(content: bytes, kind: Kind, feeds: Iterator[dict[str, Any]]) -> A
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         if kind == "dynamic":
-            quantization.quantize_dynamic(model, path, op_types_to_quantize=["MatMul", "Gemm"], **options)
+            quantization.quantize_dynamic(model, path, op_types_to_quantize=_LINEAR, **options)
         else:
             quantization.quantize_static(
                 model,
@@ -103,7 +105,7 @@ def _quantised(content: bytes, kind: Kind, feeds: Iterator[dict[str, Any]]) -> A
                 Reader(),
                 quant_format=quantization.QuantFormat.QDQ,
                 activation_type=quantization.QuantType.QUInt8,
-                op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+                op_types_to_quantize=_LINEAR,
                 **options,
             )
         return onnx.load(path)

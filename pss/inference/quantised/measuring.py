@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -76,16 +79,12 @@ def measure(
     found = accuracy(predict, inputs, world, points=numbers, autocast=nullcontext(), observe=observe)
     repeats = -(-batch_size // len(some))
     shown = some.repeat(repeats, 1, 1, 1)[:batch_size].numpy()
-    rates, latencies = [], []
-    for images, measured in ((shown, rates), (shown[:1], latencies)):
-        calls = [
-            lambda name=name, rho=rho, images=images: sessions[name].logits(images, rho)  # type: ignore[misc]
-            for name, rho in cases
-        ]
-        if measured is rates:
-            rates += timing.rates(calls, num_images=batch_size, device=world.device)
-        else:
-            latencies += timing.latencies(calls, device=world.device)
+
+    def calls(images: NDArray[np.float32]) -> list[Callable[[], Any]]:
+        return [partial(sessions[name].logits, images, rho) for name, rho in cases]
+
+    rates = timing.rates(calls(shown), num_images=batch_size, device=world.device)
+    latencies = timing.latencies(calls(shown[:1]), device=world.device)
     return [
         Measured(name, rho, one, int(alike) / one.num_images, rate, latency, sessions[name].bytes)
         for (name, rho), one, alike, rate, latency in zip(cases, found, same, rates, latencies, strict=True)
