@@ -257,7 +257,6 @@ class TrainConfig(Section, section="train"):
     max_steps: Always[Annotated[int, Ge(1), Le(10**12)] | None] = None
     """Stop after so many steps, with a checkpoint; learning rate and rho keep the course `epochs` gives them."""
 
-
     def check(self) -> None:
         for name in self.loggers:
             if name not in LOGGERS and not is_plugin(name):

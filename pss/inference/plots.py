@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
+import statistics
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +26,18 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 def plot_sweep(rows: Sequence[dict[str, Any]]) -> bytes:
     """Top-1 against throughput and against GFLOPs, one line per run, one labelled point per rho: a PNG.
 
-    `rows` are those of `rho.json`: `run`, `rho`, `top1`, `gflops`, `images_per_second`.
+    Runs whose names differ in their seed alone are one line, of their means; bars are their standard deviation in
+    top-1, and the slowest and the fastest round of the rates.
+
+    `rows` are those of `rho.json`: `run`, `rho`, `top1`, `gflops`, `images_per_second`, and how far the latter range.
     """
+    rows = over_seeds(rows)
     # Small models cost so little that GFLOPs would be all zeros.
     in_mega = max(row["gflops"] for row in rows) < 0.1
-    rows = [row | {"cost": row["gflops"] * (1000 if in_mega else 1)} for row in rows]
+    scale = 1000 if in_mega else 1
+    for row in rows:
+        ends = {end: row.get(f"gflops{end}") for end in ("", "_low", "_high")}
+        row |= {f"cost{end}": None if value is None else scale * value for end, value in ends.items()}
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     speed, cost = figure.subplots(1, 2, sharey=True)
     runs = list(dict.fromkeys(row["run"] for row in rows))
@@ -50,6 +59,31 @@ def plot_sweep(rows: Sequence[dict[str, Any]]) -> bytes:
     _name(cost, runs)
     figure.suptitle("Accuracy against cost as ρ, the share of patches kept, varies", fontsize=12)
     return _png(figure)
+
+
+_SEED = re.compile(r"[-_./ ]?\bseed[-_=]?\d+|[-_./ ]seed[-_=]?\d+", re.IGNORECASE)
+_RANGING = ("images_per_second", "gflops")
+
+
+def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of runs whose names differ in a seed (`…seed3`) alone as one: means, and `top1_std` of several."""
+    groups: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((_SEED.sub("", row["run"]) or row["run"], row["rho"]), []).append(row)
+    merged = []
+    for (name, _), own in groups.items():
+        if len(own) == 1:
+            merged.append(dict(own[0]))
+            continue
+        one = {**own[0], "run": f"{name} ({len(own)} seeds)", "top1": statistics.fmean(row["top1"] for row in own)}
+        one["top1_std"] = statistics.stdev(row["top1"] for row in own)
+        for key in _RANGING:
+            one[key] = statistics.fmean(row[key] for row in own)
+            for end, of in (("_low", min), ("_high", max)):
+                known = [row[key + end] for row in own if row.get(key + end) is not None]
+                one[key + end] = of(known) if known else None
+        merged.append(one)
+    return merged
 
 
 def plot_training(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -202,7 +236,8 @@ def _png(figure: Figure) -> bytes:
 
 def _name(axes: Axes, runs: Sequence[str]) -> None:
     """The legend. Names are text there: no formulas between dollar signs, and none is left out for its underscore."""
-    legend = axes.legend(axes.lines, [f"run {number}" for number in range(len(runs))], frameon=False, loc="lower right")
+    lines = [line for line in axes.lines if line.get_linestyle() == "-"]  # no caps of error bars
+    legend = axes.legend(lines, [f"run {number}" for number in range(len(runs))], frameon=False, loc="lower right")
     for text, run in zip(legend.get_texts(), runs, strict=True):
         text.set_parse_math(False)
         text.set_text(shortened(run, _LONGEST))
@@ -212,6 +247,14 @@ def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, number: in
     colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
     xs, ys = [point[key] for point in points], [point["top1"] for point in points]
     axes.plot(xs, ys, color=colour, marker=marker, markersize=5.5, linewidth=1.8)
+    bars: dict[str, Any] = {"fmt": "none", "ecolor": colour, "elinewidth": 1, "capsize": 2.5, "alpha": 0.7}
+    ranges = [(point[f"{key}_low"], point[f"{key}_high"]) for point in points if point.get(f"{key}_low") is not None]
+    if len(ranges) == len(points):  # a mean need not lie between its 5th and its 95th percentile
+        ends = [[max(0.0, x - low) for x, (low, _) in zip(xs, ranges, strict=True)]]
+        ends.append([max(0.0, high - x) for x, (_, high) in zip(xs, ranges, strict=True)])
+        axes.errorbar(xs, ys, xerr=ends, **bars)
+    if any("top1_std" in point for point in points):
+        axes.errorbar(xs, ys, yerr=[point.get("top1_std", 0.0) for point in points], **bars)
     # Labels go above the upper curves and below the lower ones, and apart where two points nearly coincide, so that
     # they do not overprint each other.
     height, align = (7, "bottom") if number % 2 == 0 else (-8, "top")
@@ -219,6 +262,7 @@ def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, number: in
     for place, (point, x, y) in enumerate(zip(points, xs, ys, strict=True)):
         crowded = place > 0 and abs(x - xs[place - 1]) < near
         shift = 0 if not crowded else 14 if x >= xs[place - 1] else -14
+        shift += 13 * ("top1_std" in point)  # beside its bar
         rho = "as trained" if point["rho"] is None else f"{point['rho']:g}"
         label = f"ρ {rho}" if point is points[-1] and point["rho"] is not None else rho
         options: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": align}

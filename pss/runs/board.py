@@ -91,7 +91,10 @@ def _of_settings(settings: Mapping[str, Any]) -> list[Any]:
     """What fills TensorBoard's table of hyper-parameters, and its page of texts."""
     if not settings:
         return []
-    from torch.utils.tensorboard.summary import hparams, text
+    import torch.utils.tensorboard.summary as of_torch
+
+    hparams: Any = of_torch.hparams
+    text: Any = of_torch.text
 
     plain = {
         name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()

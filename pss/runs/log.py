@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Appends rows to `log.jsonl` and shows them to loggers. A resumed run first takes out what came after its checkpoint, which
-    goes to `log.abandoned.jsonl`: steps were trained, and perhaps a loss diverged in them.
+    """Appends rows to `log.jsonl` and shows them to loggers. A resumed run first takes out what came after its
+    checkpoint, which goes to `log.abandoned.jsonl`: steps were trained, and perhaps a loss diverged in them.
 
     Rows that cannot be written are kept and tried again with the next one; none is written in part.
     """

@@ -1,4 +1,4 @@
-"""Where the rows of a run's log are shown besides: TensorBoard, Weights & Biases, MLflow, and classes of the user's own.
+"""Who shows the rows of a run's log: TensorBoard, Weights & Biases, MLflow, and classes of the user's own.
 
 `log.jsonl` is the source. A logger is given its rows as they are written, and none can end or change a run: one that
 fails is told of once, and the run goes on without it.
@@ -196,7 +196,9 @@ class Apart:
         self._calls.put(None)
         self._thread.join(_PATIENCE_SECONDS)
         if self._thread.is_alive():
-            _log.warning("logger %s is still sending after %.0f s; the run ends without it", self.name, _PATIENCE_SECONDS)
+            _log.warning(
+                "logger %s is still sending after %.0f s; the run ends without it", self.name, _PATIENCE_SECONDS
+            )
 
     def _serve(self) -> None:
         try:
@@ -208,7 +210,9 @@ class Apart:
             logger.close()
         except BaseException as error:  # whatever reports, the run goes on
             reason = in_words(error)
-            _log.warning("logger %s failed (%s: %s); the run goes on without it", self.name, type(error).__name__, reason)
+            _log.warning(
+                "logger %s failed (%s: %s); the run goes on without it", self.name, type(error).__name__, reason
+            )
 
 
 _remembering = threading.Lock()

@@ -1,5 +1,4 @@
-"""The first images of a run as its model gets them, and what of them it keeps: a picture to look at before it trains on.
-"""
+"""A sheet of a run's first images, as its model gets them, with what it drops of them greyed."""
 
 from __future__ import annotations
 
@@ -68,14 +67,14 @@ def _shares(method: Method, images: Tensor, point: Point) -> Tensor | None:
     model = method.model
     grid = model.grid_of((images.shape[-2], images.shape[-1]))
     if grid == model.grid_size:
-        return (method.depths(images, point) / len(model.blocks)).unflatten(1, grid)
+        return (method.depths(images, point) / len(model.blocks)).reshape(-1, *grid)
     if type(method).depths is not Method.depths or point is None:
         return None
     kept = model.see(images, point, low_resolution=True)[1]
     shares = torch.zeros(len(images), model.num_patches, device=images.device)
     assert kept is not None
     shares.scatter_(1, kept.expand(len(images), -1), 1.0)
-    return shares[:, spread(grid, model.grid_size, images.device)].unflatten(1, grid)
+    return shares[:, spread(grid, model.grid_size, images.device)].reshape(-1, *grid)
 
 
 def draw(images: Tensor, rows: Sequence[Row], data: DataConfig, knob: str = "ρ") -> bytes:

@@ -90,7 +90,7 @@ def test_classes_are_counted_at_every_point(swept):
             assert point["right"] == [table[number][number] for number in range(4)]
             (top1,) = [row["top1"] for row in found.rows if (row["run"], row["rho"]) == (name, RHOS[place])]
             assert 100 * sum(point["right"]) / 40 == pytest.approx(top1)
-            wrong = sorted((-table[a][b] for a in range(4) for b in range(4) if a != b and table[a][b]))
+            wrong = sorted(-table[a][b] for a in range(4) for b in range(4) if a != b and table[a][b])
             assert [-images for _, _, images, _ in point["confusions"]] == wrong
             for label, answer, images, share in point["confusions"]:
                 assert table[NAMES.index(label)][NAMES.index(answer)] == images
@@ -240,8 +240,10 @@ def test_the_slider_shows_what_each_image_keeps(swept, tmp_path):
                 classes = confusion(exhibit, RHOS.index(rho), 4)
                 assert page.run("get('right').data[0].x") == [10 * classes[number][number] for number in range(4)]
                 assert page.run("get('matrix').data[0].z") == [[part / 10 for part in row] for row in classes]
-                body = page.run("[...document.querySelectorAll('#confusions tbody tr')].map(row => row.cells[2].innerText)")
-                assert sum(map(int, body)) == 40 - sum(classes[number][number] for number in range(4))
+                body = page.run(
+                    "[...document.querySelectorAll('#confusions tbody tr')].map(row => row.cells[2].innerText)"
+                )
+                assert sum(map(int, page.run(mistakes))) == 40 - sum(classes[number][number] for number in range(4))
                 seen.append([card["prediction"] for card in shown])
         assert len({tuple(one) for one in seen[:3]}) > 1  # predictions change with rho
         points = page.run("get('throughput').data.map(line => line.x)")

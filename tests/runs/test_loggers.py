@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
-import own_logger
 import pytest
+import torch
 from own_logger import CALLS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pss import recipes
+from pss import methods, recipes
 from pss.api.training import train
 from pss.runs import loggers
-from pss.runs.log import RunLog, read_rows
+from pss.runs.log import read_rows
+from pss.runtime.processes import World
 from pss.sections import LOGGERS
+from pss.training.reporting import Reporter
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 from test_train import assert_same, final_state, trainer
@@ -82,9 +84,7 @@ def test_one_that_fails_is_told_once_and_changes_nothing(tmp_path, caplog):
     trainer(tmp_path / "b").fit()
     assert row["step"] == 20
     warnings = [message for message in caplog.messages if "Failing" in message]
-    assert warnings == [
-        f"logger {FAILING} failed (ConnectionError: the server hung up); the run goes on without it"
-    ]
+    assert warnings == [f"logger {FAILING} failed (ConnectionError: the server hung up); the run goes on without it"]
     a, b = final_state(tmp_path / "a"), final_state(tmp_path / "b")
     assert_same(a | {"config": b["config"]}, b)
     assert ("epoch", 20) in CALLS  # of the other one
@@ -238,10 +238,13 @@ def test_a_server_that_is_not_there_ends_nothing(tmp_path, monkeypatch, caplog):
     assert final_state(tmp_path)["step"] == 10
 
 
-def test_the_main_process_alone_logs(tmp_path):
-    log = RunLog(tmp_path, resume_step=0)
-    log.show([NOTES], {}, print)
-    log.write("step", 1, loss=1.0)
-    log.close()
-    assert [call[0] for call in CALLS] == ["begin", "step", "close"]
-    assert os.path.exists(own_logger.__file__)
+def test_other_processes_have_no_logger(tmp_path):
+    """The second process of a run writes nothing, and begins nothing."""
+    second = World(rank=1, size=2, device=torch.device("cpu"))
+    config = recipes.get("digits").with_settings([f"train.loggers={NOTES}"])
+    reporter = Reporter(config, tmp_path, methods.build(config, 4, 5), second)
+    reporter.open(step=0, last_step=10, epochs=2)
+    reporter.picture(torch.zeros(8, 3, 32, 32), 10, nullcontext())
+    reporter.close()
+    assert CALLS == []
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from contextlib import nullcontext
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_as_many_patches_are_kept_as_the_steps_keep(sort, side):
     for point, shares in rows.items():
         kept = one.model.num_kept_tokens(point, side) - one.model.num_prefix_tokens
         assert shares.flatten(1).sum(1).tolist() == [kept] * 3
-    for more, less in zip(points, points[1:], strict=False):
+    for more, less in itertools.pairwise(points):
         assert bool((rows[less] <= rows[more]).all())
 
 
@@ -74,9 +75,9 @@ def test_pixels_are_those_of_the_images_and_what_is_dropped_is_grey():
         shown = np.asarray(drawn)
     left, cell = shown.shape[1] - 2 * (128 + 6), 128 + 6
     for number in range(2):
-        whole = shown[6 : 6 + 128 : 4, left + number * cell :][:, : 128 : 4]
+        whole = shown[6 : 6 + 128 : 4, left + number * cell :][:, :128:4]
         assert np.array_equal(whole, pixels[number].permute(1, 2, 0).numpy())
-        below = shown[6 + cell : 6 + cell + 128 : 4, left + number * cell :][:, : 128 : 4]
+        below = shown[6 + cell : 6 + cell + 128 : 4, left + number * cell :][:, :128:4]
         dropped = np.zeros((32, 32), bool)
         dropped[0:8, 8:16] = number == 0
         assert np.array_equal(below[~dropped], whole[~dropped])

@@ -147,7 +147,7 @@ def _classes(exhibit: Exhibit, names: Sequence[str]) -> dict[str, Any]:
     place_of = np.full(count, len(shown))  # all others in one column
     place_of[shown] = np.arange(len(shown))
     return {
-        "names": [names[number] for number in shown],
+        "names": [names[number] for number in shown.tolist()],
         "sizes": sizes[shown].tolist(),
         "all": len(there),
         "points": [
@@ -175,10 +175,8 @@ def _matrix(table: _Pairs, place_of: Any, count: int) -> list[list[int]]:
 def _confusions(table: _Pairs, names: Sequence[str], sizes: Any) -> list[list[Any]]:
     """The mistakes made most often: label, answer, images, and their share of the images of that label."""
     true, taken, times = (part[table[0] != table[1]] for part in table)
-    order = np.argsort(-times, kind="stable")[:_CONFUSIONS]
-    return [
-        [names[true[n]], names[taken[n]], int(times[n]), round(float(times[n] / sizes[true[n]]), 4)] for n in order
-    ]
+    order = np.argsort(-times, kind="stable")[:_CONFUSIONS].tolist()
+    return [[names[true[n]], names[taken[n]], int(times[n]), round(float(times[n] / sizes[true[n]]), 4)] for n in order]
 
 
 def _picture(picture: Picture, classes: Sequence[str]) -> dict[str, Any]:
