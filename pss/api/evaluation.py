@@ -108,7 +108,7 @@ def evaluate(
     names, dataset = sweep.distinct_names(sources), pipelines.open_dataset(data)
     with processes.start() as world:
         loaded = open_runs(sources, world, ema=ema, best=best, sort=sort)
-        check_data(loaded, sources, dataset)
+        check_data(loaded, sources, dataset, split)
         options: dict[str, Any] = {"split": split, "loader": loader, "batch_size": batch_size, "world": world}
         found = measure(loaded, names, data, rho, **options)
         if cascade is None:

@@ -190,8 +190,7 @@ class Trainer:
         self.reporter.begin_epoch(resumed=self.step > self.epoch * self.steps_per_epoch)
         every_inputs = iter(self.inputs)
         held = Inventory(self.method)  # parameters neither come nor go within an epoch: the optimizer has them
-        average = None if self.ema is None else self.ema.module
-        averaged = None if average is None else Inventory(average)
+        averaged = None if self.ema is None else Inventory(self.ema.module)
         self.guard.watch(held, self.step)
         while self.step < min((self.epoch + 1) * self.steps_per_epoch, self.last_step):
             inputs, waited = self._next(every_inputs)
@@ -216,7 +215,7 @@ class Trainer:
             self.method.after_optimizer(at, taken)
             if self.ema is not None and averaged is not None:
                 update_average(averaged, held, self.ema.get_decay(self.step), skip)
-                average.after_average(at)
+                self.ema.module.after_average(at)
             self.method.end_step(at, taken)
             held.forget_gradients()
             self.step += 1
