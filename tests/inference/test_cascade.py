@@ -113,9 +113,10 @@ def test_a_cascade_answers_as_the_model_does_at_each_share(thresholds: Any) -> N
 
 def test_what_is_told_adds_up_and_is_drawn(tmp_path: Path) -> None:
     fitted, told = answers(3000, 1), answers(3000, 2)
-    cascade = Target(1.0).fitted(fitted, fitted.rhos)
+    target = Target(None, 4.2e-9)  # little more than the first ρ, so that a single one reaches as much
+    cascade = target.fitted(fitted, fitted.rhos)
     speeds = {rho: Spread(9.0, 8.0, 10.0) for rho in (None, *told.rhos)}
-    found = Found(cascade, Target(1.0), fitted, told, told.rhos, speeds, "made up")
+    found = Found(cascade, target, fitted, told, told.rhos, speeds, "made up")
     values = found.to_dict()
     assert sum(stage["share"] for stage in values["stages"]) == pytest.approx(1)
     assert values["gmacs"] == pytest.approx(found.outcome.macs / 1e9)
