@@ -24,7 +24,7 @@ from pipelines.base import Batch, Loader
 from pss.inference.accuracy import accuracy, evaluation_inputs
 from pss.inference.opening import Run
 from pss.inference.sweep import predict
-from pss.inference.timing import Spread, rates
+from pss.inference.timing import Spread, call_seconds
 from pss.runtime.precision import autocast
 from pss.runtime.processes import World
 
@@ -33,7 +33,7 @@ MOST_STAGES = 4
 
 _QUANTILES = {2: 200, 3: 64, 4: 24}  # of thresholds that are tried, by the number of stages
 _SINGLES = tuple(number / 10 for number in range(2, 11))
-_TIMED_IMAGES = 512
+_TIMED_IMAGES = 256
 _SEED = 24  # of which images thresholds are fitted on
 
 Floats = NDArray[np.float64]
@@ -249,15 +249,18 @@ def singles(rhos: Sequence[float], compared: Sequence[float] | None) -> tuple[fl
 
 
 def speeds(run: Run, cascade: Cascade, rhos: Sequence[float], batches: Sequence[Tensor]) -> dict[float | None, Spread]:
-    """Images per second of the cascade and of each ρ, on the same real images, in turns."""
-    count = sum(map(len, batches))
+    """Images per second of the cascade, under None, and of each ρ, in turns on the same real images.
 
-    def over(call: Callable[[Tensor], Any]) -> None:
+    How many images go on differs from batch to batch, so the cascade gets all of `batches`; a single ρ takes as long
+    for any, and gets the first.
+    """
+
+    def over() -> None:
         for batch in batches:
-            call(batch)
+            cascade.predict(run, batch)
 
-    calls = [partial(over, partial(cascade.predict, run))]
-    calls += [partial(over, partial(predict, run, point=rho)) for rho in rhos]
-    device = batches[0].device
-    measured = rates(calls, num_images=count, device=device)
-    return dict(zip((None, *rhos), measured, strict=True))
+    calls = [over, *(partial(predict, run, batches[0], rho) for rho in rhos)]
+    counts = [sum(map(len, batches)), *(len(batches[0]) for _ in rhos)]
+    measured = call_seconds(calls, batches[0].device)
+    found = [Spread.of([count / one for one in times]) for count, times in zip(counts, measured, strict=True)]
+    return dict(zip((None, *rhos), found, strict=True))
