@@ -200,6 +200,7 @@ SMALL = {
     "model.num_heads": st.sampled_from(["1", "2", "3"]),
     "model.patch_size": st.sampled_from(["4", "8", "16"]),
     "model.weights": st.just("none"),
+    "train.loggers": st.sampled_from(["tensorboard", "tensorboard,wandb", "mlflow"]),
     "data.img_size": st.sampled_from(["16", "32"]),
     "data.rand_augment": st.sampled_from(["none", "rand-m9-mstd0.5-inc1-n2", "rand-m0-inc1-n1-p1"]),
     "data.crop_scale": ascending(0.01, 1),
