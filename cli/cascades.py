@@ -136,3 +136,5 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield "no single ρ has as much top-1"
     gained = found["top1"] - found["at_equal_cost"]["top1"]
     yield f"against the single ρ of equal cost: {gained:+.2f} points of top-1 (± {found['top1_error']:.2f})"
+    if gained <= 0 and same is not None and same["saved"] <= 0:
+        yield "the cascade gains nothing here: a single ρ does as well for as much, or less"
