@@ -14,7 +14,6 @@ from cli.errors import flush
 from cli.rhos import parse_rhos
 
 if TYPE_CHECKING:
-    from cli.eval import Demand
     from pss.inference.opening import Run
     from pss.runtime.processes import World
 
@@ -35,7 +34,8 @@ class Wish:
 
 def wish(
     cascade: str | None,
-    demand: Demand,
+    chosen_by: str,
+    max_drop: float | None,
     gmacs: float | None,
     fit_split: str | None,
     *,
@@ -43,15 +43,19 @@ def wish(
     int8: bool,
     push: bool,
 ) -> Wish | None:
-    """What the options ask for; None if they ask for no cascade. Raises `ValueError` for what does not go together."""
+    """What the options ask for, `chosen_by` being the one that chooses a ρ; None if they ask for no cascade.
+
+    Raises:
+        ValueError: what does not go together, or is no number of ρ.
+    """
     if cascade is None:
         for option, value in (("--target-gmacs", gmacs), ("--fit-split", fit_split)):
             if value is not None:
                 raise ValueError(f"{option} is for a cascade; add --cascade 0.4,0.7,1.0, or leave it out")
         return None
-    if demand.option not in ("", "--max-drop"):
-        raise ValueError(f"{demand.option} chooses one ρ, and --cascade runs several; leave out one of them")
-    if gmacs is not None and demand.max_drop is not None:
+    if chosen_by not in ("", "--max-drop"):
+        raise ValueError(f"{chosen_by} chooses one ρ, and --cascade runs several; leave out one of them")
+    if gmacs is not None and max_drop is not None:
         raise ValueError("--max-drop and --target-gmacs are both given; fit the cascade to one of them")
     if gmacs is not None and not 0 < gmacs < float("inf"):
         raise ValueError(f"--target-gmacs is {gmacs:g}; give a number above 0")
@@ -65,7 +69,7 @@ def wish(
     rhos = () if cascade == "auto" else tuple(sorted(parse_rhos(cascade, "--cascade")))
     if len(rhos) == 1 or len(rhos) > 4:
         raise ValueError(f"--cascade {cascade} names {len(rhos)} ρ; name two to four, such as 0.4,0.7,1.0, or auto")
-    return Wish(rhos, 0.0 if demand.max_drop is None else demand.max_drop, gmacs, fit_split)
+    return Wish(rhos, 0.0 if max_drop is None else max_drop, gmacs, fit_split)
 
 
 def run(
@@ -141,3 +145,5 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield "no single ρ has as much top-1"
     gained = found["top1"] - found["at_equal_cost"]["top1"]
     yield f"against the single ρ of equal cost: {gained:+.2f} points of top-1 (± {found['top1_error']:.2f})"
+    if gained <= 0 and same is not None and same["saved"] <= 0:
+        yield "the cascade gains nothing here: a single ρ does as well for as much, or less"

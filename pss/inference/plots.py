@@ -161,6 +161,7 @@ def plot_cascade(found: dict[str, Any]) -> bytes:
     axes.set_title(f"A cascade against single ρ, on {found['images']:,} images", fontsize=12)
     axes.grid(alpha=0.25, linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(0.08)
     axes.legend(frameon=False, loc="lower right")
     return _png(figure)
 

@@ -60,7 +60,7 @@ def mnist() -> RunSettings:
         ),
         optim=OptimConfig(lr=1e-3, lr_batch=None, warmup_epochs=1),
         loss=LossConfig(label_smoothing=0.1),
-        train=TrainConfig(epochs=20, batch_size=32, ema_decay=0.998),
+        train=TrainConfig(epochs=15, batch_size=32, ema_decay=0.998),
     )
 
 
