@@ -175,11 +175,9 @@ def evaluate(
         return
     if top is not None or format is not None:
         raise ValueError("--top and --format are for --predict; add it, or leave them out")
-<<<<<<< HEAD
-    wanted = wish(cascade, demand, target_gmacs, fit_split, dynamic=dynamic, int8=int8, push=push is not None)
-=======
-    wanted = wish(cascade, demand.option, max_drop, target_gmacs, fit_split, dynamic=dynamic, push=push is not None)
->>>>>>> s24-budget
+    wanted = wish(
+        cascade, demand.option, max_drop, target_gmacs, fit_split, dynamic=dynamic, int8=int8, push=push is not None
+    )
     single = [
         "--cascade" if wanted else "",
         demand.option,
