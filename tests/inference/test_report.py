@@ -240,9 +240,7 @@ def test_the_slider_shows_what_each_image_keeps(swept, tmp_path):
                 classes = confusion(exhibit, RHOS.index(rho), 4)
                 assert page.run("get('right').data[0].x") == [10 * classes[number][number] for number in range(4)]
                 assert page.run("get('matrix').data[0].z") == [[part / 10 for part in row] for row in classes]
-                body = page.run(
-                    "[...document.querySelectorAll('#confusions tbody tr')].map(row => row.cells[2].innerText)"
-                )
+                mistakes = "[...document.querySelectorAll('#confusions tbody tr')].map(row => row.cells[2].innerText)"
                 assert sum(map(int, page.run(mistakes))) == 40 - sum(classes[number][number] for number in range(4))
                 seen.append([card["prediction"] for card in shown])
         assert len({tuple(one) for one in seen[:3]}) > 1  # predictions change with rho

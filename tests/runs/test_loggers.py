@@ -196,11 +196,18 @@ def test_weights_and_biases_has_each_row_once(tmp_path, monkeypatch, caplog, sto
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == len(stops)
     assert {path.stem for path in files} == {f"run-{key}"}  # the same run, continued
-    for kind in ("step", "epoch"):
-        sent = [(row["_step"], row[f"{kind}/loss"]) for row in history_of(tmp_path) if f"{kind}/loss" in row]
-        assert sent == [(row["step"], row["loss"]) for row in read_rows(tmp_path, kind)]
-    pictures = [row for row in history_of(tmp_path) if any(name.startswith("augmented") for name in row)]
-    assert len(pictures) == 1
+    wanted = {kind: [(row["step"], row["loss"]) for row in read_rows(tmp_path, kind)] for kind in ("step", "epoch")}
+    deadline = time.monotonic() + 60
+    while True:  # its own process goes on writing for a moment, and at the end of ours is waited for
+        history = history_of(tmp_path)
+        sent = {
+            kind: [(row["_step"], row[f"{kind}/loss"]) for row in history if f"{kind}/loss" in row] for kind in wanted
+        }
+        if sent == wanted or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    assert sent == wanted
+    assert sum(any(name.startswith("augmented") for name in row) for row in history) == 1
 
 
 @pytest.mark.parametrize("stops", [(20,), (7, 20)])
