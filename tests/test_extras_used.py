@@ -26,7 +26,13 @@ from pss.inference import export, report
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 FILES = [path for package in ("pss", "pipelines", "cli") for path in sorted((ROOT / package).rglob("*.py"))]
-IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn", "nvidia-dali-cuda130": "nvidia"}
+IMPORTED_AS = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "nvidia-dali-cuda130": "nvidia",
+    "mlflow-skinny": "mlflow",
+}
 """Distributions whose modules are called otherwise."""
 BROUGHT = {
     "scipy": "scikit-learn", "huggingface_hub": "timm", "safetensors": "timm", "rich": "typer", "click": "typer",

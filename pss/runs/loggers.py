@@ -14,10 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pipelines.extras import need
 from pss.plugins import is_plugin, load
 from pss.runs import records
 from pss.runtime.files import in_words
@@ -27,7 +27,6 @@ TENSORBOARD = "tensorboard"
 
 Say = Callable[[str], None]
 
-_EXTRAS = {"wandb": "wandb", "mlflow": "mlflow"}  # what each logger imports
 _NO_SCALARS = ("kind", "step", "time")
 _KINDS = ("step", "epoch")
 _PARAMS, _PARAM_LENGTH = 100, 500  # of a batch, and of the oldest MLflow servers
@@ -94,13 +93,12 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check(names: Sequence[str]) -> None:
-    """Raise `ValueError` for a logger that there is not, or that is not installed."""
+    """Raise `ValueError` for what is no logger, and `DataError` where its package is not installed."""
     for name in names:
-        if name in _EXTRAS and find_spec(_EXTRAS[name]) is None:
-            raise ValueError(
-                f"train.loggers names {name}, which is not installed; run: pip install "
-                f"'patch-sampling-schedule[{name}]'"
-            )
+        if name == "wandb":
+            need("train.loggers=wandb", "wandb", "wandb")
+        if name == "mlflow":
+            need("train.loggers=mlflow", "mlflow", "mlflow")
         if is_plugin(name) and not (isinstance(kind := load(name), type) and issubclass(kind, Logger)):
             raise ValueError(f"train.loggers: {name} is no logger; derive it from pss.runs.loggers.Logger")
 
