@@ -259,7 +259,7 @@ def speeds(run: Run, cascade: Cascade, rhos: Sequence[float], batches: Sequence[
         for batch in batches:
             cascade.predict(run, batch)
 
-    calls = [over, *(partial(predict, run, batches[0], rho) for rho in rhos)]
+    calls: list[Callable[[], Any]] = [over, *(partial(predict, run, batches[0], rho) for rho in rhos)]
     counts = [sum(map(len, batches)), *(len(batches[0]) for _ in rhos)]
     measured = call_seconds(calls, batches[0].device)
     found = [Spread.of([count / one for one in times]) for count, times in zip(counts, measured, strict=True)]
