@@ -70,8 +70,7 @@ class MethodComparison(Comparison):
         seeds = len(self.plan["seeds"])
         result = {
             "title": f"{len(self.arms)} ways to train `{self.plan['recipe']}`, {self.layout.epochs} epochs, "
-            f"{seeds} seed{'s' * (seeds != 1)}"
-            + (f" ({', '.join(self.plan['settings'])})" if self.plan["settings"] else ""),
+            f"{seeds} seed{'s' * (seeds != 1)}",
             "plan": self.plan,
             "equal_time": chosen[TIME.key],
             "environment": environment(torch.device(device)),

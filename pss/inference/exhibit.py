@@ -118,7 +118,9 @@ class Curator:
         views: list[list[View]] = [[] for _ in chosen]
         for point in self._points if chosen else ():
             images, index = torch.stack([image for *_, image in chosen]), torch.tensor([one[1] for one in chosen])
-            for per_image, view in zip(views, self._views(images, point, index), strict=True):
+            with self._autocast():
+                seen = views_of(self._method, images, point, index)
+            for per_image, view in zip(views, seen, strict=True):
                 per_image.append(view)
         return Exhibit(
             points=self._points,
@@ -139,17 +141,29 @@ class Curator:
         with self._autocast(), draws_of(index, images.device):
             return self._method.depths(images, point)
 
-    def _views(self, images: Tensor, point: Point, index: Tensor) -> list[View]:
-        depths = self._depths(images, point, index)
-        with self._autocast(), draws_of(index, images.device):
-            logits = self._method.predict(images, point)
-        top = logits.float().softmax(1).topk(min(_TOP, logits.shape[1]), dim=1)
-        uniform = bool(((depths == 0) | (depths == self._num_blocks)).all())
-        return [
-            View(
-                kept=(one == self._num_blocks).nonzero().flatten().tolist(),
-                depths=None if uniform else one.tolist(),
-                top=list(zip(classes, chances, strict=True)),
-            )
-            for one, classes, chances in zip(depths, top.indices.tolist(), top.values.tolist(), strict=True)
-        ]
+
+@torch.inference_mode()
+def views_of(method: Method, images: Tensor, point: Point, index: Tensor) -> list[View]:
+    """What a model keeps of images (B, 3, S, S) at one point, and what it takes them for.
+
+    Args:
+        method: In the arithmetic of the caller's autocast.
+        images: Normalised.
+        point: One of the method's.
+        index: Numbers of the images in their split, int64 (B,), which decide what is drawn at random.
+    """
+    with draws_of(index, images.device):
+        depths = method.depths(images, point)
+    with draws_of(index, images.device):
+        logits = method.predict(images, point)
+    num_blocks = len(method.model.blocks)
+    top = logits.float().softmax(1).topk(min(_TOP, logits.shape[1]), dim=1)
+    uniform = bool(((depths == 0) | (depths == num_blocks)).all())
+    return [
+        View(
+            kept=(one == num_blocks).nonzero().flatten().tolist(),
+            depths=None if uniform else one.tolist(),
+            top=list(zip(classes, chances, strict=True)),
+        )
+        for one, classes, chances in zip(depths, top.indices.tolist(), top.values.tolist(), strict=True)
+    ]

@@ -23,7 +23,10 @@ Row = dict[str, Any]
 def markdown(result: Row) -> str:
     """The whole page."""
     reference = result["plan"]["reference"]
-    parts = [f"# {result['title']}", "", told(result), "", f"![{result['title']}](comparison.png)", ""]
+    parts = [f"# {result['title']}", "", told(result), ""]
+    if settings := result["plan"]["settings"]:
+        parts += [f"Settings of all arms: {', '.join(settings)}.", ""]
+    parts += [f"![{result['title']}](comparison.png)", ""]
     for column, name in COLUMNS.items():
         own = [line for line in result["lines"] if line["column"] == column]
         parts += [f"## {name.capitalize()}", "", _introduction(result, column), ""]

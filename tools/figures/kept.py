@@ -16,10 +16,12 @@ from matplotlib.figure import Figure as Canvas
 from torch import Tensor
 
 import pipelines
+from pipelines.augment.device import DeviceTransform
+from pipelines.base import Batch
 from pss import recipes
 from pss.inference.accuracy import accuracy, evaluation_inputs
-from pss.inference.exhibit import Curator, Exhibit, View
-from pss.inference.opening import load_run
+from pss.inference.exhibit import Curator, Exhibit, View, views_of
+from pss.inference.opening import Run, load_run
 from pss.inference.sweep import operating_points
 from pss.planning.plan import plan
 from pss.runtime.precision import autocast
@@ -29,6 +31,7 @@ from tools.figures.figure import Figure, Source, as_png
 _IMAGES = 4
 _HERE = World(rank=0, size=1, device=torch.device("cpu"))
 _LEVELS = (1.0, 0.8, 0.6, 0.4, 0.2)
+_GREYS = (175, 225)
 _MODELS = ("dense", "pss", "dynamicvit")
 
 
@@ -87,23 +90,38 @@ def places(source: Source) -> bytes:
 
 def side_by_side(source: Source) -> bytes:
     """What three models keep of the same two images, at every ρ that all can be run at."""
-    shown = {arm: seen(source, arm, _LEVELS[:-1]) for arm in _MODELS}
-    first = shown[_MODELS[0]][0]
-    indices = [picture.index for picture in first.pictures][:2]
-    canvas, grid = _canvas(2 * len(_MODELS), len(first.points))
-    rows = iter(grid)
-    for number in indices:
-        for arm, (exhibit, classes) in shown.items():
-            picture = min(exhibit.pictures, key=lambda one: abs(one.index - number))
-            row = next(rows)
-            row[0].set_ylabel(arm, fontsize=9)
-            for axes, point, view in zip(row, exhibit.points, picture.views, strict=True):
-                _show(axes, blanked(picture.pixels, kept_of(view, exhibit.grid)))
-                _told(axes, view, picture.label, classes)
-                if row is grid[0]:
-                    axes.set_title(f"ρ = {point:g}", fontsize=9)
+    levels = _LEVELS[:-1]
+    canvas, grid = _canvas(2 * len(_MODELS), len(levels))
+    for number, arm in enumerate(_MODELS):
+        run, batch = _some_images(source, arm)
+        transform = DeviceTransform(run.config.data, seed=0, train=False)
+        images = transform(batch, 0)
+        classes = run.classes or [str(label) for label in range(run.num_classes)]
+        for column, point in enumerate(levels):
+            with autocast(run.config, _HERE.device):
+                views = views_of(run.method, images, point, batch.index)
+            for image, view in enumerate(views):
+                axes = grid[image * len(_MODELS) + number][column]
+                _show(axes, blanked(batch.images[image], kept_of(view, run.method.model.grid_size)))
+                _told(axes, view, int(batch.labels[image]), classes)
+                if column == 0:
+                    axes.set_ylabel(arm, fontsize=9)
+    for axes, point in zip(grid[0], levels, strict=True):
+        axes.set_title(f"ρ = {point:g}", fontsize=9)
     canvas.suptitle("kept patches and the likeliest class (green: right)", fontsize=10)
     return as_png(canvas)
+
+
+def _some_images(source: Source, arm: str) -> tuple[Run, Batch]:
+    """The first seed's run, and the split's first and last image, the same for every run."""
+    run = load_run(source.folders(arm)[0], _HERE.device)
+    data = Path(source.result["plan"]["data"])
+    loader = pipelines.build(data, "val", config=run.config.data, batch_size=256, train=False, loader="torch")
+    with closing(loader):
+        batches = list(loader)
+    ends = [(batches[0], slice(0, 1)), (batches[-1], slice(-1, None))]
+    shown = [torch.cat([getattr(batch, part)[one] for batch, one in ends]) for part in ("images", "labels", "index")]
+    return run, Batch(*shown)
 
 
 def stages(source: Source) -> bytes:
@@ -135,7 +153,7 @@ def overview(source: Source) -> bytes:
     canvas = Canvas(figsize=(10, 4.6), layout="constrained")
     upper, lower = canvas.subfigures(2, 1, height_ratios=(1.15, 1))
     row = upper.subplots(1, len(_LEVELS))
-    picture = exhibit.pictures[0]
+    picture = max(exhibit.pictures, key=lambda one: float(one.pixels.float().std()))  # not one of the sky
     for axes, point, view in zip(row, reversed(exhibit.points), reversed(picture.views), strict=True):
         _bare(axes)
         _show(axes, blanked(picture.pixels, kept_of(view, exhibit.grid)))
@@ -159,10 +177,12 @@ def kept_of(view: View, grid: tuple[int, int]) -> Tensor:
 
 
 def blanked(pixels: Tensor, kept: Tensor) -> Tensor:
-    """An image, uint8 (3, S, S), with grey in place of patches that are not `kept`, bool (rows, columns)."""
+    """An image, uint8 (3, S, S), chequered in place of patches that are not `kept`, bool (rows, columns)."""
     size = [length // count for length, count in zip(pixels.shape[1:], kept.shape, strict=True)]
     mask = kept.repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
-    return torch.where(mask, pixels, torch.tensor(160, dtype=torch.uint8))
+    rows, columns = torch.meshgrid(*(torch.arange(length) for length in mask.shape), indexing="ij")
+    chequered = torch.where((rows + columns) % 2 == 0, _GREYS[0], _GREYS[1]).to(torch.uint8)
+    return torch.where(mask, pixels, chequered)
 
 
 def _canvas(rows: int, columns: int, size: float = 1.35) -> tuple[Canvas, list[list[Axes]]]:
