@@ -273,6 +273,7 @@ def test_a_study_trains_and_evaluates(image_root, tmp_path, monkeypatch):
         return done
 
     monkeypatch.setattr(comparison.subprocess, "run", run)
+    monkeypatch.setattr(study, "environment", lambda device: {"device": "cpu", "threads": "1"})
     settings = [word for one in TINY for word in ("--set", one)]
     out = tmp_path / "out"
     words = ["--data", str(image_root), "--output", str(out), "--recipe", "digits", "--loader", "torch", "--turn", "4"]
