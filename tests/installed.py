@@ -44,7 +44,7 @@ class Installed:
         path = os.pathsep.join((str(self.bin), str(Path(sys.executable).parent), env["PATH"]))
         env |= {"PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"} | environment
         return subprocess.run(
-            list(map(str, words)), cwd=cwd, env=env, capture_output=True, text=True, timeout=280, check=False
+            list(map(str, words)), cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False
         )
 
 
