@@ -216,7 +216,12 @@ def choose(budget: Budget, clock: Clock, dense: Clock, now: Callable[[], float])
     clock.measured(guess)
     predicted = clock.predict(guess, before)
     if guess == least and predicted.total > given:
-        raise ValueError(_refusal(budget, given, least, predicted, dense_seconds))
+        enough = _rounded_up(predicted.total / (3600 if dense_seconds is None else dense_seconds))
+        raise ValueError(
+            f"{budget.option} {budget.value:g} is {in_words(given)} here, and the shortest run, {least:,} "
+            f"epoch{'s' * (least > 1)}, takes {in_words(predicted.total)} ({in_words(predicted.start)} to start); "
+            f"give {budget.option} {enough:g} at least"
+        )
     config, planned = clock.planned(guess)
     return Chosen(config, planned, predicted, given, dense_seconds)
 
@@ -272,17 +277,6 @@ def in_words(seconds: float) -> str:
     if seconds < 600:
         return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _refusal(budget: Budget, given: float, least: int, predicted: Parts, dense: float | None) -> str:
-    epochs = f"{least:,} epoch{'s' * (least > 1)}"
-    enough = predicted.total / 3600 if dense is None else predicted.total / dense
-    enough = _rounded_up(enough)
-    return (
-        f"{budget.option} {budget.value:g} is {in_words(given)} here, and the shortest run, {epochs}, takes "
-        f"{in_words(predicted.total)} ({in_words(predicted.start)} of them to start); give {budget.option} "
-        f"{enough:g} at least"
-    )
 
 
 def _rounded_up(value: float) -> float:
