@@ -93,7 +93,6 @@ COMPUTED = {
     "pss/runs/log.py": "the system's error, of a row that was written in part",
     "pss/runs/lock.py": "what the main process found, on the others",
     "tools/benchmarks/loader.py": "what another process has said",
-    "pss/planning/budget.py": "the least that the budget can be, and how it comes about",
     "pss/runtime/files.py": "the system's error, with the file's name",
 }
 """Where messages are made elsewhere than where they are raised, and how."""
