@@ -95,6 +95,8 @@ def outside(hint: Any) -> st.SearchStrategy[str]:
     if (parts := elements_of(shape)) is not None:
         wrong = outside_of(parts[0])
         if Ellipsis in get_args(shape.kind):
+            if parts[0].kind is str:  # which of them it takes, only it knows
+                return wrong.filter(str.strip)
             return st.tuples(inside_of(parts[0]), wrong).map(lambda both: f"{both[0]},{both[1]}")
         right = [inside_of(part) for part in parts]
         too_few = st.tuples(*right[1:]).map(",".join)

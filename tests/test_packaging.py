@@ -154,7 +154,7 @@ def test_what_an_index_shows_needs_no_file_beside_it():
 
 MODULES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "nvidia": "nvidia-dali-cuda130",
            "annotated_types": "pydantic", "pydantic_core": "pydantic", "typing_extensions": "pydantic", "numba": "ffcv",
-           "triton": "torch"}  # fmt: skip
+           "triton": "torch", "mlflow": "mlflow-skinny"}  # fmt: skip
 """Import names that are not the distribution's, and packages that come with the one that is declared and need it."""
 
 

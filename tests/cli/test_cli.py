@@ -73,7 +73,8 @@ def trained(image_root, tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(trained):
     assert {path.name for path in trained.iterdir()} == {
-        "config.json", "log.jsonl", "summary.json", "curves.png", "tensorboard", "checkpoints", ".lock",
+        "config.json", "log.jsonl", "summary.json", "curves.png", "augmented.png", "tensorboard", "checkpoints",
+        ".lock",
     }  # fmt: skip
     epochs = read_rows(trained, "epoch")
     assert [row["epoch"] for row in epochs] == [1, 2]

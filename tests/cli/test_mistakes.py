@@ -75,7 +75,7 @@ digits --plan --set schedule.name=fixed --set schedule.low=0.4 ; digits --plan -
 digits --plan --set schedule.name=linear --set schedule.period_steps=7 ; deit-ti-224 --plan --set train.batch_size=8
 digits --plan --set schedule.low=0.8 --set schedule.high=0.4
 digits --plan --set schedule.name=stages --set schedule.lengths=1,2,3
-digits --plan --set schedule.name=stages --set schedule.lengths=100000,1
+digits --plan --set schedule.name=stages --set schedule.lengths=100000000,1
 digits --plan --set compile.mode=off --set compile.max_graphs=4
 digits --plan --set data.progressive.start_size=16 --set data.progressive.end_epoch=50
 digits --plan --set data.progressive.start_size=20 --set data.progressive.end_epoch=5

@@ -30,7 +30,7 @@ def source(tmp_path_factory, converted_root):
         run = folder / "runs" / f"{arm}-s0"
         fit(config, run)
         point = {"top1": 80.0 + number, "gflops_total": 2.0, "gflops_theoretical": None if arm == "dense" else 1.25}
-        runs.append({"column": "epochs", "arm": arm, "seed": 0, "run": run.name, "points": [point]})
+        runs.append({"column": "epochs", "arm": arm, "seed": 0, "run": run.name, "epochs": 1, "points": [point]})
     return Source(folder, {"runs": runs, "plan": {"data": str(converted_root)}})
 
 

@@ -151,8 +151,6 @@ def _saved(canvas: Canvas) -> bytes:
 _SEED = "none: the first seed's masks"
 _TABLE = "mean ± standard deviation over seeds; published numbers apart"
 FIGURES = (
-    Figure((15,), "svite_lengths.md", "SViTE table A7", "dense training, and for twice as many epochs", _TABLE, lengths,
-           tuple(_PUBLISHED_LENGTHS)),
     Figure((16,), "svite_masks.png", "SViTE figure A6", "masks of weights, initial and explored", _SEED, weight_masks,
            ("svite",)),
     Figure((17,), "s2vite_masks.png", "SViTE figure A7", "heads and neurons that are left, by block", _SEED, unit_masks,
@@ -161,4 +159,6 @@ FIGURES = (
            _TABLE, faint_attention, tuple(_PUBLISHED_FAINT)),
     Figure((19,), "svite_selector.md", "SViTE table A2", "the token selector with and without sparse weights", _TABLE,
            ablation, tuple(_PUBLISHED_TOP1)),
+    Figure((15,), "svite_lengths.md", "SViTE table A7", "dense training, and for twice as many epochs", _TABLE, lengths,
+           tuple(_PUBLISHED_LENGTHS)),
 )  # fmt: skip
