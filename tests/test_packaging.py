@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
 import tarfile
@@ -150,23 +149,3 @@ def test_what_an_index_shows_needs_no_file_beside_it():
     assert targets
     assert [target for target in targets if not target.startswith("https://")] == []
     assert "![" not in text
-
-
-MODULES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "nvidia": "nvidia-dali-cuda130",
-           "annotated_types": "pydantic", "pydantic_core": "pydantic", "typing_extensions": "pydantic", "numba": "ffcv",
-           "triton": "torch", "mlflow": "mlflow-skinny"}  # fmt: skip
-"""Import names that are not the distribution's, and packages that come with the one that is declared and need it."""
-
-
-def test_everything_that_is_imported_is_declared():
-    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
-    declared = {re.match(r"[\w.-]+", line)[0] for line in (*PROJECT["dependencies"], *extras)}
-    for package in ("pss", "pipelines", "cli"):
-        for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom) and not node.level:
-                    names = [node.module]
-                for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names:
-                    if name not in ("pss", "pipelines", "cli"):
-                        assert MODULES.get(name, name) in declared, f"{path} imports {name}"
