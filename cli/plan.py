@@ -14,7 +14,7 @@ from pipelines.base import Backend
 from pss.config import Config
 from pss.planning.feeding import Feed, assumed_feeds
 from pss.planning.gpu import CARDS, Card, Host, Parts, Work, assumptions, predict, read_host, works
-from pss.planning.plan import IMAGENET_CLASSES, IMAGENET_IMAGES, Plan, plan
+from pss.planning.plan import IMAGENET_CLASSES, IMAGENET_IMAGES, Plan, learning_rates, plan
 from pss.planning.simulation import Machine, Simulated, prepared_batches, queue_batches, remedies, run_on
 from pss.runtime.files import obstacle, write
 from pss.starting import check_steps
@@ -115,7 +115,7 @@ def draw_plan(config: Config, planned: Plan) -> bytes:
     """ρ and the learning rate of a run, a PNG."""
     from pss.inference.plots import plot_plan
 
-    rates = [(rate.step, rate.low, rate.high) for rate in planned.rates]
+    rates = [(rate.step, rate.low, rate.high) for rate in learning_rates(config, planned)]
     title = f"{config.recipe}: {config.train.epochs:,} epochs of {planned.steps_per_epoch:,} steps"
     title += f", {planned.saving:.0%} of the arithmetic saved" if planned.saving >= 0.005 else ""
     return plot_plan(planned.rhos, rates, steps_per_epoch=planned.steps_per_epoch, title=title)
@@ -184,13 +184,13 @@ def show(config: Config, planned: Plan, whose: str = "") -> None:
     if planned.steps_per_epoch < planned.total_steps:
         typer.echo(f"\nρ over the first epoch, {planned.steps_per_epoch:,} steps")
         draw(planned.rhos[: planned.steps_per_epoch])
-    show_rates(planned)
+    show_rates(config, planned)
 
 
-def show_rates(planned: Plan) -> None:
+def show_rates(config: Config, planned: Plan) -> None:
     """The learning rate over the run, in a line of blocks below its first, largest and last value."""
-    top = max(planned.rates, key=lambda rate: rate.high)
-    first, last = planned.rates[0], planned.rates[-1]
+    rates = learning_rates(config, planned)
+    top, first, last = max(rates, key=lambda rate: rate.high), rates[0], rates[-1]
     typer.echo(
         f"\nlearning rate over the run: {first.high:.3g} at first, {top.high:.3g} at most (epoch "
         f"{top.step / planned.steps_per_epoch:.3g}), {last.high:.3g} at the end"
@@ -199,7 +199,7 @@ def show_rates(planned: Plan) -> None:
     marks = ""
     for column in range(width):
         middle = (column + 0.5) * planned.total_steps / width
-        nearest = min(planned.rates, key=lambda rate: abs(rate.step - middle))
+        nearest = min(rates, key=lambda rate: abs(rate.step - middle))
         marks += _EIGHTHS[round(nearest.high / top.high * (len(_EIGHTHS) - 1))]
     typer.echo(f"      {marks}")
 

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Gt, Le
@@ -155,9 +154,8 @@ class ScheduleConfig(MethodSection, section="schedule"):
             )
         if self.name == "stages" and total:
             rhos, lengths = self.stages
-            starts = (*Stages(rhos, lengths, total).starts, total)
-            for number, (start, end) in enumerate(pairwise(starts)):
-                if start == end:
+            for number, count in enumerate(Stages(rhos, lengths, total).counts):
+                if not count:
                     raise ValueError(
                         f"stage {number + 1} of schedule.name=stages (rho {rhos[number]}) has no step among the "
                         f"{total:,} before the cooldown; lengthen it (schedule.lengths), or raise train.epochs"

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal, Protocol, Self, runtime_checkable
 
 Form = Literal["published", "symmetric"]
@@ -109,6 +109,11 @@ class Stages:
         whole = sum(lengths)
         places = accumulate(lengths[:-1], initial=Fraction(0))
         return tuple(math.ceil(place * self.num_steps / whole) for place in places)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Steps of every stage."""
+        return tuple(end - start for start, end in pairwise((*self.starts, self.num_steps)))
 
     def __call__(self, step: int) -> float:
         if step < 0:

@@ -13,7 +13,6 @@ The comparison goes on where it was stopped. `--plan` says what would be run and
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from pss.runtime import files
 from tools.benchmarks.measure import environment, table
 from tools.comparing import arms as known_arms
 from tools.comparing import comparison, evaluation, page
-from tools.comparing.comparison import PLAN, REFERENCE, TIME, Comparison, Stopped
+from tools.comparing.comparison import PLAN, REFERENCE, TIME, Comparison
 from tools.comparing.lines import lines
 from tools.comparing.picture import draw
 
@@ -41,10 +40,7 @@ class MethodComparison(Comparison):
         """The result: every run with its rows, and the lines of the table."""
         pairs = self.trained(chosen)
         runs = list({run.folder: run for run in pairs.values()}.values())
-        options = evaluation.Options(
-            self.data, self.plan["loader"], self.arguments.batch_size, self.arguments.ema, self.arguments.device
-        )
-        rows = evaluation.evaluate(runs, options, self.output / "report.html")
+        rows = evaluation.evaluate(runs, self.options(), self.output / "report.html")
         costs = {
             run.name: evaluation.training_costs(run, self.layout.config, self.num_images, self.num_classes)
             for run in runs
@@ -94,7 +90,7 @@ class MethodComparison(Comparison):
             split = [None if epochs is None else arm.split(epochs) for column in self.columns
                      for epochs in [chosen[column.key].get(arm.name)]]  # fmt: skip
             told = ["none" if one is None else f"{one[0]} + {one[1]}" if one[0] else f"{one[1]}" for one in split]
-            rows.append(" | ".join([arm.name, *told, f"{paces[arm.name][0].own:.3g}", arm.note]))
+            rows.append(" | ".join([arm.name, *told, f"{paces[arm.name].own:.3g}", arm.note]))
         head = "arm | epochs | epochs at equal time, about | s an epoch, data at hand | note"
         seeds = len(self.plan["seeds"])
         told_all = f"{seeds} seeds, about {seconds / 60:,.0f} min of training, validation and evaluation not counted"
@@ -120,12 +116,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--budget-minutes", type=float, help="refuse to begin what would take longer")
     arguments = parser.parse_args(argv)
     comparison.check(arguments, parser)
-    try:
+    with comparison.leaving(parser):
         page.read_published(arguments.published)
-        every = known_arms.read(known_arms.BUILT_IN)
-        for path in arguments.arms_file:
-            every |= known_arms.read(path)
-        compared = MethodComparison(arguments, every)
+        compared = MethodComparison(arguments, known_arms.read_all(known_arms.BUILT_IN, *arguments.arms_file))
         if arguments.plan or (arguments.budget_minutes is not None and not (arguments.output / PLAN).exists()):
             seconds, told = compared.told()
             print(told, flush=True)
@@ -137,11 +130,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
                 )
         compared.admit()
         result = compared.measure(compared.train())
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.code)
-    except ValueError as error:
-        parser.error(str(error))
     write(result, compared.output)
     print(f"\n{page.markdown(result)}\nwrote {compared.output}/comparison.md, .csv, .json, .png")
     return result

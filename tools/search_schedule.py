@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +23,7 @@ from pss.runtime import files
 from tools import study
 from tools.benchmarks.measure import table
 from tools.comparing import comparison, estimate, evaluation
-from tools.comparing.arms import Arm
-from tools.comparing.comparison import REFERENCE, Column, Stopped
+from tools.comparing.comparison import REFERENCE, Column
 from tools.comparing.page import plain
 from tools.comparing.statistics import Mean
 
@@ -43,8 +41,7 @@ class Search(study.Study):
 
     def told(self) -> tuple[float, str]:
         """Seconds of all training, from a few measured steps of the dense model, and a sentence about them."""
-        dense = next(arm for arm in self.arms if arm.name == REFERENCE)
-        run = self.layout.run(dense, self.plan["seeds"][0], self.layout.epochs)
+        run = self.layout.run(self.layout.arms[REFERENCE], self.plan["seeds"][0], self.layout.epochs)
         each = estimate.epoch_seconds(run, self.layout.config, self.num_images, self.num_classes)
         whole, turns = each * self.layout.epochs, -(-self.layout.epochs // self.turn)
         count, seeds = len(self.arms) - 1, len(self.plan["seeds"])
@@ -66,9 +63,8 @@ class Search(study.Study):
         """Every rung, with its candidates from the best to the worst and how many of them go on."""
         rungs = []
         candidates = [arm for arm in self.arms if arm.name != REFERENCE]
-        reference = next(arm for arm in self.arms if arm.name == REFERENCE)
         for rung in RUNGS:
-            self.arms = [reference, *candidates]
+            self.arms = [self.layout.arms[REFERENCE], *candidates]
             chosen = self.train([rung])
             scores = self._scores(chosen)
             ordered = sorted((arm for arm in candidates if arm.name in scores), key=lambda arm: -scores[arm.name].mean)
@@ -88,10 +84,9 @@ class Search(study.Study):
     def _scores(self, chosen: dict[str, dict[str, dict[str, int]]]) -> dict[str, Mean]:
         """Of every arm: top-1 accuracy, averaged over the rhos of the search, by seed."""
         trained = self.trained(chosen)
-        options = evaluation.Options(
-            self.data, self.plan["loader"], self.arguments.batch_size, self.arguments.ema, self.arguments.device
+        found = evaluation.accuracies(
+            list(trained.values()), self.options(), self.arguments.rhos, self.output / "accuracy"
         )
-        found = evaluation.accuracies(list(trained.values()), options, self.arguments.rhos, self.output / "accuracy")
         values: dict[str, list[float]] = {}
         for (_, arm, _), run in trained.items():
             values.setdefault(arm, []).append(statistics.fmean(found[run.name].values()))
@@ -119,10 +114,10 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def held_out(arguments: argparse.Namespace, found: Search, winner: Arm) -> list[str]:
+def held_out(arguments: argparse.Namespace, found: Search, winner: str) -> list[str]:
     """The words for tools.study that hold the winner against dense training."""
     words = ["--data", str(arguments.data), "--output", str(arguments.output / "held-out")]
-    words += ["--recipe", arguments.recipe, "--arms", REFERENCE, winner.name, "--epochs", str(found.layout.epochs)]
+    words += ["--recipe", arguments.recipe, "--arms", REFERENCE, winner, "--epochs", str(found.layout.epochs)]
     words += ["--seeds", *map(str, arguments.held_out), "--equal", "time", "time:0.5", "--turn", str(found.turn)]
     words += ["--loader", str(found.plan["loader"]), "--batch-size", str(arguments.batch_size)]
     words += ["--arms-file", *map(str, arguments.arms_file)] if arguments.arms_file else []
@@ -145,22 +140,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         parser.error(f"--keep is {arguments.keep:g}; it is a share of the candidates, between 0 and 1")
     if set(arguments.held_out) & set(arguments.seeds) or len(set(arguments.held_out)) < len(arguments.held_out):
         parser.error("--held-out are seeds that --seeds does not name, each once")
-    try:
+    with comparison.leaving(parser):
         found = Search(arguments)
         if arguments.plan:
             print(found.told()[1], flush=True)
             return None
         found.admit()
-        every = {arm.name: arm for arm in found.arms}
         rungs = found.search()
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.code)
-    except ValueError as error:
-        parser.error(str(error))
     winner = rungs[-1]["kept"][0]
     result = {
-        "title": f"A schedule for `{arguments.recipe}`, from {len(every) - 1}",
+        "title": f"A schedule for `{arguments.recipe}`, from {len(found.plan['arms']) - 1}",
         "rhos": arguments.rhos,
         "seeds": arguments.seeds,
         "held_out": arguments.held_out,
@@ -170,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     files.write(found.output / "search.json", json.dumps(plain(result), indent=1) + "\n")
     files.write(found.output / "search.md", markdown(result))
     print(f"\n{markdown(result)}\nwrote {found.output}/search.md, .json", flush=True)
-    result["report"] = study.main(held_out(arguments, found, every[winner]))
+    result["report"] = study.main(held_out(arguments, found, winner))
     return result
 
 

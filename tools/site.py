@@ -37,16 +37,14 @@ def settings_page() -> str:
     from pss.sections import RunSettings
 
     plain = Config.of(RunSettings(recipe="defaults"))
-    shown: dict[str, list[str]] = {}
+    shown: dict[str, dict[str, str]] = {}
     users: dict[str, list[str]] = {}
     for name in [plain.method, *sorted(methods.METHODS.keys() - {plain.method})]:
         for setting in explain(plain.with_method(name)):
             section = setting.name.rpartition(".")[0]
             row = f"| `{setting.name}` | {_cell(setting.takes)} | {_value(setting.value)} | {_cell(setting.doc)}"
             row += f" Read with {_cell(setting.reader)} only. |" if setting.reader else " |"
-            rows = shown.setdefault(section, [])
-            if not any(known.startswith(f"| `{setting.name}` |") for known in rows):
-                rows.append(row)
+            shown.setdefault(section, {}).setdefault(setting.name, row)
             if name not in (using := users.setdefault(section, [])):
                 using.append(name)
     lines = [
@@ -60,7 +58,7 @@ def settings_page() -> str:
         lines += ["", f"## {section or 'The method'}", ""]
         if section and len(users[section]) < len(methods.METHODS):
             lines += [f"With `method={'`, `'.join(users[section])}`.", ""]
-        lines += ["| setting | takes | default | |", "|---|---|---|---|", *rows]
+        lines += ["| setting | takes | default | |", "|---|---|---|---|", *rows.values()]
     return "\n".join(lines) + "\n"
 
 

@@ -29,7 +29,7 @@ from pss.runtime import files
 from tools.benchmarks.measure import environment, table
 from tools.comparing import arms as known_arms
 from tools.comparing import comparison, evaluation, schedule_page
-from tools.comparing.comparison import REFERENCE, Column, Comparison, Stopped
+from tools.comparing.comparison import REFERENCE, Column, Comparison
 from tools.comparing.page import plain
 
 ARMS = Path(known_arms.__file__).with_name("schedules.toml")
@@ -41,9 +41,7 @@ class Study(Comparison):
 
     def __init__(self, arguments: argparse.Namespace, columns: Sequence[Column]) -> None:
         """Raises `ValueError` for arms, settings or data that do not go together."""
-        every = known_arms.read(ARMS)
-        for path in arguments.arms_file:
-            every |= known_arms.read(path)
+        every = known_arms.read_all(ARMS, *arguments.arms_file)
         if all(column.share < 1 for column in columns):
             raise ValueError("--equal names shares only; add time, as a whole dense run is what shares are of")
         super().__init__(arguments, every, columns)
@@ -67,7 +65,7 @@ class Study(Comparison):
                 [
                     arm.name,
                     *(str(epochs.get(arm.name, "none")) for epochs in chosen.values()),
-                    f"{paces[arm.name][0].own:.3g}",
+                    f"{paces[arm.name].own:.3g}",
                     arm.note,
                 ]
             )
@@ -82,13 +80,9 @@ class Study(Comparison):
     def measure(self, chosen: Mapping[str, Mapping[str, Mapping[str, int]]], command: str) -> dict[str, Any]:
         """The result: every run with its accuracies, and the lines of the tables."""
         trained, seeds = self.trained(chosen), self.plan["seeds"]
-        whole = {seed: self.layout.run(self.layout.arms[REFERENCE], seed, self.layout.epochs) for seed in seeds}
-        runs = list({run.folder: run for run in [*trained.values(), *whole.values()]}.values())
-        options = evaluation.Options(
-            self.data, self.plan["loader"], self.arguments.batch_size, self.arguments.ema, self.arguments.device
-        )
+        runs = list({run.folder: run for run in trained.values()}.values())
         rhos = self.arguments.rhos
-        top1 = evaluation.accuracies(runs, options, rhos, self.output / "accuracy")
+        top1 = evaluation.accuracies(runs, self.options(), rhos, self.output / "accuracy")
 
         def row(column: str, arm: str, seed: int, run: comparison.Run) -> dict[str, Any]:
             logged = run.rows()
@@ -99,7 +93,7 @@ class Study(Comparison):
                 "run": run.name,
                 "epochs": run.epochs,
                 "seconds": run.seconds(),
-                "arithmetic": self.own_cost(arm, run.epochs) * run.epochs,
+                "arithmetic": self.own_cost(arm, run.epochs // self.layout.arms[arm].times) * run.epochs,
                 "top1": top1[run.name],
                 "curve": [
                     (sum(one["train_seconds"] for one in logged[: number + 1]), one["top1"])
@@ -109,7 +103,9 @@ class Study(Comparison):
             }
 
         rows = [row(column, arm, seed, run) for (column, arm, seed), run in trained.items()]
-        dense = {seed: row("", REFERENCE, seed, run) for seed, run in whole.items()}
+        # A whole dense run is in one of the columns.
+        whole = [one for one in rows if one["arm"] == REFERENCE and one["epochs"] == self.layout.epochs]
+        dense = {one["seed"]: one for one in whole}
         device = self.arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         columns = {column.key: column.name for column in self.columns}
         config = self.layout.config(runs[0])
@@ -118,12 +114,11 @@ class Study(Comparison):
             "title": f"{title}{len(seeds)} seed{'s' * (len(seeds) != 1)}",
             "command": command,
             "plan": self.plan,
-            "epochs_of": {key: dict(by_seed) for key, by_seed in chosen.items()},
             "columns": columns,
             "rhos": rhos,
             "environment": environment(torch.device(device)),
             "num_images": self.num_images,
-            "num_val_images": sum(self.dataset.per_class["val"]),
+            "num_val_images": self.dataset.num_samples("val"),
             "num_classes": self.num_classes,
             "img_size": config.data.img_size,
             "runs": rows,
@@ -171,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     comparison.check(arguments, parser)
     if not all(0 < rho <= 1 for rho in arguments.rhos):
         parser.error("--rhos are shares of patches, in (0, 1]")
-    try:
+    with comparison.leaving(parser):
         columns = list(dict.fromkeys(map(column, arguments.equal)))
         study = Study(arguments, columns)
         if arguments.plan:
@@ -180,11 +175,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         study.admit()
         words = sys.argv[1:] if argv is None else argv
         result = study.measure(study.train(), f"python -m tools.study {shlex.join(words)}")
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.code)
-    except ValueError as error:
-        parser.error(str(error))
     write(result, study.output)
     print(f"\n{schedule_page.markdown(result)}\nwrote {study.output}/study.md, .csv, .json, .png")
     return result

@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pipelines
-from pipelines.base import Loader
 from pipelines.probe import images_per_second
 from pss.config import Config
-from pss.planning.budget import Budget, Chosen, Clock, check_settings, choose, dense_of, said
+from pss.planning.budget import Budget, Chosen, Clock, check_settings, choose, dense_of, named, said
 from pss.planning.length import of_length
 from pss.planning.plan import Level, Plan
-from pss.planning.rehearsal import Taken, rehearse
+from pss.planning.rehearsal import MakeLoaders, Taken, opened, rehearse
 from pss.runs import records
 from pss.runs.lock import BUDGET, CONFIG, SUMMARY
 from pss.runtime.files import in_words
 from pss.runtime.processes import World
 
-MakeLoaders = Callable[[Config], tuple[Loader, Loader | None]]
 Say = Callable[[str], None]
 
 _SHARE, _LEAST_SECONDS, _MOST_SECONDS = 0.06, 2.0, 30.0  # of the time that there is, what measuring takes, about
@@ -70,11 +68,10 @@ def choose_run(
     Raises:
         ValueError: not even the shortest run fits.
     """
-    kept = check_settings(budget, config, settings)
     seconds = _USUAL_SECONDS
     if budget.hours is not None:
         seconds = min(_MOST_SECONDS, max(_LEAST_SECONDS, _SHARE * 3600 * budget.hours))
-    sizes = {"num_images": sum(dataset.per_class["train"]), "num_classes": len(dataset.classes)}
+    sizes = {"num_images": dataset.num_samples("train"), "num_classes": len(dataset.classes)}
     if sizes["num_images"] < config.train.batch_size:
         raise ValueError(
             f"{sizes['num_images']} images do not fill one batch of {config.train.batch_size}; lower train.batch_size"
@@ -99,7 +96,7 @@ def choose_run(
 
     rate = _loader_rate(config, make_loaders, world) if world.device.type == "cuda" else None
     options: dict[str, Any] = {"rehearse": measure, "loader_rate": rate, "processes": world.size, **sizes}
-    own, dense = Clock(config, kept=kept, **options), Clock(dense_of(config), **options)
+    own, dense = Clock(config, kept=named(settings), **options), Clock(dense_of(config), **options)
     return choose(budget, own, dense, now)
 
 
@@ -142,9 +139,8 @@ def noted(budget: Budget, chosen: Chosen) -> dict[str, Any]:
 def as_planned(config: Config, output: Path, dataset: pipelines.DataSet, settings: Sequence[str]) -> Config:
     """The configuration at the length that the run in `output` was planned with."""
     saved = Config.from_json(output / CONFIG)
-    steps = sum(dataset.per_class["train"]) // config.train.batch_size
-    kept = frozenset(setting.partition("=")[0].strip() for setting in settings)
-    return of_length(config, saved.train.epochs, max(1, steps), kept)
+    steps = dataset.num_samples("train") // config.train.batch_size
+    return of_length(config, saved.train.epochs, max(1, steps), named(settings))
 
 
 def account(output: Path, seconds: float, say: Say) -> None:
@@ -185,12 +181,7 @@ def scratch(output: Path | None, world: World) -> Iterator[Path]:
 
 def _loader_rate(config: Config, make_loaders: MakeLoaders, world: World) -> float:
     """Images per second that all processes decode, each for itself."""
-    train_loader, val_loader = make_loaders(config)
-    try:
+    with opened(make_loaders, config) as (train_loader, _):
         told = world.broadcast(str(world.size * images_per_second(train_loader, _LOADER_SECONDS)))
-    finally:
-        train_loader.close()
-        if val_loader is not None:
-            val_loader.close()
     assert told is not None
     return float(told)

@@ -149,13 +149,13 @@ def train(
         if loader == "auto":
             loader, reason = _choose_loader(data, output if resume else None, config, world)
             speak(f"--loader auto: {loader} ({reason})")
+        make = partial(_make_loaders, dataset=dataset, loader=loader, world=world)
         if budget is not None:
-            make = partial(_make_loaders, data=data, loader=loader, world=world)
             config = budgeting.plan_run(
                 budget, config, settings, dataset, make, output=output, world=world, began=began, say=speak
             )
             check_shapes(config)
-        train_loader, val_loader = _make_loaders(config, data=data, loader=loader, world=world)
+        train_loader, val_loader = make(config)
         try:
             backends = {one.backend for one in (train_loader, val_loader) if one is not None}
             check_machine(config, settings, device=world.device.type, backends=backends)
@@ -204,11 +204,13 @@ def fit_to_budget(
     dataset = pipelines.open_dataset(data)
     with processes.start() as world, budgeting.scratch(None, world) as folder:
         backend: Any = _choose_loader(data, None, config, world)[0] if loader == "auto" else loader
-        make = partial(_make_loaders, data=data, loader=backend, world=world)
+        make = partial(_make_loaders, dataset=dataset, loader=backend, world=world)
         return budgeting.choose_run(budget, config, settings, dataset, make, folder=folder, world=world, began=began)
 
 
-def _make_loaders(config: Config, *, data: Path, loader: Backend, world: World) -> tuple[Loader, Loader | None]:
+def _make_loaders(
+    config: Config, *, dataset: pipelines.DataSet, loader: Backend, world: World
+) -> tuple[Loader, Loader | None]:
     """Of the training images and the validation images, if there are any, on this process."""
     options: dict[str, Any] = {
         "config": config.data,
@@ -219,9 +221,10 @@ def _make_loaders(config: Config, *, data: Path, loader: Backend, world: World) 
         "device": world.device,
         "num_workers": config.train.num_workers,
     }
+    data = dataset.root
     train = pipelines.build(data, "train", train=True, loader=loader, label_maps=config.data.label_maps, **options)
     try:
-        if "val" not in pipelines.open_dataset(data).splits:
+        if "val" not in dataset.splits:
             return train, None
         # Accuracy is measured on the original bytes, which FFCV's files do not hold.
         backend = pipelines.choose_backend(data, "val", beside=loader)

@@ -16,6 +16,8 @@ from pss.methods import Method, Point, mean_tokens
 from pss.runtime.processes import World
 
 _TOP = 3
+EXHIBITED = 12
+"""Images that are shown, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Curator:
         num_samples: int,
         world: World,
         autocast: Callable[[], AbstractContextManager[Any]],
-        size: int = 12,
+        size: int = EXHIBITED,
     ) -> None:
         self._method, self._points, self._world, self._autocast = method, list(points), world, autocast
         self._num_samples, self._size = num_samples, min(size, num_samples)

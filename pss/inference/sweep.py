@@ -26,8 +26,9 @@ from rich.progress import (
 from torch import Tensor
 
 from pipelines.base import Batch, DataConfig, Loader
-from pss.inference.accuracy import Accuracy, accuracy, evaluation_inputs
-from pss.inference.exhibit import Curator, Exhibit
+from pipelines.loaders.prefetch import Inputs
+from pss.inference.accuracy import Accuracy, Shown, accuracy, evaluation_inputs
+from pss.inference.exhibit import EXHIBITED, Curator, Exhibit
 from pss.inference.opening import Run
 from pss.inference.plots import plot_sweep
 from pss.inference.text import cell, printable
@@ -168,34 +169,48 @@ def predict(run: Run, images: Tensor, point: Point) -> Tensor:
         return run.method.predict(images, point)
 
 
+def observed(
+    one: Run,
+    points: Sequence[Point],
+    inputs: Inputs[Shown],
+    world: World,
+    *,
+    size: int = EXHIBITED,
+    advance: Callable[[int], None] = lambda count: None,
+) -> tuple[list[Accuracy], Exhibit]:
+    """Accuracy of a run at each of `points`, and what it keeps of `size` images; `advance` is told what is done."""
+    curator = Curator(
+        one.method,
+        points=points,
+        num_samples=inputs.num_samples,
+        world=world,
+        autocast=lambda: autocast(one.config, world.device),
+        size=size,
+    )
+
+    def observe(batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
+        curator(batch, images, logits)
+        advance(len(images))
+
+    accuracies = accuracy(
+        one.method.predict_with_cost if one.method.costs_vary else one.method.predict,
+        inputs,
+        world,
+        points=points,
+        autocast=autocast(one.config, world.device),
+        observe=observe,
+        with_cost=one.method.costs_vary,
+    )
+    return accuracies, curator.exhibit()
+
+
 def _evaluate(
     name: str, one: Run, points: Sequence[Point], loader: Loader, world: World
 ) -> tuple[list[Accuracy], list[Spread], Exhibit]:
     """Accuracy, speed with the loader, and the exhibit of one run at every operating point."""
     inputs = evaluation_inputs(loader, one.config.data, world.device)
-    curator = Curator(
-        one.method,
-        points=points,
-        num_samples=loader.num_samples,
-        world=world,
-        autocast=lambda: autocast(one.config, world.device),
-    )
     with progress(name, loader.num_samples, world) as advance:
-
-        def observe(batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
-            curator(batch, images, logits)
-            advance(len(images))
-
-        accuracies = accuracy(
-            one.method.predict_with_cost if one.method.costs_vary else one.method.predict,
-            inputs,
-            world,
-            points=points,
-            autocast=autocast(one.config, world.device),
-            observe=observe,
-            with_cost=one.method.costs_vary,
-        )
-    exhibit = curator.exhibit()
+        accuracies, exhibit = observed(one, points, inputs, world, advance=advance)
     calls = [partial(predict, one, point=point) for point in points]
     with stage(f"timing {name} with its loader", world):
         return accuracies, loader_rates(calls, inputs, device=world.device), exhibit

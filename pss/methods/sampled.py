@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -101,8 +100,7 @@ def course(config: RunSettings, settings: ScheduleConfig, steps_per_epoch: int) 
 
 def _stages(settings: ScheduleConfig, num_steps: int, steps_per_epoch: int) -> str:
     rhos, lengths = settings.stages
-    starts = (*Stages(rhos, lengths, num_steps).starts, num_steps)
-    parts = [(rho, end - start) for rho, (start, end) in zip(rhos, pairwise(starts), strict=True)]
+    parts = zip(rhos, Stages(rhos, lengths, num_steps).counts, strict=True)
     first, *others = [f"{rho} for {steps / steps_per_epoch:.3g} epochs" for rho, steps in parts]
     return ", then ".join([first, *others])
 

@@ -13,7 +13,7 @@ from pss.methods import PLAIN
 from pss.planning.length import fewest_epochs, of_length
 from pss.planning.plan import Level, Plan, plan
 from pss.planning.rehearsal import Key, Taken, key_of
-from pss.planning.simulation import Machine, prepared_batches, queue_batches, simulate
+from pss.planning.simulation import batches_in, prepared_batches, simulate
 
 Rehearse = Callable[[Config, Plan, list[Level]], Taken]
 """Measures a run at some levels of its plan; see `pss.planning.rehearsal.rehearse`."""
@@ -155,14 +155,8 @@ class Clock:
             return sum(steps[number] for number in planned.level_of_step)
         waits = [_nearest(level, planned, taken.waits) for level in planned.levels]
         fed = [step - wait for step, wait in zip(steps, waits, strict=True)]
-        machine = Machine(
-            processes=self._processes,
-            images_per_second=1.0,  # not read: how long steps take is measured
-            loader_images_per_second=self._loader_rate,
-            queue_bytes=config.data.prefetch_bytes("cuda"),
-            prepared_batches=prepared_batches("cuda"),
-        )
-        queue = queue_batches(planned, machine, config.data.img_size)
+        queue_bytes, prepared = config.data.prefetch_bytes("cuda"), prepared_batches("cuda")
+        queue = batches_in(queue_bytes, planned, self._processes, config.data.img_size, prepared)
         batch_seconds = planned.batch_size / self._loader_rate
         return simulate([fed[number] for number in planned.level_of_step], batch_seconds, queue).seconds
 
@@ -234,21 +228,20 @@ def dense_of(config: Config) -> Config:
     return plain.with_settings(["data.progressive.start_size=none"])
 
 
-def check_settings(budget: Budget, config: Config, settings: Iterable[str]) -> frozenset[str]:
-    """The names that were set by hand, which the plan leaves as they are.
+def named(settings: Iterable[str]) -> frozenset[str]:
+    """What was set by hand, which a plan leaves as it is."""
+    return frozenset(setting.partition("=")[0].strip() for setting in settings)
 
-    Raises:
-        ValueError: one of them says how long the run is.
-    """
-    given = frozenset(setting.partition("=")[0].strip() for setting in settings)
-    if "train.epochs" in given:
+
+def check_settings(budget: Budget, config: Config, settings: Iterable[str]) -> None:
+    """Raise `ValueError` where settings say how long the run is."""
+    if "train.epochs" in named(settings):
         raise ValueError(f"{budget.option} chooses train.epochs, and --set gives it; leave out one of them")
     if config.train.max_steps is not None:
         raise ValueError(
             f"{budget.option} plans a whole run, and train.max_steps={config.train.max_steps} ends it before; set it "
             "to none"
         )
-    return given
 
 
 def _fits(clock: Clock, before: float, seconds: float, epochs: int) -> bool:

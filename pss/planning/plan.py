@@ -13,7 +13,7 @@ from pss.config import Config
 from pss.methods import Cost, Method, Stage, mean_tokens
 from pss.models.flops import macs
 from pss.training.optim import rates_at
-from pss.training.setup import position_of, positions_of
+from pss.training.setup import positions_of
 
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_CLASSES = 1000
@@ -58,7 +58,6 @@ class Plan:
     levels: tuple[Level, ...]  # by ascending size and rho
     level_of_step: tuple[int, ...]  # for every step, which of `levels`
     course: str  # the method's words on which rho comes when
-    rates: tuple[Rate, ...]  # at steps evenly spread over the run, the first epoch's closer to each other
 
     @property
     def rhos(self) -> tuple[float, ...]:
@@ -133,14 +132,13 @@ def plan(config: Config, *, num_images: int = IMAGENET_IMAGES, num_classes: int 
             f"the run has {total_steps:,} steps, and a plan goes through each of at most {_MOST_STEPS:,}; set "
             f"train.max_steps={_MOST_STEPS}, or lower train.epochs"
         )
-    with torch.device("meta"):  # shapes are all that costs are counted from
-        method = methods.build(config, num_classes, steps_per_epoch)
+    method = _of_shapes(config, num_classes, steps_per_epoch)
     sizes = [config.data.train_size(epoch) for epoch in range(config.train.epochs)]
     first_seen: dict[tuple[int, Stage], int] = {}
     # Numbers, as the garbage collector would go through a tuple for each of a run's steps again and again.
     seen = [
         first_seen.setdefault((sizes[at.epoch], method.stage(at)), len(first_seen))
-        for at in positions_of(method, total_steps)
+        for at in positions_of(method, range(total_steps))
     ]
     counts = Counter(seen)
     levels = sorted(first_seen)
@@ -163,14 +161,19 @@ def plan(config: Config, *, num_images: int = IMAGENET_IMAGES, num_classes: int 
         ),
         level_of_step=tuple(number_of[level] for level in seen),
         course=method.course(),
-        rates=_rates(method, total_steps),
     )
 
 
-def _rates(method: Method, total_steps: int) -> tuple[Rate, ...]:
-    first = min(total_steps, method.steps_per_epoch)
-    evenly = {number * (end - 1) // _RATES for end in (first, total_steps) for number in range(_RATES + 1)}
+def _of_shapes(config: Config, num_classes: int, steps_per_epoch: int) -> Method:
+    with torch.device("meta"):  # shapes are all that costs are counted from
+        return methods.build(config, num_classes, steps_per_epoch)
+
+
+def learning_rates(config: Config, planned: Plan) -> tuple[Rate, ...]:
+    """Of a run at steps evenly spread over it, the first epoch's closer to each other."""
+    method = _of_shapes(config, 1, planned.steps_per_epoch)  # however many classes, the groups have the same rates
+    first = min(planned.total_steps, planned.steps_per_epoch)
+    evenly = {number * (end - 1) // _RATES for end in (first, planned.total_steps) for number in range(_RATES + 1)}
     steps = sorted(evenly)
-    positions = [position_of(method, step) for step in steps]
-    found = rates_at(method, positions, batch_size=method.config.train.batch_size)
+    found = rates_at(method, list(positions_of(method, steps)), batch_size=planned.batch_size)
     return tuple(Rate(step, low, high) for step, (low, high) in zip(steps, found, strict=True))

@@ -10,7 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pss.training.trainer import Trainer
 _STRETCH_SECONDS = 0.1  # of steps that are timed together: on a GPU they overlap
 _FEWEST_ROUNDS, _MOST_ROUNDS, _MOST_STEPS = 3, 25, 100
 
-Loaders = Callable[[Config], tuple[Loader, Loader | None]]
+MakeLoaders = Callable[[Config], tuple[Loader, Loader | None]]
 """Makes the loaders of the training images and of the validation images, if there are any."""
 Key = tuple[int, float, str]
 """Size of the images, and the stage: what `Level` is known by in plans of runs of other lengths."""
@@ -77,7 +77,7 @@ def rehearse(
     planned: Plan,
     wanted: Iterable[Level],
     *,
-    make_loaders: Loaders,
+    make_loaders: MakeLoaders,
     classes: Sequence[str],
     folder: Path,
     world: World,
@@ -98,19 +98,25 @@ def rehearse(
     began = time.perf_counter()
     # A queue would fill while little is trained, and would be paid for by steps that never come.
     config = replace(config, data=replace(config.data, prefetch_gb=0.0))
-    train_loader, val_loader = make_loaders(config)
-    try:
+    with opened(make_loaders, config) as (train_loader, val_loader):
         options: dict[str, Any] = {"classes": list(classes), "output": folder, "world": world, "quiet": True}
         run = _Rehearsal(config, train_loader, val_loader, **options)
         build = time.perf_counter() - began
         found = run.measure(planned, list(wanted), build, seconds)
-    finally:
-        train_loader.close()
-        if val_loader is not None:
-            val_loader.close()
     told = world.broadcast(found.to_json() if world.is_main else None)
     assert told is not None
     return Taken.from_json(told)
+
+
+@contextmanager
+def opened(make_loaders: MakeLoaders, config: Config) -> Iterator[tuple[Loader, Loader | None]]:
+    """The loaders of a configuration, closed afterwards."""
+    made = make_loaders(config)
+    try:
+        yield made
+    finally:
+        for loader in filter(None, made):
+            loader.close()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class RunLog:
         self._told: set[str] = set()
         self._kept = kept
         self._board: Board | None = None
-        self._loggers: list[loggers.Apart] = []
+        self._loggers: list[tuple[loggers.Apart, set[tuple[str, int]]]] = []
+        """Each with the rows that it has been shown."""
 
     def show(self, names: Sequence[str], config: Mapping[str, Any], say: loggers.Say = loggers.nowhere) -> None:
         """Show what there is, and what will be written, to loggers (`train.loggers`); `say` prints a line."""
@@ -63,12 +65,15 @@ class RunLog:
         for name in dict.fromkeys(names):
             run = loggers.Run(folder, config, known.get(name) or None, say)
             if name == loggers.TENSORBOARD:
-                self._attempt(_EVENTS, lambda run=run: self._begin_board(run))  # type: ignore[misc]
+                self._attempt(_EVENTS, partial(self._begin_board, run))
                 continue
-            self._loggers.append(loggers.Apart(name, run))
+            logger = loggers.Apart(name, run)
+            self._loggers.append((logger, self._shown if name in known else set()))
             if name not in known:  # it is new to the run, which may not be
                 for row in self._kept:
-                    self._loggers[-1].add(row)
+                    logger.add(row)
+                if self._resume_step > 0 and (picture := folder / AUGMENTED).is_file():
+                    logger.picture(picture, 0)
         self._kept = []
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -79,8 +84,8 @@ class RunLog:
         self._attempt(LOG, self._flush)
         if (board := self._board) is not None:
             self._attempt(_EVENTS, lambda: board.add(row))
-        if (kind, step) not in self._shown:
-            for logger in self._loggers:
+        for logger, shown in self._loggers:
+            if (kind, step) not in shown:
                 logger.add(row)
 
     def picture(self, content: bytes, step: int) -> None:
@@ -89,8 +94,9 @@ class RunLog:
         files.write(path, content)
         if (board := self._board) is not None:
             self._attempt(_EVENTS, lambda: board.picture(path.stem, content, step))
-        for logger in self._loggers if not self._shown else ():
-            logger.picture(path, step)
+        for logger, shown in self._loggers:
+            if not shown:
+                logger.picture(path, step)
 
     @property
     def unwritten(self) -> int:
@@ -133,7 +139,7 @@ class RunLog:
         os.close(self._file)
         if self._board is not None:
             self._attempt(_EVENTS, self._board.close)
-        for logger in self._loggers:
+        for logger, _ in self._loggers:
             logger.close()
 
 

@@ -32,7 +32,7 @@ class AdamW(torch.optim.AdamW):
     def advance(self) -> None:
         """`step` without what torch wraps around it for profilers and hooks, which takes longer than what is within."""
         if not self._step_at_once():
-            self.step()
+            super().step()
 
     @torch.no_grad()
     def _step_at_once(self) -> bool:
@@ -118,6 +118,7 @@ def lr_schedule(optimizer: torch.optim.Optimizer, phase: Phase, steps_per_epoch:
         warmup_lr_init=optim.warmup_lr,
         warmup_prefix=optim.warmup_prefix,
         t_in_epochs=False,
+        cycle_decay=0.5,  # of a second cycle, which never comes: timm warns of a cosine of one step without it
     )
     schedule.step_update(0)
     return schedule

@@ -26,7 +26,6 @@ from pss.runtime.processes import World
 from pss.training import sheet
 from pss.training.console import TrainView
 from pss.training.meter import Meter
-from pss.training.sharding import reshard
 
 Row = dict[str, Any]
 
@@ -78,18 +77,15 @@ class Reporter:
             self._attempt("the console", lambda: view.say(line))
 
     def picture(self, images: Tensor, total_steps: int, autocast: AbstractContextManager[Any]) -> None:
-        """Keep a picture of the run's first images (B, 3, S, S) and of what of them is kept; the run is as before. With
-        a sharded model every process must call it."""
-        sharded = self.config.train.parallel == "fsdp" and self.world.size > 1
-        if self.world.is_main or sharded:
-            self._attempt(AUGMENTED, lambda: self._picture(images[: sheet.IMAGES], total_steps, autocast))
-        if sharded:
-            reshard(self.method)
-
-    def _picture(self, images: Tensor, total_steps: int, autocast: AbstractContextManager[Any]) -> None:
-        rows = sheet.seen(self.method, images, sheet.levels(self.method, total_steps), autocast)
+        """Keep a picture of the run's first images (B, 3, S, S) and of what of them is kept; the run is as before."""
         if (log := self._log) is not None:
-            log.picture(sheet.draw(images, rows, self.config.data, self.method.knob), 0)
+            self._attempt(AUGMENTED, lambda: log.picture(self._sheet(images[: sheet.IMAGES], total_steps, autocast), 0))
+
+    def _sheet(self, images: Tensor, total_steps: int, autocast: AbstractContextManager[Any]) -> bytes:
+        rows: list[sheet.Row] = []
+        if self.config.train.parallel != "fsdp" or self.world.size == 1:  # shards compute together, or not at all
+            rows = sheet.seen(self.method, images, sheet.levels(self.method, total_steps), autocast)
+        return sheet.draw(images, rows, self.config.data, self.method.knob)
 
     def watch(self, passed: int, passes: int, num_images: int) -> Observe:
         """What shows how far validation is, of `passes` over `num_images` images of which `passed` are done."""

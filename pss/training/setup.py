@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import FrameType
@@ -35,24 +35,22 @@ def check_masks(device: torch.device, say: Callable[[str], None]) -> None:
 def stages_of(method: Method, total_steps: int) -> Counter[tuple[Stage, int]]:
     """How many steps of a run each stage has, at each size of its images, in the order in which they come up."""
     return Counter(
-        (method.stage(at), method.config.data.train_size(at.epoch)) for at in positions_of(method, total_steps)
+        (method.stage(at), method.config.data.train_size(at.epoch)) for at in positions_of(method, range(total_steps))
     )
 
 
-def positions_of(method: Method, total_steps: int) -> Iterator[Progress]:
-    """All positions of a run, as the main process sees them."""
+def positions_of(method: Method, steps: Iterable[int]) -> Iterator[Progress]:
+    """Where a run is at each of these steps, as the main process sees it."""
     train, per_epoch = method.config.train, method.steps_per_epoch
     total, phases = train.epochs * per_epoch, phase_of_epochs(method)
-    for step in range(total_steps):
+    for step in steps:
         epoch = step // per_epoch
         yield Progress(step, total, epoch, train.epochs, train.seed, 0, phases[epoch])
 
 
 def position_of(method: Method, step: int) -> Progress:
     """Where a run is at a step, as the main process sees it."""
-    train, epoch = method.config.train, step // method.steps_per_epoch
-    total = train.epochs * method.steps_per_epoch
-    return Progress(step, total, epoch, train.epochs, train.seed, 0, phase_of_epochs(method)[epoch])
+    return next(positions_of(method, [step]))
 
 
 def phase_of_epochs(method: Method) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipelines.base import DataConfig
 from pss.inference.accuracy import draws_of
 from pss.methods import Method, Point
 from pss.models.sampling import spread
-from pss.training.setup import position_of
+from pss.training.setup import positions_of
 
 IMAGES = 8
 _MOST_ROWS, _MOST_STEPS = 6, 4000
@@ -35,7 +36,7 @@ def levels(method: Method, total_steps: int) -> list[Point]:
         return [method.points()[0]]
     steps = {*range(min(total_steps, _MOST_STEPS)), total_steps - 1}
     steps |= {number * total_steps // _MOST_STEPS for number in range(_MOST_STEPS)}
-    found = sorted({method.stage(position_of(method, step)).rho for step in steps}, reverse=True)
+    found = sorted({method.stage(at).rho for at in positions_of(method, steps)}, reverse=True)
     if len(found) > _MOST_ROWS:
         found = [found[number * (len(found) - 1) // (_MOST_ROWS - 1)] for number in range(_MOST_ROWS)]
     return [*found]
@@ -67,14 +68,14 @@ def _shares(method: Method, images: Tensor, point: Point) -> Tensor | None:
     model = method.model
     grid = model.grid_of((images.shape[-2], images.shape[-1]))
     if grid == model.grid_size:
-        return (method.depths(images, point) / len(model.blocks)).reshape(-1, *grid)
-    if type(method).depths is not Method.depths or point is None:
+        depths = method.depths(images, point)
+    elif type(method).depths is not Method.depths or point is None:
         return None
-    kept = model.see(images, point, low_resolution=True)[1]
-    shares = torch.zeros(len(images), model.num_patches, device=images.device)
-    assert kept is not None
-    shares.scatter_(1, kept.expand(len(images), -1), 1.0)
-    return shares[:, spread(grid, model.grid_size, images.device)].reshape(-1, *grid)
+    else:
+        kept = model.see(images, point, low_resolution=True)[1]
+        assert kept is not None
+        depths = method.depths_of(images, kept.expand(len(images), -1))[:, spread(grid, model.grid_size, images.device)]
+    return (depths / len(model.blocks)).reshape(-1, *grid)
 
 
 def draw(images: Tensor, rows: Sequence[Row], data: DataConfig, knob: str = "ρ") -> bytes:
@@ -121,8 +122,6 @@ def _veiled(pixels: NDArray[np.floating[Any]], shares: NDArray[np.floating[Any]]
 
 def _font() -> Any:
     """matplotlib's, which has the letter ρ; it comes with every installation."""
-    from pathlib import Path
-
     from matplotlib import get_data_path
 
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 14)

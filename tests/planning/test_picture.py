@@ -14,7 +14,7 @@ from cli import plan as shown
 from cli.train import train
 from pss import methods, recipes
 from pss.inference.plots import plot_plan
-from pss.planning.plan import plan
+from pss.planning.plan import learning_rates, plan
 from pss.runs.log import read_rows
 from pss.training.optim import build_optimizer, rates_at, set_rates
 from pss.training.setup import positions_of
@@ -38,7 +38,7 @@ def test_rates_are_those_of_the_optimizer(method):
         planned = methods.build(config, 4, 5)
     built = methods.build(config, 4, 5)
     expected, first, before = [], 0, None
-    for at in positions_of(built, 20):
+    for at in positions_of(built, range(20)):
         if at.phase != before:
             first, before, phase = at.step, at.phase, built.phases()[at.phase]
             built.begin_phase(phase)
@@ -46,7 +46,7 @@ def test_rates_are_those_of_the_optimizer(method):
         set_rates(optimizer, schedule, at.step - first, built.lr_factors(at))
         rates = [group["lr"] for group in optimizer.param_groups]
         expected.append((min(rates), max(rates)))
-    assert rates_at(planned, list(positions_of(planned, 20)), batch_size=8) == expected
+    assert rates_at(planned, list(positions_of(planned, range(20))), batch_size=8) == expected
     assert len(set(expected)) > 10
 
 
@@ -55,7 +55,8 @@ def test_a_plan_says_what_the_log_will_say(tmp_path):
     planned = plan(config, num_images=40, num_classes=4)
     fit(config, tmp_path)
     logged = {row["step"] - 1: row for row in read_rows(tmp_path, "step")}
-    assert {rate.step: rate.high for rate in planned.rates} == {step: row["lr"] for step, row in logged.items()}
+    rates = {rate.step: rate.high for rate in learning_rates(config, planned)}
+    assert rates == {step: row["lr"] for step, row in logged.items()}
     assert list(planned.rhos) == [row["rho"] for row in logged.values()]
 
 
@@ -103,7 +104,8 @@ def test_the_command_draws(tmp_path, capsys):
 
 
 def test_the_line_of_rates_fits_a_run_of_few_steps(capsys):
-    shown.show_rates(plan(recipes.get("digits").with_settings([*SMALL, "train.max_steps=3"]), num_images=40))
+    config = recipes.get("digits").with_settings([*SMALL, "train.max_steps=3"])
+    shown.show_rates(config, plan(config, num_images=40))
     assert len(capsys.readouterr().out.splitlines()[-1].strip()) == 3
 
 

@@ -50,9 +50,9 @@ def test_a_logger_of_ones_own_is_given_all_that_the_log_has(tmp_path):
     assert loggers.keys_of(tmp_path) == {NOTES: "first"}
 
 
-def test_no_row_is_shown_twice_after_a_resume(tmp_path):
-    """Rows that came after the checkpoint are trained again, and were shown."""
-    run = trainer(tmp_path, f"train.loggers={NOTES},tensorboard")
+def cut_short(folder, names):
+    """A run that stops at step 14, past its last checkpoint of step 10."""
+    run = trainer(folder, f"train.loggers={names}")
     original, calls = run.saver.save, []
 
     def die(**state):
@@ -65,7 +65,12 @@ def test_no_row_is_shown_twice_after_a_resume(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run.fit()
     run.saver.wait()
-    assert rows_given()[-1] == ("step", 14)  # past the last checkpoint, of step 10
+
+
+def test_no_row_is_shown_twice_after_a_resume(tmp_path):
+    """Rows that came after the checkpoint are trained again, and were shown."""
+    cut_short(tmp_path, f"{NOTES},tensorboard")
+    assert rows_given()[-1] == ("step", 14)
     trainer(tmp_path, f"train.loggers={NOTES},tensorboard").fit()
     assert ("begin", "first", tmp_path.name) in CALLS
     given = rows_given()
@@ -79,6 +84,13 @@ def test_a_logger_that_comes_later_is_shown_what_was_before_it(tmp_path):
     assert CALLS == []
     trainer(tmp_path, "train.max_steps=12", f"train.loggers={NOTES}").fit()
     assert rows_given() == [(row["kind"], row["step"]) for row in read_rows(tmp_path) if row["kind"] != "start"]
+
+
+def test_a_logger_that_comes_after_a_cut_is_shown_what_is_trained_again(tmp_path):
+    cut_short(tmp_path, "tensorboard")
+    trainer(tmp_path, f"train.loggers={NOTES}").fit()
+    assert rows_given() == [(row["kind"], row["step"]) for row in read_rows(tmp_path) if row["kind"] != "start"]
+    assert [call for call in CALLS if call[0] == "picture"] == [("picture", "augmented.png", 0)]
 
 
 def test_one_that_fails_is_told_once_and_changes_nothing(tmp_path, caplog):

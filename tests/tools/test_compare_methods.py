@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from comparisons import TINY, assert_refused_before_training
 
 from pss.runs.log import read_rows
 from tests import warm
@@ -25,10 +26,6 @@ start = "dense"
 fine_tuning = 0.5
 note = "half of the epochs anew"
 """
-TINY = (
-    "train.batch_size=16", "model.depth=1", "model.embed_dim=12", "model.num_heads=1", "data.img_size=16",
-    "train.num_workers=1", "train.ema_decay=0",
-)  # fmt: skip
 
 
 class Machine:
@@ -137,19 +134,13 @@ def test_other_settings_are_another_comparison(compare, capsys):
 
 
 def test_mistakes_are_told_before_anything_is_trained(compare, capsys):
-    start, machine, out = compare
     for words, options, told in [
         (("--seeds", "1", "1"), {}, "names one twice"),
         (("--set", "train.epoch=2"), {}, "train.epoch"),
         ((), {"arms": ("short",)}, "dense is what the others are compared with"),
         ((), {"epochs": 1}, "arms that fine-tune take at least 2"),
     ]:
-        with pytest.raises(SystemExit) as refused:
-            start(*words, **options)
-        assert refused.value.code == 2
-        assert told in capsys.readouterr().err
-    assert not machine.called
-    assert not out.exists()
+        assert_refused_before_training(compare, capsys, told, *words, **options)
 
 
 def test_a_plan_trains_nothing_and_a_budget_is_kept(compare, capsys):

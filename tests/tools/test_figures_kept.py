@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from memory_loader import MemoryLoader
+from memory_loader import fit
 
 from pss import recipes
 from pss.inference.exhibit import View
 from pss.inference.opening import load_run
 from pss.runtime.processes import World
-from pss.training.trainer import Trainer
 from tools.figures import kept
 from tools.figures.figure import Source
 
@@ -26,10 +25,7 @@ def source(tmp_path_factory, converted_root):
     for arm, method in ARMS.items():
         config = recipes.get("digits").with_settings([*TINY, f"method={method}"])
         run = folder / "runs" / f"{arm}-s0"
-        run.mkdir(parents=True)
-        (run / "config.json").write_text(config.to_json(), encoding="utf-8")
-        loaders = MemoryLoader(40), MemoryLoader(40, train=False)
-        Trainer(config, *loaders, classes=list("abcd"), output=run, world=HERE).fit()
+        fit(config, run)
         runs.append({"column": "epochs", "arm": arm, "seed": 0, "run": run.name})
     told = {"data": str(converted_root), "recipe": "digits", "settings": [], "num_images": 320}
     return Source(folder, {"runs": runs, "plan": told, "num_classes": 4})

@@ -6,13 +6,12 @@ import json
 
 import pytest
 import torch
-from memory_loader import MemoryLoader
+from memory_loader import fit
 
 from pss import methods, recipes
 from pss.inference.opening import load_run
 from pss.runs.log import read_rows
 from pss.runtime.processes import World
-from pss.training.trainer import Trainer
 from tools.figures import toe
 from tools.figures.figure import Source
 
@@ -27,10 +26,7 @@ def source(tmp_path_factory, converted_root):
     for method in ("toe", "dense"):
         config = recipes.get("digits").with_settings([*TINY, f"method={method}"])
         run = folder / "runs" / f"{method}-s0"
-        run.mkdir(parents=True)
-        (run / "config.json").write_text(config.to_json(), encoding="utf-8")
-        loaders = MemoryLoader(40), MemoryLoader(40, train=False)
-        Trainer(config, *loaders, classes=list("abcd"), output=run, world=HERE).fit()
+        fit(config, run)
         log = read_rows(run, "epoch")
         runs.append({"column": "epochs", "arm": method, "seed": 0, "run": run.name, "log": log})
     return Source(folder, {"runs": runs, "plan": {"data": str(converted_root)}})

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from comparisons import TINY, assert_refused_before_training
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from tools.comparing import comparison, evaluation
 STEPS = 3  # 53 images in batches of 16
 WORTH = {"dense": 0, "stages-20-30": 1, "stages-40-15": 5, "stages-40-30": 4, "linear": 3, "fixed": 2}
 NAMES = tuple(WORTH)
-TINY = ("train.batch_size=16", "model.depth=1", "model.embed_dim=12", "model.num_heads=1", "data.img_size=16")
 
 
 class Machine:
@@ -117,13 +117,7 @@ def test_some_go_on_and_some_do_not(count, keep):
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(start, capsys, words, arms, told):
-    begin, machine, out = start
-    with pytest.raises(SystemExit) as refused:
-        begin(*words, arms=arms)
-    assert refused.value.code == 2
-    assert told in capsys.readouterr().err
-    assert not machine.called
-    assert not out.exists()
+    assert_refused_before_training(start, capsys, told, *words, arms=arms)
 
 
 def test_a_plan_trains_nothing(start, capsys):

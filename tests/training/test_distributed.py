@@ -235,6 +235,7 @@ def test_sharded_processes_learn_what_whole_ones_do(image_root, sharded, tmp_pat
     for values, others in zip(whole, shards, strict=True):
         assert {name: value.shape for name, value in values.items()} == {n: v.shape for n, v in others.items()}
     assert reports[0]["row"]["top1"] == reports[1]["row"]["top1"]
+    assert (output / "augmented.png").is_file()
 
 
 @pytest.fixture(scope="module")

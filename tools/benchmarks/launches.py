@@ -206,7 +206,7 @@ class Run:
         """By stage: its first step that another one of the same stage and image size follows."""
         method, found = self.trainer.method, dict[str, int]()
         size = self.trainer.config.data.train_size
-        positions = list(positions_of(method, self.trainer.total_steps))
+        positions = list(positions_of(method, range(self.trainer.total_steps)))
         for at, then in pairwise(positions):
             here = method.stage(at), size(at.epoch)
             if here == (method.stage(then), size(then.epoch)) and at.epoch == then.epoch:

@@ -48,6 +48,11 @@ class Arm:
         return asdict(self) | {"settings": list(self.settings), "of_epochs": dict(self.of_epochs)}
 
 
+def read_all(*paths: Path) -> dict[str, Arm]:
+    """The arms of all these files; one that is in several is that of the last. Raises `ValueError` as `read` does."""
+    return {name: arm for path in paths for name, arm in read(path).items()}
+
+
 def read(path: Path) -> dict[str, Arm]:
     """The arms of a file, by name; `arms.toml` beside this module says what there is to set.
 

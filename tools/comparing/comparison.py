@@ -6,8 +6,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from pss.config import Config
 from pss.planning.plan import plan
 from pss.runtime import files
 from tools.comparing import arms as known_arms
-from tools.comparing import estimate
+from tools.comparing import estimate, evaluation
 from tools.comparing.arms import Arm, Layout, with_starts
 from tools.comparing.budget import Pace, epochs_for
 from tools.comparing.turns import Run, take_turns
@@ -88,7 +88,7 @@ class Comparison:
         self.arguments, self.output, self.data = arguments, arguments.output, arguments.data
         self.arms, self.columns = list(chosen.values()), tuple(columns)
         self.dataset = pipelines.open_dataset(self.data)
-        self.num_images = sum(self.dataset.per_class["train"])
+        self.num_images = self.dataset.num_samples("train")
         self.num_classes = len(self.dataset.classes)
         epochs = config.train.epochs if arguments.epochs is None else arguments.epochs
         if epochs < max(arm.fewest_epochs for arm in self.arms):
@@ -111,6 +111,12 @@ class Comparison:
             "arms": {arm.name: arm.as_dict() for arm in self.arms},
             "loader": arguments.loader,
         }
+
+    def options(self) -> evaluation.Options:
+        """What runs are evaluated with."""
+        return evaluation.Options(
+            self.data, self.plan["loader"], self.arguments.batch_size, self.arguments.ema, self.arguments.device
+        )
 
     def runs(self, epochs: Mapping[str, int], seed: int) -> list[Run]:
         """Those of the arms that are named, for so many epochs in all."""
@@ -158,13 +164,10 @@ class Comparison:
         chosen: dict[str, dict[str, dict[str, int]]] = saved.setdefault("equal", {})
         if column.key not in chosen:
             by_seed = {str(seed): self._epochs(column, seed) for seed in self.plan["seeds"]}
-            for arm in self.arms:
-                if any(arm.name not in epochs for epochs in by_seed.values()):
-                    by_seed = {
-                        seed: {name: epochs[name] for name in epochs if name != arm.name}
-                        for seed, epochs in by_seed.items()
-                    }
-            chosen[column.key] = by_seed
+            fit = set.intersection(*map(set, by_seed.values()))
+            chosen[column.key] = {
+                seed: {name: count for name, count in epochs.items() if name in fit} for seed, epochs in by_seed.items()
+            }
             files.write(self.output / PLAN, json.dumps(saved, indent=1) + "\n")
         return chosen[column.key]
 
@@ -172,20 +175,19 @@ class Comparison:
         if column.of == "epochs":
             return {arm.name: column.reference_epochs(self.layout.epochs) for arm in self.arms}
         if column.of == "time":
-            paces = {arm.name: self.pace(arm, seed) for arm in self.arms}
-        else:
-            paces = {arm.name: (Pace(1.0, self.own_cost(arm.name, self.layout.epochs)), self.layout.epochs)
-                     for arm in self.arms}  # fmt: skip
-        return self.epochs_at(column, paces)
+            measured = self.layout.epochs if EPOCHS in self.columns else self.pilot_epochs
+            return self.epochs_at(column, {arm.name: self.pace(arm, seed) for arm in self.arms}, measured)
+        counted = {arm.name: Pace(1.0, self.own_cost(arm.name, self.layout.epochs)) for arm in self.arms}
+        return self.epochs_at(column, counted, self.layout.epochs)
 
-    def epochs_at(self, column: Column, paces: Mapping[str, tuple[Pace, int]]) -> dict[str, int]:
+    def epochs_at(self, column: Column, paces: Mapping[str, Pace], measured: int) -> dict[str, int]:
         """Epochs in all of every arm that gets what the reference has, at paces that were measured or counted in runs
         of so many epochs.
 
         A schedule that is rounded to epochs may cost less in a run of another length: its pace goes with its cost.
         """
         reference, given = self.layout.arms[REFERENCE], column.reference_epochs(self.layout.epochs)
-        limit = paces[REFERENCE][0].seconds(reference, given)
+        limit = paces[REFERENCE].seconds(reference, given)
         chosen = {}
         for arm in self.arms:
             if arm.name == REFERENCE:
@@ -193,10 +195,10 @@ class Comparison:
                 continue
             if not arm.equal_time:
                 continue
-            pace, measured_at = paces[arm.name]
+            pace = paces[arm.name]
             with suppress(ValueError):  # it takes too long, or so few epochs cannot be divided as it wants
                 first = epochs_for(arm, pace, limit)
-                ratio = self.own_cost(arm.name, first) / self.own_cost(arm.name, measured_at)
+                ratio = self.own_cost(arm.name, first) / self.own_cost(arm.name, measured)
                 count = epochs_for(arm, replace(pace, own=pace.own * ratio), limit)
                 self.layout.config(self.layout.run(arm, self.plan["seeds"][0], count))
                 chosen[arm.name] = count
@@ -207,21 +209,27 @@ class Comparison:
         config = self.layout.config(self.layout.run(self.layout.arms[arm], self.plan["seeds"][0], epochs))
         return plan(config, num_images=self.num_images, num_classes=self.num_classes).mean_cost
 
-    def pace(self, arm: Arm, seed: int) -> tuple[Pace, int]:
-        """Seconds of an epoch, and in runs of how many: those of equal epochs if there are any, or else a pilot."""
+    def pace(self, arm: Arm, seed: int) -> Pace:
+        """Seconds of an epoch, in the runs of equal epochs if there are any, or else in a pilot."""
         run = self.layout.run(arm, seed, self.layout.epochs) if EPOCHS in self.columns else self.pilot(arm)
         before = 0.0 if run.needs is None else run.needs.seconds() / run.needs.epochs
-        return Pace(before, run.seconds() / run.epochs), run.epochs + run.offset
+        return Pace(before, run.seconds() / run.epochs)
+
+    @property
+    def pilot_epochs(self) -> int:
+        """Of a pilot."""
+        return max(2, -(-self.layout.epochs // 5))
 
     def pilot(self, arm: Arm) -> Run:
         """A short run that shows how long an epoch takes."""
         layout = replace(self.layout, folder=self.output / "pilots")
-        return layout.run(arm, self.plan["seeds"][0], max(2, -(-self.layout.epochs // 5)))
+        return layout.run(arm, self.plan["seeds"][0], self.pilot_epochs)
 
     def train(self, columns: Sequence[Column] | None = None) -> dict[str, dict[str, dict[str, int]]]:
         """All runs to their end; epochs of every arm by column and seed. All columns unless some are named."""
         chosen: dict[str, dict[str, dict[str, int]]] = {}
-        for column in self.columns if columns is None else columns:
+        # Equal epochs first: how long they took is what equal time is reckoned with.
+        for column in sorted(self.columns if columns is None else columns, key=lambda one: one != EPOCHS):
             if column.of == "time" and EPOCHS not in self.columns:
                 self.take_turns([self.pilot(arm) for arm in self.arms], "how long epochs take", 1)
             chosen[column.key] = self.equal(column)
@@ -262,49 +270,35 @@ class Comparison:
             if arm.name in epochs
         }
 
-    def measured_paces(
-        self, maps: Callable[[Config], Tensor | None] = lambda config: None
-    ) -> dict[str, tuple[Pace, int]]:
+    def measured_paces(self, maps: Callable[[Config], Tensor | None] = lambda config: None) -> dict[str, Pace]:
         """Of every arm before anything is trained, from a few measured steps, data at hand; `maps` as of
         `estimate.epoch_seconds`."""
-        epochs = self.layout.epochs
-        runs = {arm.name: self.layout.run(arm, self.plan["seeds"][0], epochs) for arm in self.arms}
+        runs = {arm.name: self.layout.run(arm, self.plan["seeds"][0], self.layout.epochs) for arm in self.arms}
         measured = {
             name: estimate.epoch_seconds(run, self.layout.config, self.num_images, self.num_classes, maps)
             for name, run in runs.items()
         }
         return {
-            arm.name: (Pace(measured.get(arm.start or arm.name, measured[REFERENCE]), measured[arm.name]), epochs)
+            arm.name: Pace(measured.get(arm.start or arm.name, measured[REFERENCE]), measured[arm.name])
             for arm in self.arms
         }
 
-    def estimated(self, paces: Mapping[str, tuple[Pace, int]]) -> tuple[float, dict[str, dict[str, int]]]:
+    def estimated(self, paces: Mapping[str, Pace]) -> tuple[float, dict[str, dict[str, int]]]:
         """Seconds of training all of a new comparison, the start of processes included, and about how many epochs each
         arm has by column."""
-        chosen = {}
-        for column in self.columns:
-            if column.of == "epochs":
-                chosen[column.key] = self._epochs(column, self.plan["seeds"][0])
-            elif column.of == "time":
-                chosen[column.key] = self.epochs_at(column, paces)
-            else:
-                chosen[column.key] = self._epochs(column, self.plan["seeds"][0])
-        plain = {name: pace for name, (pace, _) in paces.items()}
-        runs = [
-            (arm, epochs[arm.name], len(self.plan["seeds"]), self.turn)
-            for epochs in chosen.values()
-            for arm in self.arms
-            if arm.name in epochs
-        ]
+        seed = self.plan["seeds"][0]
+        chosen = {
+            column.key: self.epochs_at(column, paces, self.layout.epochs)
+            if column.of == "time"
+            else self._epochs(column, seed)
+            for column in self.columns
+        }
+        runs = [(arm, epochs[arm.name]) for epochs in chosen.values() for arm in self.arms if arm.name in epochs]
+        seconds = estimate.total_seconds(self.layout, runs, paces, len(self.plan["seeds"]), self.turn)
         if EPOCHS not in self.columns and any(column.of == "time" for column in self.columns):
-            seconds = sum(
-                run.epochs * (plain[arm.name].own + estimate.START_SECONDS)
-                for arm in self.arms
-                for run in [self.pilot(arm)]
-            )
-        else:
-            seconds = 0.0
-        return seconds + estimate.total_seconds(self.layout, runs, plain), chosen
+            for arm in self.arms:
+                seconds += self.pilot(arm).epochs * (paces[arm.name].own + estimate.START_SECONDS)
+        return seconds, chosen
 
 
 def _short(value: Any) -> str:
@@ -339,6 +333,18 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--ema", action="store_true", help="evaluate the moving averages of the weights")
     made.add_argument("--plan", action="store_true", help="measure a few steps, say what it would take, train nothing")
     return made
+
+
+@contextmanager
+def leaving(parsed: argparse.ArgumentParser) -> Iterator[None]:
+    """Within, a run that stops and settings that cannot be end the process, with the run's exit code or with 2."""
+    try:
+        yield
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
+    except ValueError as error:
+        parsed.error(str(error))
 
 
 def check(arguments: argparse.Namespace, parsed: argparse.ArgumentParser) -> None:

@@ -45,16 +45,20 @@ def epoch_seconds(
     return more * per_image * planned.steps_per_epoch * planned.batch_size
 
 
-def total_seconds(layout: Layout, runs: Iterable[tuple[Arm, int, int, int]], pace: Mapping[str, Pace]) -> float:
+def total_seconds(
+    layout: Layout, runs: Iterable[tuple[Arm, int]], pace: Mapping[str, Pace], seeds: int, turn: int
+) -> float:
     """Of training, the start of processes included.
 
     Args:
         layout: Which runs are one and the same.
-        runs: Arm, epochs in all, number of seeds, and epochs of a turn.
+        runs: Arm, and epochs in all.
         pace: By the arm's name.
+        seeds: How many there are.
+        turn: In epochs.
     """
     seconds, counted = 0.0, set()
-    for arm, epochs, seeds, turn in runs:
+    for arm, epochs in runs:
         run = layout.run(arm, 0, epochs)
         for part, each in ((run.needs, pace[arm.name].before), (run, pace[arm.name].own)):
             if part is not None and part.folder not in counted:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,19 @@ class Options:
     device: str | None = None
     """None is a GPU where there is one."""
 
+    @contextmanager
+    def world(self) -> Iterator[processes.World]:
+        """This process, on that device."""
+        with processes.start() as world:
+            yield world if self.device is None else processes.World(0, 1, torch.device(self.device))
+
+    def validation_split(self, config: DataConfig, device: torch.device) -> Any:
+        """What reads it."""
+        return pipelines.build(
+            self.data, "val", config=config, batch_size=self.batch_size, train=False, loader=self.loader,
+            device=str(device),
+        )  # fmt: skip
+
 
 def evaluate(runs: Sequence[Run], options: Options, page: Path) -> dict[str, list[Row]]:
     """Rows for every run at each of its method's operating points, by the run's name; the report goes to `page`.
@@ -48,18 +62,11 @@ def evaluate(runs: Sequence[Run], options: Options, page: Path) -> dict[str, lis
     rounds, with one image of the validation split and with a batch of them, all runs in turns. Real images, as what a
     prediction costs may depend on them.
     """
-    with processes.start() as world:
-        if options.device is not None:
-            world = processes.World(0, 1, torch.device(options.device))
+    with options.world() as world:
         opened = [open_run(str(run.folder), world.device, ema=options.ema) for run in runs]
         names = [run.name for run in runs]
 
-        def loader(config: DataConfig) -> Any:
-            return pipelines.build(
-                options.data, "val", config=config, batch_size=options.batch_size, train=False, loader=options.loader,
-                device=str(world.device),
-            )  # fmt: skip
-
+        loader = partial(options.validation_split, device=world.device)
         found = sweep.sweep(
             opened, names=names, points=None, make_loader=loader, batch_size=options.batch_size, world=world
         )
@@ -146,9 +153,7 @@ def accuracies(
     What is found is kept in `folder`, one file for each run, and read there the next time.
     """
     found: dict[str, dict[float, float]] = {}
-    with processes.start() as world:
-        if options.device is not None:
-            world = processes.World(0, 1, torch.device(options.device))
+    with options.world() as world:
         for run in runs:
             path = folder / f"{run.name}{'-ema' if options.ema else ''}.json"
             kept = _kept(path)
@@ -170,10 +175,7 @@ def _kept(path: Path) -> dict[float, float]:
 
 
 def _top1(one: Opened, points: Sequence[float], options: Options, world: processes.World) -> dict[float, float]:
-    loader: Any = pipelines.build(
-        options.data, "val", config=one.config.data, batch_size=options.batch_size, train=False, loader=options.loader,
-        device=str(world.device),
-    )  # fmt: skip
+    loader = options.validation_split(one.config.data, world.device)
     try:
         results = accuracy(
             one.method.predict,

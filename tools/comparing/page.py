@@ -215,8 +215,12 @@ def _mean_ratio(line: Row) -> float:
 
 def as_csv(result: Row) -> str:
     """A row for every column, arm and operating point."""
+    return csv_of([_flat(line, point) for line in result["lines"] for point in line["points"]])
+
+
+def csv_of(rows: Sequence[Row]) -> str:
+    """Rows of the same keys, which are the head."""
     text = io.StringIO()
-    rows = [_flat(line, point) for line in result["lines"] for point in line["points"]]
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)

@@ -23,7 +23,7 @@ def draw(result: dict[str, Any]) -> bytes:
     """A PNG. An arm is a colour and a marker; filled at equal epochs, hollow at equal time; seeds are small."""
     arms = list(dict.fromkeys(line["arm"] for line in result["lines"]))
     most = max(total_seconds(run) for run in result["runs"])
-    unit, per = ("hours", 3600) if most > 7200 else ("minutes", 60) if most > 120 else ("seconds", 1)
+    unit, per = time_unit(most)
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     by_time, by_rate = figure.subplots(1, 2, sharey=True)
     reference = result["plan"]["reference"]
@@ -70,6 +70,16 @@ def draw(result: dict[str, Any]) -> bytes:
         else ""
     )
     figure.suptitle(f"{result['title']}{spread}", fontsize=11)
+    return as_png(figure)
+
+
+def time_unit(seconds: float) -> tuple[str, int]:
+    """In which times of up to so many seconds are drawn, and how many seconds it has."""
+    return ("hours", 3600) if seconds > 7200 else ("minutes", 60) if seconds > 120 else ("seconds", 1)
+
+
+def as_png(figure: Figure) -> bytes:
+    """A picture, as it is written."""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format="png")
     return picture.getvalue()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tools.benchmarks.measure import table, told
-from tools.comparing.page import duration, interval
+from tools.comparing.page import csv_of, duration, interval
+from tools.comparing.picture import as_png, time_unit
 from tools.comparing.statistics import Mean, paired
 
 Row = dict[str, Any]
@@ -199,12 +198,7 @@ def limits(result: Row) -> list[str]:
 
 def as_csv(result: Row) -> str:
     """A row for every column, arm and rho."""
-    text = io.StringIO()
-    rows = [_flat(line, rho) for line in result["lines"] for rho in result["rhos"]]
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_of([_flat(line, rho) for line in result["lines"] for rho in result["rhos"]])
 
 
 def _flat(line: Row, rho: float) -> Row:
@@ -235,7 +229,7 @@ def draw(result: Row) -> bytes:
     kind = next(one for one in ("time", "arithmetic", "epochs") if one in kinds)
     lines = [line for line in result["lines"] if line["column"].partition("-")[0] == kind]
     most = max(line["seconds"].mean for line in lines)
-    unit, per = ("hours", 3600) if most > 7200 else ("minutes", 60) if most > 120 else ("seconds", 1)
+    unit, per = time_unit(most)
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     finished, during = figure.subplots(1, 2)
     rho = result["rhos"][0]
@@ -264,9 +258,7 @@ def draw(result: Row) -> bytes:
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     several = "\nmeans over seeds, whiskers: ± one standard deviation" if len(result["plan"]["seeds"]) > 1 else ""
     figure.suptitle(f"{result['title'].replace('`', '')}{several}", fontsize=12)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format="png")
-    return picture.getvalue()
+    return as_png(figure)
 
 
 def _curve(axes: Axes, curves: Sequence[Sequence[tuple[float, float]]], per: float, style: Row) -> None:

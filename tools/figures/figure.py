@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure as Canvas
 from torch import Tensor
 
 import pipelines
 from pipelines.augment.device import DeviceTransform
+from pipelines.base import Loader
 from pss.config import Config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """What figures are made from: the result of one run of `tools.compare_methods`."""
 
@@ -34,12 +34,20 @@ class Source:
         """Of an arm's runs, one for each seed."""
         return [self.folder / "runs" / run["run"] for run in self.runs if run["arm"] == arm]
 
+    @contextmanager
+    def validation_split(self, config: Config) -> Iterator[Loader]:
+        """What reads it, closed afterwards."""
+        data = Path(self.result["plan"]["data"])
+        with closing(
+            pipelines.build(data, "val", config=config.data, batch_size=256, train=False, loader="torch")
+        ) as loader:
+            yield loader
+
     def validation_images(self, config: Config, count: int) -> Tensor:
         """Normalised images (B, 3, S, S), so many at most, spread over the validation split."""
-        data = Path(self.result["plan"]["data"])
-        reader = pipelines.build(data, "val", config=config.data, batch_size=256, train=False, loader="torch")
         transform = DeviceTransform(config.data, seed=0, train=False)
-        shown = torch.cat([transform(batch, 0) for batch in reader])
+        with self.validation_split(config) as loader:
+            shown = torch.cat([transform(batch, 0) for batch in loader])
         return shown[torch.linspace(0, len(shown) - 1, min(count, len(shown))).long()]
 
     @property
@@ -73,10 +81,3 @@ class Figure:
     def can_be_made(self, source: Source) -> bool:
         """Whether the comparison has what it shows."""
         return set(self.arms) <= {run["arm"] for run in source.runs}
-
-
-def as_png(canvas: Canvas) -> bytes:
-    """A picture, as it is written."""
-    picture = io.BytesIO()
-    canvas.savefig(picture, dpi=150, format="png")
-    return picture.getvalue()

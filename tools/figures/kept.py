@@ -7,26 +7,25 @@ They are in the patch sampling paper (McDanel & Huynh 2022, figures 2, 5, 10, 12
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
-from pathlib import Path
+from functools import lru_cache
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from torch import Tensor
 
-import pipelines
 from pipelines.augment.device import DeviceTransform
 from pipelines.base import Batch
 from pss import recipes
-from pss.inference.accuracy import accuracy, evaluation_inputs
-from pss.inference.exhibit import Curator, Exhibit, View, views_of
+from pss.inference.accuracy import evaluation_inputs
+from pss.inference.exhibit import Exhibit, View, views_of
 from pss.inference.opening import Run, load_run
-from pss.inference.sweep import operating_points
+from pss.inference.sweep import observed, operating_points
 from pss.planning.plan import plan
 from pss.runtime.precision import autocast
 from pss.runtime.processes import World
-from tools.figures.figure import Figure, Source, as_png
+from tools.comparing.picture import as_png
+from tools.figures.figure import Figure, Source
 
 _IMAGES = 4
 _HERE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -35,31 +34,19 @@ _GREYS = (175, 225)
 _MODELS = ("dense", "pss", "dynamicvit")
 
 
-def seen(source: Source, arm: str, points: Sequence[float] | None = None) -> tuple[Exhibit, list[str]]:
+@lru_cache(maxsize=2)  # several figures show the same
+def seen(source: Source, arm: str, points: tuple[float, ...] | None = None) -> tuple[Exhibit, list[str]]:
     """What the first seed's run keeps over the validation split, at its own points by default; and the classes."""
     run = load_run(source.folders(arm)[0], _HERE.device)
     own = operating_points(run, points)
-    data = Path(source.result["plan"]["data"])
-    loader = pipelines.build(data, "val", config=run.config.data, batch_size=256, train=False, loader="torch")
-    with closing(loader):
-        curator = Curator(
-            run.method,
-            points=own,
-            num_samples=loader.num_samples,
-            world=_HERE,
-            autocast=lambda: autocast(run.config, _HERE.device),
-            size=_IMAGES,
-        )
-        accuracy(
-            run.method.predict,
-            evaluation_inputs(loader, run.config.data, _HERE.device),
-            _HERE,
-            points=own,
-            autocast=autocast(run.config, _HERE.device),
-            observe=curator,
-        )
-        classes = run.classes or [str(number) for number in range(run.num_classes)]
-        return curator.exhibit(), classes
+    with source.validation_split(run.config) as loader:
+        inputs = evaluation_inputs(loader, run.config.data, _HERE.device)
+        _, exhibit = observed(run, own, inputs, _HERE, size=_IMAGES)
+    return exhibit, _classes(run)
+
+
+def _classes(run: Run) -> list[str]:
+    return run.classes or [str(number) for number in range(run.num_classes)]
 
 
 def predictions(source: Source) -> bytes:
@@ -96,7 +83,7 @@ def side_by_side(source: Source) -> bytes:
         run, batch = _some_images(source, arm)
         transform = DeviceTransform(run.config.data, seed=0, train=False)
         images = transform(batch, 0)
-        classes = run.classes or [str(label) for label in range(run.num_classes)]
+        classes = _classes(run)
         for column, point in enumerate(levels):
             with autocast(run.config, _HERE.device):
                 views = views_of(run.method, images, point, batch.index)
@@ -115,11 +102,12 @@ def side_by_side(source: Source) -> bytes:
 def _some_images(source: Source, arm: str) -> tuple[Run, Batch]:
     """The first seed's run, and the split's first and last image, the same for every run."""
     run = load_run(source.folders(arm)[0], _HERE.device)
-    data = Path(source.result["plan"]["data"])
-    loader = pipelines.build(data, "val", config=run.config.data, batch_size=256, train=False, loader="torch")
-    with closing(loader):
-        batches = list(loader)
-    ends = [(batches[0], slice(0, 1)), (batches[-1], slice(-1, None))]
+    with source.validation_split(run.config) as loader:
+        batches = iter(loader)
+        first = last = next(batches)
+        for batch in batches:
+            last = batch
+    ends = [(first, slice(0, 1)), (last, slice(-1, None))]
     shown = [torch.cat([getattr(batch, part)[one] for batch, one in ends]) for part in ("images", "labels", "index")]
     return run, Batch(*shown)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from pss import recipes
 from pss.inference.plots import plot_sweep
 from pss.planning.plan import plan
 from tools.benchmarks.measure import table as lines_of
+from tools.comparing.picture import as_png
 from tools.comparing.statistics import Mean
 from tools.figures.figure import Figure, Source
 
@@ -128,9 +128,7 @@ def _saved(canvas: Canvas, every: list[Axes], *, legend: bool = True) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     if legend:
         every[0].legend(frameon=False, fontsize=9)
-    picture = io.BytesIO()
-    canvas.savefig(picture, dpi=150, format="png")
-    return picture.getvalue()
+    return as_png(canvas)
 
 
 _BOTH = ("pss", "dynamicvit")

@@ -14,8 +14,9 @@ from torch import Tensor
 from pss.inference.opening import load_run
 from pss.methods.sparsifiner import Sparsifiner
 from tools.benchmarks.measure import table
+from tools.comparing.picture import as_png
 from tools.comparing.statistics import Mean
-from tools.figures.figure import Figure, Source, as_png
+from tools.figures.figure import Figure, Source
 
 ARM = "sparsifiner"
 REGULARIZERS = {"basis-l2": (90.8, 79.79), "basis-l1": (91.3, 78.81)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from pss.inference.opening import load_run
 from pss.methods import Method
 from pss.runs import checkpoint
 from tools.benchmarks.measure import table
+from tools.comparing.picture import as_png
 from tools.comparing.statistics import Mean
 from tools.figures.figure import Figure, Source
 
@@ -51,7 +51,7 @@ def weight_masks(source: Source) -> bytes:
             else f"at last: {share},\n{moved:.0%} of the first ones gone",
             fontsize=8,
         )
-    return _saved(canvas)
+    return as_png(canvas)
 
 
 def unit_masks(source: Source) -> bytes:
@@ -65,7 +65,7 @@ def unit_masks(source: Source) -> bytes:
             axes.set_yticks(range(len(by_block)), [f"{number + 1}" for number in range(len(by_block))], fontsize=8)
             axes.set_title(f"{unit} {when}: {int(by_block[0].sum())} of {by_block.shape[1]} a block", fontsize=9)
             axes.set_ylabel("block", fontsize=8)
-    return _saved(canvas)
+    return as_png(canvas)
 
 
 def masks_of(run: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -140,12 +140,6 @@ def _binary(axes: Axes, mask: Tensor) -> None:
     axes.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.3, aspect="auto", interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
-
-
-def _saved(canvas: Canvas) -> bytes:
-    picture = io.BytesIO()
-    canvas.savefig(picture, dpi=150, format="png")
-    return picture.getvalue()
 
 
 _SEED = "none: the first seed's masks"

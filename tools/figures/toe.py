@@ -20,7 +20,8 @@ from pss.methods.toe import ToE, merge, select, uniform_seeds
 from pss.models.sampling import gather
 from pss.runs.log import read_rows
 from pss.training.setup import stages_of
-from tools.figures.figure import Figure, Source, as_png
+from tools.comparing.picture import as_png
+from tools.figures.figure import Figure, Source
 
 ARM = "toe"
 PUBLISHED_SECONDS = {"stage 1": 948, "stage 2": 1244, "stage 3": 1488}
