@@ -26,7 +26,7 @@ from pss.runtime import files
 from tools.benchmarks.measure import environment, table
 from tools.comparing import arms as known_arms
 from tools.comparing import comparison, evaluation, page
-from tools.comparing.comparison import PLAN, REFERENCE, TIME, Comparison
+from tools.comparing.comparison import EPOCHS, PLAN, REFERENCE, TIME, Column, Comparison
 from tools.comparing.lines import lines
 from tools.comparing.picture import draw
 
@@ -68,7 +68,7 @@ class MethodComparison(Comparison):
             "title": f"{len(self.arms)} ways to train `{self.plan['recipe']}`, {self.layout.epochs} epochs, "
             f"{seeds} seed{'s' * (seeds != 1)}",
             "plan": self.plan,
-            "equal_time": chosen[TIME.key],
+            "equal_time": chosen.get(TIME.key, {}),
             "environment": environment(torch.device(device)),
             "num_images": self.num_images,
             "num_val_images": trained[0]["points"][0]["num_images"],
@@ -91,7 +91,8 @@ class MethodComparison(Comparison):
                      for epochs in [chosen[column.key].get(arm.name)]]  # fmt: skip
             told = ["none" if one is None else f"{one[0]} + {one[1]}" if one[0] else f"{one[1]}" for one in split]
             rows.append(" | ".join([arm.name, *told, f"{paces[arm.name].own:.3g}", arm.note]))
-        head = "arm | epochs | epochs at equal time, about | s an epoch, data at hand | note"
+        heads = ["epochs" if column == EPOCHS else f"epochs at {column.name}, about" for column in self.columns]
+        head = " | ".join(["arm", *heads, "s an epoch, data at hand | note"])
         seeds = len(self.plan["seeds"])
         told_all = f"{seeds} seeds, about {seconds / 60:,.0f} min of training, validation and evaluation not counted"
         return seconds, "\n".join([*table(head, rows), "", told_all])
@@ -109,7 +110,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
         files.write(folder / name, content)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+def main(argv: Sequence[str] | None = None, columns: Sequence[Column] = (EPOCHS, TIME)) -> dict[str, Any] | None:
     """Run as the arguments say (the command line's if None), write the results and return them; None with --plan."""
     parser = comparison.parser(__doc__)
     parser.add_argument("--published", type=Path, default=page.PUBLISHED, help="TOML with rows to be shown apart")
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     comparison.check(arguments, parser)
     with comparison.leaving(parser):
         page.read_published(arguments.published)
-        compared = MethodComparison(arguments, known_arms.read_all(known_arms.BUILT_IN, *arguments.arms_file))
+        compared = MethodComparison(arguments, known_arms.read_all(known_arms.BUILT_IN, *arguments.arms_file), columns)
         if arguments.plan or (arguments.budget_minutes is not None and not (arguments.output / PLAN).exists()):
             seconds, told = compared.told()
             print(told, flush=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 from pss.runtime import files
 from tools import compare_methods
+from tools.comparing.comparison import EPOCHS
 from tools.figures import dynamicvit, kept, sampling, sparsifiner, svite, toe
 from tools.figures.figure import Figure, Source
 
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.data is not None:
         words = ["--data", arguments.data, "--output", arguments.comparison, "--recipe", arguments.recipe]
         words += ["--epochs", arguments.epochs, "--turn", arguments.epochs, "--seeds", *arguments.seeds]
-        compare_methods.main([str(word) for word in (*words, "--arms-file", *ARMS_FILES)])
+        compare_methods.main([str(word) for word in (*words, "--arms-file", *ARMS_FILES)], [EPOCHS])
     try:
         source = read(arguments.comparison)
     except ValueError as error:

@@ -11,8 +11,10 @@ import pytest
 
 from tools import compare_methods, seed_figures
 from tools.comparing import arms as known_arms
+from tools.comparing.comparison import EPOCHS
 from tools.comparing.lines import lines
 from tools.comparing.page import as_csv, limits, markdown
+from tools.comparing.picture import draw
 from tools.figures import dynamicvit, sampling
 
 TOP1 = {"dense": (80.0, 82.0), "quick": (81.0, 85.0)}
@@ -166,7 +168,8 @@ def test_every_number_has_a_maker_whose_arms_are_in_the_files():
 def test_training_for_the_figures_is_one_comparison_of_all_arms(result, tmp_path, monkeypatch, capsys):
     asked = []
 
-    def compare(words):
+    def compare(words, columns):
+        assert columns == [EPOCHS]  # what figures are made of
         asked.extend(words)
         compare_methods.write(result, tmp_path / "out")
 
@@ -189,4 +192,15 @@ def test_arms_of_twice_the_epochs_and_at_equal_epochs_only_are_told_as_such(resu
     page = markdown(result)
     assert "But quick, for 2 times as many." in page
     assert "cannot be trained within the given time" not in " ".join(limits(result))
+    result["lines"] = [line for line in result["lines"] if (line["arm"], line["column"]) != ("quick", "time")]
     assert any("; 1 are made," in line for line in limits(result))
+
+
+def test_a_comparison_at_equal_epochs_only_has_that_table_and_that_mark(result):
+    own = [run for run in result["runs"] if run["column"] == "epochs"]
+    result |= {"runs": own, "lines": lines(own, "dense"), "equal_time": {}}
+    page = markdown(result)
+    assert "## Equal epochs" in page
+    assert "qual training time" not in page
+    assert any("; 1 are made," in line for line in limits(result))
+    assert draw(result).startswith(b"\x89PNG")

@@ -258,8 +258,8 @@ def augment_ms(count: int, rounds: int) -> float:
     """Milliseconds of one thread for augmentation and mixing of a batch of so many images, by the kernels of a GPU.
 
     Afterwards Triton launches nothing in this process."""
-    rows = [interpreter_ms(RECIPES["RandAugment"], count, True, counting(1), 8) for _ in range(rounds)]
-    return median(row["augmentation"] + row["mixing"] for row in rows)
+    rows = [interpreter_ms(RECIPES["RandAugment"], count, True, counting(1), 8) for _ in range(1 + 4 * rounds)]
+    return median(row["augmentation"] + row["mixing"] for row in rows[1:])  # the first one warms up
 
 
 def photographs() -> Iterator[tuple[str, bytes]]:

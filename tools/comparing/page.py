@@ -29,6 +29,8 @@ def markdown(result: Row) -> str:
     parts += [f"![{result['title']}](comparison.png)", ""]
     for column, name in COLUMNS.items():
         own = [line for line in result["lines"] if line["column"] == column]
+        if not own:
+            continue
         parts += [f"## {name.capitalize()}", "", _introduction(result, column), ""]
         parts += table(
             f"arm | epochs | top-1 % | against {reference} (95 % CI) | training | of {reference} | of it before "
@@ -168,7 +170,7 @@ def duration(seconds: Mean) -> str:
 def limits(result: Row) -> list[str]:
     """What the numbers do not show, as the configuration has it."""
     plan, device = result["plan"], result["environment"]["device"]
-    seeds, others = len(plan["seeds"]), [arm for name, arm in plan["arms"].items() if name != plan["reference"]]
+    seeds = len(plan["seeds"])
     parameters = result["lines"][0]["parameters_backbone"]
     said = [
         f"{result['num_images']:,} training and {result['num_val_images']:,} validation images of "
@@ -179,7 +181,7 @@ def limits(result: Row) -> list[str]:
     if seeds == 1:
         said.append("One seed: there is no spread, and no difference here can be told from chance.")
     else:
-        made = sum(1 + arm["equal_time"] for arm in others)
+        made = sum(line["arm"] != plan["reference"] for line in result["lines"])
         said.append(
             f"{seeds} seeds: a standard deviation of so few is itself uncertain, and the intervals take differences "
             f"for normally distributed. They are for one comparison each; {made} are made, of which one in "
@@ -197,8 +199,13 @@ def limits(result: Row) -> list[str]:
         "much a method gains depends on the machine, the size of the model and of the batch."
         + ("" if device != "cpu" else " A GPU, which small models keep waiting, may rank them otherwise.")
     )
-    at_equal_time = next(iter(result["equal_time"].values()))
-    if missing := [name for name, arm in plan["arms"].items() if arm["equal_time"] and name not in at_equal_time]:
+    missing = [
+        name
+        for at_equal_time in [*result["equal_time"].values()][:1]
+        for name, arm in plan["arms"].items()
+        if arm["equal_time"] and name not in at_equal_time
+    ]
+    if missing:
         said.append(
             f"{', '.join(missing)} cannot be trained within the given time at all: even the fewest epochs exceed it."
         )

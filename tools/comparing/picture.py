@@ -58,11 +58,10 @@ def draw(result: dict[str, Any]) -> bytes:
         axes.margins(x=0.08, y=0.1)
     marks = [Line2D([], [], linestyle="", label=arm, **_style(number, True)) for number, arm in enumerate(arms)]
     grey = {"color": "#666666", "marker": "o", "linestyle": "", "markersize": 8}
-    marks += [
-        Line2D([], [], label=COLUMNS["epochs"], **grey),
-        Line2D([], [], label=COLUMNS["time"], markerfacecolor="white", markeredgewidth=1.6, **grey),
-        Line2D([], [], label="one seed", **(grey | {"markersize": 3.5, "alpha": 0.5})),
-    ]
+    fills = {"epochs": {}, "time": {"markerfacecolor": "white", "markeredgewidth": 1.6}}
+    there = {line["column"] for line in result["lines"]}
+    marks += [Line2D([], [], label=COLUMNS[of], **grey, **fill) for of, fill in fills.items() if of in there]
+    marks.append(Line2D([], [], label="one seed", **(grey | {"markersize": 3.5, "alpha": 0.5})))
     figure.legend(handles=marks, loc="outside right center", frameon=False)
     spread = (
         "\nwhiskers: ± one standard deviation over seeds; range of times, quartiles of rates"
