@@ -98,7 +98,7 @@ def test_five_minutes(tmp_path):
 def test_a_schedule_of_ones_own(tmp_path):
     page = DOCS / "own-schedule.md"
     (code,) = blocks(page, "python")
-    (tmp_path / "stairs.py").write_text(code, encoding="utf-8")
+    (tmp_path / "refresh.py").write_text(code, encoding="utf-8")
     said = run_page(tmp_path, page, SMALL)
     planned = next(text for line, text in zip(commands(page), said, strict=True) if "--plan --set method=" in line)
     assert re.search(r"0\.4\b", planned)

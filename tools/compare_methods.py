@@ -114,9 +114,12 @@ def main(argv: Sequence[str] | None = None, columns: Sequence[Column] = (EPOCHS,
     """Run as the arguments say (the command line's if None), write the results and return them; None with --plan."""
     parser = comparison.parser(__doc__)
     parser.add_argument("--published", type=Path, default=page.PUBLISHED, help="TOML with rows to be shown apart")
+    parser.add_argument("--rounds", type=int, default=7, help="in which speeds are measured, all runs in turns")
     parser.add_argument("--budget-minutes", type=float, help="refuse to begin what would take longer")
     arguments = parser.parse_args(argv)
     comparison.check(arguments, parser)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds is {arguments.rounds}; speeds are measured in at least 1")
     with comparison.leaving(parser):
         page.read_published(arguments.published)
         compared = MethodComparison(arguments, known_arms.read_all(known_arms.BUILT_IN, *arguments.arms_file), columns)

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error(f"no figure {unknown[0]} can be made; there are {', '.join(map(str, sorted(known)))}")
     if arguments.data is not None:
         words = ["--data", arguments.data, "--output", arguments.comparison, "--recipe", arguments.recipe]
-        words += ["--epochs", arguments.epochs, "--turn", arguments.epochs, "--seeds", *arguments.seeds]
+        words += ["--epochs", arguments.epochs, "--turn", arguments.epochs, "--seeds", *arguments.seeds, "--rounds", 3]
         compare_methods.main([str(word) for word in (*words, "--arms-file", *ARMS_FILES)], [EPOCHS])
     try:
         source = read(arguments.comparison)

@@ -21,6 +21,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _LONGEST = 44  # characters of a name
 _COLUMNS, _CHANGES = 400, 1000  # of a picture over the steps of a run: averages, and single steps
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LABELLED = 5
+"""More runs than this are drawn without labels at their points, which would overprint each other."""
 
 
 def plot_sweep(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -47,7 +49,7 @@ def plot_sweep(rows: Sequence[dict[str, Any]]) -> bytes:
     ):
         for number, run in enumerate(runs):
             points = sorted((row for row in rows if row["run"] == run), key=lambda row: float(row["rho"] or 0))
-            _draw_run(axes, points, key, number)
+            _draw_run(axes, points, key, number, labelled=len(runs) <= _LABELLED)
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")
@@ -56,7 +58,7 @@ def plot_sweep(rows: Sequence[dict[str, Any]]) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.08, y=0.1)
     speed.set_ylabel("top-1 accuracy, %")
-    _name(cost, runs)
+    _name(figure, cost, runs)
     figure.suptitle("Accuracy against cost as ρ, the share of patches kept, varies", fontsize=12)
     return _png(figure)
 
@@ -235,17 +237,22 @@ def _png(figure: Figure) -> bytes:
     return picture.getvalue()
 
 
-def _name(axes: Axes, runs: Sequence[str]) -> None:
+def _name(figure: Figure, axes: Axes, runs: Sequence[str]) -> None:
     """The legend. Names are text there: no formulas between dollar signs, and none is left out for its underscore."""
     lines = [line for line in axes.lines if line.get_linestyle() == "-"]  # no caps of error bars
-    legend = axes.legend(lines, [f"run {number}" for number in range(len(runs))], frameon=False, loc="lower right")
+    names = [f"run {number}" for number in range(len(runs))]
+    if len(runs) <= _LABELLED:
+        legend = axes.legend(lines, names, frameon=False, loc="lower right")
+    else:  # there would be curves below it
+        legend = figure.legend(lines, names, frameon=False, loc="outside right center")
     for text, run in zip(legend.get_texts(), runs, strict=True):
         text.set_parse_math(False)
         text.set_text(shortened(run, _LONGEST))
 
 
-def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, number: int) -> None:
-    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, number: int, *, labelled: bool) -> None:
+    colour = _COLOURS[number % len(_COLOURS)]
+    marker = _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)]  # another one for each round of colours
     xs, ys = [point[key] for point in points], [point["top1"] for point in points]
     axes.plot(xs, ys, color=colour, marker=marker, markersize=5.5, linewidth=1.8)
     bars: dict[str, Any] = {"fmt": "none", "ecolor": colour, "elinewidth": 1, "capsize": 2.5, "alpha": 0.7}
@@ -256,6 +263,8 @@ def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, number: in
         axes.errorbar(xs, ys, xerr=ends, **bars)
     if any("top1_std" in point for point in points):
         axes.errorbar(xs, ys, yerr=[point.get("top1_std", 0.0) for point in points], **bars)
+    if not labelled:
+        return
     # Labels go above the upper curves and below the lower ones, and apart where two points nearly coincide, so that
     # they do not overprint each other.
     height, align = (7, "bottom") if number % 2 == 0 else (-8, "top")

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pss.inference.exhibit import EXHIBITED, Curator, Exhibit
 from pss.inference.opening import Run
 from pss.inference.plots import plot_sweep
 from pss.inference.text import cell, printable
-from pss.inference.timing import Spread, enough_memory, latencies, loader_rates, peak_memory, rates
+from pss.inference.timing import Spread, call_seconds, enough_memory, loader_rates, peak_memory
 from pss.methods import Point, mean_tokens
 from pss.models.files import found_at
 from pss.models.settings import KEY
@@ -54,6 +54,8 @@ class Sweep:
     """For every run at every rho, in that order."""
     exhibits: list[Exhibit]
     """For every run, what it keeps of the images."""
+    seconds: list[tuple[list[float], list[float]]] = field(default_factory=list)
+    """For every row, what a batch and what a single image took in each of the rounds."""
 
 
 def sweep(
@@ -64,6 +66,8 @@ def sweep(
     make_loader: MakeLoader,
     batch_size: int,
     world: World,
+    rounds: int = 7,
+    loader_rounds: int = 3,
 ) -> Sweep:
     """Measure every run at every operating point: at `points`, or at those of its method; a method without a knob as it
     was trained.
@@ -71,7 +75,7 @@ def sweep(
     Accuracy is over the whole split, on all processes together. What is timed is timed with all points, and where no
     loader is involved all runs, interleaved in one go, by every process for itself:
 
-    * `images_per_second`: the model alone, on a batch of random images;
+    * `images_per_second`: the model alone, on the first images of the split, as its cost may depend on what they show;
     * `images_per_second_with_loader`: from the files of the split to logits;
     * `latency_ms`: the model alone, on one image, until the result is there.
 
@@ -84,13 +88,17 @@ def sweep(
     found: list[tuple[list[Accuracy], list[Spread], Exhibit]] = []
     points_of = [operating_points(one, points) for one in runs]
 
+    images: dict[DataConfig, Tensor] = {}
+    for one in runs:
+        if (data := one.config.data) not in images:
+            images[data] = _first_images(make_loader(data), data, batch_size, world.device)
+
     def calls(num_images: int) -> list[Callable[[], Tensor]]:
-        made: list[Callable[[], Tensor]] = []
-        for one, own in zip(runs, points_of, strict=True):
-            size = one.config.data.img_size
-            images = torch.randn(num_images, 3, size, size, device=world.device)
-            made += [partial(predict, one, images, point) for point in own]
-        return made
+        return [
+            partial(predict, one, images[one.config.data][:num_images], point)
+            for one, own in zip(runs, points_of, strict=True)
+            for point in own
+        ]
 
     with (
         enough_memory(f"batches of {batch_size} images (--batch-size)"),
@@ -103,14 +111,14 @@ def sweep(
     for name, one, own in zip(names, runs, points_of, strict=True):
         loader = make_loader(one.config.data)
         try:
-            found.append(_evaluate(name, one, own, loader, world))
+            found.append(_evaluate(name, one, own, loader, world, loader_rounds))
         finally:
             loader.close()
 
     with stage("timing batches", world):
-        speeds = rates(batches, num_images=batch_size, device=world.device)
+        of_batches = call_seconds(batches, world.device, rounds=rounds)
     with stage("timing single images", world):
-        waits = latencies(calls(1), device=world.device)
+        of_images = call_seconds(calls(1), world.device, rounds=rounds, one_by_one=True)
     with stage("measuring memory", world):
         memory = [peak_memory(call, world.device) for call in batches]
 
@@ -119,7 +127,8 @@ def sweep(
         weights = sum(value.nbytes for name, value in one.method.state_dict().items() if not name.endswith(KEY))
         for place, point in enumerate(own):
             result, timed = accuracies[place], len(rows)
-            extra = memory[timed]
+            extra, speed = memory[timed], Spread.of([batch_size / seconds for seconds in of_batches[timed]])
+            wait = Spread.of([1e3 * seconds for seconds in of_images[timed]])
             rows.append(
                 {
                     "run": name,
@@ -132,9 +141,9 @@ def sweep(
                     "top5": round(result.top5, 4),
                     "loss": round(result.loss, 6),
                     **_gflops(one, point, result),
-                    **_spread("images_per_second", speeds[timed], 1),
+                    **_spread("images_per_second", speed, 1),
                     **_spread("images_per_second_with_loader", with_loader[place], 1),
-                    **_spread("latency_ms", waits[timed], 4),
+                    **_spread("latency_ms", wait, 4),
                     "peak_memory_mib": None if extra is None else round((weights + extra) / _MIB, 1),
                     "num_images": result.num_images,
                     "batch_size": batch_size,
@@ -145,7 +154,18 @@ def sweep(
                     **one.method.facts(),
                 }
             )
-    return Sweep(rows, [exhibit for *_, exhibit in found])
+    return Sweep(rows, [exhibit for *_, exhibit in found], list(zip(of_batches, of_images, strict=True)))
+
+
+def _first_images(loader: Loader, config: DataConfig, count: int, device: torch.device) -> Tensor:
+    """As many images of a split as a model takes, (count, 3, S, S); over and over where it has fewer."""
+    try:
+        inputs = evaluation_inputs(loader, config, device)
+        inputs.set_epoch(0)
+        first = next(iter(inputs)).images
+    finally:
+        loader.close()
+    return first.repeat(-(-count // len(first)), 1, 1, 1)[:count]
 
 
 def operating_points(run: Run, wanted: Sequence[float] | None) -> tuple[Point, ...]:
@@ -205,7 +225,7 @@ def observed(
 
 
 def _evaluate(
-    name: str, one: Run, points: Sequence[Point], loader: Loader, world: World
+    name: str, one: Run, points: Sequence[Point], loader: Loader, world: World, rounds: int = 3
 ) -> tuple[list[Accuracy], list[Spread], Exhibit]:
     """Accuracy, speed with the loader, and the exhibit of one run at every operating point."""
     inputs = evaluation_inputs(loader, one.config.data, world.device)
@@ -213,7 +233,7 @@ def _evaluate(
         accuracies, exhibit = observed(one, points, inputs, world, advance=advance)
     calls = [partial(predict, one, point=point) for point in points]
     with stage(f"timing {name} with its loader", world):
-        return accuracies, loader_rates(calls, inputs, device=world.device), exhibit
+        return accuracies, loader_rates(calls, inputs, device=world.device, rounds=rounds), exhibit
 
 
 def _gflops(one: Run, point: Point, result: Accuracy) -> Row:

@@ -177,7 +177,7 @@ def test_training_for_the_figures_is_one_comparison_of_all_arms(result, tmp_path
     seed_figures.main([str(tmp_path / "out"), "--output", str(tmp_path / "made"), "--data", "set", "--epochs", "3"])
     assert asked[: asked.index("--arms-file")] == [
         "--data", "set", "--output", str(tmp_path / "out"), "--recipe", "digits", "--epochs", "3", "--turn", "3",
-        "--seeds", "0", "1",
+        "--seeds", "0", "1", "--rounds", "3",
     ]  # fmt: skip
     assert [Path(word).stem for word in asked[asked.index("--arms-file") + 1 :]] == [
         "dynamicvit", "sampling", "sparsifiner", "svite",

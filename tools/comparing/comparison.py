@@ -115,7 +115,12 @@ class Comparison:
     def options(self) -> evaluation.Options:
         """What runs are evaluated with."""
         return evaluation.Options(
-            self.data, self.plan["loader"], self.arguments.batch_size, self.arguments.ema, self.arguments.device
+            self.data,
+            self.plan["loader"],
+            self.arguments.batch_size,
+            self.arguments.ema,
+            self.arguments.device,
+            getattr(self.arguments, "rounds", evaluation.Options.rounds),
         )
 
     def runs(self, epochs: Mapping[str, int], seed: int) -> list[Run]:

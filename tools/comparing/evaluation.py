@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import pipelines
 from pipelines.base import Backend, DataConfig
@@ -20,14 +19,12 @@ from pss.inference import report, sweep
 from pss.inference.accuracy import accuracy, evaluation_inputs
 from pss.inference.opening import Run as Opened
 from pss.inference.opening import open_run
-from pss.inference.timing import call_seconds
 from pss.planning.plan import plan
 from pss.runtime import files, processes
 from pss.runtime.precision import autocast
 from tools.comparing.turns import Run
 
 Row = dict[str, Any]
-ROUNDS = 7
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,8 @@ class Options:
     ema: bool = False
     device: str | None = None
     """None is a GPU where there is one."""
+    rounds: int = 7
+    """In which speeds are measured."""
 
     @contextmanager
     def world(self) -> Iterator[processes.World]:
@@ -59,52 +58,29 @@ def evaluate(runs: Sequence[Run], options: Options, page: Path) -> dict[str, lis
     """Rows for every run at each of its method's operating points, by the run's name; the report goes to `page`.
 
     Beside what a sweep knows, a row has `seconds_1` and `seconds_batch`: what a call took in each of the interleaved
-    rounds, with one image of the validation split and with a batch of them, all runs in turns. Real images, as what a
-    prediction costs may depend on them.
+    rounds, with one image of the validation split and with a batch of them, all runs in turns.
     """
     with options.world() as world:
         opened = [open_run(str(run.folder), world.device, ema=options.ema) for run in runs]
         names = [run.name for run in runs]
-
-        loader = partial(options.validation_split, device=world.device)
         found = sweep.sweep(
-            opened, names=names, points=None, make_loader=loader, batch_size=options.batch_size, world=world
+            opened,
+            names=names,
+            points=None,
+            make_loader=partial(options.validation_split, device=world.device),
+            batch_size=options.batch_size,
+            world=world,
+            rounds=options.rounds,
+            loader_rounds=1,  # no comparison is made of it
         )
         if report.available():
             report.write(found, opened, names, page)
         rows: dict[str, list[Row]] = {name: [] for name in names}
-        for row in found.rows:
-            rows[row["run"]].append(dict(row))
-        images: dict[DataConfig, Tensor] = {}
-        for one in opened:
-            if one.config.data not in images:
-                images[one.config.data] = first_images(loader(one.config.data), one.config.data, world.device)
-        everything = [row for own in rows.values() for row in own]
-        for key, count in (("seconds_1", 1), ("seconds_batch", options.batch_size)):
-            calls: list[Callable[[], Any]] = [
-                partial(sweep.predict, one, images[one.config.data][:count], row["rho"])
-                for one, name in zip(opened, names, strict=True)
-                for row in rows[name]
-            ]
-            seconds = call_seconds(calls, world.device, rounds=ROUNDS, one_by_one=count == 1)
-            for row, times in zip(everything, seconds, strict=True):
-                row[key] = times
-        for row in everything:
-            row["images"] = min(options.batch_size, row["num_images"])
-        for one, name in zip(opened, names, strict=True):
-            for row in rows[name]:
-                row |= costs_of(one, row)
+        run_of = dict(zip(names, opened, strict=True))
+        for row, (of_batches, of_images) in zip(found.rows, found.seconds, strict=True):
+            own = {"seconds_1": of_images, "seconds_batch": of_batches, "images": options.batch_size}
+            rows[row["run"]].append(row | own | costs_of(run_of[row["run"]], row))
     return rows
-
-
-def first_images(loader: Any, config: DataConfig, device: torch.device) -> Tensor:
-    """The first batch of a split, as a model takes it."""
-    try:
-        inputs = evaluation_inputs(loader, config, device)
-        inputs.set_epoch(0)
-        return next(iter(inputs)).images
-    finally:
-        loader.close()
 
 
 def costs_of(one: Opened, row: Row) -> Row:

@@ -88,7 +88,7 @@ def _style(number: int, filled: bool) -> dict[str, Any]:
     colour = _COLOURS[number % len(_COLOURS)]
     return {
         "color": colour,
-        "marker": _MARKERS[number % len(_MARKERS)],
+        "marker": _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)],
         "markersize": 8.5,
         "markerfacecolor": colour if filled else "white",
         "markeredgewidth": 1.6,

@@ -15,6 +15,7 @@ import pipelines
 from pipelines.augment.device import DeviceTransform
 from pipelines.base import Loader
 from pss.config import Config
+from tools.comparing import arms as known_arms
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,13 @@ class Source:
     def runs(self) -> list[dict[str, Any]]:
         """The runs of equal epochs."""
         return [run for run in self.result["runs"] if run["column"] == "epochs"]
+
+    @property
+    def shown(self) -> list[str]:
+        """Arms that are drawn in one picture: all, or where those could not be told apart the ones of arms.toml."""
+        every = list(dict.fromkeys(run["arm"] for run in self.runs))
+        usual = known_arms.read(known_arms.BUILT_IN)
+        return every if len(every) <= len(usual) else [arm for arm in every if arm in usual]
 
     def folders(self, arm: str) -> list[Path]:
         """Of an arm's runs, one for each seed."""

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
@@ -20,17 +21,18 @@ from tools.figures.figure import Figure, Source
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's."""
+_LINES = ("-", "--")
+"""Of arms beyond as many as there are colours."""
 
 
 def curves(source: Source) -> bytes:
     """Training loss, validation loss and top-1 against epochs and against minutes of training: means and range."""
     canvas = Canvas(figsize=(11, 9), layout="constrained")
     grid = canvas.subplots(3, 2, sharey="row")
-    arms = list(dict.fromkeys(run["arm"] for run in source.runs))
     for row, (key, label) in enumerate(
         (("loss", "training loss"), ("val_loss", "validation loss"), ("top1", "top-1, %"))
     ):
-        for number, arm in enumerate(arms):
+        for number, arm in enumerate(source.shown):
             runs = [run for run in source.runs if run["arm"] == arm]
             values = list(zip(*([one[key] for one in run["log"]] for run in runs), strict=True))
             before = statistics.fmean(run["epochs_before"] for run in runs)
@@ -41,20 +43,22 @@ def curves(source: Source) -> bytes:
             minutes = [statistics.fmean(at) / 60 for at in zip(*spent, strict=True)][1:]
             for axes, xs in zip(grid[row], (epochs, minutes), strict=True):
                 mean = [statistics.fmean(one) for one in values]
-                axes.plot(xs, mean, color=COLOURS[number % len(COLOURS)], label=arm, linewidth=1.6)
+                style: Any = {"color": COLOURS[number % len(COLOURS)], "linestyle": _LINES[number // len(COLOURS)]}
+                axes.plot(xs, mean, label=arm, linewidth=1.6, **style)
                 low, high = [min(one) for one in values], [max(one) for one in values]
                 axes.fill_between(xs, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.15, linewidth=0)
         grid[row][0].set_ylabel(label)
     grid[2][0].set_xlabel("epochs, those before fine-tuning included")
     grid[2][1].set_xlabel("minutes of training")
+    canvas.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     return _saved(canvas, [axes for row in grid for axes in row])
 
 
-def over_rho(source: Source) -> bytes:
-    """Accuracy against rate and arithmetic at each operating point: the first seed of every arm."""
-    first = source.result["plan"]["seeds"][0]
-    rows = [point | {"run": run["arm"]} for run in source.runs if run["seed"] == first for point in run["points"]]
-    return plot_sweep(rows)
+def over_rho(source: Source, arms: Sequence[str] | None = None) -> bytes:
+    """Accuracy against rate and arithmetic at each operating point: the first seed of the arms."""
+    first, shown = source.result["plan"]["seeds"][0], source.shown if arms is None else arms
+    own = [run for run in source.runs if run["seed"] == first and run["arm"] in shown]
+    return plot_sweep([point | {"run": run["arm"]} for run in own for point in run["points"]])
 
 
 def schedules(source: Source) -> bytes:
@@ -72,14 +76,14 @@ def schedules(source: Source) -> bytes:
         axes.set_xlabel("step")
         axes.set_ylim(0, 1.05)
     row[0].set_ylabel("ρ")
-    return _saved(canvas, list(row), legend=False)
+    return _saved(canvas, list(row))
 
 
 def step_times(source: Source) -> bytes:
     """Milliseconds of a step over its stage, as the logs have them: every epoch of every seed a point."""
     canvas = Canvas(figsize=(8, 4.2), layout="constrained")
     axes = canvas.subplots()
-    arms = list(dict.fromkeys(run["arm"] for run in source.runs))
+    arms = source.shown
     for number, arm in enumerate(arms):
         found: dict[float, list[float]] = {}
         for run in (run for run in source.runs if run["arm"] == arm):
@@ -92,18 +96,13 @@ def step_times(source: Source) -> bytes:
         axes.plot(xs, [one for times in found.values() for one in times], ".", color=colour, alpha=0.25, markersize=4)
         levels = sorted(found)
         medians = [statistics.median(found[rho]) for rho in levels]
-        axes.plot([rho + shift for rho in levels], medians, "o-", color=colour, markersize=5, linewidth=1.3, label=arm)
+        line = f"o{_LINES[number // len(COLOURS)]}"
+        axes.plot([rho + shift for rho in levels], medians, line, color=colour, markersize=5, linewidth=1.3, label=arm)
     axes.set_xlabel("share of tokens that a step sees")
     axes.set_ylabel("milliseconds a step")
     axes.set_ylim(bottom=0)
+    canvas.legend(loc="outside right center", frameon=False, fontsize=9)
     return _saved(canvas, [axes])
-
-
-def beside_dynamicvit(source: Source) -> bytes:
-    """One model of each over all its operating points: what was trained for one keep rate, and for all of them."""
-    first = source.result["plan"]["seeds"][0]
-    own = [run for run in source.runs if run["seed"] == first and run["arm"] in _BOTH]
-    return plot_sweep([point | {"run": run["arm"]} for run in own for point in run["points"]])
 
 
 def cells(source: Source, names: Sequence[str], published: str) -> str:
@@ -122,12 +121,10 @@ def table(source: Source) -> str:
     return (source.folder / "comparison.md").read_text(encoding="utf-8")
 
 
-def _saved(canvas: Canvas, every: list[Axes], *, legend: bool = True) -> bytes:
+def _saved(canvas: Canvas, every: list[Axes]) -> bytes:
     for axes in every:
         axes.grid(alpha=0.25, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-    if legend:
-        every[0].legend(frameon=False, fontsize=9)
     return as_png(canvas)
 
 
@@ -154,7 +151,7 @@ FIGURES = (
     Figure((28,), "comparison.md", "PSS table 2", "hours, GFLOPs, images/s and top-1 by method",
            "mean ± standard deviation over seeds, quartiles of speeds", table),
     Figure((34,), "pss_and_dynamicvit.png", "PSS figure 11", "one checkpoint of DynamicViT over ρ, beside one of PSS",
-           "the first seed; medians of interleaved rounds", beside_dynamicvit, _BOTH),
+           "the first seed; medians of interleaved rounds", partial(over_rho, arms=_BOTH), _BOTH),
     Figure((25,), "pss_table1.md", "PSS table 1", "schedules and sorts", _TABLE,
            partial(cells, names=_CELLS, published="top-1 %, ViT-B | hours"), _CELLS),
     Figure((29,), "pss_table3.md", "PSS table 3", "relative position bias with and without the schedule", _TABLE,

@@ -39,7 +39,7 @@ def shape_trace(source: Source) -> bytes:
         method = methods.build(config, num_classes=1000, steps_per_epoch=_STEPS_PER_EPOCH)
     rows = token_rows(method, config.train.epochs)
     blocks = len(method.model.blocks)
-    canvas = Canvas(figsize=(2.6 + 0.62 * blocks, 1.5 + 0.36 * len(rows)), layout="constrained")
+    canvas = Canvas(figsize=(max(6.0, 2.6 + 0.62 * blocks), 1.5 + 0.36 * len(rows)), layout="constrained")
     axes = canvas.subplots()
     axes.imshow([tokens for _, tokens in rows], cmap="Blues", aspect="auto", vmin=0, vmax=1.6 * method.model.num_tokens)
     for y, (_, tokens) in enumerate(rows):
