@@ -44,10 +44,10 @@ def mnist() -> RunSettings:
         small,
         recipe="mnist",
         model=replace(small.model, patch_size=4),
-        own=(ScheduleConfig(name="stages"),),
+        own=(ScheduleConfig(name="stages", lengths=(80, 20)),),
         data=replace(small.data, img_size=24, mean=(0.1307, 0.1307, 0.1307), std=(0.3081, 0.3081, 0.3081)),
-        optim=replace(small.optim, warmup_epochs=1),
-        train=replace(small.train, epochs=15, log_every_steps=50),
+        optim=replace(small.optim, lr=2e-3, warmup_epochs=1),
+        train=replace(small.train, epochs=15, batch_size=64, log_every_steps=31),
     )
 
 
