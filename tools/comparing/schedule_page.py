@@ -251,7 +251,7 @@ def draw(result: Row) -> bytes:
     for axes, shown in ((finished, rho), (during, 1.0)):  # a run validates on all patches
         axes.set_ylabel(f"top-1 accuracy at ρ = {shown:g}, %")
         axes.set_xlabel(f"{unit} of training")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.04 * axes.dataLim.x1)
         axes.grid(alpha=0.25, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = finished.get_legend_handles_labels()
