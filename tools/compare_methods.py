@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ class MethodComparison(Comparison):
         """The result: every run with its rows, and the lines of the table."""
         pairs = self.trained(chosen)
         runs = list({run.folder: run for run in pairs.values()}.values())
-        rows = evaluation.evaluate(runs, self.options(), self.output / "report.html")
+        rows = evaluation.evaluate(
+            runs, replace(self.options(), rounds=self.arguments.rounds), self.output / "report.html"
+        )
         costs = {
             run.name: evaluation.training_costs(run, self.layout.config, self.num_images, self.num_classes)
             for run in runs

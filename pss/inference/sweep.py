@@ -88,10 +88,12 @@ def sweep(
     found: list[tuple[list[Accuracy], list[Spread], Exhibit]] = []
     points_of = [operating_points(one, points) for one in runs]
 
+    told = f"batches of {batch_size} images (--batch-size)"
     images: dict[DataConfig, Tensor] = {}
-    for one in runs:
-        if (data := one.config.data) not in images:
-            images[data] = _first_images(make_loader(data), data, batch_size, world.device)
+    with enough_memory(told):
+        for one in runs:
+            if (data := one.config.data) not in images:
+                images[data] = _first_images(make_loader(data), data, batch_size, world.device)
 
     def calls(num_images: int) -> list[Callable[[], Tensor]]:
         return [
@@ -101,7 +103,7 @@ def sweep(
         ]
 
     with (
-        enough_memory(f"batches of {batch_size} images (--batch-size)"),
+        enough_memory(told),
         torch.inference_mode(),
         stage("trying a batch at every point", world),
     ):

@@ -120,7 +120,6 @@ class Comparison:
             self.arguments.batch_size,
             self.arguments.ema,
             self.arguments.device,
-            getattr(self.arguments, "rounds", evaluation.Options.rounds),
         )
 
     def runs(self, epochs: Mapping[str, int], seed: int) -> list[Run]:

@@ -199,13 +199,8 @@ def limits(result: Row) -> list[str]:
         "much a method gains depends on the machine, the size of the model and of the batch."
         + ("" if device != "cpu" else " A GPU, which small models keep waiting, may rank them otherwise.")
     )
-    missing = [
-        name
-        for at_equal_time in [*result["equal_time"].values()][:1]
-        for name, arm in plan["arms"].items()
-        if arm["equal_time"] and name not in at_equal_time
-    ]
-    if missing:
+    at_equal_time = next(iter(result["equal_time"].values()), plan["arms"])
+    if missing := [name for name, arm in plan["arms"].items() if arm["equal_time"] and name not in at_equal_time]:
         said.append(
             f"{', '.join(missing)} cannot be trained within the given time at all: even the fewest epochs exceed it."
         )
