@@ -71,6 +71,18 @@ def total_norm(parts: Sequence[Tensor], alike: bool | None = None) -> Tensor:
     return norm
 
 
+@torch.no_grad()
+def clip_gradients(gradients: Sequence[Tensor], max_norm: float, norm: Tensor, alike: bool) -> None:
+    """`nn.utils.clip_grads_with_norm_` of the parameters that have these gradients, to the bit; `norm` is theirs, and
+    `alike` that of their `Inventory`."""
+    share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if gradients and alike:
+        torch._foreach_mul_(list(gradients), share)
+        return
+    for gradient in gradients:
+        gradient.mul_(share.to(gradient.device))
+
+
 def _served_as_list(parts: Sequence[Tensor]) -> bool:
     kinds = {(type(part), part.dtype, part.device) for part in parts}
     return len(kinds) == 1 and _has_foreach_support([parts[0].detach()], parts[0].device)

@@ -32,7 +32,7 @@ from pss.training.reporting import Reporter, score_of
 from pss.training.saving import Saver
 from pss.training.setup import Interrupted
 from pss.training.sharding import reshard, scatter_optimizer, shard
-from pss.training.tensors import Inventory, total_norm
+from pss.training.tensors import Inventory, clip_gradients, total_norm
 
 _REMEDIES = Remedies(
     no_file="--set model.weights=FILE names one, none starts anew",
@@ -204,12 +204,13 @@ class Trainer:
             self.method.begin_step(at)
             out = self._gradients(engine, inputs, at)
             self.method.mask_gradients(at)
-            norm = whole(total_norm(held.gradients(), alike=held.alike))
+            gradients = held.gradients()
+            norm = whole(total_norm(gradients, alike=held.alike))
             skip, measured = self.guard.judge(out["loss"], norm, phase.optim.clip_grad)
             skipping(self.optimizer, skip)
             statistics.settle(skip)
             if phase.optim.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(held.parameters, phase.optim.clip_grad, norm)
+                clip_gradients(gradients, phase.optim.clip_grad, norm, alike=held.alike)
             self.optimizer.advance()
             taken = Step(self.optimizer, skip)
             self.method.after_optimizer(at, taken)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pss.runtime.seeds import seed_generator
 from pss.training.guard import Guard, skipping, update_average
 from pss.training.optim import AdamW
-from pss.training.tensors import Inventory, total_norm
+from pss.training.tensors import Inventory, clip_gradients, total_norm
 
 
 class Odd(nn.Module):
@@ -62,6 +62,20 @@ def test_the_norm_is_torchs(dtypes: tuple[torch.dtype, ...], odd: float) -> None
     parts = [torch.randn(3, number + 1, dtype=dtypes[number % len(dtypes)]) for number in range(9)]
     parts[4][0, 0] = odd
     assert torch.equal(total_norm(parts).nan_to_num(7), nn.utils.get_total_norm(parts).nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("scale", [1e-3, 10.0, math.inf])
+def test_clipping_is_torchs(dtypes: tuple[torch.dtype, ...], scale: float) -> None:
+    weights = [nn.Parameter(torch.zeros(3, number + 1, dtype=dtypes[number % len(dtypes)])) for number in range(9)]
+    held = Inventory(nn.ParameterList(weights))
+    for weight in weights[1:]:  # one of them has no gradient
+        weight.grad = scale * torch.randn_like(weight)
+    norm, ours = total_norm(held.gradients()), [gradient.clone() for gradient in held.gradients()]
+    clip_gradients(ours, 0.5, norm, alike=held.alike)
+    nn.utils.clip_grads_with_norm_(weights, 0.5, norm)
+    for one, gradient in zip(ours, held.gradients(), strict=True):
+        assert torch.equal(one.nan_to_num(7), gradient.nan_to_num(7))
 
 
 @pytest.mark.parametrize("idle", [False, True])

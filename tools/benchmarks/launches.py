@@ -167,7 +167,7 @@ def in_parts(enter: Enter, method: type[nn.Module]) -> Iterator[None]:
         ("guard", Statistics, "settle"),
         ("guard", Guard, "judge"),
         ("clipping", training, "total_norm"),
-        ("clipping", nn.utils, "clip_grads_with_norm_"),
+        ("clipping", training, "clip_gradients"),
         ("optimizer", AdamW, "advance"),
         ("average", training, "update_average"),
         ("meter", Reporter, "add"),
