@@ -207,7 +207,7 @@ def evaluate(
     from pss.runtime import files
     from pss.runtime import processes as dist
 
-    results = (*sweep.FILES, REPORT)
+    results = cascades.FILES if wanted else (*sweep.FILES, REPORT)
 
     def check_targets() -> None:
         if export is not None:
@@ -267,7 +267,8 @@ def evaluate(
         if wanted is not None:
             assert data is not None
             folder = output or sweep.default_output(loaded)
-            outputs.check_folder(folder, cascades.FILES, given=output is not None)
+            if output is None:
+                outputs.check_folder(folder, results, given=False)
             cascades.run(
                 loaded[0], names[0], wanted, data, folder, rhos,
                 split=split, loader=loader, batch_size=batch_size, world=world, export=export,

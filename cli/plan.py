@@ -132,8 +132,8 @@ def fitting(
 ) -> Config:
     """The run that such a time is enough for on this machine, and what to say of it. Raises `ValueError`."""
     from pss.api.training import fit_to_budget
+    from pss.overrides import changes
     from pss.planning.budget import Budget
-    from pss.planning.length import changes
 
     option = Budget(budget_hours, budget_of_dense).option
     if data is None:
@@ -149,7 +149,7 @@ def fitting(
         budget_of_dense=budget_of_dense,
         began=began,
     )
-    for line in (*chosen.words(), f"settings: {' '.join(changes(config, chosen.config))}"):
+    for line in (*chosen.words(), f"settings: {' '.join(changes(config.to_dict(), chosen.config.to_dict()))}"):
         print_wrapped(line)
     typer.echo()
     return chosen.config

@@ -24,6 +24,7 @@ _GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94
 _GOLDEN_64, _LAST_SHIFT = np.uint64(_GOLDEN), np.uint64(31)
 _ROUNDS = ((np.uint64(30), np.uint64(_MULTIPLY_1)), (np.uint64(27), np.uint64(_MULTIPLY_2)))
 _TO_UNIT = 1.0 / (1 << 53)
+_FEW_NUMBERS = 64
 
 
 def mix(value: ArrayLike) -> UInt64:
@@ -59,8 +60,16 @@ def u01(k: UInt64, n: ArrayLike) -> NDArray[np.float64]:
 
     `n` may be an array that is broadcast with `k`: numbers (D, 1) and keys (B,) make draws (D, B).
     """
-    draws = mix(k ^ mix(n))
+    numbers = np.asarray(n, dtype=np.uint64)
+    few = numbers.size <= _FEW_NUMBERS
+    draws = mix(k ^ (_of_numbers(numbers.tobytes(), numbers.shape) if few else mix(numbers)))
     return np.multiply(np.right_shift(draws, np.uint64(11), out=draws), _TO_UNIT, dtype=np.float64)
+
+
+@lru_cache(maxsize=64)
+def _of_numbers(numbers: bytes, shape: tuple[int, ...]) -> UInt64:
+    """Remembered like `_of_epoch`: there are but a few, the same at every step."""
+    return mix(np.frombuffer(numbers, dtype=np.uint64).reshape(shape))
 
 
 def _signed(value: int) -> int:

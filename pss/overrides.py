@@ -90,3 +90,9 @@ def written(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def changes(before: Json, after: Json) -> list[str]:
+    """What `--set` would be given to make one configuration, nested as in a file, of the other: `train.epochs=30`."""
+    old = flatten(before)
+    return [f"{key}={written(value)}" for key, value in flatten(after).items() if value != old.get(key)]

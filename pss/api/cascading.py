@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pipelines
 from pss.api.training import LoaderName
 from pss.inference import sweep
 from pss.inference.cascade import (
+    MOST_STAGES,
     Answers,
     Cascade,
     Outcome,
@@ -91,8 +93,9 @@ class Found:
     def outcome(self) -> Outcome:
         return outcome(self.told, self.cascade)
 
+    @cached_property
     def frontier(self) -> list[tuple[float, float]]:
-        """Mean multiply-accumulates and top-1 of cascades fitted to other costs, ascending."""
+        """Mean multiply-accumulates and top-1 of cascades fitted to other costs, ascending; each is a fit."""
         low, high = self.told.at([min(self.rhos)]).macs[0], self.told.at([max(self.rhos)]).macs[0]
         points = []
         for number in range(1, _FRONTIER + 1):
@@ -122,7 +125,7 @@ class Found:
             "top1": round(own.top1, 4),
             "top1_error": round(100 * math.sqrt(own.right.var() / len(own.right)), 4),
             "gmacs": own.macs / 1e9,
-            **_spread("images_per_second", self.speeds[None]),
+            **self.speeds[None].named("images_per_second", 1),
             "against_largest": {
                 "rho": largest,
                 "top1": round(float(against.top1[0]), 4),
@@ -136,10 +139,10 @@ class Found:
             "at_equal_cost": {"top1": round(top1_at(told, own.macs), 4)},
             "singles": [
                 {"rho": rho, "top1": round(float(top1), 4), "gmacs": macs / 1e9}
-                | _spread("images_per_second", self.speeds[rho])
+                | self.speeds[rho].named("images_per_second", 1)
                 for rho, top1, macs in zip(told.rhos, told.top1, told.macs, strict=True)
             ],
-            "frontier": [{"gmacs": macs / 1e9, "top1": round(top1, 4)} for macs, top1 in self.frontier()],
+            "frontier": [{"gmacs": macs / 1e9, "top1": round(top1, 4)} for macs, top1 in self.frontier],
         }
 
     def to_json(self) -> str:
@@ -196,8 +199,17 @@ def cascade_of(
         world: One process.
 
     Raises:
-        ValueError: no cascade meets the target, the method has no ρ, or the split is too small to be halved.
+        ValueError: no cascade meets the target, the method has no ρ, the split is too small to be halved, `rhos` are
+            too few or too many, or `fit_split` is `split`.
     """
+    if not 2 <= len(set(rhos)) <= MOST_STAGES:
+        named = ", ".join(f"{rho:g}" for rho in rhos)
+        raise ValueError(f"a cascade of ρ {named} was asked for; name two to {MOST_STAGES} different ones")
+    if fit_split == split:
+        raise ValueError(
+            f"thresholds would be fitted on the {split} split, which the cascade is measured on; name another split "
+            "with --fit-split, or leave it out, and one half of the split is for either"
+        )
     points = singles(rhos, compared)
 
     def answers_of(of: str, at: Sequence[float]) -> tuple[Answers, list[Tensor]]:
@@ -209,6 +221,9 @@ def cascade_of(
         finally:
             made.close()
 
+    if fit_split is not None:  # first: it may be missing, or its thresholds may not meet the target
+        fitted, _ = answers_of(fit_split, sorted(rhos))
+        cascade = target.fitted(fitted, rhos)
     told, batches = answers_of(split, points)
     if fit_split is None:
         fitting = fitted_on(told.sure.shape[1])
@@ -217,17 +232,7 @@ def cascade_of(
                 f"the {split} split is too small to fit thresholds on half of it; name one with --fit-split"
             )
         fitted, told = told.of(fitting), told.of(~fitting)
-    else:
-        fitted, _ = answers_of(fit_split, sorted(rhos))
-    cascade = target.fitted(fitted, rhos)
+        cascade = target.fitted(fitted, rhos)
     with sweep.stage("timing the cascade", world):
         timed = speeds(run, cascade, points, batches)
     return Found(cascade, target, fitted, told, tuple(sorted(rhos)), timed, name)
-
-
-def _spread(name: str, values: Spread) -> dict[str, float]:
-    return {
-        name: round(values.median, 1),
-        f"{name}_low": round(values.low, 1),
-        f"{name}_high": round(values.high, 1),
-    }

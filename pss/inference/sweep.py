@@ -143,9 +143,9 @@ def sweep(
                     "top5": round(result.top5, 4),
                     "loss": round(result.loss, 6),
                     **_gflops(one, point, result),
-                    **_spread("images_per_second", speed, 1),
-                    **_spread("images_per_second_with_loader", with_loader[place], 1),
-                    **_spread("latency_ms", wait, 4),
+                    **speed.named("images_per_second", 1),
+                    **with_loader[place].named("images_per_second_with_loader", 1),
+                    **wait.named("latency_ms", 4),
                     "peak_memory_mib": None if extra is None else round((weights + extra) / _MIB, 1),
                     "num_images": result.num_images,
                     "batch_size": batch_size,
@@ -246,14 +246,6 @@ def _gflops(one: Run, point: Point, result: Accuracy) -> Row:
         "gflops_low": None if seen is None else seen.low / 1e9,
         "gflops_high": None if seen is None else seen.high / 1e9,
         "gflops_extra": cost.extra / 1e9,
-    }
-
-
-def _spread(name: str, values: Spread, digits: int) -> Row:
-    return {
-        name: round(values.median, digits),
-        f"{name}_low": round(values.low, digits),
-        f"{name}_high": round(values.high, digits),
     }
 
 

@@ -35,6 +35,11 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
 
+    def named(self, name: str, digits: int) -> dict[str, float]:
+        """As figures of a row: `name`, `name_low` and `name_high`."""
+        ends = {"": self.median, "_low": self.low, "_high": self.high}
+        return {f"{name}{end}": round(value, digits) for end, value in ends.items()}
+
 
 @torch.inference_mode()
 def call_seconds(

@@ -43,12 +43,6 @@ def of_length(config: Config, epochs: int, steps_per_epoch: int, kept: Collectio
     return _checked(config.with_pairs(pairs), steps_per_epoch)
 
 
-def changes(before: Config, after: Config) -> list[str]:
-    """What `--set` would be given to make one of the other: `train.epochs=30`, `optim.warmup_epochs=0.5`."""
-    old, new = overrides.flatten(before.to_dict()), overrides.flatten(after.to_dict())
-    return [f"{key}={overrides.written(value)}" for key, value in new.items() if value != old.get(key)]
-
-
 def fewest_epochs(config: Config, steps_per_epoch: int, kept: Collection[str] = ()) -> int:
     """The fewest epochs that the settings suit. Raises `ValueError` where no number up to the run's own does."""
     most = min(config.train.epochs, _MOST_TRIED)

@@ -47,7 +47,7 @@ def mnist() -> RunSettings:
         own=(ScheduleConfig(name="stages", lengths=(80, 20)),),
         data=replace(small.data, img_size=24, mean=(0.1307, 0.1307, 0.1307), std=(0.3081, 0.3081, 0.3081)),
         optim=replace(small.optim, lr=2e-3, warmup_epochs=1),
-        train=replace(small.train, epochs=15, batch_size=64, log_every_steps=31),
+        train=replace(small.train, epochs=15, batch_size=64, ema_decay=0.98, log_every_steps=31),
     )
 
 

@@ -27,12 +27,11 @@ class Inventory:
         """Whether all parameters, and with them their gradients, are of one kind, which torch takes lists of."""
         self.sharded = any(isinstance(part, DTensor) for part in self.parameters)
         places = [(one, name) for one in module.modules() for name in one._buffers]
-        self._buffers = [(one._buffers, name) for one, name in places]
         self._saved = [(one._buffers, name) for one, name in places if name not in one._non_persistent_buffers_set]
         self._statistics = [
-            (holder, name)
-            for holder, name in self._buffers
-            if (part := holder[name]) is None or part.is_floating_point()
+            (one._buffers, name)
+            for one, name in places
+            if (part := one._buffers[name]) is None or part.is_floating_point()
         ]
 
     def gradients(self) -> list[Tensor]:
@@ -43,10 +42,6 @@ class Inventory:
         """Set all to None, also what no optimizer has."""
         for part in self.parameters:
             part.grad = None
-
-    def buffers(self) -> list[Tensor]:
-        """What `module.buffers()` yields, in another order at most."""
-        return _present(self._buffers)
 
     def statistics(self) -> list[Tensor]:
         """The floating-point buffers."""

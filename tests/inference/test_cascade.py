@@ -21,6 +21,7 @@ from test_export import made, need
 import cli.eval
 import pss
 from cli.errors import run as run_command
+from pss.api import cascading
 from pss.api.cascading import Found, Target
 from pss.inference import cascade as cascades
 from pss.inference.cascade import Answers, Cascade, cost_of, fit, fitted_on, outcome, paired, top1_at
@@ -176,6 +177,24 @@ def test_another_split_to_fit_on(run: Path, image_root: Path, tmp_path: Path) ->
     assert (found.fitted.sure.shape[1], found.told.sure.shape[1]) == (53, 23)
 
 
+def test_a_split_that_is_not_there_is_found_before_anything_is_evaluated(
+    run: Path, image_root: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cascading, "collect", lambda *_, **__: pytest.fail("evaluated"))
+    with pytest.raises(ValueError, match="test2"):
+        pss.evaluate(run, image_root, rho=[1.0], loader="torch", cascade=(0.3, 1), fit_split="test2")
+    with pytest.raises(ValueError, match="asked for; name two to 4 different ones"):
+        pss.evaluate(run, image_root, rho=[1.0], loader="torch", cascade=(0.1, 0.2, 0.3, 0.4, 0.5))
+
+
+def test_the_frontier_is_fitted_once(run: Path, image_root: Path, monkeypatch: Any) -> None:
+    found = pss.evaluate(run, image_root, rho=[1.0], loader="torch", cascade=(0.3, 1)).cascade
+    fits: list[Any] = []
+    monkeypatch.setattr(cascading, "fit", lambda *given, **wanted: fits.append(given) or fit(*given, **wanted))
+    found.to_dict(), found.to_json(), found.figure()
+    assert len(fits) == 12
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -190,6 +209,7 @@ def test_another_split_to_fit_on(run: Path, image_root: Path, tmp_path: Path) ->
         (["--cascade", "auto", "--push", "there"], "--push does not go with --cascade"),
         (["--cascade", "auto", "--target-gmacs", "1e-9"], "raise --target-gmacs"),
         (["--cascade", "auto", "--fit-split", "test2"], "test2"),
+        (["--cascade", "auto", "--fit-split", "val"], "name another split with --fit-split"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(

@@ -17,8 +17,9 @@ import pss
 from pipelines.settings import is_section
 from pss import methods, recipes
 from pss.api import budgeting
+from pss.overrides import changes
 from pss.planning.budget import Budget, Clock, check_settings, choose, dense_of, in_words, longest
-from pss.planning.length import changes, fewest_epochs, of_length
+from pss.planning.length import fewest_epochs, of_length
 from pss.planning.plan import plan
 from pss.planning.rehearsal import Taken, key_of, rehearse
 from pss.runs import checkpoint
@@ -56,7 +57,7 @@ def test_what_is_counted_in_epochs_keeps_its_share(epochs: int, steps: int) -> N
 def test_what_was_set_by_hand_and_cycles_stay() -> None:
     config = digits("optim.warmup_epochs=3", "schedule.period_steps=20", "schedule.cooldown_epochs=5")
     made = of_length(config, 10, 44, kept={"optim.warmup_epochs"})
-    assert changes(config, made) == ["train.epochs=10", "schedule.cooldown_epochs=1"]
+    assert changes(config.to_dict(), made.to_dict()) == ["train.epochs=10", "schedule.cooldown_epochs=1"]
 
 
 def test_a_recipe_says_how_short_it_can_be() -> None:

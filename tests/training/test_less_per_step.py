@@ -35,7 +35,6 @@ def test_an_inventory_holds_what_torch_lists() -> None:
     model.hidden, model.missing = torch.zeros(2), torch.zeros(3)  # replaced since, and come since
     for ours, theirs in (
         (held.parameters, list(model.parameters())),
-        (held.buffers(), list(model.buffers())),
         ([*held.parameters, *held.saved_buffers()], list(model.state_dict(keep_vars=True).values())),
         (held.statistics(), [part for part in model.buffers() if part.is_floating_point()]),
     ):

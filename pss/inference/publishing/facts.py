@@ -14,7 +14,7 @@ from pipelines.base import DataConfig
 from pss import recipes
 from pss.config import Config
 from pss.inference.opening import Run
-from pss.overrides import flatten
+from pss.overrides import changes
 from pss.runs import records
 from pss.runs.lock import SUMMARY
 from pss.runs.log import read_rows
@@ -117,8 +117,7 @@ def _command(config: Config) -> tuple[str, ...] | None:
         base = recipes.get(config.recipe)
     except ValueError:
         return None
-    before, now = flatten(base.to_dict()), flatten(config.to_dict())
-    changed = [f"{key}={_text(value)}" for key, value in now.items() if before.get(key) != value]
+    changed = changes(base.to_dict(), config.to_dict())
     try:
         if base.with_settings(changed).to_dict() != config.to_dict():
             return None
@@ -127,13 +126,6 @@ def _command(config: Config) -> tuple[str, ...] | None:
     told = [_without_folders(one) for one in changed]
     begin = f"pss-train {shlex.quote(config.recipe)} --data DATA --output RUN"
     return begin, *(f"--set {shlex.quote(one)}" for one in told)
-
-
-def _text(value: Any) -> str:
-    """A value as `--set` takes it."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(_text, value))
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _without_folders(setting: str) -> str:
