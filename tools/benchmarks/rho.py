@@ -33,6 +33,7 @@ def measured(arguments: argparse.Namespace) -> Result:
     """Seconds of every round of the dense model, then at each operating point."""
     device = torch.device(arguments.device)
     settings = [f"model.name={arguments.model}", f"data.img_size={arguments.img_size}"]
+    torch.manual_seed(0)  # how many tokens halt follows from weights and images
     config = Config(recipe="rho").with_settings(
         [*settings, f"model.rel_pos={arguments.rel_pos}", "model.drop_path_rate=0"]
     )
