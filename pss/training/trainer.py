@@ -219,6 +219,7 @@ class Trainer:
                 self.ema.module.after_average(at)
             self.method.end_step(at, taken)
             held.forget_gradients()
+            del gradients  # they would live on through the next backward pass
             self.step += 1
             self._report_step(inputs.images, measured, waited, at, out)
             self._stop_or_save(stop)
