@@ -336,6 +336,7 @@ def _told(source: Path) -> Iterator[None]:
     pyarrow = _pyarrow("pyarrow")
     before = resource.getrlimit(resource.RLIMIT_DATA)
     pool = pyarrow.default_memory_pool()
+    pyarrow.allocate_buffer(1, memory_pool=pool)  # at first mimalloc reserves 1 GiB, which would be all there is below
     if (used := _data_bytes()) is not None:
         pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the others reserve far more than they use
         limits = [limit for limit in (used + _MEMORY, *before) if limit != resource.RLIM_INFINITY]

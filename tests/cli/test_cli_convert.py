@@ -272,6 +272,21 @@ def test_a_wrong_option_is_named(source: Path, tmp_path: Path) -> None:
     assert "--formats" in result.stderr
 
 
+def test_the_first_table_that_a_process_reads_has_memory_left(tmp_path: Path) -> None:
+    """pyarrow's own allocator reserves as much at its first use as reading may take."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for split in ("train", "test"):
+        images = []
+        for number in range(4):
+            picture(32, 32, number).save(file := io.BytesIO(), "PNG")
+            images.append(file.getvalue())
+        (tmp_path / "src" / "plain").mkdir(parents=True, exist_ok=True)
+        table = pyarrow.table({"img": [{"bytes": image, "path": None} for image in images], "label": [0, 1] * 2})
+        parquet.write_table(table, tmp_path / "src" / "plain" / f"{split}-00000-of-00001.parquet")
+    done = run(tmp_path / "src", tmp_path / "out", "--format", "dali", "--use-test")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_it_and_keeps_what_is_finished(sent: signal.Signals, code: int, tmp_path: Path) -> None:
     folder = tmp_path / "src" / "train" / "a"
