@@ -238,10 +238,10 @@ def evaluate(
             assert data is not None
             return measure(loaded, names, data, at, split=split, loader=loader, batch_size=batch_size, world=world)
 
+        folder = output or sweep.default_output(loaded)
+        if output is None and (sweeping or wanted):
+            outputs.agree(world, lambda: outputs.check_folder(folder, results, given=False))
         if sweeping:
-            folder = output or sweep.default_output(loaded)
-            if output is None:
-                outputs.agree(world, lambda: outputs.check_folder(folder, results, given=False))
             if push is not None:
                 loaded[0].published()  # raises for what cannot be
             if world.is_main and (missing := report.missing()) is not None:
@@ -266,9 +266,6 @@ def evaluate(
             writing.close()
         if wanted is not None:
             assert data is not None
-            folder = output or sweep.default_output(loaded)
-            if output is None:
-                outputs.check_folder(folder, results, given=False)
             cascades.run(
                 loaded[0], names[0], wanted, data, folder, rhos,
                 split=split, loader=loader, batch_size=batch_size, world=world, export=export,

@@ -24,7 +24,7 @@ _GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94
 _GOLDEN_64, _LAST_SHIFT = np.uint64(_GOLDEN), np.uint64(31)
 _ROUNDS = ((np.uint64(30), np.uint64(_MULTIPLY_1)), (np.uint64(27), np.uint64(_MULTIPLY_2)))
 _TO_UNIT = 1.0 / (1 << 53)
-_FEW_NUMBERS = 64
+_FEW_NUMBERS = 64  # to be remembered; where each sample draws numbers of its own there are more, and always others
 
 
 def mix(value: ArrayLike) -> UInt64:

@@ -32,18 +32,16 @@ _PUBLISHED = {("sampled", 0.7): 1.40, ("sampled", 0.5): 1.73}
 def measured(arguments: argparse.Namespace) -> Result:
     """Seconds of every round of the dense model, then at each operating point."""
     device = torch.device(arguments.device)
-    settings = [f"model.name={arguments.model}", f"data.img_size={arguments.img_size}"]
+    model = [f"model.name={arguments.model}", f"model.rel_pos={arguments.rel_pos}"]
+    config = Config(recipe="rho").with_settings([*model, f"data.img_size={arguments.img_size}"])
     torch.manual_seed(0)  # how many tokens halt follows from weights and images
-    config = Config(recipe="rho").with_settings(
-        [*settings, f"model.rel_pos={arguments.rel_pos}", "model.drop_path_rate=0"]
-    )
     dense, method = (
         methods.build(config.with_settings([f"method={name}", *own]), 1000, 1).to(device).eval()
         for name, own in (("dense", ()), (arguments.method, arguments.set))
     )
     images = torch.randn(arguments.batch_size, 3, arguments.img_size, arguments.img_size, device=device)
-    chosen = method.points() == (None,)
-    points = (None,) if chosen else tuple(map(float, arguments.rho.split(",")))
+    fixed = method.points() == (None,)
+    points = (None,) if fixed else tuple(map(float, arguments.rho.split(",")))
     with torch.no_grad():
         whole = dense.cost(1.0).forward
         cases = [partial(dense.predict, images, 1.0), *(partial(method.predict, images, point) for point in points)]
