@@ -91,13 +91,27 @@ def test_the_page_and_the_table_say_the_same(result):
     )
     assert "| dense | 2 | 81.00 ± 1.41 |  | 2.0 ± 0.0 min | 1 | – |" in told
     assert "quick cannot be trained within the given time" in told
-    assert "Not all arms met the training time that they were given: quick -25%." in told
+    assert "Not all arms met the training time that they were given (in brackets: at the pace of its runs" in told
+    assert "whose speed changed): quick -25% (-25%)." in told
     assert "2 are made, of which one in twenty" in told
     rows = list(csv.DictReader(io.StringIO(as_csv(result))))
     assert [(row["column"], row["arm"], row["point"]) for row in rows][:3] == [
         ("epochs", "dense", "1.0"), ("epochs", "dense", "0.5"), ("epochs", "quick", "1.0"),
     ]  # fmt: skip
     assert (float(rows[2]["top1"]), float(rows[2]["difference_sd"])) == (83.0, pytest.approx(2**0.5))
+
+
+def test_a_machine_that_has_become_slower_is_told_from_too_many_epochs(result):
+    for run in result["runs"]:
+        if (run["column"], run["arm"]) == ("time", "quick"):
+            run |= {"epochs": 3, "seconds": 120.0, "seconds_before": 40.0}  # a third slower than before
+    result["lines"] = lines(result["runs"], "dense")
+    (late,) = [line for line in result["lines"] if (line["column"], line["arm"]) == ("time", "quick")]
+    assert late["time_of_dense"] == pytest.approx([160 / 120] * 2)
+    assert late["time_at_pace"] == [1.0, 1.0]
+    assert "quick +33% (+0%)." in limits(result)[-1]
+    alone = lines([run for run in result["runs"] if run["column"] == "time"], "dense")
+    assert {line["time_at_pace"] for line in alone} == {None}
 
 
 def test_tables_of_dynamicvit_are_of_arms_of_their_own(result, tmp_path, capsys):

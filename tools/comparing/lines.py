@@ -24,18 +24,37 @@ def lines(trained: Sequence[Row], reference: str) -> list[Row]:
         reference: The arm whose runs of the same seed the others are held against.
     """
     made = []
+    by_arm: dict[tuple[str, str], dict[int, Row]] = {}
+    for run in trained:
+        by_arm.setdefault((run["column"], run["arm"]), {})[run["seed"]] = run
     for column in COLUMNS:
-        arms = dict.fromkeys(run["arm"] for run in trained if run["column"] == column)
-        dense = {run["seed"]: run for run in trained if (run["column"], run["arm"]) == (column, reference)}
-        for arm in arms:
-            own = {run["seed"]: run for run in trained if (run["column"], run["arm"]) == (column, arm)}
-            made.append(_line(column, arm, own, dense))
+        for arm in [arm for of, arm in by_arm if of == column]:
+            line = _line(column, arm, by_arm[column, arm], by_arm[column, reference])
+            at_first = by_arm.get(("epochs", arm)), by_arm.get(("epochs", reference))
+            made.append(line | {"time_at_pace": _time_at_pace(by_arm[column, arm], *at_first)})
     return made
 
 
 def total_seconds(run: Row) -> float:
     """Of training, with the run that it starts from."""
     return float(run["seconds"] + run["seconds_before"])
+
+
+def _time_at_pace(
+    own: Mapping[int, Row], at_first: Mapping[int, Row] | None, dense: Mapping[int, Row] | None
+) -> list[float] | None:
+    """What the epochs of each seed would have taken at the pace of the arm's run of equal epochs, over what the dense
+    run took beside that one. None where there are no such runs."""
+    if at_first is None or dense is None:
+        return None
+    ratios = []
+    for seed, run in own.items():
+        first = at_first[seed]
+        seconds = run["epochs"] * first["seconds"] / first["epochs"]
+        if run["epochs_before"]:
+            seconds += run["epochs_before"] * first["seconds_before"] / first["epochs_before"]
+        ratios.append(seconds / total_seconds(dense[seed]))
+    return ratios
 
 
 def _line(column: str, arm: str, own: Mapping[int, Row], dense: Mapping[int, Row]) -> Row:

@@ -206,13 +206,23 @@ def limits(result: Row) -> list[str]:
         )
     late = [line for line in result["lines"] if line["column"] == "time" and abs(_mean_ratio(line) - 1) > 0.05]
     if late:
-        which = ", ".join(f"{line['arm']} {_mean_ratio(line) - 1:+.0%}" for line in late)
-        said.append(f"Not all arms met the training time that they were given: {which}.")
+        which = ", ".join(f"{line['arm']} {_off(line['time_of_dense'])}{_at_pace(line)}" for line in late)
+        known = any(line["time_at_pace"] for line in late)
+        why = " (in brackets: at the pace of its runs of equal epochs; the rest is the machine, whose speed changed)"
+        said.append(f"Not all arms met the training time that they were given{why * known}: {which}.")
     return said
 
 
 def _mean_ratio(line: Row) -> float:
     return Mean.of(line["time_of_dense"]).mean
+
+
+def _off(ratios: Sequence[float]) -> str:
+    return f"{round(100 * (Mean.of(ratios).mean - 1)):+d}%"
+
+
+def _at_pace(line: Row) -> str:
+    return f" ({_off(line['time_at_pace'])})" if line["time_at_pace"] else ""
 
 
 def as_csv(result: Row) -> str:
