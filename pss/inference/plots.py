@@ -16,13 +16,28 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pss.inference.text import shortened
 
-# Okabe and Ito's palette: told apart by people with any colour vision, and in grey by the markers.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette: told apart by people with any colour vision, and in grey by the markers."""
 _LONGEST = 44  # characters of a name
 _COLUMNS, _CHANGES = 400, 1000  # of a picture over the steps of a run: averages, and single steps
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", ":", "-.")
 _LABELLED = 5
 """More runs than this are drawn without labels at their points, which would overprint each other."""
+
+
+def series_style(number: int, *, black_first: bool = False) -> dict[str, Any]:
+    """How series `number` of a picture is drawn: `color`, `marker` and `linestyle`, no two alike among 28.
+
+    With `black_first`, black is the first series', which the others are compared with.
+    """
+    colours = COLOURS[-1:] + COLOURS[:-1] if black_first else COLOURS
+    turn = number // len(colours)  # another marker and other dashes for each round of colours
+    return {
+        "color": colours[number % len(colours)],
+        "marker": _MARKERS[(number + turn) % len(_MARKERS)],
+        "linestyle": _DASHES[turn % len(_DASHES)],
+    }
 
 
 def plot_sweep(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -117,7 +132,7 @@ def plot_training(rows: Sequence[dict[str, Any]]) -> bytes:
             if any(y is not None for y in ys):
                 shown = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
                 marker = _MARKERS[number] if len(shown) <= 30 else ""
-                axes.plot(*zip(*shown, strict=True), color=_COLOURS[number], marker=marker, markersize=4, label=name)
+                axes.plot(*zip(*shown, strict=True), color=COLOURS[number], marker=marker, markersize=4, label=name)
         axes.grid(alpha=0.25, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -140,19 +155,17 @@ def plot_cascade(found: dict[str, Any]) -> bytes:
     axes = figure.subplots()
     for number, (name, points) in enumerate((("a single ρ", found["singles"]), ("cascades", found["frontier"]))):
         xs, ys = [per * point["gmacs"] for point in points], [point["top1"] for point in points]
-        style: dict[str, Any] = {"color": _COLOURS[number], "marker": _MARKERS[number], "markersize": 5}
+        style: dict[str, Any] = {"color": COLOURS[number], "marker": _MARKERS[number], "markersize": 5}
         axes.plot(xs, ys, linewidth=1.8, label=name, **style)
     for point in found["singles"]:
         place: dict[str, Any] = {"xytext": (3, -12), "textcoords": "offset points"}
-        axes.annotate(
-            f"{point['rho']:g}", (per * point["gmacs"], point["top1"]), color=_COLOURS[0], fontsize=8, **place
-        )
+        axes.annotate(f"{point['rho']:g}", (per * point["gmacs"], point["top1"]), color=COLOURS[0], fontsize=8, **place)
     rhos = " → ".join(f"{stage['rho']:g}" for stage in found["stages"])
     axes.errorbar(
         [per * found["gmacs"]],
         [found["top1"]],
         yerr=[found["top1_error"]],
-        color=_COLOURS[6],
+        color=COLOURS[6],
         marker="*",
         markersize=13,
         capsize=3,
@@ -189,8 +202,8 @@ def plot_plan(
         shown = [rate for rate in rates if rate[0] < last]
         xs, lows, highs = [step / per for step, *_ in shown], [rate[1] for rate in shown], [rate[2] for rate in shown]
         if lows != highs:
-            lower.fill_between(xs, lows, highs, color=_COLOURS[1], alpha=0.2, linewidth=0)
-        lower.plot(xs, highs, color=_COLOURS[1], linewidth=1.8)
+            lower.fill_between(xs, lows, highs, color=COLOURS[1], alpha=0.2, linewidth=0)
+        lower.plot(xs, highs, color=COLOURS[1], linewidth=1.8)
         lower.set(xlabel=unit, xlim=(0, last / per))
         if first:
             lower.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -212,7 +225,7 @@ def _draw_rhos(axes: Axes, rhos: Sequence[float], steps_per_epoch: int, per: int
     changes = [0, *(step for step in range(1, len(rhos)) if rhos[step] != rhos[step - 1])]
     if len(changes) <= _CHANGES:
         shown = [*(rhos[step] for step in changes), rhos[-1]]
-        axes.step([step / per for step in (*changes, len(rhos))], shown, where="post", color=_COLOURS[0])
+        axes.step([step / per for step in (*changes, len(rhos))], shown, where="post", color=COLOURS[0])
         return
     columns = min(_COLUMNS, len(rhos) // steps_per_epoch)
     if columns < 20:
@@ -223,9 +236,9 @@ def _draw_rhos(axes: Axes, rhos: Sequence[float], steps_per_epoch: int, per: int
     xs = [end / per for end in ends]
     lows, highs, means = ([of(part) for part in parts] for of in (min, max, lambda part: sum(part) / len(part)))
     bounds = [*lows, lows[-1]], [*highs, highs[-1]]
-    axes.fill_between(xs, *bounds, step="post", color=_COLOURS[0], alpha=0.2, linewidth=0, label="range")
+    axes.fill_between(xs, *bounds, step="post", color=COLOURS[0], alpha=0.2, linewidth=0, label="range")
     label = "mean of an epoch" if unit > 1 else "mean"
-    axes.step(xs, [*means, means[-1]], where="post", color=_COLOURS[0], linewidth=1.6, label=label)
+    axes.step(xs, [*means, means[-1]], where="post", color=COLOURS[0], linewidth=1.6, label=label)
     axes.legend(frameon=False, loc="lower right", ncols=2)
 
 
@@ -251,10 +264,10 @@ def _name(figure: Figure, axes: Axes, runs: Sequence[str]) -> None:
 
 
 def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, number: int, *, labelled: bool) -> None:
-    colour = _COLOURS[number % len(_COLOURS)]
-    marker = _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)]  # another one for each round of colours
+    style = series_style(number)
+    colour = style["color"]
     xs, ys = [point[key] for point in points], [point["top1"] for point in points]
-    axes.plot(xs, ys, color=colour, marker=marker, markersize=5.5, linewidth=1.8)
+    axes.plot(xs, ys, color=colour, marker=style["marker"], markersize=5.5, linewidth=1.8)
     bars: dict[str, Any] = {"fmt": "none", "ecolor": colour, "elinewidth": 1, "capsize": 2.5, "alpha": 0.7}
     ranges = [(point[f"{key}_low"], point[f"{key}_high"]) for point in points if point.get(f"{key}_low") is not None]
     if len(ranges) == len(points):  # a mean need not lie between its 5th and its 95th percentile

@@ -12,11 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
+from pss.inference.plots import series_style
 from tools.comparing.lines import COLUMNS, total_seconds
-
-_COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00")
-"""Okabe and Ito's, told apart with any colour vision; the markers tell arms apart in grey."""
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 
 def draw(result: dict[str, Any]) -> bytes:
@@ -25,7 +22,7 @@ def draw(result: dict[str, Any]) -> bytes:
     most = max(total_seconds(run) for run in result["runs"])
     unit, per = time_unit(most)
     figure = Figure(figsize=(12, 5.2), layout="constrained")
-    by_time, by_rate = figure.subplots(1, 2, sharey=True)
+    by_time, by_rate = figure.subplots(1, 2)
     reference = result["plan"]["reference"]
     for line in result["lines"]:
         number, filled, first = arms.index(line["arm"]), line["column"] == "epochs", line["points"][0]
@@ -43,20 +40,20 @@ def draw(result: dict[str, Any]) -> bytes:
                 (point["point"], point["images_per_second"][1], point["top1"].mean) for point in line["points"]
             )
             _, xs, ys = zip(*along, strict=True)
-            by_rate.plot(xs, ys, ".-", color=style["color"], markersize=5, linewidth=1, alpha=0.6, zorder=1)
+            by_rate.plot(xs, ys, **(style | {"markersize": 4.5}), linewidth=1, alpha=0.6, zorder=1)
     by_time.set_xlabel(f"{unit} of training, with pre-training and teacher")
     by_rate.set_xlabel("images per second, model alone; thin lines: other operating points")
     by_rate.set_xscale("log")
     by_rate.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     by_rate.xaxis.set_minor_locator(NullLocator())
     by_rate.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    by_time.set_ylabel("top-1 accuracy, %")
     by_time.set_xlim(left=0)
     for axes in (by_time, by_rate):
+        axes.set_ylabel("top-1 accuracy, %")
         axes.grid(alpha=0.25, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.08, y=0.1)
-    marks = [Line2D([], [], linestyle="", label=arm, **_style(number, True)) for number, arm in enumerate(arms)]
+    marks = [Line2D([], [], label=arm, linewidth=1, **_style(number, True)) for number, arm in enumerate(arms)]
     grey = {"color": "#666666", "marker": "o", "linestyle": "", "markersize": 8}
     fills = {"epochs": {}, "time": {"markerfacecolor": "white", "markeredgewidth": 1.6}}
     there = {line["column"] for line in result["lines"]}
@@ -85,14 +82,9 @@ def as_png(figure: Figure) -> bytes:
 
 
 def _style(number: int, filled: bool) -> dict[str, Any]:
-    colour = _COLOURS[number % len(_COLOURS)]
-    return {
-        "color": colour,
-        "marker": _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)],
-        "markersize": 8.5,
-        "markerfacecolor": colour if filled else "white",
-        "markeredgewidth": 1.6,
-    }
+    style = series_style(number, black_first=True)
+    face = style["color"] if filled else "white"
+    return style | {"markersize": 8.5, "markerfacecolor": face, "markeredgewidth": 1.6}
 
 
 def _rates(point: dict[str, Any]) -> list[float]:
@@ -109,7 +101,9 @@ def _point(
 ) -> None:
     """Seeds, and their mean with whiskers; `across` is where those along x begin, the point, and where they end."""
     low, middle, high = across
-    axes.plot(xs, ys, linestyle="", **(style | {"markersize": 4, "markeredgewidth": 0.8, "alpha": 0.5}), zorder=2)
+    small = {"markersize": 4, "markeredgewidth": 0.8, "alpha": 0.5}
+    style = style | {"linestyle": ""}
+    axes.plot(xs, ys, **(style | small), zorder=2)
     axes.errorbar(
         middle, top1.mean, yerr=top1.deviation, xerr=[[middle - low], [high - middle]], capsize=3, linewidth=1.2,
         zorder=3, **style,

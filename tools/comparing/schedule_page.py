@@ -10,16 +10,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pss.inference.plots import series_style
 from tools.benchmarks.measure import table, told
 from tools.comparing.page import csv_of, duration, interval
 from tools.comparing.picture import as_png, time_unit
 from tools.comparing.statistics import Mean, paired
 
 Row = dict[str, Any]
-
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's, told apart with any colour vision; with more arms than these, markers and dashes change too."""
-_STYLES = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
 
 
 def lines(runs: Sequence[Row], columns: Sequence[str], reference: str, rhos: Sequence[float], whole: Row) -> list[Row]:
@@ -221,10 +218,7 @@ def _flat(line: Row, rho: float) -> Row:
 def draw(result: Row) -> bytes:
     """A PNG: accuracy against training time, of finished runs of every length, and during the longest."""
     arms = list(result["plan"]["arms"])
-    styles = {}
-    for number, arm in enumerate(arms):
-        marker, dashes = _STYLES[number // len(_COLOURS) % len(_STYLES)]
-        styles[arm] = {"color": _COLOURS[number % len(_COLOURS)], "marker": marker, "linestyle": dashes}
+    styles = {arm: series_style(number, black_first=True) for number, arm in enumerate(arms)}
     kinds = {column.partition("-")[0] for column in result["columns"]}
     kind = next(one for one in ("time", "arithmetic", "epochs") if one in kinds)
     lines = [line for line in result["lines"] if line["column"].partition("-")[0] == kind]

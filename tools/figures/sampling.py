@@ -6,23 +6,17 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from pss import recipes
-from pss.inference.plots import plot_sweep
+from pss.inference.plots import COLOURS, plot_sweep, series_style
 from pss.planning.plan import plan
 from tools.benchmarks.measure import table as lines_of
 from tools.comparing.picture import as_png
 from tools.comparing.statistics import Mean
 from tools.figures.figure import Figure, Source
-
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's."""
-_LINES = ("-", "--")
-"""Of arms beyond as many as there are colours."""
 
 
 def curves(source: Source) -> bytes:
@@ -43,10 +37,10 @@ def curves(source: Source) -> bytes:
             minutes = [statistics.fmean(at) / 60 for at in zip(*spent, strict=True)][1:]
             for axes, xs in zip(grid[row], (epochs, minutes), strict=True):
                 mean = [statistics.fmean(one) for one in values]
-                style: Any = {"color": COLOURS[number % len(COLOURS)], "linestyle": _LINES[number // len(COLOURS)]}
+                style = series_style(number, black_first=True) | {"marker": ""}
                 axes.plot(xs, mean, label=arm, linewidth=1.6, **style)
                 low, high = [min(one) for one in values], [max(one) for one in values]
-                axes.fill_between(xs, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.15, linewidth=0)
+                axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
         grid[row][0].set_ylabel(label)
     grid[2][0].set_xlabel("epochs, those before fine-tuning included")
     grid[2][1].set_xlabel("minutes of training")
@@ -71,7 +65,7 @@ def schedules(source: Source) -> bytes:
         settings = [*told["settings"], f"schedule.name={name}"]
         config = recipes.get(told["recipe"]).with_settings([*settings, f"train.epochs={max(4, told['epochs'])}"])
         rhos = plan(config, num_images=told["num_images"], num_classes=source.result["num_classes"]).rhos
-        axes.step(range(len(rhos)), rhos, color=COLOURS[1], linewidth=1, where="post")
+        axes.step(range(len(rhos)), rhos, color=COLOURS[0], linewidth=1, where="post")
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step")
         axes.set_ylim(0, 1.05)
@@ -91,13 +85,13 @@ def step_times(source: Source) -> bytes:
                 for stage, level in row["by_rho"].items():
                     found.setdefault(float(stage.split()[0]), []).append(level["ms_per_step"])
         shift = 0.008 * (number - len(arms) / 2)
-        colour = COLOURS[number % len(COLOURS)]
+        style = series_style(number, black_first=True)
         xs = [rho + shift for rho, times in found.items() for _ in times]
-        axes.plot(xs, [one for times in found.values() for one in times], ".", color=colour, alpha=0.25, markersize=4)
+        ys = [one for times in found.values() for one in times]
+        axes.plot(xs, ys, ".", color=style["color"], alpha=0.25, markersize=4)
         levels = sorted(found)
         medians = [statistics.median(found[rho]) for rho in levels]
-        line = f"o{_LINES[number // len(COLOURS)]}"
-        axes.plot([rho + shift for rho in levels], medians, line, color=colour, markersize=5, linewidth=1.3, label=arm)
+        axes.plot([rho + shift for rho in levels], medians, markersize=5, linewidth=1.3, label=arm, **style)
     axes.set_xlabel("share of tokens that a step sees")
     axes.set_ylabel("milliseconds a step")
     axes.set_ylim(bottom=0)

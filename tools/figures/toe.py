@@ -15,6 +15,7 @@ from torch import Tensor
 from pss import methods
 from pss.config import Config
 from pss.inference.opening import load_run
+from pss.inference.plots import COLOURS
 from pss.methods import Method
 from pss.methods.toe import ToE, merge, select, uniform_seeds
 from pss.models.sampling import gather
@@ -27,7 +28,6 @@ ARM = "toe"
 PUBLISHED_SECONDS = {"stage 1": 948, "stage 2": 1244, "stage 3": 1488}
 """An epoch of DeiT-S at r_1 = 0.5 on ImageNet-1k (Huang et al., 2024, appendix, table 1; a mean of three)."""
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73")
 _STEPS_PER_EPOCH = 50  # a drawing of tokens knows no data; cycles within an epoch have all their levels in as many
 _IMAGES = 64
 
@@ -79,7 +79,7 @@ def token_features(source: Source) -> bytes:
     planes = {name: (one.flatten(0, 1) - centre) @ components.Vh[:2].T for name, one in sets.items()}
     canvas = Canvas(figsize=(11, 4.1), layout="constrained")
     panels = canvas.subplots(1, 3, sharex=True, sharey=True)
-    for panel, (name, points), colour in zip(panels, planes.items(), _COLOURS, strict=True):
+    for panel, (name, points), colour in zip(panels, planes.items(), COLOURS[:3], strict=True):
         panel.scatter(*planes["all"].T.numpy(), s=4, color="#cccccc", linewidths=0)
         panel.scatter(*points.T.numpy(), s=5, color=colour, alpha=0.6, linewidths=0)
         panel.set_title(f"{name}: {sets[name].shape[1]} an image", fontsize=10)
@@ -98,7 +98,7 @@ def accuracy_over_training(source: Source) -> bytes:
     """Top-1 on the validation split after every epoch, of the weights and, where one is kept, of their average."""
     canvas = Canvas(figsize=(7.2, 4.2), layout="constrained")
     axes = canvas.subplots()
-    for arm, colour in zip((ARM, "dense"), _COLOURS, strict=False):
+    for arm, colour in zip((ARM, "dense"), COLOURS, strict=False):
         runs = [run for run in source.runs if run["arm"] == arm]
         for key, style, of in (("top1", "-", "weights"), ("ema_top1", "--", "their average")):
             if not all(key in row for run in runs for row in run["log"]):
@@ -128,10 +128,10 @@ def seconds_by_stage(source: Source) -> bytes:
     places = torch.arange(len(rows)).numpy()
     ours = axes.bar(
         places - 0.2, [row["share"] for row in rows], 0.36, yerr=[row["share_sd"] for row in rows], capsize=4,
-        color=_COLOURS[0], label=f"here: {_config(folders[0]).recipe}, {len(folders)} runs, mean ± standard deviation",
+        color=COLOURS[0], label=f"here: {_config(folders[0]).recipe}, {len(folders)} runs, mean ± standard deviation",
     )  # fmt: skip
     theirs = axes.bar(
-        places + 0.2, [row["published_share"] for row in rows], 0.36, color="white", edgecolor=_COLOURS[1], hatch="//",
+        places + 0.2, [row["published_share"] for row in rows], 0.36, color="white", edgecolor=COLOURS[1], hatch="//",
         label="published: DeiT-S, ImageNet-1k, GPUs",
     )  # fmt: skip
     axes.bar_label(ours, [f"{row['seconds']:.3g} s" for row in rows], padding=3, fontsize=9)
