@@ -24,28 +24,47 @@ class AdamW(torch.optim.AdamW):
     _lists: list[tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] | None = None
     """Of each group: itself, its parameters, their averages, averages of squares and steps. None until all are there
     and alike."""
+    _places: tuple[Sequence[Tensor], list[list[int]] | None] | None = None
+    """Parameters that `advance` was given, and where those of each group are in them, if all are."""
 
     def step(self, closure: Any = None) -> Any:
         """One step; none where `found_inf`, which the loop sets, is 1.0."""
-        return super().step(closure) if closure is not None or not self._step_at_once() else None
+        return super().step(closure) if closure is not None or not self._step_at_once(self._gradients()) else None
 
-    def advance(self) -> None:
-        """`step` without what torch wraps around it for profilers and hooks, which takes longer than what is within."""
-        if not self._step_at_once():
+    def advance(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """`step` without what torch wraps around it for profilers and hooks, which takes longer than what is within.
+
+        `gradients` are those of `parameters` that have one, in that order: reading them anew takes longer than finding
+        them. Both are the lists of an `Inventory`, of which the parameters' stays the same one.
+        """
+        if not self._step_at_once(self._sorted(parameters, gradients) or self._gradients()):
             super().step()
 
+    def _gradients(self) -> list[list[Tensor]] | None:
+        """Of each group; None where a parameter has none."""
+        found = [[part.grad for part in group["params"] if part.grad is not None] for group in self.param_groups]
+        whole = all(len(own) == len(group["params"]) for own, group in zip(found, self.param_groups, strict=True))
+        return found if whole else None
+
+    def _sorted(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[list[Tensor]] | None:
+        """Of each group, from a list of all; None where a parameter has none."""
+        if len(gradients) < len(parameters):
+            return None
+        if self._places is None or self._places[0] is not parameters:
+            at = {id(part): place for place, part in enumerate(parameters)}
+            groups = [[at.get(id(part), -1) for part in group["params"]] for group in self.param_groups]
+            self._places = (parameters, None if any(-1 in places for places in groups) else groups)
+        found = self._places[1]
+        return None if found is None else [[gradients[place] for place in places] for places in found]
+
     @torch.no_grad()
-    def _step_at_once(self) -> bool:
-        """One step of all parameters, if all have gradients and averages; else nothing. Whether it was taken."""
+    def _step_at_once(self, gradients: list[list[Tensor]] | None) -> bool:
+        """One step of all parameters, if all have gradients, by group, and averages; else nothing. Whether it was
+        taken."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is None or not self._found():
+        if found_inf is None or gradients is None or not self._found():
             return False
         assert self._lists is not None
-        gradients = []
-        for _, parts, *_ in self._lists:
-            gradients.append([gradient for part in parts if (gradient := part.grad) is not None])
-            if len(gradients[-1]) < len(parts):
-                return False
         took = torch.rsub(found_inf, 1)  # torch adds 1 to every count, and takes it back again
         for own, (group, parts, averages, squares, steps) in zip(gradients, self._lists, strict=True):
             torch._foreach_add_(steps, took, alpha=1)  # without alpha torch would read the number
@@ -82,12 +101,12 @@ class AdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: Any) -> None:
         """As torch's."""
         super().load_state_dict(state_dict)
-        self._lists = None
+        self._lists = self._places = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's."""
         super().add_param_group(param_group)
-        self._lists = None
+        self._lists = self._places = None
 
 
 def build_optimizer(

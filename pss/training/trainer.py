@@ -211,7 +211,7 @@ class Trainer:
             statistics.settle(skip)
             if phase.optim.clip_grad is not None:
                 clip_gradients(gradients, phase.optim.clip_grad, norm, alike=held.alike)
-            self.optimizer.advance()
+            self.optimizer.advance(held.parameters, gradients)
             taken = Step(self.optimizer, skip)
             self.method.after_optimizer(at, taken)
             if self.ema is not None and averaged is not None:
