@@ -248,7 +248,7 @@ def _report(dest: Path, manifest: Manifest, display: _Display) -> None:
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
     print(f"{dest}: {len(manifest.classes)} classes, {counts} images, {size:.1f} MB")
     print(f"images/s: {display.rates()}")
-    if files := manifest.account.get("files"):
+    if (files := manifest.account.get("files")) and files["found"]:  # a built-in set has none
         rest = sum(rule["count"] for rule in files["not_read"].values())
         print(
             f"files of the source: {files['found']:,} found = {files['with_samples']:,} with samples + "

@@ -48,7 +48,7 @@ SETTINGS = {
 }
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chosen=st.fixed_dictionaries({}, optional=SETTINGS), kind=st.sampled_from(["yaml", "toml", "json", "flat"]))
 def test_a_file_says_what_set_says(tmp_path, chosen, kind):
     expected = recipes.get("cifar10").with_settings([f"{key}={written(value)}" for key, value in chosen.items()])

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pss.schedules import Cosine, Cyclic, Fixed, Linear, Listed, Schedule, Shuffled, Stages, histogram, levels, mean_rho
@@ -29,7 +29,6 @@ def exact_rho(share: Fraction, form: str) -> float:
 
 
 @given(steps=st.integers(1, 3000), form=st.sampled_from(["published", "symmetric"]), data=st.data())
-@settings(deadline=None)
 def test_ramps_follow_their_definition_exactly(steps: int, form: str, data: st.DataObject) -> None:
     step = data.draw(st.integers(0, steps))
     options: dict[str, Any] = {"steps_per_epoch": steps, "epochs": 1}
@@ -153,7 +152,6 @@ def test_forms_of_a_climb_differ_in_their_cooldown_alone(shape: Any) -> None:
 
 
 @given(step=st.integers(0, 10**9))
-@settings(deadline=None)
 def test_every_rank_and_a_resumed_run_see_the_same_rho(step: int) -> None:
     """A schedule is a value: built anew, or sent to another process, and asked for any step in any order."""
     options: dict[str, Any] = {"steps_per_epoch": 1251, "epochs": 300, "cooldown_epochs": 10}
@@ -168,7 +166,6 @@ def test_every_rank_and_a_resumed_run_see_the_same_rho(step: int) -> None:
 @given(
     block=st.integers(1, 60), period=st.integers(1, 60), stop=st.none() | st.integers(0, 200), seed=st.integers(0, 9)
 )
-@settings(deadline=None)
 def test_shuffling_keeps_every_block_and_what_follows_the_stop(
     block: int, period: int, stop: int | None, seed: int
 ) -> None:
@@ -207,7 +204,6 @@ decimals = st.integers(1, 10**4).map(lambda number: number / 100)
     total=st.integers(1, 3000),
     stop=st.none() | st.integers(0, 3000),
 )
-@settings(deadline=None)
 def test_stages_follow_their_definition_exactly(
     stages: list[tuple[float, float]], total: int, stop: int | None
 ) -> None:

@@ -49,7 +49,7 @@ def test_every_field_declares_who_reads_it_and_what_it_takes(field):
 @pytest.mark.parametrize("examples", [4, pytest.param(200, marks=EXHAUSTIVE)])
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 def test_what_a_field_does_not_take_is_one_sentence_that_names_it(field, examples, capsys):
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 10)
+    @settings(max_examples=examples, database=None, derandomize=examples < 10)
     @given(outside(field.hint))
     def refuses(text):
         with pytest.raises(SystemExit) as left:
@@ -294,7 +294,7 @@ def test_settings_of_all_fields_are_refused_in_a_sentence_or_train(examples, tmp
     counts = Counter()
 
     @settings(
-        max_examples=examples, deadline=None, database=None, derandomize=examples < 10,
+        max_examples=examples, database=None, derandomize=examples < 10,
         suppress_health_check=list(HealthCheck), phases=[Phase.generate],
     )  # fmt: skip
     @given(DRAWN)

@@ -94,7 +94,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("forced", ["", "reference", "materialised"])
 @given(case=kept_sets(), num_heads=st.integers(1, 3), seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_sampled_attention_and_all_its_gradients_equal_the_loops(
     forced: str, case: tuple[tuple[int, int], int, list[list[int]]], num_heads: int, seed: int
 ) -> None:
@@ -137,7 +137,7 @@ def test_sampled_attention_and_all_its_gradients_equal_the_loops(
     packed=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_materialised_is_the_reference(
     grid: tuple[int, int],
     num_prefix: int,
@@ -494,7 +494,7 @@ def positioned(rel_pos: Any, grid: tuple[int, int], num_prefix: int, kept: Tenso
 
 @pytest.mark.parametrize("rel_pos", ["none", "bias", "separable", "rope"])
 @given(grid=st.tuples(st.integers(1, 4), st.integers(2, 5)), num_prefix=st.integers(0, 2), seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_permuting_tokens_and_positions_permutes_the_results(
     rel_pos: str, grid: tuple[int, int], num_prefix: int, seed: int
 ) -> None:
@@ -545,7 +545,7 @@ def attend_in_pairs(module: Attention, x: Tensor, where: Tensor, tokens: list[li
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_every_kind_of_positions_equals_double_precision(
     rel_pos: Any,
     case: tuple[tuple[int, int], int, list[list[int]]],
@@ -585,7 +585,7 @@ def test_every_kind_of_positions_equals_double_precision(
 
 
 @given(case=kept_sets(), seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_separable_bias_is_one_of_rows_plus_one_of_columns(
     case: tuple[tuple[int, int], int, list[list[int]]], seed: int
 ) -> None:

@@ -110,7 +110,7 @@ def check(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype) 
     packed=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES)
 def test_fused_attention_and_all_its_gradients(
     dtype: torch.dtype,
     grid: tuple[int, int],
@@ -160,7 +160,7 @@ def test_several_blocks_and_programs(
 
 @runs_kernels
 @given(num_kept=st.integers(1, 20), num_prefix=st.integers(0, 2), seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=min(5, EXAMPLES))
+@settings(max_examples=min(5, EXAMPLES))
 def test_permuting_tokens_permutes_the_results(num_kept: int, num_prefix: int, seed: int) -> None:
     qkv, table, where, direction = case((4, 5), num_prefix, num_kept, torch.float32, 16, seed)
     order = torch.randperm(where.shape[2], generator=torch.Generator().manual_seed(seed))

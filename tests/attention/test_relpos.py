@@ -23,7 +23,7 @@ def explicit_row(grid: tuple[int, int], query: int | None, key: int | None) -> i
 
 
 @given(grid=grids, num_prefix=st.integers(0, 3), data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_index_names_the_offset_of_every_kept_pair(grid: tuple[int, int], num_prefix: int, data: st.DataObject) -> None:
     num_patches = grid[0] * grid[1]
     num_kept = data.draw(st.integers(1, num_patches))
@@ -49,7 +49,7 @@ def test_full_index_is_timms(grid: tuple[int, int]) -> None:
 
 
 @given(grid=grids, num_heads=st.integers(1, 3))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_fold_is_the_adjoint_of_spread(grid: tuple[int, int], num_heads: int) -> None:
     table = torch.randn(num_table_rows(grid), num_heads, dtype=torch.float64)
     entries = torch.randn_like(spread(table))
@@ -62,7 +62,7 @@ def test_table_sizes(grid: tuple[int, int], rows: int) -> None:
 
 
 @given(old=grids, new=grids)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_resized_table_keeps_shape_prefix_rows_and_constants(old: tuple[int, int], new: tuple[int, int]) -> None:
     table = torch.full((num_table_rows(old), 2), 0.5)
     table[-3:] = torch.arange(6.0).view(3, 2)

@@ -41,7 +41,7 @@ def answers(count: int, seed: int, rhos: Any = (0.4, 0.7, 1.0)) -> Answers:
 
 
 @given(count=st.integers(1, 14), seed=st.integers(0, 999), target=st.floats(0, 100), by_cost=st.booleans())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_no_thresholds_are_better_than_those_that_are_fitted(
     count: int, seed: int, target: float, by_cost: bool
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pss import methods, recipes
@@ -19,7 +19,6 @@ def made(**changes):
     return Run("mine", config, None, 0, methods.build(config, 4, steps_per_epoch=1).eval())
 
 
-@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=200), st.floats(0, 1), st.integers(0, 80))
 def test_search_finds_what_trying_all_finds(increments, share, bonus):
     """Costs rise with the count, but for multiples of 8, which are cheaper."""

@@ -120,7 +120,7 @@ def places(tree: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_a_configuration_holds(good: Path, folder: Path, data: st.DataObject) -> None:
     config = config_of(good)
     place = data.draw(st.sampled_from(list(places(config))))

@@ -120,7 +120,7 @@ def test_as_many_patches_in_other_rows_are_resized_and_said(
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), rel_pos=st.sampled_from(["none", "bias", "separable"]))
-@options_of(deadline=None, max_examples=60)
+@options_of(max_examples=60)
 def test_the_grid_is_among_those_that_shapes_allow(rows: int, columns: int, rel_pos: Any) -> None:
     """With a table and a position embedding, no other grid is, but for the one that lies across."""
     tensors = {"pos_embed": torch.empty(1, rows * columns + 1, 1), "cls_token": torch.empty(1, 1, 1)}
@@ -248,7 +248,7 @@ JUNK = st.recursive(
 
 
 @given(data=st.data())
-@options_of(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@options_of(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_settings_that_are_not_are_refused_in_a_sentence(tmp_path: Path, data: st.DataObject) -> None:
     model = tiny()
     whole = json.loads(bytes(model.get_extra_state().tolist()))

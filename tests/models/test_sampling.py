@@ -22,7 +22,6 @@ def test_published_token_counts(num_patches: int, counts: tuple[int, ...]) -> No
     num_patches=st.integers(1, 5000),
     num_prefix=st.integers(0, 5),
 )
-@settings(deadline=None)
 def test_count_rounds_the_decimal_share_half_to_even(
     decimals: int, numerator: int, num_patches: int, num_prefix: int
 ) -> None:
@@ -37,7 +36,6 @@ def test_aligned_token_counts(num_patches: int, counts: tuple[int, ...]) -> None
 
 
 @given(rho=st.floats(0.001, 1), num_patches=st.integers(1, 5000), num_prefix=st.integers(0, 9))
-@settings(deadline=None)
 def test_aligned_counts_are_near_multiples_of_8_or_everything(rho: float, num_patches: int, num_prefix: int) -> None:
     count = num_kept_tokens(rho, num_patches, num_prefix, "aligned")
     assert num_prefix < count <= num_patches + num_prefix
@@ -67,7 +65,7 @@ def tokens_of_norms(norms: list[list[int]], num_prefix: int, width: int = 4) -> 
 
 
 @given(data=st.data(), num_prefix=st.integers(0, 3))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_magnitude_keeps_the_largest_norms_and_breaks_ties_by_index(data: st.DataObject, num_prefix: int) -> None:
     num_patches = data.draw(st.integers(1, 12))
     norms = data.draw(st.lists(st.lists(st.integers(0, 3), min_size=num_patches, max_size=num_patches), min_size=1))

@@ -273,7 +273,7 @@ def test_what_is_not_checked_has_a_reason_that_holds() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bias", "registers", "distilled", "lvvit"])
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(rho=st.floats(0.1, 1.0), first=st.integers(-3, 2), norm=st.booleans())
 def test_features_at_any_rho_are_those_that_are_classified(kind: str, rho: float, first: int, norm: bool) -> None:
     model, x = build(kind).eval(), images()

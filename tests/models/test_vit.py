@@ -220,7 +220,7 @@ def test_magnitude_reads_the_tokens_with_their_position_embedding() -> None:
 
 
 @given(seed=st.integers(0, 2**31), rho=st.sampled_from([0.2, 0.4, 0.6, 0.8, 1.0]))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_permuting_patches_permutes_the_kept_ones_and_leaves_the_logits(seed: int, rho: float) -> None:
     model = tiny(spread=0.2, pos_embed="none")
     generator = torch.Generator().manual_seed(seed)

@@ -342,7 +342,7 @@ def test_files_without_a_vit_are_refused(tmp_path: Path) -> None:
 
 
 @given(suffix=st.sampled_from([".pt", ".safetensors"]), data=st.data())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_files_give_one_clear_error(tmp_path: Path, suffix: str, data: st.DataObject) -> None:
     path = tmp_path / f"damaged{suffix}"
     state = {"patch_embed.proj.weight": torch.zeros(2, 2), "head.bias": torch.zeros(3)}

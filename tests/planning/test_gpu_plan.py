@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pss import recipes
@@ -45,7 +45,6 @@ def faster(card: Card, name: str) -> Card:
 
 
 @given(work=some_work, batch=batches, decodes=rates)
-@settings(deadline=None)
 def test_a_faster_card_is_never_slower(work: Work, batch: int, decodes: float) -> None:
     for name in ("matmul_flops", "attention_flops", "biased_attention_flops", "bytes"):
         card = CARDS["h100"]
@@ -58,7 +57,6 @@ def test_a_faster_card_is_never_slower(work: Work, batch: int, decodes: float) -
 
 
 @given(work=some_work, batch=batches, decodes=rates)
-@settings(deadline=None)
 def test_more_decoding_is_never_slower_and_a_step_is_as_long_as_its_longest_part(
     work: Work, batch: int, decodes: float
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import warm
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.train import train
@@ -55,7 +55,6 @@ def test_a_dense_run_saves_nothing_and_demands_one() -> None:
 
 
 @given(steps=durations, batch=st.integers(1, 50).map(float), capacity=st.integers(1, 70))
-@settings(deadline=None)
 def test_laws_of_the_simulation(steps: list[float], batch: float, capacity: int) -> None:
     run = simulate(steps, batch, capacity)
     assert run.seconds == pytest.approx(sum(steps) + sum(run.waited))
@@ -69,7 +68,6 @@ def test_laws_of_the_simulation(steps: list[float], batch: float, capacity: int)
 
 
 @given(steps=durations, batch=st.integers(1, 50).map(float), capacity=st.integers(1, 10))
-@settings(deadline=None)
 def test_the_simulation_is_a_queue_watched_tick_by_tick(steps: list[float], batch: float, capacity: int) -> None:
     """The same rules executed naively: all durations are whole ticks."""
     tick = decoded = taken = 0

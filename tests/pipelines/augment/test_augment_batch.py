@@ -39,7 +39,7 @@ def test_share_of_erased_images(probability: float) -> None:
 
 
 @given(side=st.integers(1, 300), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_rectangles_lie_inside(side: int, seed: int, epoch: int) -> None:
     top, left, height, width = rectangles(50, side=side, seed=seed, epoch=epoch).T
     assert ((top >= 0) & (top + height <= side) & (left >= 0) & (left + width <= side)).all()
@@ -123,7 +123,7 @@ def test_noise_differs_between_epochs() -> None:
 
 @pytest.mark.parametrize("mode", ["pixel", "const"])
 @given(numbers=st.lists(st.integers(0, 19), min_size=1, max_size=8), seed=st.integers(0, 2**63))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_sample_is_erased_the_same_in_any_batch(mode: Any, numbers: list[int], seed: int) -> None:
     images, index = noise(20), np.arange(20) * 999_983
     erase = RandomErasing(0.6, seed=seed, mode=mode)
@@ -243,7 +243,7 @@ def test_without_mixing_targets_are_smoothed_labels(mode: Any, options: dict[str
     rank=st.integers(0, 10**4),
     smoothing=st.floats(0, 1),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_mixing_repeats_and_targets_sum_to_one(num: int, mode: Any, step: int, rank: int, smoothing: float) -> None:
     images, labels = noise(num, 8), torch.arange(num)
     results = []

@@ -127,7 +127,7 @@ def test_every_operation_alone(operation: Op, thorough: bool) -> None:
     interpolation=st.sampled_from(["bicubic", "bilinear"]),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=2 * EXAMPLES)
+@settings(max_examples=2 * EXAMPLES)
 def test_flips_then_any_list_of_operations(
     data: st.DataObject,
     side: int,
@@ -260,7 +260,7 @@ BOTH = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
     step=st.integers(0, 1000),
     side=st.sampled_from([4, 23]),
 )
-@settings(deadline=None, max_examples=4 * EXAMPLES)
+@settings(max_examples=4 * EXAMPLES)
 def test_mixing(
     num: int, parts: int, mode: Any, alphas: dict[str, Any], probability: float, step: int, side: int
 ) -> None:

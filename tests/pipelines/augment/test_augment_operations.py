@@ -136,7 +136,7 @@ ANY_ARGUMENT = {operation: bounds for operation, (_, bounds) in (POINTWISE | GEO
 
 
 @given(data=st.data(), num_images=st.integers(1, 5), num_layers=st.integers(1, 3))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_list_is_its_operations_one_after_the_other(data: st.DataObject, num_images: int, num_layers: int) -> None:
     """Which images share an operation, and where a list pauses, changes nothing; neither does memory layout."""
     images = batch_of(generated(20)[:num_images])

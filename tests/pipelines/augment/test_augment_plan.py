@@ -29,7 +29,7 @@ TABLED = COUNTED | {Op.INVERT, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD, Op.BR
         )
     )
 )
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_every_image_takes_its_steps_and_is_listed_where_it_does(lists: list[list[Op]]) -> None:
     operations = np.array(lists, dtype=np.int64).T
     plan = make_plan(len(lists), operations, np.full(operations.shape, 0.5))

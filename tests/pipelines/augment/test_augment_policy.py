@@ -227,7 +227,7 @@ def test_jitter_must_not_be_negative() -> None:
     seed=st.integers(0, 2**63),
     images_per_pass=st.integers(1, 6),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_sample_comes_out_the_same_in_any_batch(
     numbers: list[int], epoch: int, seed: int, images_per_pass: int
 ) -> None:

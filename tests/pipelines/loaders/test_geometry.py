@@ -22,7 +22,6 @@ def _columns(pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     return array[:, 0], array[:, 1]
 
 
-@settings(deadline=None)
 @given(pairs=sizes, epoch=st.integers(0, 500))
 def test_crops_lie_inside(pairs: list[tuple[int, int]], epoch: int) -> None:
     heights, widths = _columns(pairs)
@@ -109,7 +108,7 @@ def test_the_central_fallback_is_torchvisions() -> None:
         assert box.tolist() == [theirs[name] for name in ("top", "left", "height", "width")]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     height=st.integers(2, 600),
     width=st.integers(2, 600),
@@ -127,7 +126,6 @@ def test_evaluation_is_resize_then_centre_crop(height: int, width: int, img_size
     assert torch.equal(ours, v2.CenterCrop(img_size)(scaled))
 
 
-@settings(deadline=None)
 @given(pairs=sizes, stored=sizes)
 def test_scaled_boxes_cover_the_same_region(pairs: list[tuple[int, int]], stored: list[tuple[int, int]]) -> None:
     n = min(len(pairs), len(stored))
@@ -145,7 +143,6 @@ def test_scaled_boxes_cover_the_same_region(pairs: list[tuple[int, int]], stored
     assert np.array_equal(scale_boxes(boxes, before, before), boxes)
 
 
-@settings(deadline=None)
 @given(
     pairs=sizes,
     epoch=st.integers(0, 500),
@@ -177,7 +174,6 @@ def test_windows_lie_inside(
     assert np.allclose(windows * np.tile(cut_from, 2), boxes, rtol=1e-6, atol=1e-3)
 
 
-@settings(deadline=None)
 @given(parts=st.lists(st.integers(1, 1 << 20), min_size=2, max_size=2))
 def test_an_edge_at_the_end_is_at_one(parts: list[int]) -> None:
     first, rest = parts

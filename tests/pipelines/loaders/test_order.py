@@ -28,7 +28,7 @@ def test_order_never_changes() -> None:
     assert epoch_order(10, seed=2, epoch=1).tolist() == [6, 8, 9, 2, 0, 4, 1, 7, 3, 5]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     num_samples=st.integers(1, 200),
     batch_size=st.integers(1, 9),
@@ -63,7 +63,6 @@ def test_the_remainder_differs_between_epochs() -> None:
     assert len(set(left_out)) > 15
 
 
-@settings(deadline=None)
 @given(num_samples=st.integers(0, 100), world_size=st.integers(1, 7))
 def test_evaluation_visits_every_sample_once(num_samples: int, world_size: int) -> None:
     ranks = [evaluation_samples(num_samples, rank, world_size) for rank in range(world_size)]
@@ -71,7 +70,7 @@ def test_evaluation_visits_every_sample_once(num_samples: int, world_size: int) 
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     num_samples=st.integers(24, 200),
     per_rank=st.integers(1, 4),
@@ -95,7 +94,7 @@ def test_repeated_augmentation_deals_copies_out_as_deit_does(
         assert copy_numbers(keys).ravel().tolist() == (places % copies).tolist()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     num_samples=st.integers(48, 200), images=st.integers(1, 4), world_size=st.integers(1, 4), copies=st.integers(2, 3)
 )
@@ -112,7 +111,6 @@ def test_crops_of_one_decoded_image_stay_together(num_samples: int, images: int,
     assert len(seen) == len(set(seen)) == num_samples // (images * copies * world_size) * images * world_size
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1 << 40), st.integers(0, 255)), min_size=2, max_size=30), st.randoms())
 def test_a_hash_is_the_sum_of_its_parts(pairs: list[tuple[int, int]], chance: Random) -> None:
     index, copy = np.array(pairs, dtype=np.int64).T
@@ -126,7 +124,7 @@ def test_a_hash_is_the_sum_of_its_parts(pairs: list[tuple[int, int]], chance: Ra
     assert keys_hash(index) == keys_hash(draw_keys(index, np.zeros_like(index)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     part=st.integers(1, 4),
     parts=st.integers(1, 4),
