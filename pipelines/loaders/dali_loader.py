@@ -29,7 +29,7 @@ from pipelines.base import DataError
 from pipelines.loaders.dali_formats import ForDali, dali_decodes, undecodable
 from pipelines.loaders.dali_memory import AddressReader, address_reader
 from pipelines.loaders.geometry import evaluation_resize, random_crops
-from pipelines.loaders.order import sample_numbers
+from pipelines.loaders.order import EpochPlan, sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
 from pipelines.loaders.resize import crop_and_resize, resize_and_crop
 from pipelines.loaders.threads import FilledBatch, LatestThreads, Threads
@@ -92,7 +92,7 @@ class DaliPipeline(ABC):
     def next(self) -> torch.Tensor:
         """The next batch, uint8 (B, 3, S, S), channels last in memory."""
 
-    def begin(self, epoch: int, batches: list[Keys]) -> None:
+    def begin(self, epoch: int, batches: Iterator[Keys]) -> None:
         """Decode `batches` from now on, and forget those before, which may have been left early."""
         self._to_feed, self._unreadable = iter(()), None
         if self._running:
@@ -106,7 +106,7 @@ class DaliPipeline(ABC):
                 self._pipe.build()  # which starts threads
             self._running = True
         self._in_flight.clear()
-        self._epoch, self._to_feed = epoch, iter(batches)
+        self._epoch, self._to_feed = epoch, batches
 
     def _external(self, pairs: int) -> tuple[Any, list[Any]]:
         """The graph's inputs: encoded images, and so many pairs of numbers, int32.
@@ -200,7 +200,7 @@ class OnCpu(DaliPipeline):
     def _numbers(self, keys: Keys) -> Keys | None:
         return self._boxes(keys)[0] if self.loader.train else None
 
-    def begin(self, epoch: int, batches: list[Keys]) -> None:
+    def begin(self, epoch: int, batches: Iterator[Keys]) -> None:
         self._latest.stop()
         super().begin(epoch, batches)
         self._ahead.clear()
@@ -344,19 +344,22 @@ class DaliLoader(PlannedLoader):
         images = len(keys) // self.crops_per_image
         return np.split(keys, [round(images * self._cpu_share) * self.crops_per_image])
 
-    def _batches(self, epoch: int, steps: list[Keys]) -> Generator[Decoded]:
-        shares = [self._shares(keys) for keys in steps]
+    def _share_of_lane(self, steps: EpochPlan, lane: int, share: int) -> Iterator[Keys]:
+        """What the pipeline of a lane that decodes this share of a batch is fed, made as it asks for it."""
+        for number in range(lane, len(steps), len(self._lanes)):
+            if len(keys := self._shares(steps[number])[share]):
+                yield keys
+
+    def _batches(self, epoch: int, steps: EpochPlan) -> Generator[Decoded]:
         for number, lane in enumerate(self._lanes):
             for share, pipeline in enumerate(lane):
                 if pipeline is not None:
-                    pipeline.begin(
-                        epoch, [keys for step in shares[number :: len(self._lanes)] if len(keys := step[share])]
-                    )
+                    pipeline.begin(epoch, self._share_of_lane(steps, number, share))
         for number, keys in enumerate(steps):
             lane = self._lanes[number % len(self._lanes)]
             parts = [
                 pipeline.next().to(self.device, non_blocking=True)
-                for share, pipeline in zip(shares[number], lane, strict=True)
+                for share, pipeline in zip(self._shares(keys), lane, strict=True)
                 if pipeline is not None and len(share)
             ]
             yield parts[0] if len(parts) == 1 else torch.cat(parts), keys

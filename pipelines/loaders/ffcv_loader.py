@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 
 from pipelines.base import DataError, choose_loader
 from pipelines.loaders.geometry import scale_boxes
-from pipelines.loaders.order import sample_numbers
+from pipelines.loaders.order import EpochPlan, sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
 from pipelines.loaders.threads import PixelMemory
 from pipelines.loaders.waiting import LONG_SECONDS, Signs, WatchedThread, wait_for
 from pipelines.storage.beton import RAW, STORED, damaged_frame, stored_path
 from pipelines.storage.ffcv_file import FFCV_VERSION, import_ffcv
+from pipelines.storage.manifest import take_rows
 from pipelines.storage.reading import join
 from pipelines.storage.source import ConvertedTable
 from pipelines.storage.unlocked import crc32_at
@@ -294,15 +295,15 @@ class FfcvLoader(PlannedLoader):
         finally:
             thread.stop()
 
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
+    def _batches(self, epoch: int, steps: EpochPlan) -> Generator[Decoded]:
         self._stop()
-        if not steps:
+        if not len(steps):
             return
         running = self._running = _Epoch(self._beton, len(steps), self.memory)
         to_plan = iter(steps)
         wanted = self.batches_ahead + 2  # with the one that is being filled, and one for the thread to take next
         try:
-            for _ in steps:
+            for _ in range(len(steps)):
                 # While FFCV works, and no more than it may soon need: a whole epoch would be 66 MB for ImageNet.
                 for keys in islice(to_plan, wanted):
                     running.planned.put(self._planned(epoch, keys))
@@ -317,7 +318,7 @@ class FfcvLoader(PlannedLoader):
         """What FFCV's thread is told of a batch."""
         samples = sample_numbers(keys)
         batch = _Batch(keys, np.zeros(len(keys), dtype=[("f0", _PLACE)]), self.side(epoch))
-        places, rows = batch.places, self._rows[samples]
+        places, rows = batch.places, take_rows(self._rows, samples)
         for name in ("ptr", "size", "crc32", "mode", "height", "width"):
             places[name] = rows[name]
         places["unchecked"], places["side"] = self._unchecked[samples], batch.side

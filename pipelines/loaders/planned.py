@@ -22,13 +22,16 @@ from pipelines.base import Batch, DataConfig, DataError, View
 from pipelines.loaders.geometry import Int64, as_shares, crop_boxes
 from pipelines.loaders.order import (
     ORDER_VERSION,
+    EpochPlan,
     copy_numbers,
+    evaluation_plan,
     evaluation_samples,
     keys_hash,
     sample_numbers,
-    train_batches,
+    train_plan,
     train_steps,
 )
+from pipelines.loaders.plans import Plans
 from pipelines.loaders.threads import PixelMemory
 from pipelines.loaders.waiting import Signs
 from pipelines.storage.maps import LabelMaps
@@ -90,8 +93,10 @@ class PlannedLoader(ABC):
             self.steps_per_epoch = -(-own // batch_size)
         self.parts = 1
         self.epoch = self.start_step = 0
+        self._plans = Plans(self._plan)
+        self._plans.prepare(0)
         self._iteration = 0
-        self._delivered = 0
+        self._delivered: int | None = 0  # None: what comes before the first batch, which no one has asked for yet
         self._closed = False
         self.signs = Signs()
         """Of life, for whoever waits for a batch from another thread."""
@@ -109,6 +114,7 @@ class PlannedLoader(ABC):
                 "of its images"
             )
         self.parts = parts
+        self._plans.forget()
         self.set_epoch(self.epoch, self.start_step)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
@@ -118,20 +124,19 @@ class PlannedLoader(ABC):
                 f"epoch {epoch}, step {start_step} does not exist; an epoch has {self.steps_per_epoch} steps"
             )
         self.epoch, self.start_step = epoch, start_step
-        self._delivered = self._hash(self._steps(epoch)[:start_step]) if start_step else 0
+        self._plans.prepare(epoch)
+        self._delivered = None if start_step else 0
 
     @property
     def delivered_hash(self) -> int:
         """Of what has been delivered in this epoch; see `Loader`."""
+        if self._delivered is None:
+            self._delivered = self._plans.of(self.epoch).until(self.start_step).hash
         return self._delivered
 
     def planned_hash(self, epoch: int) -> int:
         """Of everything that `epoch` delivers; see `Loader`."""
-        return self._hash(self._steps(epoch))
-
-    @staticmethod
-    def _hash(steps: list[NDArray[np.int64]]) -> int:
-        return keys_hash(np.concatenate([np.zeros(0, np.int64), *steps]))
+        return self._plans.of(epoch).hash
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever the next iteration starts."""
@@ -141,9 +146,11 @@ class PlannedLoader(ABC):
         if self._closed:
             raise DataError(f"the {self.backend} loader has been closed; build a new one")
         self._iteration += 1
-        steps = self._steps(self.epoch)
-        self._delivered = self._hash(steps[: self.start_step])
-        return self._supervised(self._iteration, self.epoch, self._batches(self.epoch, steps[self.start_step :]))
+        plan = self._plans.of(self.epoch)
+        if self.train:
+            self._plans.prepare(self.epoch + 1)
+        self._delivered = plan.until(self.start_step).hash
+        return self._supervised(self._iteration, self.epoch, self._batches(self.epoch, plan.since(self.start_step)))
 
     def _supervised(self, iteration: int, epoch: int, batches: Generator[Decoded]) -> Iterator[Batch]:
         """A failure is final: what a library delivers after one cannot be trusted. What an iteration has started ends
@@ -152,7 +159,7 @@ class PlannedLoader(ABC):
         try:
             for images, keys in batches:
                 batch = self._batch(images, epoch, keys)
-                self._delivered = (self._delivered + keys_hash(keys)) & 0xFFFFFFFF
+                self._delivered = (self.delivered_hash + keys_hash(keys)) & 0xFFFFFFFF
                 yield batch
                 if iteration != self._iteration:
                     raise RuntimeError("this loader has been iterated anew; only its latest iterator goes on")
@@ -166,8 +173,8 @@ class PlannedLoader(ABC):
                 self._rest(ended)
 
     @abstractmethod
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
-        """Decode `steps`, each the keys of one batch."""
+    def _batches(self, epoch: int, steps: EpochPlan) -> Generator[Decoded]:
+        """Decode `steps`."""
 
     @abstractmethod
     def _rest(self, ended: bool) -> None:
@@ -182,24 +189,13 @@ class PlannedLoader(ABC):
     def library_versions(self) -> dict[str, str]:
         """The libraries that decode and resize, noted in the state."""
 
-    def _steps(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The keys of every batch of `epoch` on this rank."""
-        if self.train:
-            return list(
-                train_batches(
-                    self.num_samples,
-                    self.seed,
-                    epoch,
-                    batch_size=self.batch_size,
-                    rank=self.rank,
-                    world_size=self.world_size,
-                    repeats=self.config.repeats,
-                    decode_once=self.config.decode_once,
-                    parts=self.parts,
-                )
-            )
-        own = evaluation_samples(self.num_samples, self.rank, self.world_size)
-        return [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
+    def _plan(self, epoch: int) -> EpochPlan:
+        """What this rank delivers in `epoch`."""
+        share = {"batch_size": self.batch_size, "rank": self.rank, "world_size": self.world_size}
+        if not self.train:
+            return evaluation_plan(self.num_samples, **share)
+        copies = {"repeats": self.config.repeats, "decode_once": self.config.decode_once}
+        return train_plan(self.num_samples, self.seed, epoch, parts=self.parts, **share, **copies)
 
     @property
     def crops_per_image(self) -> int:
@@ -228,7 +224,7 @@ class PlannedLoader(ABC):
         copies = self.train and self.config.repeats * self.config.decode_once > 1
         return Batch(
             images,
-            torch.from_numpy(self.table.labels[index]),
+            torch.from_numpy(self.table.labels_of(index)),
             torch.from_numpy(index),
             torch.from_numpy(copy_numbers(keys)) if copies else None,
             View(crop, torch.zeros(len(keys), dtype=torch.bool)),
@@ -279,6 +275,7 @@ class PlannedLoader(ABC):
     def close(self) -> None:
         """Stop and join all threads and processes."""
         self._closed = True
+        self._plans.close()
         self.memory.clear()
 
 

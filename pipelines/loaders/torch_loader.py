@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pipelines.base import DataConfig
 from pipelines.loaders.geometry import evaluation_resize, random_crops
-from pipelines.loaders.order import sample_numbers
+from pipelines.loaders.order import EpochPlan, sample_numbers
 from pipelines.loaders.planned import Decoded, PlannedLoader
 from pipelines.loaders.resize import crop_and_resize, resize_and_crop
 from pipelines.loaders.threads import FilledBatch, LatestThreads, Threads
@@ -118,7 +119,7 @@ class TorchLoader(PlannedLoader):
         self._decoder = Decoder(source, self.config, self.train, self.seed)
         self._threads = LatestThreads(self.num_workers, "decode")
 
-    def _batches(self, epoch: int, steps: list[NDArray[np.int64]]) -> Generator[Decoded]:
+    def _batches(self, epoch: int, steps: EpochPlan) -> Generator[Decoded]:
         if self.num_workers == 0:
             for keys in steps:
                 step = self._step(epoch, keys)
@@ -128,11 +129,11 @@ class TorchLoader(PlannedLoader):
             return
         threads = self._threads.start()
         ahead: deque[DecodedStep] = deque()
-        to_submit = deque(steps)
+        to_submit = iter(steps)
         try:
-            for _ in steps:
-                while to_submit and len(ahead) < _BATCHES_AT_ONCE:
-                    ahead.append(self._step(epoch, to_submit.popleft()))
+            for _ in range(len(steps)):
+                for keys in islice(to_submit, _BATCHES_AT_ONCE - len(ahead)):
+                    ahead.append(self._step(epoch, keys))
                     self._submit(threads, ahead[-1])
                 step = ahead.popleft()
                 first = self.source.name(int(step.images_to_decode[0]))

@@ -59,7 +59,7 @@ def frame(rows: NDArray[Any], labels: NDArray[np.int64], page: int, table: int) 
     return header.tobytes() + fields.tobytes() + metadata.tobytes()
 
 
-def damaged_frame(path: Path, rows: NDArray[Any], labels: NDArray[np.int64], max_size: int) -> str | None:
+def damaged_frame(path: Path, rows: NDArray[Any], labels: NDArray[np.signedinteger], max_size: int) -> str | None:
     """Which of the parts around the pages is not what `finish` wrote for `rows`; None if all are.
 
     FFCV follows the pointers in them without a check. About 0.3 s for a million samples.

@@ -30,6 +30,7 @@ from pipelines.storage.manifest import (
     in_label_order,
     load_rows,
     read_manifest,
+    take_rows,
 )
 from pipelines.storage.mapping import map_file, will_need
 from pipelines.storage.reading import DiskWaits, Readers
@@ -49,8 +50,12 @@ class Table(Protocol):
 
     classes: tuple[str, ...]
     num_samples: int
-    labels: NDArray[np.int64]  # (N,)
+    labels: NDArray[np.signedinteger]  # (N,), as they are stored; `labels_of` is for batches
     fingerprint: str  # of a conversion: every byte of it; of a plain folder: the names of classes and images
+
+    def labels_of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Labels of a batch, (len(index),)."""
+        ...
 
     def sizes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Heights and widths of the original images, each (len(index),)."""
@@ -78,10 +83,7 @@ class Source(Table, Protocol):
 
 
 class ConvertedTable:
-    """The sample table of one split of a converted data set.
-
-    Batches are looked up in columns: a row of the table as a Python object costs ten times as much as all else.
-    """
+    """The sample table of one split of a converted data set, mapped: a machine's processes share its memory."""
 
     def __init__(self, root: Path, split: str) -> None:
         self.root, self.split = root, canonical_split(split)
@@ -90,10 +92,9 @@ class ConvertedTable:
         self.classes = self.manifest.classes
         self.num_samples = self.entry.num_samples
         self._rows = self.load_table(self.entry.table, SAMPLE)
-        self.labels: NDArray[np.int64] = self._rows["label"].astype(np.int64)
+        self.labels: NDArray[np.int32] = self._rows["label"]
         if self.num_samples and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise DataError(f"{root / self.entry.table} has labels that are no classes; copy it again or convert anew")
-        self._height, self._width = (np.ascontiguousarray(self._rows[name]) for name in ("height", "width"))
 
     def load_table(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Table `name` with a row of `dtype` per sample; `DataError` unless it has the checksum of the manifest.
@@ -116,8 +117,12 @@ class ConvertedTable:
         if found != expected:
             raise DataError(f"{path} has {found} bytes instead of {expected}; copy it again")
 
+    def labels_of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        return take_rows(self._rows, index)["label"].astype(np.int64)
+
     def sizes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return self._height[index].astype(np.int64), self._width[index].astype(np.int64)
+        rows = take_rows(self._rows, index)
+        return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
 
     def name(self, i: int) -> str:
         return f"{self.root / self.entry.table}, sample {i}"
@@ -139,9 +144,6 @@ class TarSource(ConvertedTable):
             )
         for shard in self.entry.shards:
             self.check_size(shard)
-        self._shard, self._offset, self._length, self._crc32 = (
-            np.ascontiguousarray(self._rows[name]) for name in ("shard", "offset", "length", "crc32")
-        )
         self._mapping = threading.Lock()
         self._tars = [np.zeros(0, np.uint8)] * len(self.entry.shards)  # their bytes, once they are mapped
         self._tar_bytes = np.zeros(len(self.entry.shards), dtype=np.int64)  # 0: not mapped yet
@@ -151,8 +153,8 @@ class TarSource(ConvertedTable):
         self._readers = Readers(_READ_THREADS)
 
     def read(self, i: int) -> Bytes:
-        (shard,), (first,), _ = self._located(np.array([i]))
-        encoded: Bytes = self._tars[shard][first : first + self._length[i]]
+        (shard,), (first,), (length,) = self._located(np.array([i]))
+        encoded: Bytes = self._tars[shard][first : first + length]
         if self._unchecked[i]:
             self._check(np.array([i]), partial(differing, [encoded]))
         return encoded
@@ -185,14 +187,15 @@ class TarSource(ConvertedTable):
 
     def _check(self, index: NDArray[np.int64], search: Callable[..., int | None]) -> None:
         """Raise `DataError` naming the first of `index` whose bytes are not those of the conversion."""
-        place = search(self._crc32[index], self._readers)
+        place = search(take_rows(self._rows, index)["crc32"].copy(), self._readers)
         if place is not None:
             raise DataError(f"{self.name(index[place])} has been damaged since the conversion; copy the file again")
         self._unchecked[index] = False
 
     def _located(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         """Tar, first byte in it, and length of each image; the tars are mapped."""
-        shards, first, length = self._shard[index], self._offset[index], self._length[index]
+        rows = take_rows(self._rows, index)
+        shards, first, length = (rows[name].copy() for name in ("shard", "offset", "length"))
         if not self._tar_bytes[shards].all():
             for shard in np.unique(shards).tolist():
                 self._map(shard)
@@ -218,7 +221,8 @@ class TarSource(ConvertedTable):
         self._readers.stop()
 
     def name(self, i: int) -> str:
-        return f"{self.root / self.entry.shards[int(self._shard[i])]}, member {i:08d}.jpg"
+        shard = int(self._rows["shard"][i])
+        return f"{self.root / self.entry.shards[shard]}, member {i:08d}.jpg"
 
 
 class FileSource:
@@ -226,12 +230,16 @@ class FileSource:
 
     def __init__(self, folder: Path, names: Sequence[str], labels: NDArray[np.int64], classes: tuple[str, ...]) -> None:
         """`names` are relative to `folder`, with as many `labels`."""
-        self.folder, self.names, self.labels, self.classes = folder, names, labels, classes
+        self.folder, self.names, self.classes = folder, names, classes
+        self.labels: NDArray[np.signedinteger] = labels
         self.num_samples = len(names)
         told = "\n".join((*classes, "", *names))
         self.fingerprint = hashlib.sha256(os.fsencode(told)).hexdigest()  # as they are on the disk
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int32)  # filled as samples are first asked for
         self._readers = Readers(_READ_THREADS)
+
+    def labels_of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.labels[index].astype(np.int64)
 
     def sizes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         missing = index[self._sizes[index, 0] == 0]

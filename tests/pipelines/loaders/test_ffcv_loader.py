@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from pipelines import DataConfig, DataError
 from pipelines.base import Progressive
 from pipelines.loaders.geometry import crop_boxes, scale_boxes
-from pipelines.loaders.order import sample_numbers
+from pipelines.loaders.order import EpochPlan, sample_numbers
+from pipelines.loaders.plans import Plans
 from pipelines.storage.beton import RAW
 from pipelines.storage.unlocked import crc32_at
 
@@ -92,7 +93,7 @@ def test_pixels_are_those_of_ffcvs_functions(
     rows, content = np.load(root / "train.beton.npy"), np.fromfile(root / "train.beton", np.uint8)
     assert set(rows["mode"] == RAW) == {kind == "raw"}
     for epoch, side in ((3, 40), (4, 48)):
-        keys = np.concatenate(loader._steps(epoch))
+        keys = np.concatenate(list(loader._plan(epoch)))
         samples = sample_numbers(keys)
         boxes, sizes = crop_boxes(*loader.table.sizes(samples), keys, seed=0, epoch=epoch, config=config, train=True)
         stored = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)[samples]
@@ -130,13 +131,13 @@ def test_an_epoch_is_planned_in_pieces(make: Make, monkeypatch: pytest.MonkeyPat
     """A million images take as long to begin with as a few."""
     loader, planned = make(batch_size=32, seed=3), []
     loader.set_epoch(0)
-    keys = np.random.default_rng(0).integers(0, loader.num_samples, (40_000, 32))
-    monkeypatch.setattr(loader, "_steps", lambda epoch: list(keys))
+    samples = np.random.default_rng(0).integers(0, loader.num_samples, 40_000 * 32)
+    monkeypatch.setattr(loader, "_plans", Plans(lambda epoch: EpochPlan(samples, 32)))
     plan = loader._planned
     monkeypatch.setattr(loader, "_planned", lambda epoch, keys: (planned.append(len(keys)), plan(epoch, keys))[1])
     batches = iter(loader)
     for number in range(1, 5):
-        assert torch.equal(next(batches).index, torch.from_numpy(keys[number - 1]))
+        assert torch.equal(next(batches).index, torch.from_numpy(samples.reshape(-1, 32)[number - 1]))
         assert sum(planned) <= 32 * (loader.batches_ahead + 2 + number)
     batches.close()
 
@@ -214,7 +215,7 @@ def test_memory_outlives_the_filling(how: str, make: Make, monkeypatch: pytest.M
 def test_what_is_left_is_not_decoded(make: Make) -> None:
     loader = make()
     epoch = ffcv_loader._Epoch(loader._beton, 0, loader.memory)
-    batch = loader._planned(0, loader._steps(0)[0])
+    batch = loader._planned(0, loader._plan(0)[0])
     batch.places["outcome"][[0, 2]] = ffcv_loader._LEFT
     allocate = batch.allocate
 
@@ -270,7 +271,7 @@ def test_changed_bytes_are_found_when_they_are_first_used(
     content = bytearray((root / "train.beton").read_bytes())
     content[int(row["ptr"] + row["size"]) - 1] ^= 1
     (root / "train.beton").write_bytes(content)
-    used = set(np.concatenate(loader._steps(0)).tolist())
+    used = set(np.concatenate(list(loader._plan(0))).tolist())
     assert victim in used
     assert set(np.flatnonzero(~loader._unchecked).tolist()) == used
     for epoch in range(2):

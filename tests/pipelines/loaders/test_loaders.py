@@ -405,7 +405,7 @@ def test_a_failure_in_a_thread_arrives_at_its_batch(part: str, make: Make, monke
 
     loader = make("torch", num_workers=2)
     loader.set_epoch(0)
-    victim, work = loader._steps(0)[5], getattr(Decoder, part)
+    victim, work = loader._plan(0)[5], getattr(Decoder, part)
 
     def fail(decoder: Decoder, step: Any, *row: int) -> None:
         if np.array_equal(step.keys, victim):

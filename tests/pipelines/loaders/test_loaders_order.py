@@ -14,7 +14,7 @@ from conftest import convert_folder, missing, picture
 from test_loaders import BACKENDS
 
 from pipelines import Batch, DataConfig, DataError, Loader, build
-from pipelines.loaders.order import train_batches
+from pipelines.loaders.order import train_plan
 
 CONFIG = DataConfig(img_size=32)
 POINTS, EPOCHS = 30, 4
@@ -98,8 +98,8 @@ def test_what_fills_no_global_batch_is_left_out_and_nothing_is_padded() -> None:
     """In training; evaluation pads nothing either, its last batches are short."""
     never = set(range(NUM))
     for epoch in range(8):
-        batches = [train_batches(NUM, 5, epoch, batch_size=32, rank=rank, world_size=RANKS) for rank in range(RANKS)]
-        seen = [i for steps in batches for step in steps.tolist() for i in step]
+        batches = [train_plan(NUM, 5, epoch, batch_size=32, rank=rank, world_size=RANKS) for rank in range(RANKS)]
+        seen = [i for steps in batches for step in steps for i in step.tolist()]
         assert len(seen) == len(set(seen)) == NUM // 96 * 96 == 960
         never -= set(seen)
     assert not never

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from pipelines.base import DataError
 from pipelines.loaders.order import (
@@ -17,9 +18,14 @@ from pipelines.loaders.order import (
     evaluation_samples,
     keys_hash,
     sample_numbers,
-    train_batches,
+    train_plan,
     train_steps,
 )
+
+
+def train_batches(*arguments: int, **settings: int) -> NDArray[np.int64]:
+    """The keys of all batches of a plan, (steps, batch_size)."""
+    return np.stack(list(train_plan(*arguments, **settings)))
 
 
 def test_order_never_changes() -> None:

@@ -73,7 +73,7 @@ def test_pixels_are_those_of_one_image_after_the_other(
     config = DataConfig(img_size=48, interpolation=interpolation, decode_once=copies)
     loader = make(tmp_path, split, config=config, num_workers=workers)
     loader.set_epoch(2)
-    steps = loader._steps(2)
+    steps = loader._plan(2)
     for keys, batch in zip(steps, loader, strict=True):
         assert torch.equal(batch.images, as_it_was(loader, keys, 2))
     loader.close()

@@ -49,8 +49,9 @@ def copied(converted_root: Path, tmp_path: Path) -> Path:
 
 
 def damage(source: TarSource, i: int) -> None:
-    with (source.root / source.entry.shards[int(source._shard[i])]).open("r+b") as tar:
-        tar.seek(int(source._offset[i]) + int(source._length[i]) // 2)
+    row = source._rows[i]
+    with (source.root / source.entry.shards[row["shard"]]).open("r+b") as tar:
+        tar.seek(int(row["offset"]) + int(row["length"]) // 2)
         byte = tar.read(1)
         tar.seek(-1, 1)
         tar.write(bytes([byte[0] ^ 0x55]))
@@ -93,9 +94,10 @@ def test_what_was_checked_once_is_not_checked_again(read: Read, copied: Path) ->
 @ways
 def test_a_place_outside_its_tar_is_named(read: Read, converted_root: Path) -> None:
     every = np.arange(53)
-    for column, value in (("_offset", 1 << 40), ("_offset", -1), ("_length", 0), ("_length", 1 << 40)):
+    for column, value in (("offset", 1 << 40), ("offset", -1), ("length", 0), ("length", 1 << 40)):
         source = TarSource(converted_root, "train")
-        getattr(source, column)[30] = value
+        source._rows = source._rows.copy()
+        source._rows[column][30] = value
         with pytest.raises(DataError, match=r"member 00000030\.jpg lies outside its file; copy the table and the tar"):
             read(source, every)
 
