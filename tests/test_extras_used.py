@@ -35,7 +35,7 @@ IMPORTED_AS = {
 }
 """Distributions whose modules are called otherwise."""
 BROUGHT = {
-    "scipy": "scikit-learn", "huggingface_hub": "timm", "safetensors": "timm", "rich": "typer", "click": "typer",
+    "scipy": "scikit-learn", "rich": "typer", "click": "typer",
     "pydantic_core": "pydantic", "annotated_types": "pydantic", "typing_extensions": "pydantic",
 }  # fmt: skip
 """Modules that come with a package that is always there, and which one."""

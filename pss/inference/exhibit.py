@@ -84,9 +84,7 @@ class Curator:
         self._num_blocks = len(method.model.blocks)
         shape = len(points), method.model.num_patches
         self._counts = torch.zeros(shape, dtype=torch.float64, device=world.device)
-        every = torch.zeros((1 + len(points), num_samples), dtype=torch.int64, device=world.device)
-        self._labels, self._answers = every[0], every[1:]
-        self._every = every
+        self._every = torch.zeros((1 + len(points), num_samples), dtype=torch.int64, device=world.device)  # label first
         self._chosen: dict[int, tuple[bool, int, int, Tensor, Tensor]] = {}
 
     def __call__(self, batch: Batch, images: Tensor, logits: list[Tensor]) -> None:
@@ -95,7 +93,7 @@ class Curator:
             counts += (self._depths(images, point, batch.index) == self._num_blocks).sum(0)
         predicted = torch.stack([one.argmax(1) for one in logits])
         places = batch.index.to(self._every.device)
-        self._labels[places], self._answers[:, places] = batch.labels.to(places.device), predicted
+        self._every[0, places], self._every[1:, places] = batch.labels.to(places.device), predicted
         if self._world.is_main:
             self._choose(batch, images, predicted.cpu())
 

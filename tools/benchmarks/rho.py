@@ -25,6 +25,7 @@ from pss.config import Config
 from pss.inference.timing import call_seconds
 from tools.benchmarks.measure import Result, conclude, over, page, parser, spread
 
+_RHO = "0.7,0.5"
 # On an A100: McDanel & Huynh (2022) for DeiT-S at 224 pixels.
 _PUBLISHED = {("sampled", 0.7): 1.40, ("sampled", 0.5): 1.73}
 
@@ -41,7 +42,9 @@ def measured(arguments: argparse.Namespace) -> Result:
     )
     images = torch.randn(arguments.batch_size, 3, arguments.img_size, arguments.img_size, device=device)
     fixed = method.points() == (None,)
-    points = (None,) if fixed else tuple(map(float, arguments.rho.split(",")))
+    if fixed and arguments.rho is not None:
+        raise SystemExit(f"--rho means nothing for method {arguments.method}, which has one operating point")
+    points = (None,) if fixed else tuple(map(float, (arguments.rho or _RHO).split(",")))
     with torch.no_grad():
         whole = dense.cost(1.0).forward
         cases = [partial(dense.predict, images, 1.0), *(partial(method.predict, images, point) for point in points)]
@@ -85,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     command.add_argument("--rel-pos", default="none", choices=["none", "bias", "separable", "rope"])
     command.add_argument("--method", default="sampled", choices=sorted(methods.METHODS), help="set against dense")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method's")
-    command.add_argument("--rho", default="0.7,0.5", help="operating points, with commas")
+    command.add_argument("--rho", help=f"operating points, with commas (default: {_RHO})")
     command.add_argument("--batch-size", type=int, default=8)
     return conclude(command.parse_args(argv), measured, report)
 
