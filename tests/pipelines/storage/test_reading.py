@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import missing
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipelines.base import DataError
 from pipelines.storage import source as sources
 from pipelines.storage import unlocked
+from pipelines.storage.manifest import SAMPLE, take_rows
 from pipelines.storage.mapping import map_file, will_need
 from pipelines.storage.reading import _BATCHES_AFTER_A_WAIT, DiskWaits, Readers
 from pipelines.storage.source import TarSource
@@ -224,3 +227,14 @@ def test_mapped_files_hold_no_descriptor_and_go_with_their_last_view(tmp_path: P
 def test_what_cannot_be_mapped_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"{tmp_path / name} cannot be read"):
         map_file(tmp_path / name)
+
+
+@given(st.integers(1, 50), st.lists(st.integers(0, 49), max_size=70))
+def test_rows_are_those_that_numpy_finds(count: int, places: list[int]) -> None:
+    rows = np.zeros(count, SAMPLE)
+    for column, name in enumerate(SAMPLE.names or ()):
+        rows[name] = np.arange(count) * 7 + column
+    index = np.array([place % count for place in places], dtype=np.int64)
+    assert np.array_equal(take_rows(rows, index), rows[index])
+    with pytest.raises(IndexError):
+        take_rows(rows, np.array([count]))
