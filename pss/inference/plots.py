@@ -267,7 +267,7 @@ def _draw_run(axes: Axes, points: Sequence[dict[str, Any]], key: str, number: in
     style = series_style(number)
     colour = style["color"]
     xs, ys = [point[key] for point in points], [point["top1"] for point in points]
-    axes.plot(xs, ys, color=colour, marker=style["marker"], markersize=5.5, linewidth=1.8)
+    axes.plot(xs, ys, **style, markersize=5.5, linewidth=1.8)
     bars: dict[str, Any] = {"fmt": "none", "ecolor": colour, "elinewidth": 1, "capsize": 2.5, "alpha": 0.7}
     ranges = [(point[f"{key}_low"], point[f"{key}_high"]) for point in points if point.get(f"{key}_low") is not None]
     if len(ranges) == len(points):  # a mean need not lie between its 5th and its 95th percentile
