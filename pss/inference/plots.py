@@ -252,7 +252,7 @@ def _png(figure: Figure) -> bytes:
 
 def _name(figure: Figure, axes: Axes, runs: Sequence[str]) -> None:
     """The legend. Names are text there: no formulas between dollar signs, and none is left out for its underscore."""
-    lines = [line for line in axes.lines if line.get_linestyle() == "-"]  # no caps of error bars
+    lines = [line for line in axes.lines if line.get_linestyle() != "None"]  # no caps of error bars
     names = [f"run {number}" for number in range(len(runs))]
     if len(runs) <= _LABELLED:
         legend = axes.legend(lines, names, frameon=False, loc="lower right")

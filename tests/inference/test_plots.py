@@ -68,3 +68,17 @@ def test_the_spread_is_drawn(monkeypatch):
     bars.clear()
     drawn([one | {"images_per_second_low": None} for one in SEEDS if "seed0" in one["run"]])
     assert bars == []
+
+
+def test_ten_runs_are_told_apart_in_the_legend(monkeypatch):
+    legends = []
+    original = plots.Figure.legend
+    monkeypatch.setattr(
+        plots.Figure,
+        "legend",
+        lambda self, lines, names, **of: legends.append(lines) or original(self, lines, names, **of),
+    )
+    plot_sweep([row(f"runs/{name}", rho, 60 + 10 * rho) for name in "abcdefghij" for rho in (1.0, 0.5)])
+    (lines,) = legends
+    styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(lines) == len(styles) == 10
