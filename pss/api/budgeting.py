@@ -78,16 +78,17 @@ def choose_run(
         )
 
     def measure(of: Config, planned: Plan, levels: list[Level]) -> Taken:
-        return rehearse(
-            of,
-            planned,
-            levels,
-            make_loaders=make_loaders,
-            classes=dataset.classes,
-            folder=folder,
-            world=world,
-            seconds=seconds,
-        )
+        with scratch(folder, world) as own:  # dense training's checkpoint is none of this run's
+            return rehearse(
+                of,
+                planned,
+                levels,
+                make_loaders=make_loaders,
+                classes=dataset.classes,
+                folder=own,
+                world=world,
+                seconds=seconds,
+            )
 
     def now() -> float:
         told = world.broadcast(str(time.perf_counter() - began))

@@ -210,16 +210,16 @@ def same_weights(one: Any, other: Any) -> None:
     assert all(torch.equal(value, right[name]) for name, value in left.items())
 
 
+def slower(*arguments: Any, **options: Any) -> Taken:
+    found = rehearse(*arguments, **options)
+    return dataclasses.replace(found, validation=found.validation + 100)
+
+
 @pytest.fixture(scope="module")
 def budgeted(image_root: Any, tmp_path_factory: Any) -> Any:
     """Measured as ever, but for validation, of which it is said that it takes long: few epochs fill much time."""
     folder = tmp_path_factory.mktemp("budget") / "run"
     said: list[str] = []
-
-    def slower(*arguments: Any, **options: Any) -> Taken:
-        found = rehearse(*arguments, **options)
-        return dataclasses.replace(found, validation=found.validation + 100)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budgeting, "rehearse", slower)
         patch.setattr(budgeting, "_MOST_SECONDS", 0.1)
@@ -254,3 +254,20 @@ def test_it_is_resumed_at_its_length_and_equals_the_run_by_hand(budgeted: Any, i
     again = pss.train("digits", image_root, run.folder, settings=own, budget_hours=5, resume=True, **options)
     assert again.config == run.config
     assert json.loads((run.folder / "budget.json").read_text())["epochs"] == epochs
+
+
+def test_a_run_for_a_share_of_dense_training_is_planned_from_rehearsals_of_both(
+    image_root: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgeting, "rehearse", slower)
+    monkeypatch.setattr(budgeting, "_USUAL_SECONDS", 0.1)
+    run = pss.train(
+        "digits", image_root, tmp_path / "run", settings=TINY, loader="torch", budget_of_dense=0.1, quiet=True
+    )
+    told = run.summary["budget"]
+    assert (told["option"], told["value"]) == ("--budget-of-dense", 0.1)
+    assert told["given_seconds"] == pytest.approx(0.1 * told["dense_seconds"], abs=0.01)
+    assert told["predicted"]["seconds"] <= told["given_seconds"]
+    assert 1 <= run.config.train.epochs < 50
+    assert run.summary["finished"]
+    assert not list(run.folder.glob(".rehearsal*"))
