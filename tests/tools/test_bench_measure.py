@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 
+from pipelines.base import DataError
 from tools.benchmarks import measure
 from tools.benchmarks.measure import ThreadTime, conclude, in_turns, over, page, parser, spread
 
@@ -70,3 +71,13 @@ def test_what_was_measured_is_printed_and_kept(tmp_path, capsys):
     lines = (tmp_path / "a.md").read_text().splitlines()
     assert lines == capsys.readouterr().out.splitlines()
     assert (lines[0], lines[2:]) == ("Title", ["", "| figure | twice |", "|---|---|", *["| 1.5 | 3.0 |"] * 2])
+
+
+def test_data_that_cannot_be_used_are_a_sentence(capsys):
+    def measured(arguments):
+        raise DataError("there is no folder nowhere; name the one that holds the data set")
+
+    with pytest.raises(SystemExit) as done:
+        conclude(parser("A benchmark.", rounds=1).parse_args([]), measured, str)
+    assert done.value.code == 2
+    assert capsys.readouterr().err == "error: there is no folder nowhere; name the one that holds the data set\n"

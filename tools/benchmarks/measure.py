@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from pipelines.base import DataError
 
 Result = dict[str, Any]
 Outcome = TypeVar("Outcome")
@@ -193,10 +196,15 @@ def conclude(
     """Measure as the arguments say, publish the report, and return the result.
 
     It holds the arguments as `settings`, with those that `measured` returns under that name, and the `environment`.
+    Data that cannot be used end the process with exit code 2 and a sentence.
     """
     if "threads" in arguments:
         torch.set_num_threads(arguments.threads)
-    found = measured(arguments)
+    try:
+        found = measured(arguments)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "markdown")}
     result = {
         **found,
