@@ -87,7 +87,16 @@ def loud_of(config):
     return [setting for setting in LOUD if not (mixes_tokens and setting.startswith("loss."))]
 
 
-@pytest.fixture(params=[*METHODS, EVERYTHING, *(pytest.param(one, marks=pytest.mark.exhaustive) for one in LABELLED)])
+QUICK = ("sampled", EVERYTHING)
+"""The method that pss is for, and one that uses all that there is."""
+
+
+@pytest.fixture(
+    params=[
+        *QUICK,
+        *(pytest.param(one, marks=pytest.mark.exhaustive) for one in [*METHODS, *LABELLED] if one not in QUICK),
+    ]
+)
 def name(request):
     return request.param
 
