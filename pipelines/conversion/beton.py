@@ -5,11 +5,10 @@ FFCV's own writer fills pages in whatever order its processes reach them, and wa
 
 from __future__ import annotations
 
-import io
 import os
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipelines.conversion.processes import beat
 from pipelines.conversion.scan import ImageFile, decode_rgb
-from pipelines.conversion.shards import write_file
+from pipelines.conversion.shards import write_rows
 from pipelines.conversion.work import Finished, load_finished
 from pipelines.extras import require
 from pipelines.storage.beton import (
@@ -30,7 +29,8 @@ from pipelines.storage.beton import (
     RAW,
     STORED,
     allocation_table,
-    frame,
+    header,
+    metadata,
     page_size,
     stored_path,
 )
@@ -45,7 +45,7 @@ class Piece:
 
     data: str  # file for the encoded images, one behind the other
     images: Sequence[ImageFile]
-    raw: Sequence[bool]  # which of them are stored as pixels
+    raw: NDArray[np.bool_]  # which of them are stored as pixels
     max_size: int
     quality: int
 
@@ -64,7 +64,7 @@ def encode_piece(piece: Piece) -> Finished:
     data = Path(piece.data)
     unfinished = data.with_name(f"{data.name}.{uuid.uuid4().hex}.unfinished")
     with unfinished.open("wb") as file:
-        for i, (image, raw) in enumerate(zip(piece.images, piece.raw, strict=True)):
+        for i, (image, raw) in enumerate(zip(piece.images, piece.raw.tolist(), strict=True)):
             pixels = _scaled(image, piece.max_size)
             payload = pixels.tobytes() if raw else _jpeg(pixels, piece.quality)
             file.write(payload)
@@ -84,9 +84,11 @@ def opencv() -> Any:
     return cv2
 
 
-def too_narrow(image: ImageFile, max_size: int) -> bool:
-    """Whether nothing would be left of its shorter side."""
-    return min(image.height, image.width) * max_size < max(image.height, image.width)
+def too_narrow(rows: NDArray[Any], max_size: int) -> NDArray[np.bool_]:
+    """Of which images nothing would be left of the shorter side; `rows` with `height` and `width`."""
+    height, width = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+    narrow: NDArray[np.bool_] = np.minimum(height, width) * max_size < np.maximum(height, width)
+    return narrow
 
 
 def _scaled(image: ImageFile, max_size: int) -> NDArray[np.uint8]:
@@ -112,7 +114,7 @@ def _jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
 class BetonFile:
     """Puts pieces together in their order as they get finished.
 
-    A piece's data is deleted once it is on the disk in the file. Its rows stay, and with them its place is known:
+    A piece's data is deleted once it is on the disk in the file. Its result stays, and from it its place is known:
     after an interruption, the pieces that still have data are written to where they belong.
     """
 
@@ -120,22 +122,35 @@ class BetonFile:
         self.path, self._results, self._data = path, results, data
         self._page = page_size(max_size)
         start = HEADER.itemsize + 3 * FIELD.itemsize + num_samples * METADATA.itemsize
-        self._end = -(-start // self._page) * self._page
-        self._rows: list[NDArray[Any]] = []
+        self._first = self._end = -(-start // self._page) * self._page
+        self._num_samples, self._done = num_samples, 0
 
     def advance(self) -> None:
         """Append the next pieces, as far as they are finished."""
-        while len(self._rows) < len(self._results) and (result := self._results[len(self._rows)]).exists():
+        while self._done < len(self._results) and (result := self._results[self._done]).exists():
             rows = load_finished(result).rows
-            for i, size in enumerate(rows["size"].tolist()):
-                if self._end % self._page + size > self._page:
-                    self._end = -(-self._end // self._page) * self._page
-                rows["ptr"][i] = self._end
-                self._end += size
-            data = self._data[len(self._rows)]
+            self._end = self._place(rows, self._end)
+            data = self._data[self._done]
             if data.exists():
                 self._copy(data, rows)
-            self._rows.append(rows)
+            self._done += 1
+
+    def _place(self, rows: NDArray[Any], end: int) -> int:
+        """Fill in where the next images go, behind those that end at `end`, and say where they end."""
+        for i, size in enumerate(rows["size"].tolist()):
+            if end % self._page + size > self._page:
+                end = -(-end // self._page) * self._page
+            rows["ptr"][i] = end
+            end += size
+        return end
+
+    def _placed(self) -> Iterator[NDArray[Any]]:
+        """The rows of every piece."""
+        end = self._first
+        for result in self._results:
+            rows = load_finished(result).rows
+            end = self._place(rows, end)
+            yield rows
 
     def _copy(self, data: Path, rows: NDArray[Any]) -> None:
         new_page = rows["ptr"][1:] != rows["ptr"][:-1] + rows["size"][:-1]
@@ -153,19 +168,23 @@ class BetonFile:
             os.close(out)
         data.unlink()
 
-    def finish(self, labels: NDArray[np.int64]) -> FileEntry:
+    def finish(self, labels: NDArray[np.signedinteger]) -> FileEntry:
         """Write header, metadata and table, and beside the file what `verify` compares it with."""
         self.advance()
-        assert len(self._rows) == len(self._results)
-        rows = np.concatenate(self._rows)
+        assert self._done == len(self._results)
         table = -(-self._end // self._page) * self._page
         with self.path.open("r+b") as file:
-            file.write(frame(rows, labels, self._page, table))
+            file.write(header(self._num_samples, self._page, table))
+            first = 0
+            for rows in self._placed():
+                file.write(metadata(rows, labels[first : first + len(rows)], first).tobytes())
+                first += len(rows)
             file.truncate(table)
             file.seek(table)
-            file.write(allocation_table(rows).tobytes())
+            first = 0
+            for rows in self._placed():
+                file.write(allocation_table(rows, first).tobytes())
+                first += len(rows)
             file.flush()
             os.fsync(file.fileno())
-        content = io.BytesIO()
-        np.save(content, rows)
-        return write_file(stored_path(self.path), content.getvalue())
+        return write_rows(stored_path(self.path), STORED, self._num_samples, self._placed())

@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.metadata
-import io
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.base import DataError, in_words
 from pipelines.conversion.beton import BetonFile, Piece, encode_piece, opencv, plan_raw, too_narrow
@@ -22,12 +23,13 @@ from pipelines.conversion.jpeg_warnings import turbojpeg_found
 from pipelines.conversion.options import DIGITS_VAL_FRACTION, Options
 from pipelines.conversion.processes import PATIENCE, Kept, Progress
 from pipelines.conversion.ray_tasks import need_ray
-from pipelines.conversion.scan import ImageFile, Unreadable, check_chunk, checked_images
-from pipelines.conversion.shards import Shard, plan_shards, write_file, write_shard
-from pipelines.conversion.splits import SHUFFLE, check_splits, divide, permuted
+from pipelines.conversion.scan import Images, Unreadable, check_chunk, checked_images
+from pipelines.conversion.shards import Shard, plan_shards, write_file, write_rows, write_shard
+from pipelines.conversion.splits import SHUFFLE, check_splits, divide, permutation
 from pipelines.conversion.verify import LISTED, check_samples, hashed, listed
-from pipelines.conversion.work import Busy, Crew, Finished, Workplace, chunks_of, write_whole
-from pipelines.sources.listing import DIGITS, Inspected, Listing, Sample, Spool
+from pipelines.conversion.work import Busy, Crew, Workplace, chunks_of, write_whole
+from pipelines.sources.columns.samples import Samples
+from pipelines.sources.listing import DIGITS, Inspected, Listing, Spool
 from pipelines.storage.beton import stored_path
 from pipelines.storage.json_files import read_json
 from pipelines.storage.manifest import FORMAT_VERSION, MANIFEST, SAMPLE, FileEntry, Manifest, Split
@@ -140,22 +142,23 @@ class _Conversion:
         images, skipped = self._check(samples, listing.classes)
         self._check_room(images)
         if "train" in images:
-            images["train"] = permuted(images["train"], self.options.seed, SHUFFLE)
+            order = permutation(len(images["train"]), self.options.seed, SHUFFLE)
+            images["train"] = images["train"].take(order)
         for split, members in images.items():
             self._write_tars(split, members)
             self._write_beton(split, members)
         # only now: the part that finishes last must find all others finished
-        tars = {split: self._tar_results(split, members) for split, members in images.items()}
-        betons = [path for split, members in images.items() for path in self._beton_results(split, members)]
-        if None in tars.values() or not all(path.exists() for path in betons):
-            return None
+        for split, members in images.items():
+            tars = self.crew.paths(_tar_phase(split), len(self._shards(split, members)))
+            if not all(path.exists() for path in (*tars, *self._beton_results(split, members))):
+                return None
         with self.place.merging() as ours:
-            return self._merge(listing.classes, images, tars, skipped) if ours else None
+            return self._merge(listing.classes, images, skipped) if ours else None
 
-    def _check_room(self, images: Mapping[str, Sequence[ImageFile]]) -> None:
+    def _check_room(self, images: Mapping[str, Images]) -> None:
         """Raise `Kept` where the tars will not fit on the disk. How large FFCV's JPEG files become is not known."""
         tars = [members for split, members in images.items() if "dali" in self.options.formats or split == "val"]
-        needed = sum(image.size + _BESIDE for members in tars for image in members)
+        needed = sum(int(members.column("bytes").sum()) + _BESIDE * len(members) for members in tars)
         there = sum(path.stat().st_size for path in self.place.set.iterdir())
         free = shutil.disk_usage(self.place.folder).free
         if needed > free + there:
@@ -185,9 +188,9 @@ class _Conversion:
         write_whole(path, digest.hexdigest().encode())
 
     def _check(
-        self, splits: Mapping[str, Sequence[Sample]], classes: Sequence[str]
-    ) -> tuple[dict[str, list[ImageFile]], list[Unreadable]]:
-        images: dict[str, list[ImageFile]] = {}
+        self, splits: Mapping[str, Samples], classes: Sequence[str]
+    ) -> tuple[dict[str, Images], list[Unreadable]]:
+        images: dict[str, Images] = {}
         unreadable: list[Unreadable] = []
         for split, samples in splits.items():
             self.progress.start(f"checking {split}", len(samples))
@@ -195,16 +198,13 @@ class _Conversion:
             # numbers in the split depend on every check, so parts do not leave any to each other
             self.crew.run(f"check-{split}", check_chunk, chunks, self.progress.advance, take_over=True)
             results = self.crew.results(f"check-{split}", len(chunks))
-            assert results is not None
-            images[split] = []
-            for chunk, finished in zip(chunks, results, strict=True):
-                good, bad = checked_images(chunk, finished)
-                narrow = [image for image in good if self._ffcv and too_narrow(image, self.options.max_size)]
-                why = f"too narrow to be scaled down to {self.options.max_size} pixels for FFCV"
-                unreadable.extend([*bad, *(Unreadable(image.sample.name, why) for image in narrow)])
-                images[split].extend(image for image in good if image not in narrow)
+            max_size = self.options.max_size
+            unfit = partial(too_narrow, max_size=max_size) if self._ffcv else None
+            why = f"too narrow to be scaled down to {max_size} pixels for FFCV"
+            images[split], bad = checked_images(samples, results, unfit, why)
+            unreadable.extend(bad)
             if self.options.on_error == "skip":
-                left = {image.sample.label for image in images[split]}
+                left = set(np.unique(images[split].labels).tolist())
                 if empty := [name for label, name in enumerate(classes) if label not in left]:
                     raise DataError(
                         f"class {empty[0]!r} has no readable image in the {split} split; remove it, or repair one"
@@ -218,24 +218,21 @@ class _Conversion:
             )
         return images, unreadable
 
-    def _shards(self, split: str, images: Sequence[ImageFile]) -> list[Shard]:
+    def _shards(self, split: str, images: Images) -> list[Shard]:
         if "dali" not in self.options.formats and split == "train":
             return []  # validation keeps the original bytes: accuracy is measured on them
         return plan_shards(self.place.set, self.place.work, split, images, self.options.shard_size)
 
-    def _tar_results(self, split: str, images: Sequence[ImageFile]) -> list[Finished] | None:
-        return self.crew.results(_tar_phase(split), len(self._shards(split, images)))
-
-    def _write_tars(self, split: str, images: Sequence[ImageFile]) -> None:
+    def _write_tars(self, split: str, images: Images) -> None:
         if shards := self._shards(split, images):
             self.progress.start(f"writing {split} tars", len(images))
             self.crew.run(_tar_phase(split), write_shard, shards, self.progress.advance)
 
-    def _write_beton(self, split: str, images: Sequence[ImageFile]) -> None:
+    def _write_beton(self, split: str, images: Images) -> None:
         if not self._ffcv:
             return
         options = self.options
-        raw = plan_raw(len(images), options.store, options.seed).tolist()
+        raw = plan_raw(len(images), options.store, options.seed)
         pieces = [
             Piece(f"{path}.data", images[chunk], raw[chunk], options.max_size, options.quality)
             for chunk, path in zip(self._beton_chunks(images), self._beton_results(split, images), strict=True)
@@ -251,48 +248,38 @@ class _Conversion:
         self.crew.run(f"beton-{split}", encode_piece, pieces, advance)
 
     @staticmethod
-    def _beton_chunks(images: Sequence[ImageFile]) -> list[slice]:
+    def _beton_chunks(images: Images) -> list[slice]:
         return chunks_of(len(images), 8, 512)
 
-    def _beton_results(self, split: str, images: Sequence[ImageFile]) -> list[Path]:
+    def _beton_results(self, split: str, images: Images) -> list[Path]:
         return self.crew.paths(f"beton-{split}", len(self._beton_chunks(images)) if self._ffcv else 0)
 
-    def _beton_file(self, split: str, images: Sequence[ImageFile]) -> BetonFile:
+    def _beton_file(self, split: str, images: Images) -> BetonFile:
         results = self._beton_results(split, images)
         data = [path.with_name(f"{path.name}.data") for path in results]
         return BetonFile(self.place.set / f"{split}.beton", results, data, len(images), self.options.max_size)
 
-    def _merge(
-        self,
-        classes: tuple[str, ...],
-        images: Mapping[str, Sequence[ImageFile]],
-        tars: Mapping[str, list[Finished] | None],
-        skipped: Sequence[Unreadable],
-    ) -> Manifest:
+    def _merge(self, classes: tuple[str, ...], images: Mapping[str, Images], skipped: Sequence[Unreadable]) -> Manifest:
         """Everything that is written once all images are, then the look at what is on the disk."""
         folder = self.place.set
         splits: dict[str, Split] = {}
         files: dict[str, FileEntry] = {}
+        lengths: dict[str, list[int]] = {}
         for split, members in images.items():
-            shards = tars[split] or []
-            rows = np.concatenate([shard.rows for shard in shards]) if shards else _rows_without_tars(members)
-            for shard in shards:
-                files.update({name: FileEntry(**entry) for name, entry in shard.notes["files"].items()})
             table = f"{split}.samples.npy"
-            content = io.BytesIO()
-            np.save(content, rows)
-            files[table] = write_file(folder / table, content.getvalue())
+            files[table], shards = self._write_table(folder / table, split, members)
+            files.update({name: FileEntry(**entry) for found, _ in shards for name, entry in found.items()})
+            lengths[split] = [length for _, length in shards]
             if self._ffcv:
                 beton = self._beton_file(split, members)
-                files[stored_path(beton.path).name] = beton.finish(rows["label"].astype(np.int64))
+                files[stored_path(beton.path).name] = beton.finish(members.labels)
             splits[split] = Split(
                 num_samples=len(members),
-                per_class=tuple(np.bincount(rows["label"], minlength=len(classes)).tolist()),
+                per_class=tuple(np.bincount(members.labels, minlength=len(classes)).tolist()),
                 table=table,
-                shards=tuple(name for shard in shards for name in shard.notes["files"] if name.endswith(".tar")),
+                shards=tuple(name for found, _ in shards for name in found if name.endswith(".tar")),
                 beton=f"{split}.beton" if self._ffcv else None,
             )
-        lengths = {split: [len(shard.rows) for shard in shards or []] for split, shards in tars.items()}
         for name, text in companion_files(classes, splits, lengths).items():
             files[name] = write_file(folder / name, text)
         options = self.options
@@ -321,18 +308,32 @@ class _Conversion:
                 "warnings": turbojpeg_found(),
             },
             skipped=tuple({"file": bad.name, "reason": bad.reason} for bad in skipped),
-            transcoded=tuple(image.sample.name for members in images.values() for image in members if image.transcode),
+            transcoded=tuple(name for members in images.values() for name in members.transcoded()),
             warned=tuple(
-                {"file": image.sample.name, "warning": image.warning}
+                {"file": name, "warning": warning}
                 for members in images.values()
-                for image in members
-                if image.warning
+                for name, warning in members.warnings()
             ),
             account=_account(self.inspected, splits, skipped),
         )
         write_file(folder / MANIFEST, manifest.to_json().encode())
         self.place.finish()
         return manifest
+
+    def _write_table(
+        self, path: Path, split: str, images: Images
+    ) -> tuple[FileEntry, list[tuple[dict[str, Any], int]]]:
+        """Write a split's table; also, of each tar, its files and their number of samples."""
+        shards: list[tuple[dict[str, Any], int]] = []
+
+        def pieces() -> Iterator[NDArray[Any]]:
+            for tar in self.crew.results(_tar_phase(split), len(self._shards(split, images))):
+                shards.append((tar.notes["files"], len(tar.rows)))
+                yield tar.rows
+            if not shards:
+                yield _rows_without_tars(images)
+
+        return write_rows(path, SAMPLE, len(images), pieces()), shards
 
 
 def _account(inspected: Inspected, splits: Mapping[str, Split], skipped: Sequence[Unreadable]) -> dict[str, Any]:
@@ -349,10 +350,10 @@ def _tar_phase(split: str) -> str:
     return f"tar-{FORMAT_VERSION}-{split}"
 
 
-def _rows_without_tars(images: Sequence[ImageFile]) -> Any:
+def _rows_without_tars(images: Images) -> NDArray[Any]:
     rows = np.zeros(len(images), dtype=SAMPLE)
     rows["shard"] = -1
-    rows["label"] = [image.sample.label for image in images]
+    rows["label"] = images.labels
     for name in ("height", "width", "crc32"):
-        rows[name] = [getattr(image, name) for image in images]
+        rows[name] = images.column(name)
     return rows

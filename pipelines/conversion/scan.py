@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from pipelines.base import DataError, in_words
 from pipelines.conversion.jpeg_warnings import jpeg_warning
 from pipelines.conversion.processes import Kept, beat
 from pipelines.conversion.work import Finished
-from pipelines.sources.sample import Sample
+from pipelines.sources.columns.samples import Numbers, Sample, Samples, chosen, column
 from pipelines.storage.images import open_image
 
 # What torchvision, Pillow and DALI all decode to the same colours. MPO is a JPEG with more pictures behind it.
@@ -29,7 +30,7 @@ CHECKED = np.dtype(
 )
 
 
-@dataclass(frozen=True, slots=True)  # there are a million of them
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """A readable image."""
 
@@ -87,18 +88,82 @@ def check_chunk(samples: Sequence[Sample]) -> Finished:
     return Finished(rows, {"reasons": reasons, "warned": warned})
 
 
-def checked_images(samples: Sequence[Sample], finished: Finished) -> tuple[list[ImageFile], list[Unreadable]]:
-    """What `check_chunk` found out about `samples`."""
-    warned = finished.notes["warned"]
-    images = [
-        ImageFile(sample, height, width, crc32, size, transcode, warned.get(str(i)))
-        for i, (sample, (height, width, crc32, size, transcode, good)) in enumerate(
-            zip(samples, finished.rows.tolist(), strict=True)
-        )
-        if good
-    ]
-    bad = [Unreadable(samples[int(i)].name, reason) for i, reason in finished.notes["reasons"].items()]
-    return images, bad
+class Images(Sequence[ImageFile]):
+    """Readable images as rows of columns, each made when it is asked for. Slices are views. What is sent to another
+    process is a plain list of its own images."""
+
+    __slots__ = ("_numbers", "_rows", "_samples", "_warned")
+
+    def __init__(self, samples: Samples, rows: NDArray[Any], warned: Mapping[int, str], numbers: Numbers) -> None:
+        """Those of `samples` with the given `numbers`; `rows` of CHECKED and warnings are of all samples."""
+        self._samples, self._rows, self._warned, self._numbers = samples, rows, warned, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> ImageFile: ...
+    @overload
+    def __getitem__(self, at: slice) -> Images: ...
+    def __getitem__(self, at: int | slice) -> ImageFile | Images:
+        if isinstance(at, slice):
+            return Images(self._samples, self._rows, self._warned, self._numbers[at])
+        number = int(self._numbers[at])
+        height, width, crc32, size, transcode, _ = self._rows[number].item()
+        return ImageFile(self._samples[number], height, width, crc32, size, transcode, self._warned.get(number))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+    def take(self, at: NDArray[np.int32]) -> Images:
+        """Those at the places `at`."""
+        return Images(self._samples, self._rows, self._warned, chosen(self._numbers, at))
+
+    def column(self, name: str) -> NDArray[Any]:
+        """What CHECKED has under `name`, (len(self),)."""
+        return column(self._rows[name], self._numbers)
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """(len(self),)"""
+        return column(self._samples.labels, self._numbers)
+
+    def transcoded(self) -> Iterator[str]:
+        """Names of the images that are stored as PNG."""
+        return (self._name(at) for at in np.flatnonzero(self.column("transcode")).tolist())
+
+    def warnings(self) -> Iterator[tuple[str, str]]:
+        """Names of the images that look damaged, and the warnings."""
+        found = np.flatnonzero(np.isin(self._numbers, list(self._warned))) if self._warned else np.zeros(0, np.int64)
+        return ((self._name(at), self._warned[int(self._numbers[at])]) for at in found.tolist())
+
+    def _name(self, at: int) -> str:
+        return self._samples.name(int(self._numbers[at]))
+
+
+def checked_images(
+    samples: Samples, results: Iterable[Finished], unfit: Callable[[NDArray[Any]], NDArray[np.bool_]] | None, why: str
+) -> tuple[Images, list[Unreadable]]:
+    """What `check_chunk` found out about `samples`, from its results in order.
+
+    `unfit` says of rows of CHECKED which images cannot be used though they are good, and `why`.
+    """
+    rows, first = np.zeros(len(samples), dtype=CHECKED), 0
+    warned: dict[int, str] = {}
+    bad: list[Unreadable] = []
+    for finished in results:
+        some = rows[first : first + len(finished.rows)]
+        some[:] = finished.rows
+        warned.update({first + int(i): warning for i, warning in finished.notes["warned"].items()})
+        bad += [Unreadable(samples.name(first + int(i)), why) for i, why in finished.notes["reasons"].items()]
+        if unfit is not None:
+            left = some["good"] & unfit(some)
+            bad += [Unreadable(samples.name(first + i), why) for i in np.flatnonzero(left).tolist()]
+            some["good"] &= ~left
+        first += len(some)
+    assert first == len(samples)
+    good = rows["good"]
+    return Images(samples, rows, warned, range(first) if good.all() else np.flatnonzero(good).astype(np.int32)), bad
 
 
 def check_image(sample: Sample) -> ImageFile | Unreadable:

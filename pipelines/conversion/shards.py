@@ -13,12 +13,13 @@ import os
 import tarfile
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.conversion.processes import beat
@@ -97,6 +98,20 @@ def write_file(path: Path, content: bytes) -> FileEntry:
     with path.open("wb") as file:
         out = HashedFile(file)
         out.write(content)
+        out.sync()
+    return out.entry()
+
+
+def write_rows(path: Path, dtype: np.dtype[Any], count: int, pieces: Iterable[NDArray[Any]]) -> FileEntry:
+    """Write a table of `count` rows as `np.save` would, piece by piece: the whole of it need not fit into memory."""
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, described)
+    with path.open("wb") as file:
+        out = HashedFile(file)
+        out.write(header.getvalue())
+        for rows in pieces:
+            out.write(rows.tobytes())
         out.sync()
     return out.entry()
 

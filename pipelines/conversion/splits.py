@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.base import DataError
-from pipelines.sources.sample import UNSPLIT, Listing, Sample
+from pipelines.sources.columns.samples import Samples
+from pipelines.sources.sample import UNSPLIT, Listing
 from pipelines.storage.manifest import canonical_split
 
-T = TypeVar("T")
 SHUFFLE, HOLD_OUT = 1, 1 << 32  # second Philox keys, keeping the uses of the seed apart
 
 
@@ -31,7 +31,7 @@ def check_splits(found: Collection[str], source: str, split: str | None, val_fra
 
 def divide(
     listing: Listing, source: str, split: str | None, val_fraction: float | None, seed: int
-) -> dict[str, Sequence[Sample]]:
+) -> dict[str, Samples]:
     """The samples by split; `DataError` as `check_splits`, or for a class that is too small."""
     splits = dict(listing.splits)
     check_splits(splits, source, split, val_fraction)
@@ -44,25 +44,25 @@ def divide(
     return _hold_out(samples, listing.classes, val_fraction, seed)
 
 
-def _hold_out(
-    samples: Sequence[Sample], classes: Sequence[str], val_fraction: float, seed: int
-) -> dict[str, Sequence[Sample]]:
-    by_class: list[list[int]] = [[] for _ in classes]
-    for i, sample in enumerate(samples):
-        by_class[sample.label].append(i)
-    chosen: set[int] = set()
-    for label, (name, own) in enumerate(zip(classes, by_class, strict=True)):
-        count = max(1, round(len(own) * val_fraction))
-        if count >= len(own):
-            raise DataError(f"class {name!r} has {len(own)} image(s), too few to hold out {count} for validation")
-        chosen.update(permuted(own, seed, HOLD_OUT + label)[:count])
+def _hold_out(samples: Samples, classes: Sequence[str], val_fraction: float, seed: int) -> dict[str, Samples]:
+    labels = samples.labels
+    by_class = np.argsort(labels, kind="stable")
+    ends = np.cumsum(np.bincount(labels, minlength=len(classes))).tolist()
+    held = np.zeros(len(samples), dtype=np.bool_)
+    for label, (name, first, end) in enumerate(zip(classes, [0, *ends], ends, strict=False)):
+        count = max(1, round((end - first) * val_fraction))
+        if count >= end - first:
+            raise DataError(f"class {name!r} has {end - first} image(s), too few to hold out {count} for validation")
+        held[by_class[first:end][permutation(end - first, seed, HOLD_OUT + label)[:count]]] = True
     return {
-        "train": [sample for i, sample in enumerate(samples) if i not in chosen],
-        "val": [sample for i, sample in enumerate(samples) if i in chosen],
+        split: samples.take(np.flatnonzero(chosen).astype(np.int32))
+        for split, chosen in (("train", ~held), ("val", held))
     }
 
 
-def permuted(items: Sequence[T], seed: int, purpose: int) -> list[T]:
-    """`items` in a random order that depends on the two numbers alone."""
+def permutation(count: int, seed: int, purpose: int) -> NDArray[np.int32]:
+    """0 ... `count` - 1 in a random order that depends on the three numbers alone."""
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64)))
-    return [items[i] for i in generator.permutation(len(items))]
+    order = np.arange(count, dtype=np.int32)
+    generator.shuffle(order)  # as generator.permutation(count) would be, in half of the memory
+    return order

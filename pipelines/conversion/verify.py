@@ -16,7 +16,7 @@ from pipelines.base import DataError, in_words
 from pipelines.conversion.engines import Engine, map_tasks
 from pipelines.conversion.processes import PATIENCE, Progress, beat, check_patience
 from pipelines.conversion.shards import BLOCK, member_header, members_behind
-from pipelines.sources.sample import MAX_ENCODED
+from pipelines.sources.columns.samples import MAX_ENCODED
 from pipelines.storage.beton import RAW, STORED, damaged_frame, stored_path
 from pipelines.storage.images import open_image
 from pipelines.storage.manifest import SAMPLE, FileEntry, Manifest, MapsEntry, Split, load_rows, read_manifest
@@ -97,7 +97,7 @@ def check_samples(
         if split.shards:
             tasks.extend(_Task(root, split, chunk, False, decimal) for chunk in chunks)
         if split.beton is not None:
-            labels = load_rows(root / split.table, SAMPLE, split.num_samples)["label"].astype(np.int64)
+            labels = load_rows(root / split.table, SAMPLE, split.num_samples)["label"]
             rows = load_rows(stored_path(root / split.beton), STORED, split.num_samples)
             if problem := damaged_frame(root / split.beton, rows, labels, max_size):
                 problems.append(f"{split.beton}, {problem}")
@@ -127,9 +127,9 @@ def _damaged_maps(root: Path, maps: MapsEntry, num_samples: int, sampled: int | 
     return damaged
 
 
-def _some(num_samples: int, sampled: int | None) -> list[NDArray[np.int64]]:
+def _some(num_samples: int, sampled: int | None) -> list[NDArray[np.int32]]:
     """Samples in chunks: so many random ones, or all."""
-    index = np.arange(num_samples)
+    index = np.arange(num_samples, dtype=np.int32)
     if sampled is not None and sampled < len(index):
         seed = int.from_bytes(os.urandom(8), "little")
         index = np.sort(np.random.default_rng(seed).choice(index, sampled, replace=False))
@@ -140,7 +140,7 @@ def _some(num_samples: int, sampled: int | None) -> list[NDArray[np.int64]]:
 class _Task:
     root: Path
     split: Split
-    index: NDArray[np.int64]
+    index: NDArray[np.int32]
     beton: bool
     decimal: bool
 

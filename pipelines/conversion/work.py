@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -171,10 +171,9 @@ class Crew:
         """Where the results of a phase are, or will be."""
         return [self.work / f"{phase}-{k:06d}" for k in range(num_tasks)]
 
-    def results(self, phase: str, num_tasks: int) -> list[Finished] | None:
-        """All results of a phase; None if other parts have not finished theirs."""
-        paths = self.paths(phase, num_tasks)
-        return [load_finished(path) for path in paths] if all(path.exists() for path in paths) else None
+    def results(self, phase: str, num_tasks: int) -> Iterator[Finished]:
+        """All results of a phase that is done, one after the other."""
+        return map(load_finished, self.paths(phase, num_tasks))
 
 
 def _run_piece(function: Callable[[Task], Finished], piece: tuple[Task, str]) -> int:

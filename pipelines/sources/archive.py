@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipelines.base import DataError, in_words
-from pipelines.sources.sample import MAX_ENCODED
+from pipelines.sources.columns.samples import MAX_ENCODED
 from pipelines.sources.tree import shown
 
 _MAX_HEADER = 1 << 20  # bytes of a name or an extension

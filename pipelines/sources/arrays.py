@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,8 @@ def _find(tree: Tree) -> tuple[Path, str, dict[str, list[str]]] | None:
     return found[0] if found else None
 
 
-def _beside(tree: Tree) -> dict[str, list[str]]:
-    names = [name for name in tree.files() if name.rpartition("/")[2] in _BESIDE]
+def _beside(tree: Tree) -> dict[str, Sequence[str]]:
+    names = tree.called(_BESIDE.__contains__)
     return {"its own description": names} if names else {}
 
 

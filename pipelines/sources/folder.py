@@ -13,8 +13,10 @@ from fnmatch import fnmatchcase
 
 from pipelines.base import DataError
 from pipelines.sources import labels as label_files
+from pipelines.sources.columns.names import FullNames, packed
+from pipelines.sources.columns.samples import file_samples
 from pipelines.sources.names import is_image, order_classes, order_in_words, split_of
-from pipelines.sources.sample import UNSPLIT, Choice, Claim, file_samples, only_test
+from pipelines.sources.sample import UNSPLIT, Choice, Claim, only_test, ordered_files
 from pipelines.sources.tree import Tree, and_above, join, pattern_of, shown, some
 
 _PLACES = {"data_256": "train", "data_large": "train"}  # Places365 calls its training images so
@@ -28,14 +30,17 @@ class Part:
     """The images of one split."""
 
     folders: list[str]
-    classes: dict[str, list[str]] = field(default_factory=dict)
+    classes: dict[str, FullNames] = field(default_factory=dict)
     """Full names of files by class; empty for a flat folder."""
     flat: list[str] = field(default_factory=list)
     """Full names of the images of a folder without class folders, sorted."""
 
     @property
-    def images(self) -> list[str]:
-        return self.flat or [name for names in self.classes.values() for name in names]
+    def images(self) -> Sequence[str]:
+        found = FullNames.of(self.flat)
+        for names in self.classes.values():
+            found.extend(names)
+        return found
 
 
 class Layout:
@@ -51,13 +56,13 @@ class Layout:
         self.populated = {above for folder in self.images for above in and_above(folder)}
         self.notes: list[str] = []
 
-    def _images(self, folder: str, names: list[str]) -> list[str]:
+    def _images(self, folder: str, names: Sequence[str]) -> Sequence[str]:
         found = [name for name in names if is_image(name)]
         if (pattern := self.choice.images) is not None:
             fits = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(join(folder, n), pattern)}
             self.named += len(fits.difference(found))
             found = sorted(fits.union(found))
-        return names if len(found) == len(names) else found  # the same list costs nothing
+        return names if len(found) == len(names) else packed(found)  # the same names cost nothing
 
     def shown(self, name: str) -> str:
         return shown(self.tree.path(name) if name else self.tree.root)
@@ -152,7 +157,7 @@ class Layout:
                 part.flat += [join(folder, name) for name in direct]
             else:
                 for name, files in self._classes(folder, children).items():
-                    part.classes.setdefault(name, []).extend(files)
+                    part.classes.setdefault(name, FullNames()).extend(files)
         if part.flat and part.classes:
             raise DataError(
                 f"{some(folders)} in {self.tree.root}: some hold class folders, others images; --ignore some"
@@ -160,9 +165,9 @@ class Layout:
         part.flat.sort()
         return part
 
-    def _classes(self, folder: str, children: list[str]) -> dict[str, list[str]]:
+    def _classes(self, folder: str, children: list[str]) -> dict[str, FullNames]:
         level = self.choice.class_level or self._level(folder, children)
-        found: dict[str, list[str]] = {}
+        found: dict[str, FullNames] = {}
         start = len(folder) + 1 if folder else 0
         for one in self.tree.below(folder):
             if one in self.images:
@@ -173,7 +178,7 @@ class Layout:
                         "--class-level, or leave it out with --ignore"
                     )
                 name = "/".join(parts if level == 0 else parts[:level])
-                found.setdefault(name, []).extend(join(one, image) for image in self.images[one])
+                found.setdefault(name, FullNames()).add(one, self.images[one])
         empty = [one for one in self.tree.children(folder) if one not in self.populated]
         if empty and self.choice.class_level is None and level == 1:
             raise DataError(
@@ -246,7 +251,7 @@ def claim_folders(tree: Tree, choice: Choice) -> Claim | None:
     known = labelled.classes
     val, test = (layout.part(folders[split], known) if split in folders else None for split in ("val", "test"))
     parts = {"train": train} if train is not None else {}
-    unused: dict[str, list[str]] = {}
+    unused: dict[str, Sequence[str]] = {}
     if test is not None:
         if choice.use_test or (val is None and not choice.held_out and (test.classes or labelled.can(test))):
             if val is not None:
@@ -269,14 +274,16 @@ def claim_folders(tree: Tree, choice: Choice) -> Claim | None:
     return claim
 
 
-def claim_parts(layout: Layout, parts: Mapping[str, Part], labelled: Labelled, unused: dict[str, list[str]]) -> Claim:
+def claim_parts(
+    layout: Layout, parts: Mapping[str, Part], labelled: Labelled, unused: dict[str, Sequence[str]]
+) -> Claim:
     """A claim on the images of `parts`, by `train` and `val`."""
-    classes = labelled.classes
+    tree, classes = layout.tree, labelled.classes
     names = {split: part.images for split, part in parts.items()}
     told = ["folders"] if any(part.classes for part in parts.values()) else []
     if not classes:
         classes = labelled.order(next(iter(parts.values())))
-    splits: dict[str, list[int]] = {}
+    splits: dict[str, Sequence[int]] = {}
     for split, part in parts.items():
         if part.flat:
             found = labelled.of(part)
@@ -284,12 +291,10 @@ def claim_parts(layout: Layout, parts: Mapping[str, Part], labelled: Labelled, u
             splits[split] = [number[name] for name in found.names]
             told.append(found.told)
         else:
-            names[split], splits[split] = ordered_files(layout, part, classes, split)
-    tree = layout.tree
+            names[split], splits[split] = ordered_files(tree.root, part.classes, classes, split)
     if len(classes) == 1:
         layout.notes.append(f"there is one class only, {classes[0]}")
-    beside = [name for name in tree.files() if _BESIDE.fullmatch(name.rpartition("/")[2])]
-    if beside := [name for name in beside if name not in labelled.metadata]:
+    if beside := [name for name in tree.called(_BESIDE.fullmatch) if name not in labelled.metadata]:
         unused["another archive of ImageNet"] = beside
     return Claim(
         "folders",
@@ -304,19 +309,6 @@ def claim_parts(layout: Layout, parts: Mapping[str, Part], labelled: Labelled, u
         unused=unused,
         notes=layout.notes,
     )
-
-
-def ordered_files(layout: Layout, part: Part, classes: Sequence[str], split: str) -> tuple[list[str], list[int]]:
-    """The files in class folders by class and name, and their labels; `DataError` for a class that is not known."""
-    if unknown := sorted(set(part.classes).difference(classes)):
-        raise DataError(
-            f"{layout.tree.root} has the class {unknown[0]!r} in the {split} split, which is no training class; mend "
-            "it, or leave it out with --ignore"
-        )
-    number = {name: label for label, name in enumerate(classes)}
-    ordered = sorted(part.classes, key=number.__getitem__)
-    names = [file for name in ordered for file in sorted(part.classes[name])]
-    return names, [number[name] for name in ordered for _ in part.classes[name]]
 
 
 class Labelled:
@@ -340,7 +332,9 @@ class Labelled:
         key = part.folders[0]
         if key not in self._found:
             own = {name.rpartition("/")[0] for name in part.flat}
-            others = {name for folder, names in self.layout.images.items() if folder not in own for name in names}
+            asked = {name.rpartition("/")[2] for name in part.flat}
+            elsewhere = (names for folder, names in self.layout.images.items() if folder not in own)
+            others = {name for names in elsewhere for name in names if name in asked}
             split = self.layout.word_or_none(key)
             found = label_files.find(self.layout.tree, part.flat, self.classes, split=split, others=others)
             if found is None:
@@ -391,10 +385,7 @@ def _claim_unsplit(layout: Layout, base: str) -> Claim:
         return claim_parts(layout, {UNSPLIT: part}, labelled, {})
     labelled.metadata |= lists.metadata
     layout.notes.append(f"splits are those of {lists.told}; its test images are the validation split")
-    parts = {split: Part([base]) for split in ("train", "val")}
-    for name, files in part.classes.items():
-        for file in files:
-            parts[lists.split[file]].classes.setdefault(name, []).append(file)
+    parts = {split: Part([base], own) for split, own in lists.divided(part.classes).items()}
     claim = claim_parts(layout, parts, labelled, {})
     claim.uses_test = True
     return claim

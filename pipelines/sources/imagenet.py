@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from pipelines.base import DataError
 from pipelines.sources import labels as label_files
 from pipelines.sources.archive import Member, image_member, tar_members
-from pipelines.sources.folder import Layout, Part, ordered_files
+from pipelines.sources.columns.samples import RangeColumns, Sample, Samples, file_samples
+from pipelines.sources.folder import Layout, Part
 from pipelines.sources.names import is_image, order_classes
-from pipelines.sources.sample import Choice, Claim, Sample, file_samples
+from pipelines.sources.sample import Choice, Claim, ordered_files
 from pipelines.sources.tree import Tree, some
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -29,7 +31,7 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
     layout = Layout(tree, choice)
     base = layout.base()
     folders = (layout.splits(base) or {}) if layout.images else {}
-    unused: dict[str, list[str]] = {}
+    unused: dict[str, Sequence[str]] = {}
     for name, used in (("class_order", train_tar is None), ("class_level", folders), ("images", layout.named)):
         if getattr(choice, name) is not None and not used:
             raise DataError(
@@ -44,7 +46,7 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
             )
     if "test" in folders:
         unused["test images"] = layout.below(folders["test"][0])
-    splits: dict[str, list[Sample]] = {}
+    splits: dict[str, Samples] = {}
     places: dict[str, str] = {}
     files: list[str] = []
     classes: tuple[str, ...] = ()
@@ -55,14 +57,14 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
         part = layout.part(folders["train"])
         files += part.images
         classes = order_classes(part.classes, choice.class_order, tree.root)
-        splits["train"] = file_samples(tree.root, *ordered_files(layout, part, classes, "train"))
+        splits["train"] = file_samples(tree.root, *ordered_files(tree.root, part.classes, classes, "train"))
         places["train"] = some(folders["train"])
     told, metadata = "the WordNet ids of the training images", dict[str, str]()
     if val_tar or "val" in folders:
         part = layout.part(folders["val"], classes) if "val" in folders else Part([])
         files += part.images
         if part.classes:
-            splits["val"] = file_samples(tree.root, *ordered_files(layout, part, classes, "val"))
+            splits["val"] = file_samples(tree.root, *ordered_files(tree.root, part.classes, classes, "val"))
         else:
             images = _members(tree, val_tar) if val_tar else file_samples(tree.root, part.flat, [0] * len(part.flat))
             found = label_files.find(
@@ -79,13 +81,14 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
                 raise DataError(
                     f"{tree.root} has validation labels {some(unknown)}, which are no training classes; mend them"
                 )
-            splits["val"] = [
+            labelled = (
                 Sample(one.name, number[name], one.path, one.offset, one.length)
                 for one, name in zip(images, found.names, strict=True)
-            ]
+            )
+            splits["val"] = Samples(RangeColumns(labelled))
             told, metadata = f"WordNet ids, and {found.told}", found.metadata
         places["val"] = val_tar or some(folders["val"])
-    others = [name for name in tree.files() if _is_other(name) and name not in metadata]
+    others = [name for name in tree.called(_is_other) if name not in metadata]
     if others:
         unused[_NOT_USED] = others
     taken: dict[str, list[str]] = {}
@@ -96,7 +99,7 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
         "imagenet",
         "ImageNet as it is downloaded",
         classes,
-        {split: [sample.label for sample in samples] for split, samples in splits.items()},
+        {split: samples.labels.tolist() for split, samples in splits.items()},
         places,
         f"{told}, in the order of their names",
         lambda spool: dict(splits),
@@ -108,32 +111,31 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
 
 
 def _one(tree: Tree, wanted: str) -> str | None:
-    found = [name for name in tree.files() if name.rpartition("/")[2] == wanted]
+    found = tree.called(wanted.__eq__)
     if len(found) > 1:
         raise DataError(f"{tree.root} holds {wanted} twice, {some(found)}; leave one out with --ignore")
     return found[0] if found else None
 
 
 def _is_other(name: str) -> bool:
-    last = name.rpartition("/")[2]
     return (
-        last.startswith("ILSVRC2012_") and last not in (TRAIN_TAR, VAL_TAR) and last.endswith((".tar", ".gz", ".tgz"))
+        name.startswith("ILSVRC2012_") and name not in (TRAIN_TAR, VAL_TAR) and name.endswith((".tar", ".gz", ".tgz"))
     )
 
 
-def _training(tree: Tree, name: str) -> tuple[tuple[str, ...], list[Sample]]:
+def _training(tree: Tree, name: str) -> tuple[tuple[str, ...], Samples]:
     path = tree.path(name)
     tars = sorted(tar_members(path), key=lambda member: member.name)
     for member in tars:
         if not member.name.endswith(".tar"):
             raise DataError(f"{path} holds {member.name}; expected a tar for every class, as ImageNet is distributed")
-    samples = []
+    samples = RangeColumns()
     for label, tar in enumerate(tars):
         images = sorted(tar_members(path, tar), key=lambda member: member.name)
         if not images:
             raise DataError(f"{path}, {tar.name} holds no image; download it again")
-        samples += [_sample(path, tar.name, member, label) for member in images]
-    return tuple(PurePosixPath(tar.name).stem for tar in tars), samples
+        samples.extend(_sample(path, tar.name, member, label) for member in images)
+    return tuple(PurePosixPath(tar.name).stem for tar in tars), Samples(samples)
 
 
 def _sample(path: object, inside: str, member: Member, label: int) -> Sample:

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 
 from pipelines.base import DataError, in_words
 from pipelines.sources.archive import read_compressed
+from pipelines.sources.columns.names import FullNames
 from pipelines.sources.names import is_image, order_is_certain, said_split
 from pipelines.sources.texts import NoTable, rows, text_files
 from pipelines.sources.tree import Tree, shown, some
@@ -44,6 +45,14 @@ class Lists:
     told: str
     metadata: dict[str, str]
 
+    def divided(self, classes: Mapping[str, Sequence[str]]) -> dict[str, dict[str, FullNames]]:
+        """Images by split and class; `classes` has the images of each."""
+        found: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}}
+        for name, images in classes.items():
+            for image in images:
+                found[self.split[image]].setdefault(name, []).append(image)
+        return {split: {name: FullNames.of(own) for name, own in divided.items()} for split, divided in found.items()}
+
 
 def find(
     tree: Tree,
@@ -61,7 +70,7 @@ def find(
         classes: those of the training split in the order of their labels; empty if there is none.
         names: what the files call the images, where that is not the last part of their name.
         split: `train`, `val` or `test`, if it is known: files that are called like another one are not asked.
-        others: the last parts of the names of all other images.
+        others: the last parts of the names of other images, as far as some of `images` are called so.
 
     Raises:
         DataError: a file labels some of them only, or several disagree, or labels are numbers of an unknown meaning.
@@ -236,7 +245,7 @@ def _is_number(label: str) -> bool:
 
 
 def _categories_file(tree: Tree) -> str | None:
-    found = [name for name in tree.files() if name.rpartition("/")[2] == _CATEGORIES]
+    found = tree.called(_CATEGORIES.__eq__)
     return found[0] if len(found) == 1 else None
 
 
@@ -344,9 +353,8 @@ def _devkit_labels(tree: Tree, images: Sequence[str]) -> Found | None:
 
 def _devkit_files(tree: Tree) -> tuple[str, bytes, bytes] | None:
     """What to call it, and the contents of its two files."""
-    packed = [name for name in tree.files() if name.rpartition("/")[2] == f"{DEVKIT}.tar.gz"]
-    metas = [name for name in tree.files() if name.rpartition("/")[2] == META]
-    metas = [name for name in metas if f"{name.rpartition('/')[0]}/{TRUTH}".lstrip("/") in set(tree.files())]
+    packed = tree.called(f"{DEVKIT}.tar.gz".__eq__)
+    metas = [name for name in tree.called(META.__eq__) if TRUTH in tree.folders[name.rpartition("/")[0]]]
     if len(packed) + len(metas) > 1:
         raise DataError(
             f"{tree.root} holds two of ImageNet's devkits, {some([*packed, *metas])}; leave one out with --ignore"

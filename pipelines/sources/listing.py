@@ -9,10 +9,11 @@ from typing import Any
 
 from pipelines.base import DataError
 from pipelines.sources.arrays import claim_cifar, claim_digits
+from pipelines.sources.columns.samples import Sample
 from pipelines.sources.folder import claim_folders
 from pipelines.sources.imagenet import claim_imagenet
 from pipelines.sources.names import kind_of, looks_like_image, suffix_of
-from pipelines.sources.sample import UNSPLIT, Choice, Claim, Listing, Sample, Spool, check_labels
+from pipelines.sources.sample import UNSPLIT, Choice, Claim, Listing, Spool, check_labels
 from pipelines.sources.tables import claim_parquet, claim_saved
 from pipelines.sources.tree import HIDDEN, LITTER, Tree, join, list_tree, pattern_of, shown, some
 from pipelines.sources.webdataset import claim_webdataset

@@ -5,53 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipelines.base import DataError
+from pipelines.sources.columns.names import FullNames
+from pipelines.sources.columns.samples import RangeColumns, Sample, Samples
 from pipelines.sources.tree import some
 from pipelines.storage.locks import NoLocks, lock
-
-MAX_ENCODED = 256 << 20
-"""Bytes of the largest encoded image that is read."""
 
 _LONGEST = 1000  # characters of a class name
 
 UNSPLIT = "all"
 """The key of samples whose source does not say which split they belong to."""
-
-
-@dataclass(frozen=True, slots=True)  # there are a million of them
-class Sample:
-    """One encoded image."""
-
-    name: str
-    """For messages and lists: the file, or the archive and the member."""
-    label: int
-    path: str
-    offset: int = 0
-    length: int | None = None
-    """None: the whole file."""
-
-    def read(self) -> bytes:
-        """The encoded bytes; `DataError` or `OSError` where they cannot be had."""
-        with Path(self.path).open("rb") as file:
-            file.seek(self.offset)
-            encoded = file.read(MAX_ENCODED + 1 if self.length is None else self.length)
-        if len(encoded) > MAX_ENCODED:
-            raise DataError(f"larger than {MAX_ENCODED >> 20} MiB")
-        if self.length is not None and len(encoded) != self.length:
-            raise DataError("its archive ends before it does")
-        return encoded
-
-
-def file_samples(root: Path, names: Sequence[str], labels: Sequence[int]) -> list[Sample]:
-    """Whole files as samples."""
-    paths = (f"{root}/{name}" for name in names)
-    return [Sample(path, label, path) for path, label in zip(paths, labels, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +58,7 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def fill(self, split: str, images: Iterable[tuple[str, int, bytes]], expected_bytes: int = 0) -> list[Sample]:
+    def fill(self, split: str, images: Iterable[tuple[str, int, bytes]], expected_bytes: int = 0) -> Samples:
         """Write the (name, label, encoded image) of `images`, or find that it has been done."""
         data, index = self.folder / f"spool-{split}", self.folder / f"spool-{split}.json"
         with (self.folder / f"spool-{split}.lock").open("w") as file:
@@ -95,8 +66,7 @@ class Spool:
                 lock(file)
             if not index.exists():
                 self._write(data, index, images, expected_bytes)
-        rows = json.loads(index.read_text())
-        return [Sample(name, label, str(data), offset, length) for name, label, offset, length in rows]
+        return Samples(RangeColumns(Sample(name, label, str(data), *place) for name, label, *place in _rows(index)))
 
     def _write(self, data: Path, index: Path, images: Iterable[tuple[str, int, bytes]], expected_bytes: int) -> None:
         if (free := shutil.disk_usage(self.folder).free) < expected_bytes:
@@ -104,17 +74,26 @@ class Spool:
                 f"{self.folder.parent.parent} has {free >> 20} MiB left, but a copy of the source needs "
                 f"{expected_bytes >> 20} MiB beside the result; make room"
             )
-        rows, at = [], 0
-        with data.open("wb") as file:
-            for name, label, encoded in images:
+        at, unfinished = 0, index.with_suffix(".unfinished")
+        with data.open("wb") as file, unfinished.open("w") as rows:
+            rows.write("[")
+            for number, (name, label, encoded) in enumerate(images):
                 file.write(encoded)
-                rows.append((name, label, at, len(encoded)))
+                rows.write(f"{',' if number else ''}\n{json.dumps((name, label, at, len(encoded)))}")
                 at += len(encoded)
+            rows.write("\n]")
             file.flush()
             os.fsync(file.fileno())
-        unfinished = index.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(rows))
         unfinished.replace(index)
+
+
+def _rows(index: Path) -> Iterator[Any]:
+    """Those of a list in JSON, a row a line, one after the other; or all in one line, as earlier versions wrote it."""
+    with index.open() as file:
+        for line in file:
+            if (told := line.strip().rstrip(",")) not in ("[", "]"):
+                found = json.loads(told)
+                yield from found if not found or isinstance(found[0], list) else [found]
 
 
 @dataclass(frozen=True)
@@ -122,7 +101,7 @@ class Listing:
     """All samples of a source, in an order that depends on its content alone."""
 
     classes: tuple[str, ...]
-    splits: dict[str, Sequence[Sample]]
+    splits: dict[str, Samples]
     """By `train`, `val` or, alone, `UNSPLIT`."""
 
 
@@ -142,13 +121,13 @@ class Claim:
     """Where each split lies."""
     labels: str
     """Where the labels come from, in words."""
-    read: Callable[[Spool], dict[str, Sequence[Sample]]]
+    read: Callable[[Spool], dict[str, Samples]]
     """The samples of every split, in the order of `splits`."""
     taken: dict[str, Sequence[str]] = field(default_factory=dict)
     """By folder: the names of the files that hold the samples, images themselves or archives and tables of them."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Files that were used in another way, and for what."""
-    unused: dict[str, list[str]] = field(default_factory=dict)
+    unused: dict[str, Sequence[str]] = field(default_factory=dict)
     """By reason: files that the layout is known to bring along and that are not read."""
     notes: list[str] = field(default_factory=list)
     """Sentences that the user should know."""
@@ -186,6 +165,23 @@ def check_labels(claim: Claim, source: Path | str) -> None:
             claim.notes.append(f"{len(empty)} of {len(claim.classes)} classes have no validation image: {some(empty)}")
         else:
             raise DataError(f"class {empty[0]!r} has no image in {where}; add some or remove the class")
+
+
+def ordered_files(
+    root: Path, files: Mapping[str, FullNames], classes: Sequence[str], split: str
+) -> tuple[FullNames, array[int]]:
+    """The files in class folders by class and name, and their labels; `DataError` for a class that is not known."""
+    if unknown := sorted(set(files).difference(classes)):
+        raise DataError(
+            f"{root} has the class {unknown[0]!r} in the {split} split, which is no training class; mend it, or leave "
+            "it out with --ignore"
+        )
+    number = {name: label for label, name in enumerate(classes)}
+    names, labels = FullNames(), array("i")
+    for name in sorted(files, key=number.__getitem__):
+        names.extend(files[name].in_order())
+        labels.extend(array("i", [number[name]]) * len(files[name]))
+    return names, labels
 
 
 def only_test(source: str) -> DataError:

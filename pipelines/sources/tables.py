@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.base import DataError, in_words
 from pipelines.extras import require
+from pipelines.sources.columns.samples import MAX_ENCODED, Samples
 from pipelines.sources.features import ClassNames, named_by, saved_files, saved_splits
 from pipelines.sources.names import WORDS, by_split, check_parts, order_classes
 from pipelines.sources.sample import (
-    MAX_ENCODED,
     UNSPLIT,
     Choice,
     Claim,
-    Sample,
     Spool,
     check_class_names,
     number_classes,
@@ -54,7 +53,7 @@ def claim_parquet(tree: Tree, choice: Choice) -> Claim | None:
     Raises:
         DataError: a file is missing or damaged, or it is not certain which column is which.
     """
-    names = [name for name in tree.files() if name.lower().endswith(".parquet")]
+    names = tree.called(lambda name: name.lower().endswith(".parquet"))
     if not names:
         return None
     with _told(tree.root):
@@ -94,14 +93,14 @@ def claim_saved(tree: Tree, choice: Choice) -> Claim | None:
         found[split] = _Files(saved_files(tree, folder), _stream_batches, _stream_schema)
     claim = _claim(tree, choice, "arrow", "a data set saved by Hugging Face's datasets", found)
     claim.metadata |= at.metadata
-    caches = [name for name in tree.files() if re.match(r"(cache-|tmp).*\.arrow$", name.rpartition("/")[2])]
+    caches = tree.called(re.compile(r"(cache-|tmp).*\.arrow$").match)
     if caches:
         claim.unused["a cache of the datasets library"] = caches
     return claim
 
 
 def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mapping[str | None, _Files]) -> Claim:
-    unused: dict[str, list[str]] = {}
+    unused: dict[str, Sequence[str]] = {}
     notes: list[str] = []
     splits: dict[str, _Files]
     uses_test = False
@@ -132,7 +131,7 @@ def _claim(tree: Tree, choice: Choice, format: str, described: str, found: Mappi
         folder, _, last = name.rpartition("/")
         taken.setdefault(folder, []).append(last)
 
-    def read(spool: Spool) -> dict[str, Sequence[Sample]]:
+    def read(spool: Spool) -> dict[str, Samples]:
         return {split: _spooled(tree, own, image, labels[split], spool, split) for split, own in splits.items()}
 
     return Claim(
@@ -266,9 +265,7 @@ def _labels(tree: Tree, files: _Files, label: str) -> list[Any]:
     return found
 
 
-def _spooled(
-    tree: Tree, files: _Files, image: str, labels: Sequence[int], spool: Spool, split: str
-) -> Sequence[Sample]:
+def _spooled(tree: Tree, files: _Files, image: str, labels: Sequence[int], spool: Spool, split: str) -> Samples:
     size = sum(tree.path(name).stat().st_size for name in files.names)
     return spool.fill(split, _images(tree, files, image, labels, size), size)
 

@@ -23,7 +23,7 @@ class NoTable(DataError):
 
 def text_files(tree: Tree) -> list[str]:
     """The text files of a tree that may label images; where there are a great many, without those among images."""
-    texts = [name for name in tree.files() if name.lower().endswith(_SUFFIXES) and not _is_example(name)]
+    texts = tree.called(lambda name: name.lower().endswith(_SUFFIXES) and not _is_example(name))
     if len(texts) > _MAX_FILES:
         pictures = {folder for folder, names in tree.folders.items() if any(map(is_image, names))}
         texts = [name for name in texts if name.rpartition("/")[0] not in pictures][:_MAX_FILES]
@@ -32,7 +32,7 @@ def text_files(tree: Tree) -> list[str]:
 
 def _is_example(name: str) -> bool:
     """Whether it is Kaggle's example of what to hand in: it names the test images, with labels that mean nothing."""
-    return "submission" in name.rpartition("/")[2].lower()
+    return "submission" in name.lower()
 
 
 def rows(path: Path) -> Iterator[list[str]]:

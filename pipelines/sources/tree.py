@@ -7,12 +7,13 @@ import os
 import stat
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipelines.base import DataError, in_words
+from pipelines.sources.columns.names import packed
 
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 _MAX_DEPTH = 64
@@ -28,7 +29,7 @@ class Tree:
 
     root: Path
     """The source if it is a folder, else the folder of that file."""
-    folders: dict[str, list[str]] = field(default_factory=dict)
+    folders: dict[str, Sequence[str]] = field(default_factory=dict)
     """Sorted names of the files by folder, which is "" for the root; folders without a file as well."""
     ignored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """By rule: files and whole folders (`name/`) that are not looked at."""
@@ -46,6 +47,10 @@ class Tree:
         for folder in sorted(self.folders):
             for name in self.folders[folder]:
                 yield join(folder, name)
+
+    def called(self, fits: Callable[[str], object]) -> list[str]:
+        """The files whose own name fits, by folder and name, as full names."""
+        return [join(folder, name) for folder in sorted(self.folders) for name in self.folders[folder] if fits(name)]
 
     def children(self, folder: str) -> list[str]:
         """The folders in `folder`, sorted, as full names."""
@@ -141,7 +146,7 @@ class _Walk:
                 f"{shown(place)} cannot be read ({in_words(error)}); change who may read it, or leave it out with "
                 "--ignore"
             ) from error
-        files = self.tree.folders[folder] = []
+        files: list[str] = []
         inside: list[tuple[str, tuple[int, int]]] = []
         for entry in found:
             name = join(folder, entry.name)
@@ -157,6 +162,8 @@ class _Walk:
                 about = entry.stat()
                 inside.append((name, (about.st_dev, about.st_ino)))
         self._compare_forms(place, files + [name.rpartition("/")[2] for name, _ in inside])
+        self.tree.folders[folder] = packed(files)
+        del files, found  # not to be kept while the folders below are read
         for name, its_identity in inside:
             self.visits[its_identity] += 1
             if its_identity in (*above, identity):
@@ -181,23 +188,22 @@ class _Walk:
         return HIDDEN if last.startswith(".") else None
 
     def _kind(self, entry: os.DirEntry[str], name: str) -> str | None:
-        path = shown(entry.path)
         if entry.is_symlink():
             try:
                 target = os.path.realpath(entry.path, strict=True)
             except OSError as error:
-                self.problems["circle" if error.errno == errno.ELOOP else "dangling"].append(path)
+                self.problems["circle" if error.errno == errno.ELOOP else "dangling"].append(shown(entry.path))
                 return None
             outside = os.path.commonpath([target, self.real]) != self.real
             if outside and not self.follow_links:
-                self.problems["outside"].append(path)
+                self.problems["outside"].append(shown(entry.path))
                 return None
         mode = entry.stat().st_mode
         if stat.S_ISREG(mode):
             return "file"
         if stat.S_ISDIR(mode):
             return "folder"
-        self.problems["special"].append(path)
+        self.problems["special"].append(shown(entry.path))
         return None
 
     def _compare_forms(self, place: Path, names: list[str]) -> None:

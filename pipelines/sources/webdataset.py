@@ -11,8 +11,9 @@ from typing import Any
 
 from pipelines.base import DataError
 from pipelines.sources.archive import Member, image_member, tar_members
+from pipelines.sources.columns.samples import RangeColumns, Sample, Samples
 from pipelines.sources.names import by_split, check_parts, is_image
-from pipelines.sources.sample import UNSPLIT, Choice, Claim, Sample, check_class_names, number_classes, only_test
+from pipelines.sources.sample import UNSPLIT, Choice, Claim, check_class_names, number_classes, only_test
 from pipelines.sources.tree import Tree, join, shown, some
 from pipelines.storage.json_files import bounded
 
@@ -37,14 +38,14 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
     Raises:
         DataError: a shard is missing or damaged, a sample has no label, or more than one image.
     """
-    tars = [name for name in tree.files() if name.lower().endswith(".tar")]
+    tars = tree.called(lambda name: name.lower().endswith(".tar"))
     if not tars:
         return None
     if tree.single is None:
         check_parts(tree, tars)
     described, metadata = _info(tree, tars)
     splits = by_split(tree, tars)
-    notes, unused, uses_test = _gaps(tars), dict[str, list[str]](), False
+    notes, unused, uses_test = _gaps(tars), dict[str, Sequence[str]](), False
     chosen: dict[str, list[str]] = {}
     if None in splits:
         chosen[UNSPLIT] = splits[None]
@@ -61,20 +62,20 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
     if not chosen:
         raise only_test(shown(tree.root))
     members: dict[str, Counter[str]] = {}
-    samples: dict[str, list[Sample]] = {}
+    samples: dict[str, RangeColumns] = {}
     told: set[str] = set()
     named: dict[int, set[str]] = {}
     for split, names in chosen.items():
-        members[split], samples[split] = Counter(), []
+        members[split], samples[split] = Counter(), RangeColumns()
         for name in names:
             shard = _Shard(tree, name, choice, members[split], named)
             if not (own := shard.samples()):
                 raise DataError(
                     f"{shown(shard.path)} holds no sample; download it again, or leave it out with --ignore"
                 )
-            samples[split] += own
+            samples[split].extend(own)
             told |= shard.told
-    labels = {split: [sample.label for sample in some_samples] for split, some_samples in samples.items()}
+    labels: dict[str, Sequence[int]] = {split: columns.labels for split, columns in samples.items()}
     names_file = [name for name in tree.folders.get("", ()) if name == NAMES]
     if names_file:
         path = tree.path(NAMES)
@@ -98,7 +99,7 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
     for name in (name for names in chosen.values() for name in names):
         folder, _, last = name.rpartition("/")
         taken.setdefault(folder, []).append(last)
-    known = set(tree.files())
+    known = set(tree.called(lambda name: name.endswith((".parquet", "_stats.json", ".csv"))))
     for name in tars:  # img2dataset describes the images of each tar in a table and a file beside it
         for beside in (f"{name[:-4]}.parquet", f"{name[:-4]}_stats.json", f"{name[:-4]}.csv"):
             if beside in known:
@@ -107,10 +108,10 @@ def claim_webdataset(tree: Tree, choice: Choice) -> Claim | None:
         "webdataset",
         described,
         classes,
-        dict(labels),
+        labels,
         {split: some(names) for split, names in chosen.items()},
         f"{' or '.join(sorted(told))} in each sample, {named_by}",
-        lambda spool: dict(samples),
+        lambda spool: {split: Samples(columns) for split, columns in samples.items()},
         taken=dict(taken),
         metadata=metadata,
         unused=unused,
@@ -156,7 +157,7 @@ def _gaps(tars: Sequence[str]) -> list[str]:
 
 def _info(tree: Tree, tars: Sequence[str]) -> tuple[str, dict[str, str]]:
     """timm's list of the shards, if there is one: all that it names must be there."""
-    found = [name for name in tree.files() if name.rpartition("/")[2] in _INFO]
+    found = tree.called(_INFO.__contains__)
     for name in found:
         path = tree.path(name)
         files = _shard_names(path)

@@ -16,6 +16,7 @@ from pipelines.base import in_words
 
 _VERSION = 2
 _MIN_PAGE = 1 << 21
+_AT_ONCE = 1 << 16  # rows
 _INT, _RGB = 1, 2  # FFCV's numbers of the field types
 JPEG, RAW = 0, 1  # and of the ways to store an image
 HEADER = np.dtype(
@@ -45,18 +46,23 @@ def stored_path(beton: Path) -> Path:
     return beton.with_name(f"{beton.name}.npy")
 
 
-def frame(rows: NDArray[Any], labels: NDArray[np.int64], page: int, table: int) -> bytes:
-    """Everything in front of the pages."""
-    header = np.array((_VERSION, 3, page, len(rows), table), dtype=HEADER)
+def header(num_samples: int, page: int, table: int) -> bytes:
+    """Header and fields."""
+    found = np.array((_VERSION, 3, page, num_samples, table), dtype=HEADER)
     fields = np.zeros(3, dtype=FIELD)
     for row, (name, kind) in zip(fields, {"image": _RGB, "label": _INT, "index": _INT}.items(), strict=True):
         row["type"] = kind
         row["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-    metadata = np.zeros(len(rows), dtype=METADATA)
+    return found.tobytes() + fields.tobytes()
+
+
+def metadata(rows: NDArray[Any], labels: NDArray[np.signedinteger], first: int) -> NDArray[Any]:
+    """What follows them, up to the pages: of the samples from number `first` on."""
+    found = np.zeros(len(rows), dtype=METADATA)
     for column in ("mode", "width", "height", "ptr"):
-        metadata["image"][column] = rows[column]
-    metadata["label"], metadata["index"] = labels, np.arange(len(rows))
-    return header.tobytes() + fields.tobytes() + metadata.tobytes()
+        found["image"][column] = rows[column]
+    found["label"], found["index"] = labels, np.arange(first, first + len(rows))
+    return found
 
 
 def damaged_frame(path: Path, rows: NDArray[Any], labels: NDArray[np.signedinteger], max_size: int) -> str | None:
@@ -65,38 +71,42 @@ def damaged_frame(path: Path, rows: NDArray[Any], labels: NDArray[np.signedinteg
     FFCV follows the pointers in them without a check. About 0.3 s for a million samples.
     """
     page = page_size(max_size)
-    table = -(-int((rows["ptr"] + rows["size"]).max()) // page) * page
-    before, behind = frame(rows, labels, page, table), allocation_table(rows).tobytes()
+    parts = [slice(first, first + _AT_ONCE) for first in range(0, len(rows), _AT_ONCE)]
+    table = -(-max(int((rows["ptr"][some] + rows["size"][some]).max()) for some in parts) // page) * page
+    before = header(len(rows), page, table)
     try:
         with path.open("rb") as file:
-            found_before = file.read(len(before))
+            found = file.read(len(before))
+            if found[: HEADER.itemsize] != before[: HEADER.itemsize]:
+                return "header"
+            if found != before:
+                return "table of fields"
+            for some in parts:
+                expected = metadata(rows[some], labels[some], some.start)
+                if (at := _first_difference(file.read(expected.nbytes), expected)) is not None:
+                    return f"metadata of sample {some.start + at}"
             file.seek(table)
-            found_behind = file.read(len(behind) + 1)
+            for some in parts:
+                expected = allocation_table(rows[some], some.start)
+                if (at := _first_difference(file.read(expected.nbytes), expected)) is not None:
+                    return f"allocation table, sample {some.start + at}"
+            return f"allocation table, sample {len(rows)}" if file.read(1) else None
     except OSError as error:
         return f"which cannot be read ({in_words(error)})"
-    metadata = HEADER.itemsize + 3 * FIELD.itemsize
-    if found_before[: HEADER.itemsize] != before[: HEADER.itemsize]:
-        return "header"
-    if found_before[:metadata] != before[:metadata]:
-        return "table of fields"
-    if (sample := _first_difference(found_before[metadata:], before[metadata:], METADATA.itemsize)) is not None:
-        return f"metadata of sample {sample}"
-    if (sample := _first_difference(found_behind, behind, ALLOCATION.itemsize)) is not None:
-        return f"allocation table, sample {sample}"
-    return None
 
 
-def _first_difference(found: bytes, expected: bytes, size: int) -> int | None:
-    """Number of the first record of `size` bytes that differs or is missing."""
+def _first_difference(found: bytes, rows: NDArray[Any]) -> int | None:
+    """Number of the first of `rows` that differs or is missing."""
+    expected = rows.tobytes()
     if found == expected:
         return None
     length = min(len(found), len(expected))
     differs = np.frombuffer(found, np.uint8, length) != np.frombuffer(expected, np.uint8, length)
-    return (int(differs.argmax()) if differs.any() else length) // size
+    return (int(differs.argmax()) if differs.any() else length) // rows.itemsize
 
 
-def allocation_table(rows: NDArray[Any]) -> NDArray[Any]:
-    """Everything behind them."""
+def allocation_table(rows: NDArray[Any], first: int) -> NDArray[Any]:
+    """Everything behind the pages, of the samples from number `first` on."""
     table = np.zeros(len(rows), dtype=ALLOCATION)
-    table["sample"], table["ptr"], table["size"] = np.arange(len(rows)), rows["ptr"], rows["size"]
+    table["sample"], table["ptr"], table["size"] = np.arange(first, first + len(rows)), rows["ptr"], rows["size"]
     return table

@@ -20,9 +20,10 @@ import numpy as np
 
 from pipelines.conversion.beton import BetonFile, Piece, encode_piece
 from pipelines.conversion.engines import map_tasks
-from pipelines.conversion.scan import ImageFile, check_chunk, checked_images
+from pipelines.conversion.processes import PATIENCE
+from pipelines.conversion.scan import Images, check_chunk, checked_images
 from pipelines.conversion.work import Crew, chunks_of
-from pipelines.sources.folder import list_folder
+from pipelines.sources.listing import Choice, Spool, inspect
 from tools.benchmarks.measure import Result, cells, conclude, in_turns, over, page, parser, spread
 
 OURS, FFCV = "pss-convert", "FFCV's writer"
@@ -51,12 +52,13 @@ print(time.perf_counter() - began)
 
 def measured(arguments: argparse.Namespace) -> Result:
     """Images per second: once of checking the source, and in every round of each writer."""
-    (samples,) = list_folder(arguments.folder).splits.values()
+    found = inspect(str(arguments.folder), Choice(one_split=True))
+    (samples,) = found.listing(Spool(arguments.folder)).splits.values()
     chunks = [samples[chunk] for chunk in chunks_of(len(samples), 8, 1024)]
     began = time.perf_counter()
     checked = map_tasks(check_chunk, chunks, arguments.jobs, lambda _: None)
     checking = len(samples) / (time.perf_counter() - began)
-    images = [image for chunk, found in zip(chunks, checked, strict=True) for image in checked_images(chunk, found)[0]]
+    images, _ = checked_images(samples, checked, None, "")
     writers = {
         OURS: lambda: len(images) / _time_ours(images, arguments.max_size, arguments.jobs),
         FFCV: lambda: len(images) / _time_ffcv(images, arguments.max_size, arguments.jobs),
@@ -88,25 +90,25 @@ def main(argv: Sequence[str] | None = None) -> Result:
     return conclude(command.parse_args(argv), measured, report)
 
 
-def _time_ours(images: list[ImageFile], max_size: int, jobs: int) -> float:
+def _time_ours(images: Images, max_size: int, jobs: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        crew = Crew(work, jobs, "processes", None)
+        crew = Crew(work, jobs, "processes", None, PATIENCE)
         chunks = chunks_of(len(images), 8, 512)
         results = crew.paths("beton", len(chunks))
         data = [path.with_name(f"{path.name}.data") for path in results]
         pieces = [
-            Piece(str(path), images[chunk], [False] * len(images[chunk]), max_size, 90)
+            Piece(str(path), images[chunk], np.zeros(len(images[chunk]), np.bool_), max_size, 90)
             for path, chunk in zip(data, chunks, strict=True)
         ]
         beton = BetonFile(work / "train.beton", results, data, len(images), max_size)
         began = time.perf_counter()
         crew.run("beton", encode_piece, pieces, lambda _: beton.advance())
-        beton.finish(np.array([image.sample.label for image in images], dtype=np.int64))
+        beton.finish(images.labels)
         return time.perf_counter() - began
 
 
-def _time_ffcv(images: list[ImageFile], max_size: int, jobs: int) -> float:
+def _time_ffcv(images: Images, max_size: int, jobs: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         task = pickle.dumps(([image.sample.path for image in images], f"{folder}/train.beton", max_size, jobs))
         done = subprocess.run([sys.executable, "-c", _FFCV], input=task, capture_output=True, check=True)

@@ -1,0 +1,189 @@
+"""Samples, and sequences of them as columns."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.base import DataError
+from pipelines.sources.columns.names import FullNames, packed
+
+MAX_ENCODED = 256 << 20
+"""Bytes of the largest encoded image that is read."""
+
+_AT_ONCE = 1 << 16
+
+Numbers = range | NDArray[np.int32]
+"""Rows of columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One encoded image."""
+
+    name: str
+    """For messages and lists: the file, or the archive and the member."""
+    label: int
+    path: str
+    offset: int = 0
+    length: int | None = None
+    """None: the whole file."""
+
+    def read(self) -> bytes:
+        """The encoded bytes; `DataError` or `OSError` where they cannot be had."""
+        with Path(self.path).open("rb") as file:
+            file.seek(self.offset)
+            encoded = file.read(MAX_ENCODED + 1 if self.length is None else self.length)
+        if len(encoded) > MAX_ENCODED:
+            raise DataError(f"larger than {MAX_ENCODED >> 20} MiB")
+        if self.length is not None and len(encoded) != self.length:
+            raise DataError("its archive ends before it does")
+        return encoded
+
+
+class Columns(Protocol):
+    """What `Samples` are views of."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def labels(self) -> Sequence[int]: ...
+
+    def sample(self, i: int) -> Sample:
+        """The sample of row `i`."""
+        ...
+
+    def __iter__(self) -> Iterator[Sample]:
+        """All samples, in less time than one by one."""
+        ...
+
+
+class FileColumns:
+    """Whole files."""
+
+    def __init__(self, names: Sequence[str], labels: Sequence[int]) -> None:
+        """As many `labels` as paths."""
+        assert len(names) == len(labels)
+        self.names, self.labels = names, labels
+
+    def sample(self, i: int) -> Sample:
+        name = self.names[i]
+        return Sample(name, self.labels[i], name)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (Sample(name, label, name) for name, label in zip(self.names, self.labels, strict=True))
+
+
+class RangeColumns:
+    """Byte ranges of files: samples as they are found, at 24 bytes each beside their names."""
+
+    def __init__(self, samples: Iterable[Sample] = ()) -> None:
+        self.names = FullNames()
+        self.labels: array[int] | list[int] = array("i")
+        self._number_of: dict[str, int] = {}
+        self._paths: list[str] = []
+        self._file, self._offset, self._length = array("i"), array("q"), array("q")
+        self.extend(samples)
+
+    def extend(self, samples: Iterable[Sample]) -> None:
+        """Further samples behind these."""
+        left = iter(samples)
+        while some := list(islice(left, _AT_ONCE)):
+            self.names.add("", packed([one.name for one in some]))
+            labels = [one.label for one in some]
+            try:
+                self.labels.extend(array("i", labels))
+            except OverflowError:  # no label of a class: whoever counts them will name it
+                self.labels = [*self.labels, *labels]
+            for one in some:
+                if (number := self._number_of.setdefault(one.path, len(self._paths))) == len(self._paths):
+                    self._paths.append(one.path)
+                self._file.append(number)
+                self._offset.append(one.offset)
+                self._length.append(-1 if one.length is None else one.length)
+
+    def sample(self, i: int) -> Sample:
+        length = self._length[i]
+        path = self._paths[self._file[i]]
+        return Sample(self.names[i], self.labels[i], path, self._offset[i], None if length < 0 else length)
+
+    def __iter__(self) -> Iterator[Sample]:
+        rows = zip(self.names, self.labels, self._file, self._offset, self._length, strict=True)
+        return (
+            Sample(name, label, self._paths[file], offset, None if length < 0 else length)
+            for name, label, file, offset, length in rows
+        )
+
+
+class Samples(Sequence[Sample]):
+    """Samples as rows of columns, each made when it is asked for. Slices are views. What is sent to another process is
+    a plain list of its own samples."""
+
+    __slots__ = ("_columns", "_numbers")
+
+    def __init__(self, columns: Columns, numbers: Numbers | None = None) -> None:
+        """Those of the rows `numbers`, or of all."""
+        self._columns = columns
+        self._numbers = range(len(columns.labels)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+    @overload
+    def __getitem__(self, at: slice) -> Samples: ...
+    def __getitem__(self, at: int | slice) -> Sample | Samples:
+        if isinstance(at, slice):
+            return Samples(self._columns, self._numbers[at])
+        return self._columns.sample(int(self._numbers[at]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        if isinstance(self._numbers, range) and self._numbers == range(len(self._columns.labels)):
+            return iter(self._columns)
+        return (self._columns.sample(int(i)) for i in self._numbers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+    def take(self, at: NDArray[np.int32]) -> Samples:
+        """Those at the places `at`."""
+        return Samples(self._columns, chosen(self._numbers, at))
+
+    def name(self, at: int) -> str:
+        """Of the one at place `at`."""
+        return self._columns.names[int(self._numbers[at])]
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """(len(self),)"""
+        return column(np.asarray(self._columns.labels, dtype=np.int32), self._numbers)
+
+
+def chosen(numbers: Numbers, at: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Which rows those at the places `at` among `numbers` are."""
+    if isinstance(numbers, range):
+        assert numbers.step == 1
+        return at if numbers.start == 0 else at + np.int32(numbers.start)
+    return numbers[at]
+
+
+def column(values: NDArray[Any], numbers: Numbers) -> NDArray[Any]:
+    """The rows `numbers` of a column; a view where they follow each other."""
+    if isinstance(numbers, range):
+        assert numbers.step == 1
+        return values[numbers.start : numbers.stop]
+    return values[numbers]
+
+
+def file_samples(root: Path, names: Sequence[str], labels: Sequence[int]) -> Samples:
+    """Whole files as samples; `names` are relative to `root`."""
+    return Samples(FileColumns(FullNames.of(names).under(str(root)), labels))
