@@ -14,6 +14,7 @@ from cli.errors import flush
 from cli.rhos import parse_rhos
 
 if TYPE_CHECKING:
+    from pipelines import DataPath
     from pss.inference.opening import Run
     from pss.runtime.processes import World
 
@@ -76,7 +77,7 @@ def run(
     one: Run,
     name: str,
     wanted: Wish,
-    data: Path,
+    data: DataPath,
     folder: Path,
     compared: Sequence[float] | None,
     *,

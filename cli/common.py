@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from pipelines import RemoteSet
 
 
 def make_app() -> typer.Typer:
@@ -27,6 +31,29 @@ def _show_version(asked: bool) -> None:
 
 
 VERSION: Any = typer.Option("--version", help="Show the version and leave.", is_eager=True, callback=_show_version)
+
+
+CACHE_DIR: Any = typer.Option(
+    "--cache-dir",
+    help="For --data at an address: a folder on this machine's disk that its processes share (default: ~/.cache/pss).",
+    show_default=False,
+)
+CACHE_GB: Any = typer.Option(
+    "--cache-gb",
+    help="How much of the disk that may take, in GB (default: what the data set has).",
+    show_default=False,
+)
+
+
+def found_data(data: str | None, cache_dir: Path | None, cache_gb: float | None) -> Path | RemoteSet | None:
+    """What --data names, opened if it is elsewhere. Raises `ValueError`."""
+    if data is not None:
+        from pipelines import find_data
+
+        return find_data(data, cache_dir, cache_gb)
+    if cache_dir is not None or cache_gb is not None:
+        raise ValueError("--cache-dir and --cache-gb are for --data at an address; give it, or leave them out")
+    return None
 
 
 def recipe_names(incomplete: str) -> Iterator[tuple[str, str]]:

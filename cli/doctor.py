@@ -28,7 +28,7 @@ _SECONDS = 4.0
 _NAMES: dict[Backend, str] = {"torch": "torch", "dali": "dali", "ffcv": "ffcv (as stored)"}
 
 
-def examine(config: Config, data: Path | None, loader: Backend) -> None:
+def examine(config: Config, data: pipelines.DataPath | None, loader: Backend) -> None:
     """Measure, on one process, training and every loader that can read the data, and show what follows.
 
     Raises:
@@ -38,7 +38,9 @@ def examine(config: Config, data: Path | None, loader: Backend) -> None:
     if data is None:
         raise ValueError("--doctor measures the loader; give --data")
     dataset = pipelines.open_dataset(data)
-    planned = plan(config, num_images=dataset.num_samples("train"), num_classes=len(dataset.classes))
+    planned = plan(
+        config, num_images=dataset.epoch_samples(config.data, config.train.batch_size), num_classes=len(dataset.classes)
+    )
     with dist.start() as world:
         if world.size > 1:
             raise ValueError("--doctor looks at one process; run it without torchrun")
@@ -55,16 +57,16 @@ def examine(config: Config, data: Path | None, loader: Backend) -> None:
         typer.echo(f"{name} was not measured: {reason}")
 
 
-def some_maps(config: Config, data: Path) -> Tensor | None:
+def some_maps(config: Config, data: pipelines.DataPath) -> Tensor | None:
     """The first label maps of the run, if it learns from any."""
     if config.data.label_maps is None:
         return None
-    maps = LabelMaps(find_maps(data, "train", config.data.label_maps))
+    maps = LabelMaps(find_maps(Path(data), "train", config.data.label_maps))
     return maps.rows(np.arange(min(maps.num_samples, config.train.batch_size)))
 
 
 def measure_loaders(
-    config: Config, data: Path, wanted: Backend, device: str
+    config: Config, data: pipelines.DataPath, wanted: Backend, device: str
 ) -> tuple[dict[Backend, float], dict[Backend, str]]:
     """Images per second of every loader that can read the training images, and why others cannot.
 

@@ -11,7 +11,7 @@ import typer
 
 from cli import cascades, outputs
 from cli.cascades import wish
-from cli.common import VERSION, make_app
+from cli.common import CACHE_DIR, CACHE_GB, VERSION, found_data, make_app
 from cli.errors import flush, run
 from cli.rhos import parse_rhos
 
@@ -37,7 +37,7 @@ def evaluate(
         ),
     ],
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="The data set, as given to pss-train; for anything that asks for accuracy.", show_default=False
         ),
@@ -62,6 +62,8 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="Which split to evaluate on.")] = "val",
     loader: Annotated[Literal["auto", "dali", "ffcv", "torch"], typer.Option(help="What decodes the images.")] = "auto",
+    cache_dir: Annotated[Path | None, CACHE_DIR] = None,
+    cache_gb: Annotated[float | None, CACHE_GB] = None,
     batch_size: Annotated[
         int, typer.Option(help="Images per batch, also for the speed.", min=1, max=_LARGEST_BATCH)
     ] = 64,
@@ -164,6 +166,8 @@ def evaluate(
                 ("--int8", int8),
                 ("--split", split != "val"),
                 ("--loader", loader != "auto"),
+                ("--cache-dir", cache_dir),
+                ("--cache-gb", cache_gb),
             )
             if value
         ]:
@@ -220,7 +224,8 @@ def evaluate(
         if output is not None and (sweeping or wanted):
             outputs.check_folder(output, results, given=True)
 
-    dataset = None if data is None else pipelines.open_dataset(data)
+    place = found_data(data, cache_dir, cache_gb)
+    dataset = None if place is None else pipelines.open_dataset(place)
     names = sweep.distinct_names(runs)
     with dist.start() as world:
         if world.size > 1 and not sweeping:
@@ -235,8 +240,8 @@ def evaluate(
             typer.echo(note, err=True)
 
         def measured(at: Sequence[float] | None) -> Evaluated:
-            assert data is not None
-            return measure(loaded, names, data, at, split=split, loader=loader, batch_size=batch_size, world=world)
+            assert place is not None
+            return measure(loaded, names, place, at, split=split, loader=loader, batch_size=batch_size, world=world)
 
         folder = output or sweep.default_output(loaded)
         if output is None and (sweeping or wanted):
@@ -265,16 +270,16 @@ def evaluate(
             world.barrier()
             writing.close()
         if wanted is not None:
-            assert data is not None
+            assert place is not None
             cascades.run(
-                loaded[0], names[0], wanted, data, folder, rhos,
+                loaded[0], names[0], wanted, place, folder, rhos,
                 split=split, loader=loader, batch_size=batch_size, world=world, export=export,
             )  # fmt: skip
             return
         if demand.option:
-            rhos = [choose(demand, loaded[0], rhos, None if data is None else measured, batch_size, world.device)]
+            rhos = [choose(demand, loaded[0], rhos, None if place is None else measured, batch_size, world.device)]
         if export is not None:
-            quantised = None if not int8 or data is None else Wanted8(data, split, loader, batch_size)
+            quantised = None if not int8 or place is None else Wanted8(place, split, loader, batch_size)
             write_export(loaded[0], export, rhos, dynamic=dynamic, int8=quantised)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from cli.errors import flush
+from pipelines import DataPath
 from pss.api.training import LoaderName
 from pss.inference.opening import Run
 
@@ -17,7 +18,7 @@ from pss.inference.opening import Run
 class Wanted8:
     """A file of 8 bits, and what it is measured on."""
 
-    data: Path
+    data: DataPath
     split: str
     loader: LoaderName
     batch_size: int

@@ -76,7 +76,7 @@ class Wanted:
         return [given, *feeds], given
 
 
-def show_plan(config: Config, data: Path | None, wanted: Wanted, picture: Path | None = None) -> None:
+def show_plan(config: Config, data: pipelines.DataPath | None, wanted: Wanted, picture: Path | None = None) -> None:
     """All of `--plan`, on ImageNet-1k's number of images where there is no data; `picture` is where it is drawn.
 
     Raises:
@@ -92,7 +92,7 @@ def show_plan(config: Config, data: Path | None, wanted: Wanted, picture: Path |
     num_images, num_classes = IMAGENET_IMAGES, IMAGENET_CLASSES
     if data is not None:
         dataset = pipelines.open_dataset(data)
-        num_images, num_classes = dataset.num_samples("train"), len(dataset.classes)
+        num_images, num_classes = dataset.epoch_samples(config.data, config.train.batch_size), len(dataset.classes)
     if steps_per_epoch := num_images // config.train.batch_size:
         check_steps(config, steps_per_epoch)
     planned = plan(config, num_images=num_images, num_classes=num_classes)
@@ -123,7 +123,7 @@ def draw_plan(config: Config, planned: Plan) -> bytes:
 
 def fitting(
     config: Config,
-    data: Path | None,
+    data: pipelines.DataPath | None,
     wanted: Wanted,
     settings: Sequence[str],
     budget_hours: float | None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cli.common import VERSION, make_app, recipe_names, setting_names
+from cli.common import CACHE_DIR, CACHE_GB, VERSION, found_data, make_app, recipe_names, setting_names
 from cli.errors import Failed, run
 
 if TYPE_CHECKING:
@@ -50,13 +50,19 @@ def train(
         ),
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help="A folder made by pss-convert, or one with train|val/class/*.jpg.", show_default=False),
+        str | None,
+        typer.Option(
+            help="A folder made by pss-convert, or its address (s3://bucket/set, https://…), or a folder with "
+            "train|val/class/*.jpg.",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The run's folder: log, checkpoints, config.", show_default=False)
     ] = None,
     loader: Annotated[Literal["auto", "dali", "ffcv", "torch"], typer.Option(help="What decodes the images.")] = "auto",
+    cache_dir: Annotated[Path | None, CACHE_DIR] = None,
+    cache_gb: Annotated[float | None, CACHE_GB] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -155,11 +161,11 @@ def train(
         from cli.plan import Wanted, fitting, show_plan
 
         check_shapes(config)
-        files = tuple(measured or ())
+        files, found = tuple(measured or ()), found_data(data, cache_dir, cache_gb)
         wanted = Wanted(gpu, gpus, nodes, cores, loader, loader_rate, gpu_rate, files)
         if (budget_hours, budget_of_dense) != (None, None):
-            config = fitting(config, data, wanted, settings, budget_hours, budget_of_dense, _began)
-        show_plan(config, data, wanted, picture)
+            config = fitting(config, found, wanted, settings, budget_hours, budget_of_dense, _began)
+        show_plan(config, found, wanted, picture)
         return
     if picture is not None:
         raise ValueError("--picture draws what --plan shows; add --plan, or leave it out")
@@ -172,7 +178,7 @@ def train(
         from cli.doctor import examine
 
         check_shapes(config)
-        examine(config, data, loader)
+        examine(config, found_data(data, cache_dir, cache_gb), loader)
         return
     if data is None or output is None:
         missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
@@ -189,6 +195,8 @@ def train(
             settings=settings,
             start=start,
             loader=loader,
+            cache_dir=cache_dir,
+            cache_gb=cache_gb,
             resume=resume,
             budget_hours=budget_hours,
             budget_of_dense=budget_of_dense,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -13,14 +14,33 @@ import numpy as np
 
 from pipelines.base import Backend, Batch, DataConfig, DataError, Loader, View, choose_loader
 from pipelines.extras import need, require
+from pipelines.remote.place import RemoteSet, find_data
+from pipelines.remote.tars import RemoteTars
+from pipelines.remote.windows import windows_of
 from pipelines.storage.manifest import MANIFEST, SPLIT_ALIASES, Manifest, canonical_split, find_maps, read_manifest
-from pipelines.storage.source import class_names, find_split_folder, open_source
+from pipelines.storage.source import ConvertedTable, Source, class_names, find_split_folder, open_source
 
-__all__ = ["Backend", "Batch", "DataConfig", "DataError", "DataSet", "Loader", "View", "build", "open_dataset"]
+__all__ = [
+    "Backend",
+    "Batch",
+    "DataConfig",
+    "DataError",
+    "DataSet",
+    "Loader",
+    "RemoteSet",
+    "View",
+    "build",
+    "find_data",
+    "open_dataset",
+    "open_split",
+]
+
+DataPath = str | os.PathLike[str]
+"""A folder, an address, or what `find_data` made of either."""
 
 
 def build(
-    root: str | Path,
+    root: DataPath,
     split: str,
     *,
     config: DataConfig,
@@ -34,20 +54,26 @@ def build(
     num_workers: int | None = None,
     check_bytes: bool = True,
     label_maps: str | Path | None = None,
+    epochs: int | None = None,
 ) -> Loader:
     """A loader over one split of the data set at `root`.
 
-    `root` is a folder written by pss-convert, or a plain one with `train|val/<class>/*.jpg`. `batch_size` is per rank.
+    `root` is a folder written by pss-convert, a plain one with `train|val/<class>/*.jpg`, or what `find_data` made of
+    an address; an address itself is read through the usual cache. `batch_size` is per rank.
     `num_workers` counts threads (0: torch decodes in the caller's); by default this rank's share of the cores.
     `loader="auto"` takes DALI if it is installed and the split holds original bytes, else torch, and both read the same
     formats; FFCV only for a split that exists in no other form. `check_bytes`: in a converted set, compare each image
     with its checksum when this process first reads it (about 1 ns a byte, once). Plain folders have no checksums:
     there, damage is found where the decoder finds it; a JPEG whose pixel data decodes to other colours passes.
     `label_maps`: a .npy file with a row for each sample of the split, in its order, of which `Batch.maps` gets the
-    batch's; `auto` is the one that pss-convert has made of this split. Raises `DataError` for data or a back end that
-    cannot be used.
+    batch's; `auto` is the one that pss-convert has made of this split. `epochs`: how many there will be, if that is
+    known, so that nothing is fetched for another one. Raises `DataError` for data or a back end that cannot be used.
     """
-    root = Path(root)
+    root = find_data(root)
+    if isinstance(root, RemoteSet):
+        root.check(
+            canonical_split(split), config, train=train, batch_size=batch_size * world_size, world_size=world_size
+        )
     settings: dict[str, Any] = {
         "config": config,
         "batch_size": batch_size,
@@ -57,15 +83,21 @@ def build(
         "world_size": world_size,
         "device": device,
         "num_workers": num_workers,
-        "label_maps": None if label_maps is None else find_maps(root, split, label_maps),
+        "epochs": epochs,
+        "label_maps": None if label_maps is None else _maps_of(root, split, label_maps),
     }
     backend = choose_backend(root, split) if loader == "auto" else loader
     if backend == "ffcv":
+        if isinstance(root, RemoteSet):
+            raise DataError(
+                f"{choose_loader('ffcv')} reads one file of all images, and {root} is elsewhere; copy the set here, or "
+                "use another loader"
+            )
         need(choose_loader("ffcv"), "ffcv", "ffcv")
         module = import_module("pipelines.loaders.ffcv_loader")
         made: Loader = module.FfcvLoader(root, split, check_bytes=check_bytes, **settings)
         return made
-    source = open_source(root, split, check_bytes)
+    source = open_split(root, split, check_bytes)
     if backend == "torch":
         made = import_module("pipelines.loaders.torch_loader").TorchLoader(source, **settings)
     elif backend == "dali":
@@ -77,11 +109,25 @@ def build(
     return made
 
 
-def choose_backend(root: Path, split: str, beside: Backend = "auto") -> Backend:
+def open_split(root: DataPath, split: str, check_bytes: bool = True) -> Source:
+    """The encoded images of a split; see `pipelines.storage.source.open_source`."""
+    root = find_data(root)
+    return (
+        RemoteTars(root, split, check_bytes) if isinstance(root, RemoteSet) else open_source(root, split, check_bytes)
+    )
+
+
+def _maps_of(root: Path | RemoteSet, split: str, named: str | Path) -> Path:
+    fetched = root.maps(split, named) if isinstance(root, RemoteSet) else None
+    return fetched or find_maps(Path(root), split, named)
+
+
+def choose_backend(root: DataPath, split: str, beside: Backend = "auto") -> Backend:
     """What `loader="auto"` stands for. `beside`: what reads another split, and is taken for this one too if it shows
     original bytes and this one has them."""
-    if (root / MANIFEST).exists():
-        manifest, _ = read_manifest(root)
+    folder = Path(root)
+    if (folder / MANIFEST).exists():
+        manifest, _ = read_manifest(folder)
         entry = manifest.splits.get(canonical_split(split))
         if entry is not None and not entry.shards and entry.beton:
             return "ffcv"
@@ -94,7 +140,7 @@ def choose_backend(root: Path, split: str, beside: Backend = "auto") -> Backend:
 class DataSet:
     """What there is to train on."""
 
-    root: Path
+    root: Path | RemoteSet
     classes: tuple[str, ...]
     splits: tuple[str, ...]
     """`train`, `val` or both."""
@@ -116,16 +162,28 @@ class DataSet:
             return {name: self.manifest.splits[name].per_class for name in self.splits}
         counts = {}
         for split in self.splits:
-            labels = open_source(self.root, split).labels
+            labels = open_source(Path(self.root), split).labels
             counts[split] = tuple(np.bincount(labels, minlength=len(self.classes)).tolist())
         return counts
 
+    def epoch_samples(self, config: DataConfig, batch_size: int) -> int:
+        """How many training samples an epoch has batches for, the global ones of `batch_size`: all, or in the windowed
+        order those that every group has. `DataError` where it has no tars, or too few."""
+        if config.window is None:
+            return self.num_samples("train")
+        if self.manifest is None:
+            raise DataError(f"{self.root} has no tars, which data.window deals out; convert it, or leave that out")
+        table = ConvertedTable(Path(self.root), "train")
+        windows = windows_of(table, config, seed=0, batch_size=batch_size, ranks=1)
+        assert windows is not None
+        return windows.steps_per_epoch * batch_size
 
-def open_dataset(root: str | Path) -> DataSet:
+
+def open_dataset(root: DataPath) -> DataSet:
     """Look at the data set at `root`; `DataError` if there is none."""
-    root = Path(root)
-    if (root / MANIFEST).exists():
-        manifest, _ = read_manifest(root)
+    root = find_data(root)
+    if isinstance(root, RemoteSet) or (root / MANIFEST).exists():
+        manifest, _ = read_manifest(Path(root))
         return DataSet(root, manifest.classes, tuple(manifest.splits), manifest)
     folders = {split: folder for split in SPLIT_ALIASES if (folder := find_split_folder(root, split))}
     if not folders:

@@ -108,6 +108,7 @@ def _on_gpu(at: Context) -> bool:
 _BY_DALI = ReadIf(_on_gpu, "--loader dali on a GPU")
 _BY_DALIS_GPU = ReadIf(lambda at: at.own.cpu_share < 1, "data.gpu_decoding.cpu_share below 1")
 _BY_DENSE_LOSSES = ReadIf(lambda at: "maps" in at.method.wants(at.run), "a method that learns from label maps")
+_IN_WINDOWS = ReadIf(lambda at: at.own.window is not None, "data.window")
 _WHERE_IMAGES_GROW = ReadIf(lambda at: at.own.start_size is not None, "data.progressive.start_size")
 
 
@@ -195,6 +196,12 @@ class DataConfig(Section, section="data"):
     """Training: memory per process for batches that are kept ready, in GB (10^9 bytes), so that short steps can draw on
     what long ones left time for; 0 keeps none, None is 4 where a GPU trains and 0.5 elsewhere. On a GPU two of them are
     augmented, each as large as four that are not. `--plan` and `--doctor` say what more of it buys."""
+    window: Always[Annotated[int, Ge(1), Le(1 << 20)] | None] = None
+    """Training: the windowed order, for sets that do not fit on the disk: tars that each group of them takes at a time,
+    and permutes the samples of; None permutes all samples. Needs a converted set; docs/remote.md says what it costs."""
+    groups: Annotated[int, Ge(1), Le(1 << 20), _IN_WINDOWS] = 64
+    """Groups that tars are dealt into, each of which gives an equal part of every batch. Any number of processes that
+    divides it gets the same batches, and reads the tars of its own groups alone."""
     progressive: Progressive = Progressive()
     """Smaller images in the first epochs (training)."""
     gpu_decoding: GpuDecoding = GpuDecoding()
@@ -214,6 +221,12 @@ class DataConfig(Section, section="data"):
         if self.repeats > 1 and self.decode_once > 1:
             raise ValueError(
                 f"data.repeats is {self.repeats} and data.decode_once {self.decode_once}; set one of them to 1"
+            )
+
+        if self.window is not None and self.repeats > 1:
+            raise ValueError(
+                f"data.repeats is {self.repeats} and data.window {self.window}: copies go to all processes, and the "
+                "samples of a window to one; set data.repeats=1, and data.decode_once for several crops"
             )
 
     def prefetch_bytes(self, device: str) -> int:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 
 import pipelines
 from pipelines.base import Backend, DataConfig, Loader
-from pipelines.storage.source import open_source
 
 _FEWEST = 256  # samples below which any back end is fast enough
 _BATCH = 64
@@ -26,7 +24,7 @@ class ProbeResult:
 
 
 def probe(
-    root: str | Path,
+    root: pipelines.DataPath,
     split: str,
     *,
     config: DataConfig,
@@ -40,13 +38,14 @@ def probe(
     others: it shows other pixels. The outcome depends on the machine and the moment: of several processes one must
     decide for all. Raises `DataError` for data that cannot be used.
     """
-    root = Path(root)
     usual = pipelines.choose_backend(root, split)
     if usual == "ffcv":
         return ProbeResult(usual, {}, f"the {split} split holds FFCV data only")
     if usual == "torch":
         return ProbeResult(usual, {}, "DALI is not installed")
-    source = open_source(root, split)
+    if isinstance(root, pipelines.RemoteSet):
+        return ProbeResult(usual, {}, "not measured: the data is elsewhere")
+    source = pipelines.open_split(root, split)
     if source.num_samples < _FEWEST:
         return ProbeResult(usual, {}, f"{source.num_samples} images are too few to measure")
     batch_size = max(_BATCH // config.decode_once, 1) * config.decode_once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -291,6 +292,11 @@ class RunSettings(Section):
                 f"data.progressive.end_epoch is {grow.end_epoch} and train.epochs {self.train.epochs}; the run would "
                 f"never see images of full size: --set data.progressive.end_epoch={self.train.epochs * 4 // 5} "
                 f"--set data.progressive.begin_epoch={self.train.epochs // 5}"
+            )
+        if self.data.window is not None and self.train.batch_size % self.data.groups:
+            raise ValueError(
+                f"data.groups is {self.data.groups}, which does not divide train.batch_size={self.train.batch_size} "
+                f"into equal parts; set data.groups={math.gcd(self.data.groups, self.train.batch_size)}"
             )
         if self.train.parallel == "fsdp" and self.compile.mode == "on":
             raise ValueError(

@@ -154,9 +154,20 @@ def converted_root(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -
         yield folder / "set"
 
 
+@pytest.fixture(scope="session")
+def tarred(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`image_root` in tars of five samples: eleven for training, five for validation."""
+
+    def make(folder: Path) -> None:
+        convert_folder(image_root, folder / "set", "dali" if missing("ffcv") else "ffcv,dali", shard_size=5)
+
+    with shared(tmp_path_factory, "tarred", make) as folder:
+        yield folder / "set"
+
+
 def convert_folder(source: Path, dest: Path, formats: str, **options: Any) -> Manifest:
     """`pss-convert` as a function, silently."""
-    settings = Options(formats=tuple(formats.split(",")), shard_size=20, jobs=2, **options)
+    settings = Options(**{"formats": tuple(formats.split(",")), "shard_size": 20, "jobs": 2} | options)
     return convert(str(source), dest, settings, Silent())
 
 

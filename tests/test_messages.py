@@ -93,6 +93,7 @@ COMPUTED = {
     "pss/runs/log.py": "the system's error, of a row that was written in part",
     "pss/runs/lock.py": "what the main process found, on the others",
     "tools/benchmarks/loader.py": "what another process has said",
+    "pipelines/remote/place.py": "what is wrong with a manifest, under its address",
     "pss/runtime/files.py": "the system's error, with the file's name",
 }
 """Where messages are made elsewhere than where they are raised, and how."""

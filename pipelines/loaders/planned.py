@@ -11,6 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from pipelines.loaders.order import (
 from pipelines.loaders.plans import Plans
 from pipelines.loaders.threads import PixelMemory
 from pipelines.loaders.waiting import Signs
+from pipelines.remote.tars import RemoteTars
+from pipelines.remote.uses import Uses
+from pipelines.remote.windows import windows_of
 from pipelines.storage.maps import LabelMaps
 from pipelines.storage.source import Table
 
@@ -63,6 +67,7 @@ class PlannedLoader(ABC):
         device: str | torch.device = "cpu",
         num_workers: int | None = None,
         label_maps: str | Path | None = None,
+        epochs: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
@@ -86,12 +91,16 @@ class PlannedLoader(ABC):
                 f"data.decode_once is {config.decode_once} and the batch size {batch_size}; "
                 "make the batch size a multiple: a batch holds all crops of its images"
             )
+        self.windows = None
         if train:
             self.steps_per_epoch = train_steps(self.num_samples, batch_size, world_size)
+            self.windows = windows_of(table, config, seed=seed, batch_size=batch_size * world_size, ranks=world_size)
+            if self.windows is not None:
+                self.steps_per_epoch = self.windows.steps_per_epoch
         else:
             own = len(evaluation_samples(self.num_samples, rank, world_size))
             self.steps_per_epoch = -(-own // batch_size)
-        self.parts = 1
+        self.parts, self.epochs = 1, epochs
         self.epoch = self.start_step = 0
         self._plans = Plans(self._plan)
         self._plans.prepare(0)
@@ -113,6 +122,8 @@ class PlannedLoader(ABC):
                 f"(train.accumulate) of {self.batch_size // parts}; make that a multiple of it: a part holds all crops "
                 "of its images"
             )
+        if self.windows is not None:
+            self.windows.check_ranks(self.world_size * parts, "parts of a batch, of all processes (train.accumulate),")
         self.parts = parts
         self._plans.forget()
         self.set_epoch(self.epoch, self.start_step)
@@ -146,6 +157,10 @@ class PlannedLoader(ABC):
         if self._closed:
             raise DataError(f"the {self.backend} loader has been closed; build a new one")
         self._iteration += 1
+        if isinstance(self.table, RemoteTars):
+            self.table.follow(
+                partial(self._uses, self.epoch), self.start_step, self.steps_per_epoch, self.signs.advance
+            )
         plan = self._plans.of(self.epoch)
         if self.train:
             self._plans.prepare(self.epoch + 1)
@@ -160,6 +175,8 @@ class PlannedLoader(ABC):
             for images, keys in batches:
                 batch = self._batch(images, epoch, keys)
                 self._delivered = (self.delivered_hash + keys_hash(keys)) & 0xFFFFFFFF
+                if isinstance(self.table, RemoteTars):
+                    self.table.advance()
                 yield batch
                 if iteration != self._iteration:
                     raise RuntimeError("this loader has been iterated anew; only its latest iterator goes on")
@@ -194,8 +211,24 @@ class PlannedLoader(ABC):
         share = {"batch_size": self.batch_size, "rank": self.rank, "world_size": self.world_size}
         if not self.train:
             return evaluation_plan(self.num_samples, **share)
+        if self.windows is not None:
+            samples, numbers = self.windows.samples(epoch, self.windows.groups_of(self.rank, self.world_size))
+            return EpochPlan(samples, self.batch_size, numbers)
         copies = {"repeats": self.config.repeats, "decode_once": self.config.decode_once}
         return train_plan(self.num_samples, self.seed, epoch, parts=self.parts, **share, **copies)
+
+    def _uses(self, epoch: int) -> tuple[Uses, Uses | None]:
+        """When this rank reads tars in `epoch` and in the one after it; None where nobody knows when that comes."""
+        assert isinstance(self.table, RemoteTars)
+        counts = self.table.tar_counts()
+        if not self.train:
+            return Uses.in_turn(counts, self.rank, self.world_size, self.batch_size), None
+        if self.windows is None:
+            return (every := Uses.throughout(len(counts), self.steps_per_epoch)), every
+        groups = self.windows.groups_of(self.rank, self.world_size)
+        last = epoch + 1 == self.epochs
+        following = Uses.none(len(counts)) if last else self.windows.uses(epoch + 1, groups)
+        return self.windows.uses(epoch, groups), following
 
     @property
     def crops_per_image(self) -> int:
@@ -255,6 +288,8 @@ class PlannedLoader(ABC):
             del settings[other]
         if self.config.progressive.start_size is None:  # as runs have it that know of no other sizes
             del settings["progressive"]
+        if self.windows is None:  # likewise of no other order
+            del settings["window"], settings["groups"]
         return settings
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -275,6 +310,8 @@ class PlannedLoader(ABC):
     def close(self) -> None:
         """Stop and join all threads and processes."""
         self._closed = True
+        if isinstance(self.table, RemoteTars):
+            self.table.leave()
         self._plans.close()
         self.memory.clear()
 

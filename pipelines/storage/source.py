@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,21 @@ class ConvertedTable:
     def labels_of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         return take_rows(self._rows, index)["label"].astype(np.int64)
 
+    def tar_counts(self) -> NDArray[np.int64]:
+        """Samples of each tar, (tars,); they follow each other in the split. `DataError` where it has no tars."""
+        tars = self._rows["shard"]
+        if not self.entry.shards or not len(tars):
+            raise DataError(
+                f"the {self.split} split of {self.root} has no tars, which data.window deals out; leave that out, or "
+                "convert it again with --format dali"
+            )
+        # Looked up and not counted: the column of a large set is a read of the whole table.
+        ends = np.array([bisect_left(tars, number) for number in range(len(self.entry.shards) + 1)], dtype=np.int64)
+        counts: NDArray[np.int64] = ends[1:] - ends[:-1]
+        if ends[0] or ends[-1] != len(tars) or not counts.all():
+            raise DataError(f"{self.root / self.entry.table} has its tars in another order; copy it again")
+        return counts
+
     def sizes(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         rows = take_rows(self._rows, index)
         return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
@@ -189,8 +205,11 @@ class TarSource(ConvertedTable):
         """Raise `DataError` naming the first of `index` whose bytes are not those of the conversion."""
         place = search(take_rows(self._rows, index)["crc32"].copy(), self._readers)
         if place is not None:
-            raise DataError(f"{self.name(index[place])} has been damaged since the conversion; copy the file again")
+            raise self._damaged(int(index[place]))
         self._unchecked[index] = False
+
+    def _damaged(self, i: int) -> DataError:
+        return DataError(f"{self.name(i)} has been damaged since the conversion; copy the file again")
 
     def _located(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         """Tar, first byte in it, and length of each image; the tars are mapped."""

@@ -71,7 +71,10 @@ def choose_run(
     seconds = _USUAL_SECONDS
     if budget.hours is not None:
         seconds = min(_MOST_SECONDS, max(_LEAST_SECONDS, _SHARE * 3600 * budget.hours))
-    sizes = {"num_images": dataset.num_samples("train"), "num_classes": len(dataset.classes)}
+    sizes = {
+        "num_images": dataset.epoch_samples(config.data, config.train.batch_size),
+        "num_classes": len(dataset.classes),
+    }
     if sizes["num_images"] < config.train.batch_size:
         raise ValueError(
             f"{sizes['num_images']} images do not fill one batch of {config.train.batch_size}; lower train.batch_size"
@@ -140,7 +143,7 @@ def noted(budget: Budget, chosen: Chosen) -> dict[str, Any]:
 def as_planned(config: Config, output: Path, dataset: pipelines.DataSet, settings: Sequence[str]) -> Config:
     """The configuration at the length that the run in `output` was planned with."""
     saved = Config.from_json(output / CONFIG)
-    steps = dataset.num_samples("train") // config.train.batch_size
+    steps = dataset.epoch_samples(config.data, config.train.batch_size) // config.train.batch_size
     return of_length(config, saved.train.epochs, max(1, steps), named(settings))
 
 

@@ -172,7 +172,7 @@ class Found:
 def cascade_of(
     run: Run,
     name: str,
-    data: str | Path,
+    data: pipelines.DataPath,
     rhos: Sequence[float],
     target: Target,
     *,
@@ -214,7 +214,7 @@ def cascade_of(
 
     def answers_of(of: str, at: Sequence[float]) -> tuple[Answers, list[Tensor]]:
         options: dict[str, Any] = {"batch_size": batch_size, "train": False, "loader": loader, "device": world.device}
-        made = pipelines.build(Path(data), of, config=run.config.data, **options)
+        made = pipelines.build(data, of, config=run.config.data, **options)
         try:
             with sweep.progress(name, made.num_samples, world) as advance:
                 return collect(run, made, at, world, advance)

@@ -71,7 +71,7 @@ class Evaluated:
 
 def evaluate(
     runs: str | Path | Sequence[str | Path],
-    data: str | Path,
+    data: pipelines.DataPath,
     *,
     rho: Sequence[float] | None = None,
     split: str = "val",
@@ -83,12 +83,14 @@ def evaluate(
     cascade: Sequence[float] | None = None,
     target: Target | None = None,
     fit_split: str | None = None,
+    cache_dir: str | Path | None = None,
+    cache_gb: float | None = None,
 ) -> Evaluated:
     """Evaluate models on a split, alone or as one of the processes that torchrun started.
 
     Args:
         runs: folders of runs, checkpoints, published folders, `timm:NAME` or `NAME=FILE`; one or several.
-        data: the data set, as given to `train`.
+        data: the data set, as given to `train`, or its address.
         rho: operating points; those of each method if None.
         split: of the data set.
         sort: which patches are kept; as trained if None.
@@ -100,11 +102,14 @@ def evaluate(
             next; of one model.
         target: what the cascade is fitted to; no loss of top-1 against its largest ρ if None.
         fit_split: what it is fitted on; half of `split`, which it is not measured on, if None.
+        cache_dir: for data at an address, see `train`.
+        cache_gb: likewise.
 
     Raises:
         ValueError: what is named cannot be opened, or not be run so, or does not suit the data.
     """
     sources = [runs] if isinstance(runs, str | Path) else list(runs)
+    data = pipelines.find_data(data, cache_dir, cache_gb)
     names, dataset = sweep.distinct_names(sources), pipelines.open_dataset(data)
     with processes.start() as world:
         loaded = open_runs(sources, world, ema=ema, best=best, sort=sort)
@@ -159,7 +164,7 @@ def check_data(runs: Sequence[Run], sources: Sequence[str | Path], dataset: pipe
 def measure(
     runs: Sequence[Run],
     names: Sequence[str],
-    data: str | Path,
+    data: pipelines.DataPath,
     points: Sequence[float] | None,
     *,
     split: str,
@@ -180,7 +185,7 @@ def measure(
         runs,
         names=names,
         points=points,
-        make_loader=lambda config: pipelines.build(Path(data), split, config=config, **options),
+        make_loader=lambda config: pipelines.build(data, split, config=config, **options),
         batch_size=batch_size,
         world=world,
     )

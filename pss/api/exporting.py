@@ -59,7 +59,7 @@ class Int8:
 def export_int8(
     run: Run,
     path: Path,
-    data: str | Path,
+    data: pipelines.DataPath,
     *,
     point: Point,
     dynamic: bool = False,
@@ -117,7 +117,7 @@ def check_int8(path: Path) -> None:
     export.check_target(path)
 
 
-def _some_images(run: Run, data: str | Path, split: str, loader: LoaderName) -> NDArray[np.float32]:
+def _some_images(run: Run, data: pipelines.DataPath, split: str, loader: LoaderName) -> NDArray[np.float32]:
     """Images of all over a split as evaluation prepares them, float32 (N, 3, S, S)."""
     total = pipelines.open_dataset(data).num_samples(split)
     reader = pipelines.build(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import pipelines
 from pipelines.base import Backend, Loader
+from pipelines.remote.windows import Windows
 from pss import recipes
 from pss.api import budgeting
 from pss.config import Config, changes_of_run
@@ -85,12 +87,14 @@ def configuration(
 
 def train(
     recipe: Config | str | Path | None,
-    data: str | Path,
+    data: pipelines.DataPath,
     output: str | Path,
     *,
     settings: Sequence[str] = (),
     start: str | Path | None = None,
     loader: LoaderName = "auto",
+    cache_dir: str | Path | None = None,
+    cache_gb: float | None = None,
     resume: bool = False,
     budget_hours: float | None = None,
     budget_of_dense: float | None = None,
@@ -102,11 +106,15 @@ def train(
 
     Args:
         recipe: see `configuration`.
-        data: a folder that `pss-convert` made, or one of class folders.
+        data: a folder that `pss-convert` made, or its address (s3://…, https://…), or a folder of class folders.
         output: the run's folder.
         settings: changes to the recipe, each `section.key=value`.
         start: the folder of a run to begin with the weights of: a run of its own, with its own optimizer and schedule.
         loader: what decodes the images.
+        cache_dir: for data at an address: where this machine keeps what its processes fetch; `pss` in the user's cache
+            folder if None.
+        cache_gb: how much that may be, in GB (10^9 bytes); as much as there is if None. A training set that is larger
+            is read in the windowed order (`data.window`).
         resume: go on with the run in `output`, or begin it where there is none; at the length that it was planned with.
         budget_hours: choose the number of epochs so that the whole takes at most so many hours here.
         budget_of_dense: the same, as a share of the time that dense training of the recipe's epochs would take.
@@ -122,15 +130,17 @@ def train(
     """
     began = time.perf_counter() if began is None else began
     config = configuration(recipe, settings, start)
-    data, output = Path(data), Path(output)
+    output = Path(output)
     budget = budgeting.wanted(budget_hours, budget_of_dense, config, settings)
     tell = say if say is not None else (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
     check_shapes(config)
     loggers.check(config.train.loggers)
     if output.is_file():
         raise ValueError(f"--output {output} is a file; name a folder")
-    check_folders(data, output)
+    data = pipelines.find_data(data, cache_dir, cache_gb)
+    check_folders(Path(data), output)
     dataset = pipelines.open_dataset(data)
+    config = _in_windows(config, data, output if resume else None)
     if dataset.manifest is not None:
         check_maps(config, dataset.manifest.label_maps)
     if budget is not None and resume and (output / CONFIG).exists():
@@ -189,7 +199,7 @@ def train(
 
 def fit_to_budget(
     config: Config,
-    data: str | Path,
+    data: pipelines.DataPath,
     settings: Sequence[str] = (),
     *,
     loader: LoaderName = "auto",
@@ -199,9 +209,9 @@ def fit_to_budget(
 ) -> Chosen:
     """What `train` would train in such a time; measured here, and nothing is kept. Raises `ValueError` as it does."""
     began = time.perf_counter() if began is None else began
-    data, budget = Path(data), budgeting.wanted(budget_hours, budget_of_dense, config, settings)
+    data, budget = pipelines.find_data(data), budgeting.wanted(budget_hours, budget_of_dense, config, settings)
     assert budget is not None
-    dataset = pipelines.open_dataset(data)
+    dataset, config = pipelines.open_dataset(data), _in_windows(config, data, None)
     with processes.start() as world, budgeting.scratch(None, world) as folder:
         backend: Any = _choose_loader(data, None, config, world)[0] if loader == "auto" else loader
         make = partial(_make_loaders, dataset=dataset, loader=backend, world=world)
@@ -222,7 +232,8 @@ def _make_loaders(
         "num_workers": config.train.num_workers,
     }
     data = dataset.root
-    train = pipelines.build(data, "train", train=True, loader=loader, label_maps=config.data.label_maps, **options)
+    own: dict[str, Any] = {"label_maps": config.data.label_maps, "epochs": config.train.epochs}
+    train = pipelines.build(data, "train", train=True, loader=loader, **own, **options)
     try:
         if "val" not in dataset.splits:
             return train, None
@@ -234,6 +245,22 @@ def _make_loaders(
         raise
 
 
+def _in_windows(config: Config, data: Path | pipelines.RemoteSet, resumed: Path | None) -> Config:
+    """The run, in the windowed order if its training set does not fit the cache, or if the run was begun in that."""
+    if not isinstance(data, pipelines.RemoteSet) or config.data.window is not None:
+        return config
+    if resumed is not None and (resumed / CONFIG).exists():
+        theirs = Config.from_json(resumed / CONFIG).data
+        window, groups = theirs.window, theirs.groups
+    else:
+        processes_in_all = int(os.environ.get("WORLD_SIZE", "1"))
+        window = data.choose_window(config.data, config.train.batch_size, processes_in_all)
+        groups = config.data.groups
+    if window is None:
+        return config
+    return config.with_settings([f"data.window={window}", f"data.groups={groups}"])
+
+
 def _draw(output: Path, speak: Say) -> None:
     """Draw the run's curves; that it cannot be done is no reason to fail."""
     try:
@@ -242,7 +269,7 @@ def _draw(output: Path, speak: Say) -> None:
         speak(f"{output / CURVES} could not be drawn ({in_words(error)})")
 
 
-def _first_words(trainer: Trainer, num_classes: int, data: Path) -> list[str]:
+def _first_words(trainer: Trainer, num_classes: int, data: Path | pipelines.RemoteSet) -> list[str]:
     config, loader = trainer.config, trainer.train_loader
     begin = f"continuing at step {trainer.step}" if trainer.step else "starting"
     lines = [
@@ -250,6 +277,14 @@ def _first_words(trainer: Trainer, num_classes: int, data: Path) -> list[str]:
         f"{num_classes} classes, {trainer.total_steps:,} steps, {loader.backend} loader",
         trainer.method.course(),
     ]
+    windows: Windows | None = getattr(loader, "windows", None)
+    if windows is not None:
+        settings = config.data
+        left_out = f", which leaves out {windows.left_out:,} images, others each time" if windows.left_out else ""
+        lines.append(
+            f"windowed order: {settings.window} tars at a time of each of {settings.groups} groups, "
+            f"{windows.steps_per_epoch:,} steps an epoch{left_out}"
+        )
     if trainer.val_loader is None:
         lines.append(
             f"{data} has no validation split: no accuracy will be measured, and no checkpoint is noted as the best one"
@@ -282,7 +317,7 @@ def _admit(output: Path, config: Config, resume: bool) -> None:
         )
 
 
-def _choose_loader(data: Path, resumed: Path | None, config: Config, world: World) -> tuple[Any, str]:
+def _choose_loader(data: pipelines.DataPath, resumed: Path | None, config: Config, world: World) -> tuple[Any, str]:
     """What `auto` stands for, the same on every process, and why."""
     from pipelines.probe import probe
 

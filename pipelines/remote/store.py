@@ -1,0 +1,186 @@
+"""Files of a data set in an object store or behind HTTP, fetched whole, through whatever fsspec reads.
+
+Nothing is asked of a store but the size of an object and its bytes. What arrives is held against the manifest; a
+connection that drops, a server that is out of breath and bytes that are not the right ones are tried again for a
+minute, with longer and longer pauses. What is missing, or not to be read, is said at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipelines.base import DataError, in_words
+from pipelines.extras import need, require
+from pipelines.storage.manifest import FileEntry, hash_file
+
+_log = logging.getLogger(__name__)
+
+TRIES = 8
+FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
+_CONNECT_SECONDS, _READ_SECONDS = 30, 60  # without a byte, after which a connection counts as dropped
+
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what is wrong is not the store
+_REFUSED = ("NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError", "TokenRetrievalError")
+"""Errors of botocore that are no `PermissionError`, and mean the same."""
+
+
+def is_url(data: Any) -> bool:
+    """Whether a data set is named by an address, such as s3://bucket/set, and not by a folder."""
+    return isinstance(data, str) and "://" in data
+
+
+class Store:
+    """The folder of a data set at an address.
+
+    Raises:
+        DataError: fsspec, or what it reads such addresses with, is not installed; or it knows no such addresses.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        what = f"--data {self.url}"
+        protocol = url.partition("://")[0].lower()
+        if protocol in ("s3", "s3a"):
+            need(what, "remote", "fsspec", "s3fs")
+        elif protocol in ("http", "https"):
+            need(what, "remote", "fsspec", "aiohttp")
+        core = require("fsspec.core", "remote", what)
+        self._callback = require("fsspec.callbacks", "remote", what).Callback
+        try:
+            # An instance of our own: others of this process may have other limits.
+            self._files, self._path = core.url_to_fs(self.url, skip_instance_cache=True, **_options(protocol))
+        except (ImportError, ValueError) as error:
+            raise DataError(
+                f"--data {self.url} cannot be opened: {in_words(error)}; install what it needs, or name another address"
+            ) from error
+
+    def name(self, file: str) -> str:
+        """The address of a file, for messages."""
+        return f"{self.url}/{file}"
+
+    def fetch(
+        self,
+        file: str,
+        into: Path,
+        expected: FileEntry | None,
+        alive: Callable[[], object],
+        tries: int | None = None,
+    ) -> None:
+        """Write a file of the data set to `into`, where nobody looks yet.
+
+        Args:
+            file: its name.
+            into: is overwritten; what is there after a failure is of no use.
+            expected: what it must be; None for any content.
+            alive: called now and then while bytes arrive or the next attempt is waited for.
+            tries: attempts; `TRIES` if None.
+
+        Raises:
+            DataError: it is not there, may not be read, or could not be had after all attempts.
+        """
+        tries = TRIES if tries is None else tries
+        for attempt in range(1, tries + 1):
+            try:
+                wrong = self._attempt(file, into, expected, alive)
+            except Exception as error:  # of every library that fsspec may use
+                cause = _reason(error)
+                if isinstance(error, OSError) and error.errno in _LOCAL:
+                    raise DataError(
+                        f"{into} cannot be written ({in_words(error)}); name another disk with --cache-dir, or less of "
+                        "it with --cache-gb"
+                    ) from error
+                if _denied(cause):
+                    raise DataError(
+                        f"{self.name(file)} may not be read from here ({_told(cause)}); give this machine the right "
+                        "to, as the store's own tools would have it: of S3, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                    ) from error
+                if _absent(cause):
+                    raise DataError(
+                        f"{self.name(file)} is not there; see that the address is right and the upload complete"
+                    ) from error
+                wrong = _told(cause)
+            if wrong is None:
+                return
+            if attempt < tries:
+                self._pause(file, wrong, attempt, alive)
+        raise DataError(
+            f"{self.name(file)} could not be had in {tries} attempts, the last time because {wrong}; see that the "
+            "store answers and the object is whole, and begin again: a run goes on with --resume"
+        )
+
+    def _attempt(self, file: str, into: Path, expected: FileEntry | None, alive: Callable[[], object]) -> str | None:
+        """What is wrong with what was fetched; None if nothing is."""
+        callback = self._callback(hooks={"alive": lambda size, value, **more: alive()})
+        address = f"{self._path}/{file}"
+        size = self._files.info(address).get("size")
+        if expected is not None and size is not None and size != expected.bytes:
+            return f"it has {size} bytes instead of {expected.bytes}"
+        alive()
+        self._files.get_file(address, str(into), callback=callback)
+        found = into.stat().st_size
+        if expected is None:
+            return None if size in (None, found) else f"{found} of its {size} bytes arrived"
+        if found != expected.bytes:
+            return f"{found} of its {expected.bytes} bytes arrived"
+        alive()
+        return None if hash_file(into) == expected else "its bytes are not those of dataset.json"
+
+    def _pause(self, file: str, wrong: str, attempt: int, alive: Callable[[], object]) -> None:
+        seconds = min(_LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+        seconds *= random.uniform(0.75, 1.25)  # so that a thousand nodes do not all come back at once
+        _log.warning("%s: %s; trying again in %.1f s", self.name(file), wrong, seconds)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            alive()
+            time.sleep(min(left, 1.0))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url,)
+
+
+def _reason(error: Exception) -> BaseException:
+    """What went wrong: over HTTP, fsspec takes every failure to ask for a size for a missing file."""
+    cause = error.__cause__
+    http = isinstance(cause, TimeoutError) or type(cause).__module__.partition(".")[0] == "aiohttp"
+    return cause if isinstance(error, FileNotFoundError) and cause is not None and http else error
+
+
+def _told(error: BaseException) -> str:
+    """In words; aiohttp's own of an answer are its parts with commas between them."""
+    status = getattr(error, "status", None)
+    return in_words(error) if status is None else f"the server answers {status}"
+
+
+def _denied(error: BaseException) -> bool:
+    """Whether it would be no use to ask again: this machine may not read the object."""
+    status = getattr(error, "status", None)  # of aiohttp's errors
+    return isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _REFUSED
+
+
+def _absent(error: BaseException) -> bool:
+    """Whether the store says that there is no such object."""
+    return isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """How long a silent server is waited for. What else a store needs comes from its own environment variables, or
+    from fsspec's (FSSPEC_S3_ENDPOINT_URL and the like)."""
+    if protocol in ("s3", "s3a"):
+        waits: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS}
+        waits |= {"retries": {"total_max_attempts": 1}}  # the pauses are ours
+        # One request an object; several objects are fetched at once.
+        return {"config_kwargs": waits, "max_concurrency": 1, "use_listings_cache": False}
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        # By default all of a download must be over in five minutes.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    return {}
