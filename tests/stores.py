@@ -42,6 +42,7 @@ class Served:
 @contextmanager
 def http_store(folder: Path) -> Iterator[Served]:
     """`folder` behind HTTP. Faults: 500, 403, 404, drop (half of the bytes, then the connection ends), wrong, slow."""
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *words: Any) -> None: ...

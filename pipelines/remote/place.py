@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.base import DataConfig, DataError, in_words
-from pipelines.remote.cache import Cache
+from pipelines.remote.cache import Cache, is_whole
 from pipelines.remote.store import Store, is_url
 from pipelines.remote.windows import deal
 from pipelines.storage.manifest import MANIFEST, Manifest, MapsEntry, canonical_split, read_manifest
@@ -73,7 +74,10 @@ class RemoteSet(os.PathLike[str]):
         """
         limit = self.cache.limit_bytes
         manifest, _ = read_manifest(self.folder)
-        if limit is None or split not in manifest.splits or not manifest.splits[split].shards:
+        if split not in manifest.splits or not manifest.splits[split].shards:
+            return
+        if limit is None:
+            self._check_disk(manifest, split)
             return
         if not train:
             needed = _tables(manifest) + _streamed(manifest, split, batch_size, world_size)
@@ -97,6 +101,21 @@ class RemoteSet(os.PathLike[str]):
             raise DataError(
                 f"--cache-gb is {limit / 1e9:g} and this node needs {_gb(needed)} GB of {self.url} at once: {what}; "
                 "raise it, or lower data.window or data.groups"
+            )
+
+    def _check_disk(self, manifest: Manifest, split: str) -> None:
+        """Raise `DataError` where a split is to be kept whole, and the disk has no room for what is not there yet."""
+        missing = sum(
+            manifest.files[name].bytes
+            for name in manifest.splits[split].shards
+            if not is_whole(self.folder / name, manifest.files[name].bytes)
+        )
+        free = shutil.disk_usage(self.folder).free
+        if missing > free:
+            raise DataError(
+                f"--cache-dir {self.cache.folder} has {_gb(free)} GB left, and {_gb(missing)} GB of the {split} split "
+                f"of {self.url} are yet to come; bound it with --cache-gb (a training set that does not fit is then "
+                "read in windows), or name another disk"
             )
 
     def choose_window(self, config: DataConfig, batch_size: int, world_size: int) -> int | None:

@@ -177,7 +177,7 @@ def test_a_store_that_says_nothing_is_given_up(by_http, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "SILENT_SECONDS", 0.5)
     remote = open_remote(by_http.url, tmp_path)
     silent = threading.Event()
-    monkeypatch.setattr(fetching.Cache, "bring", lambda *words, **more: silent.wait(30) or "busy")
+    monkeypatch.setattr(fetching.Cache, "bring", lambda *words, **more: silent.wait(0.1) or "busy")
     loader = built(remote)
     with pytest.raises(DataError, match=r"nothing was heard of http.*train-0000\d.tar for 0.5 s; see that the store"):
         next(iter(loader))
@@ -258,6 +258,22 @@ def test_a_cache_that_is_too_small(by_http, tarred, tmp_path):
         open_remote(by_http.url, tmp_path, 1e-7)
     with pytest.raises(DataError, match=r"--cache-gb is -1; it must be a number above 0"):
         open_remote(by_http.url, tmp_path, -1)
+
+
+def test_a_disk_without_room_for_the_set(by_http, tarred, tmp_path, monkeypatch):
+    remote = open_remote(by_http.url, tmp_path)
+    tars = sum(path.stat().st_size for path in Path(tarred).glob("train-*.tar"))
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, tars - 1))
+    with pytest.raises(
+        DataError, match=r"--cache-dir .* has .* GB left, and .* GB of the train split of http.*--cache-gb"
+    ):
+        built(remote)
+    assert not by_http.tars()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, tars))
+    delivered(built(remote, config=ALL))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 0))
+    built(remote, config=ALL).close()
 
 
 def test_the_window_that_a_cache_serves(by_http, tarred, tmp_path):
