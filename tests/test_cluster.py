@@ -41,6 +41,7 @@ def batch(tmp_path):
     return run
 
 
+@pytest.mark.exhaustive
 def test_the_script_trains(batch, image_root, tmp_path):
     output = tmp_path / "run"
     words = ["train.epochs=1", "model.depth=1", "train.batch_size=16", "train.num_workers=0", "optim.warmup_epochs=0"]

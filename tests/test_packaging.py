@@ -88,6 +88,7 @@ def test_a_module_of_that_name_counts_too_and_one_without_a_spec(tmp_path, insta
     assert f"but Python finds {tmp_path}/pipelines.py first" in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_types_are_seen_from_outside(installed, tmp_path):
     """By mypy, in a project that has pss installed, and other packages left out, which take minutes."""
     others = "torch, numpy, typer, rich, pydantic, pydantic_core, annotated_types, PIL, timm, nvidia, ffcv, yaml"
@@ -106,6 +107,7 @@ def test_types_are_seen_from_outside(installed, tmp_path):
     assert shown == wanted, done.stdout + done.stderr
 
 
+@pytest.mark.exhaustive
 def test_the_sdist_has_what_its_tests_read(installed, tmp_path):
     """Some that read documents and settings, run in it."""
     tests = ["tests/test_layout.py::test_the_map_shows_every_file", "tests/test_readme.py", "tests/test_schedules.py"]

@@ -87,6 +87,7 @@ def run_page(folder, page, small):
 SMALL = ("--set", "train.epochs=2", "--set", "optim.warmup_epochs=0", "--loader", "torch")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_five_minutes(tmp_path):
     run_page(tmp_path, DOCS / "start.md", SMALL)
@@ -94,6 +95,7 @@ def test_five_minutes(tmp_path):
     assert (tmp_path / "runs" / "rho.png").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_a_schedule_of_ones_own(tmp_path):
     page = DOCS / "own-schedule.md"
@@ -105,6 +107,7 @@ def test_a_schedule_of_ones_own(tmp_path):
     assert "0.6" not in re.findall(r"^ +(0\.\d) +\d", planned, re.MULTILINE)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_a_recipe_of_ones_own(tmp_path):
     page = DOCS / "own-recipe.md"

@@ -34,7 +34,7 @@ from pipelines.loaders.waiting import LONG_SECONDS, Signs, WatchedThread, wait_f
 from pipelines.storage.beton import RAW, STORED, damaged_frame, stored_path
 from pipelines.storage.ffcv_file import FFCV_VERSION, import_ffcv
 from pipelines.storage.manifest import take_rows
-from pipelines.storage.reading import join
+from pipelines.storage.reading import Unchecked, join
 from pipelines.storage.source import ConvertedTable
 from pipelines.storage.unlocked import crc32_at
 
@@ -257,7 +257,7 @@ class FfcvLoader(PlannedLoader):
         if part := damaged_frame(self._path, rows, table.labels, table.manifest.made["options"]["max_size"]):
             raise DataError(f"{self._path}, {part}: it is damaged or belongs to another data set; copy it again")
         self._rows: NDArray[Any] = np.asarray(rows)
-        self._unchecked = np.full(self.num_samples, check_bytes)
+        self._unchecked = Unchecked(self.num_samples if check_bytes else 0)
         self._threads = min(max(1, self.num_workers), numba.config.NUMBA_NUM_THREADS)
         self._beton = self._compiled()
         self._running: _Epoch | None = None
@@ -321,7 +321,7 @@ class FfcvLoader(PlannedLoader):
         places, rows = batch.places, take_rows(self._rows, samples)
         for name in ("ptr", "size", "crc32", "mode", "height", "width"):
             places[name] = rows[name]
-        places["unchecked"], places["side"] = self._unchecked[samples], batch.side
+        places["unchecked"], places["side"] = self._unchecked.of(samples), batch.side
         boxes, sizes = self._crop_boxes(epoch, keys)
         stored = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
         places["box"] = scale_boxes(boxes, sizes, stored)
@@ -335,7 +335,7 @@ class FfcvLoader(PlannedLoader):
             if outcomes[place] == _CHANGED:
                 raise DataError(f"{name} has been damaged since the conversion; copy the file again")
             raise DataError(f"{name} cannot be decoded; copy the file again or convert anew")
-        self._unchecked[samples] = False
+        self._unchecked.clear(samples)
 
     def library_versions(self) -> dict[str, str]:
         return {"ffcv": FFCV_VERSION}

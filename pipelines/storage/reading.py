@@ -1,4 +1,4 @@
-"""Threads that read files beside each other."""
+"""Threads that read files beside each other, and what they have compared."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import weakref
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -117,3 +120,26 @@ def join(threads: list[threading.Thread]) -> None:
     for thread in threads:
         if thread is not threading.current_thread():  # which may be where the garbage collector runs
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class Unchecked:
+    """Which samples have not been compared with their checksums yet: each is when it is first read. A bit a sample.
+
+    Where two threads clear bits of one byte at once, one may be set again: that sample is compared once more.
+    """
+
+    def __init__(self, count: int) -> None:
+        """All of so many samples; 0 where none is to be compared."""
+        self._bits = np.full(-(-count // 8), 255, dtype=np.uint8)
+
+    def of(self, index: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether each of some samples has still to be compared, (len(index),)."""
+        if not len(self._bits):
+            return np.zeros(len(index), dtype=np.bool_)
+        found: NDArray[np.bool_] = (self._bits[index >> 3] >> (index & 7).astype(np.uint8) & 1).astype(np.bool_)
+        return found
+
+    def clear(self, index: NDArray[np.int64]) -> None:
+        """They have been compared."""
+        if len(self._bits):
+            np.bitwise_and.at(self._bits, index >> 3, ~(1 << (index & 7)).astype(np.uint8))

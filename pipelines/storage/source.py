@@ -34,7 +34,7 @@ from pipelines.storage.manifest import (
     take_rows,
 )
 from pipelines.storage.mapping import map_file, will_need
-from pipelines.storage.reading import DiskWaits, Readers
+from pipelines.storage.reading import DiskWaits, Readers, Unchecked
 from pipelines.storage.unlocked import differing, differing_at, fetch_at
 from pipelines.storage.unreadable import UNREADABLE, has_stray_marker, unreadable
 
@@ -164,14 +164,14 @@ class TarSource(ConvertedTable):
         self._tars = [np.zeros(0, np.uint8)] * len(self.entry.shards)  # their bytes, once they are mapped
         self._tar_bytes = np.zeros(len(self.entry.shards), dtype=np.int64)  # 0: not mapped yet
         self._tar_address = np.zeros(len(self.entry.shards), dtype=np.int64)
-        self._unchecked = np.full(self.num_samples, check_bytes)  # a sample is checked when it is first read
+        self._unchecked = Unchecked(self.num_samples if check_bytes else 0)
         self._waiting = DiskWaits()
         self._readers = Readers(_READ_THREADS)
 
     def read(self, i: int) -> Bytes:
         (shard,), (first,), (length,) = self._located(np.array([i]))
         encoded: Bytes = self._tars[shard][first : first + length]
-        if self._unchecked[i]:
+        if self._unchecked.of(np.array([i])).any():
             self._check(np.array([i]), partial(differing, [encoded]))
         return encoded
 
@@ -183,7 +183,7 @@ class TarSource(ConvertedTable):
         tars = self._tars
         bounds = zip(shards.tolist(), first.tolist(), (first + length).tolist(), strict=True)
         encoded = [tars[shard][begin:end] for shard, begin, end in bounds]
-        if (new := np.flatnonzero(self._unchecked[index])).size:
+        if (new := np.flatnonzero(self._unchecked.of(index))).size:
             self._check(index[new], partial(differing, [encoded[place] for place in new.tolist()]))
         return encoded
 
@@ -197,7 +197,7 @@ class TarSource(ConvertedTable):
         address = self._tar_address[shards] + first
         if self._waiting():
             fetch_at(address, length)
-        if (new := np.flatnonzero(self._unchecked[index])).size:
+        if (new := np.flatnonzero(self._unchecked.of(index))).size:
             self._check(index[new], partial(differing_at, address[new], length[new]))
         return address, length
 
@@ -206,7 +206,7 @@ class TarSource(ConvertedTable):
         place = search(take_rows(self._rows, index)["crc32"].copy(), self._readers)
         if place is not None:
             raise self._damaged(int(index[place]))
-        self._unchecked[index] = False
+        self._unchecked.clear(index)
 
     def _damaged(self, i: int) -> DataError:
         return DataError(f"{self.name(i)} has been damaged since the conversion; copy the file again")

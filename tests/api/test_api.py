@@ -129,6 +129,7 @@ def test_what_is_no_image_is_refused(on_photographs, tmp_path):
         pss.predict(on_photographs, tmp_path / "nothing.jpg")
 
 
+@pytest.mark.exhaustive
 def test_the_page_on_recipes_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -323,7 +323,8 @@ def test_kernels_compile_for_hopper(case: tuple[str, int, str], tmp_path: Path) 
     assert_as_in_table(Path(__file__).with_name("hopper.json"), f"{name[1:]}, {width} wide", found)
 
 
+@pytest.mark.exhaustive
 @not_within
-@pytest.mark.parametrize("examples", ["1", pytest.param("8", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("examples", ["1", "8"])
 def test_in_tritons_interpreter(examples: str) -> None:
     run_interpreted(__file__, examples, "-k", "not hopper")

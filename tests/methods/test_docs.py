@@ -22,6 +22,7 @@ def block(language):
     return re.search(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)[1]
 
 
+@pytest.mark.exhaustive
 def test_the_page_shows_a_method_that_works(tmp_path):
     code = block("python")
     assert len(code.splitlines()) < 90

@@ -28,6 +28,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_one_command_tells_what_a_set_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL, "--processes", "1", "2", "--tars", "90", "--limit", "60", "--folder", str(tmp_path)]
     main([*words, "--json", str(tmp_path / "scale.json")])

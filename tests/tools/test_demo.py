@@ -17,7 +17,8 @@ from tools import demo
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("start", ["forked", pytest.param("anew", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("start", ["forked", "anew"])
 def test_the_demo_ends_with_rows_and_a_picture(tmp_path, monkeypatch, start):
     output = tmp_path / "demo"
     short = ["train.epochs=3", "train.batch_size=16", "model.depth=1", "model.embed_dim=48", "optim.warmup_epochs=0"]

@@ -61,7 +61,8 @@ SOME = {"train", "attention", "step-tiny", "augment"}
 ALL = SOME | {"tests", "rates-tiny", "loaders"}
 
 
-@pytest.mark.parametrize("parts", [SOME, pytest.param(ALL, marks=pytest.mark.exhaustive)], ids=["some", "all"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("parts", [SOME, ALL], ids=["some", "all"])
 def test_a_dry_run_runs_every_part(tmp_path, monkeypatch, capsys, parts):
     """All in processes started as they are on a GPU; some in processes forked from one that has imported torch."""
     words = ["--dry-run", "--output", str(tmp_path), "--archive", str(tmp_path / "gpu.tar.gz")]

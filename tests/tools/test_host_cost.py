@@ -21,6 +21,7 @@ def burn(seconds: float) -> None:
         pass
 
 
+@pytest.mark.exhaustive
 def test_one_command_writes_what_the_interpreter_costs(
     converted_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

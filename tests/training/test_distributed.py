@@ -159,6 +159,7 @@ def test_other_processes_go_on_from_the_end_of_an_epoch_and_say_so(image_root, r
     assert_same_to_rounding(output / "one", tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_a_dead_rank_ends_the_job_and_torchrun_begins_it_again(image_root, runs, tmp_path):
     output, _, _ = runs
     command = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1")

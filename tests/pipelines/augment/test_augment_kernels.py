@@ -418,8 +418,9 @@ def test_kernels_compile_for_hopper(cases: list[tuple[str, int, dict[str, Any]]]
         assert usage["fma"] == 0 or name == "mix_images", (name, constants, usage)
 
 
+@pytest.mark.exhaustive
 @not_within
-@pytest.mark.parametrize("examples", ["2", pytest.param("8", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("examples", ["2", "8"])
 def test_augmentation_in_tritons_interpreter(examples: str) -> None:
     some = ["-m", "not exhaustive"] if examples == "2" else []
     run_interpreted(__file__, examples, "--durations=5", *some, "-k", "not hopper and not one_copy")

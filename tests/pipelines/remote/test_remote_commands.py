@@ -64,6 +64,7 @@ def log(output):
     return [(row["epoch"], row["loss"], row.get("top1")) for row in rows if row["kind"] == "epoch"]
 
 
+@pytest.mark.exhaustive
 def test_the_page_runs_as_it_is_printed(tmp_path, monkeypatch):
     """But for the size of the tars and of the run, and the addresses of the nodes."""
     write_folder(tmp_path / "photos", {"cat": 40, "dog": 40}, seed=3)
@@ -191,6 +192,7 @@ def run_app(app, words):
     assert not left.value.code
 
 
+@pytest.mark.exhaustive
 def test_two_processes_evaluate_from_a_store(tarred, tmp_path, monkeypatch):
     done = command(train(tarred, tmp_path / "run"), tmp_path)
     assert done.returncode == 0, done.stderr

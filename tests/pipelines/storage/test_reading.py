@@ -23,7 +23,7 @@ from pipelines.storage import source as sources
 from pipelines.storage import unlocked
 from pipelines.storage.manifest import SAMPLE, take_rows
 from pipelines.storage.mapping import map_file, will_need
-from pipelines.storage.reading import _BATCHES_AFTER_A_WAIT, DiskWaits, Readers
+from pipelines.storage.reading import _BATCHES_AFTER_A_WAIT, DiskWaits, Readers, Unchecked
 from pipelines.storage.source import TarSource
 
 WITHOUT_NUMBA = missing("ffcv")  # which brings numba
@@ -238,3 +238,18 @@ def test_rows_are_those_that_numpy_finds(count: int, places: list[int]) -> None:
     assert np.array_equal(take_rows(rows, index), rows[index])
     with pytest.raises(IndexError):
         take_rows(rows, np.array([count]))
+
+
+@given(st.integers(1, 40), st.lists(st.lists(st.integers(0, 39), max_size=9), max_size=6))
+def test_a_sample_is_unchecked_until_it_is_compared(count: int, batches: list[list[int]]) -> None:
+    unchecked, left = Unchecked(count), np.ones(count, dtype=bool)
+    every = np.arange(count)
+    for batch in batches:
+        index = np.array([place % count for place in batch], dtype=np.int64)
+        assert unchecked.of(index).tolist() == left[index].tolist()
+        unchecked.clear(index)
+        left[index] = False
+        assert unchecked.of(every).tolist() == left.tolist()
+    nothing = Unchecked(0)
+    nothing.clear(every)
+    assert not nothing.of(every).any()
