@@ -54,7 +54,8 @@ def test_a_plan_is_ready_before_it_is_asked_for_and_two_are_kept() -> None:
     assert list(plans._plans) == [1, 2]
     plans.close()
     assert not plans._plans
-    assert not [thread for thread in threading.enumerate() if thread.name == "pss-plan"]
+    assert plans._thread is not None
+    assert not plans._thread.is_alive()
 
 
 def test_what_goes_wrong_is_heard_by_whoever_asks() -> None:
