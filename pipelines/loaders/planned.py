@@ -124,8 +124,9 @@ class PlannedLoader(ABC):
             )
         if self.windows is not None:
             self.windows.check_ranks(self.world_size * parts, "parts of a batch, of all processes (train.accumulate),")
+        if parts != self.parts:
+            self._plans.forget()
         self.parts = parts
-        self._plans.forget()
         self.set_epoch(self.epoch, self.start_step)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:

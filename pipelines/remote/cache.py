@@ -59,6 +59,7 @@ class Cache:
         steps: int,
         alive: Callable[[], object],
         *,
+        reserved: Callable[[], object] = lambda: None,
         wait: bool = False,
     ) -> Outcome:
         """Have a file of a data set in its folder.
@@ -70,6 +71,7 @@ class Cache:
             expected: what it is.
             steps: how soon it is needed; nothing goes for it that is needed as soon.
             alive: see `Store.fetch`.
+            reserved: called once its room is set aside.
             wait: for another process that fetches it, and for room.
 
         Returns:
@@ -95,6 +97,7 @@ class Cache:
                     )
                 return "full"
             try:
+                reserved()
                 store.fetch(name, part, expected, alive)
                 with part.open("rb") as file:
                     os.fsync(file.fileno())

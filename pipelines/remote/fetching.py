@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,7 @@ class Fetcher:
         self._there: NDArray[np.bool_] = np.zeros(len(tars), dtype=np.bool_)  # as far as this process knows
         self._asked: Counter[int] = Counter()  # tars that somebody waits for
         self._busy: set[int] = set()
+        self._reserving: int | None = None  # whose room comes next: tars that are needed later must not take it
         self._not_before: dict[int, float] = {}
         self._room_not_before = 0.0
         self._signs = 0
@@ -148,7 +150,7 @@ class Fetcher:
     def _start(self) -> None:
         if self._threads:
             return
-        self._stopping, self._failure = False, None
+        self._stopping, self._failure, self._reserving = False, None, None
         try:
             self._plan = Plan(self._folder / PLANS, self._tars)
         except OSError as error:  # a file system without locks has been refused before
@@ -168,7 +170,13 @@ class Fetcher:
             outcome, failure = None, None
             try:
                 outcome = self._cache.bring(
-                    self._store, self._folder, self._tars[tar], self._entries[tar], steps, self._alive
+                    self._store,
+                    self._folder,
+                    self._tars[tar],
+                    self._entries[tar],
+                    steps,
+                    self._alive,
+                    reserved=partial(self._reserved, tar),
                 )
             except BaseException as error:  # the reader's to hear of
                 failure = error
@@ -185,6 +193,14 @@ class Fetcher:
                     self._not_before[tar] = time.monotonic() + _LOOK_AGAIN_SECONDS
                 else:
                     self._room_not_before = time.monotonic() + _ROOM_AGAIN_SECONDS
+                self._reserved(tar)  # or it needs no room, or there is none
+                self._changed.notify_all()
+
+    def _reserved(self, tar: int) -> None:
+        """Let another tar be chosen."""
+        with self._changed:
+            if self._reserving == tar:
+                self._reserving = None
                 self._changed.notify_all()
 
     def _alive(self) -> None:
@@ -203,6 +219,7 @@ class Fetcher:
                 found, pause = self._choose()
                 if found is not None:
                     self._busy.add(found)
+                    self._reserving = found
                     return found, max(0, int(self._due[found]) - self._now)
                 self._changed.wait(pause)
             return None
@@ -247,7 +264,7 @@ class Fetcher:
 
     def _choose(self) -> tuple[int | None, float | None]:
         """A tar to fetch, or how long to wait before looking again; None for as long as nothing happens."""
-        if self._failure is not None:
+        if self._failure is not None or self._reserving is not None:
             return None, None
         time_now = time.monotonic()
         self._not_before = {tar: until for tar, until in self._not_before.items() if until > time_now}

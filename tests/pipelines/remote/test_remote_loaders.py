@@ -140,10 +140,28 @@ def test_evaluation_in_order(served, tarred, tmp_path):
     remote = open_remote(served.url, tmp_path, (tables + 2 * max(sizes)) / 1e9)
     config = {"split": "val", "batch_size": 1}
     assert_same(delivered(built(remote, **config)), delivered(built(tarred, **config)))
-    # As a run begins, two threads may reserve the room for later tars before two others reserve it for the first ones.
-    assert set(served.tars("val").values()) <= {1, 2}
-    assert sum(served.tars("val").values()) <= len(sizes) + 2
+    assert served.tars("val") == dict.fromkeys(sorted(served.tars("val")), 1)
     assert not served.tars("train")
+
+
+def test_room_is_set_aside_in_the_order_in_which_tars_are_needed(by_http, tarred, tmp_path, monkeypatch):
+    """However long it takes a thread: a later tar would have to go again for a sooner one."""
+    sizes = [path.stat().st_size for path in Path(tarred).glob("val-*.tar")]
+    tables = sum(path.stat().st_size for path in Path(tarred).glob("*.samples.npy"))
+    remote = open_remote(by_http.url, tmp_path, (tables + 2 * max(sizes)) / 1e9)
+    made, reserve = [], fetching.Cache._reserve
+
+    def slowly(cache, folder, name, num_bytes, steps):
+        if name in ("val-00000.tar", "val-00001.tar"):
+            time.sleep(0.3)
+        if found := reserve(cache, folder, name, num_bytes, steps):
+            made.append(name)
+        return found
+
+    monkeypatch.setattr(fetching.Cache, "_reserve", slowly)
+    config = {"split": "val", "batch_size": 1}
+    assert_same(delivered(built(remote, **config)), delivered(built(tarred, **config)))
+    assert made == [f"val-0000{number}.tar" for number in range(5)]
 
 
 def test_faults_change_nothing(served, tarred, tmp_path):
