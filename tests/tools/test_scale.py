@@ -6,25 +6,12 @@ import pytest
 
 from tools.scale import nodes, order
 
+SMALL = ["--samples", "12800", "--tar", "100", "--classes", "10", "--batch", "128"]
+
 
 @pytest.fixture(scope="module")
 def orders():
-    words = [
-        "--samples",
-        "12800",
-        "--tar",
-        "100",
-        "--classes",
-        "10",
-        "--batch",
-        "128",
-        "--groups",
-        "4,16",
-        "--windows",
-        "1,4",
-        "--epochs",
-        "3",
-    ]
+    words = [*SMALL, *["--groups", "4,16", "--windows", "1,4", "--epochs", "3"]]
     return {(row["groups"], row["window"]): row for row in order.main(words)["rows"]}
 
 
@@ -44,23 +31,7 @@ def test_more_groups_and_larger_windows_come_nearer_to_it(orders):
 
 
 def test_classes_in_order_show_what_a_conversion_that_does_not_shuffle_costs(capsys):
-    words = [
-        "--samples",
-        "12800",
-        "--tar",
-        "100",
-        "--classes",
-        "10",
-        "--batch",
-        "128",
-        "--groups",
-        "4",
-        "--windows",
-        "1",
-        "--epochs",
-        "2",
-        "--sorted",
-    ]
+    words = [*SMALL, *["--groups", "4", "--windows", "1", "--epochs", "2", "--sorted"]]
     (row, _) = order.main(words)["rows"]
     assert row["classes"] > 2
     assert "10 classes in order" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,23 @@ _APART = "\0"  # in no name of a file
 _AT_ONCE = 1 << 12  # names decoded together
 
 
-class PackedNames(Sequence[str]):
+class Names(Sequence[str], ABC):
+    """Names that are put together when they are asked for; a slice is a list."""
+
+    __slots__ = ()
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        return [self._name(i) for i in range(len(self))[at]] if isinstance(at, slice) else self._name(at)
+
+    @abstractmethod
+    def _name(self, at: int) -> str: ...
+
+
+class PackedNames(Names):
     """Names in one buffer, with four bytes beside each; see `packed`."""
 
     __slots__ = ("_before", "_behind", "_buffer", "_ends")
@@ -29,13 +46,7 @@ class PackedNames(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, at: int) -> str: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[str]: ...
-    def __getitem__(self, at: int | slice) -> str | list[str]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(len(self))[at]]
+    def _name(self, at: int) -> str:
         end = self._ends[at]
         start = self._ends[at - 1] + 1 if at % len(self._ends) else 0
         return self._before + self._decoded(start, end) + self._behind
@@ -85,7 +96,7 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-class FullNames(Sequence[str]):
+class FullNames(Names):
     """The names of many folders, one folder after the other, each name behind that of its folder."""
 
     __slots__ = ("_count", "_groups", "_starts")
@@ -135,13 +146,7 @@ class FullNames(Sequence[str]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, at: int) -> str: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[str]: ...
-    def __getitem__(self, at: int | slice) -> str | list[str]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(self._count)[at]]
+    def _name(self, at: int) -> str:
         at = range(self._count)[at]
         group = bisect_right(self._starts, at) - 1
         before, names = self._groups[group]
