@@ -1,8 +1,8 @@
-"""Files of a data set in an object store or behind HTTP, fetched whole, through whatever fsspec reads.
+"""Files in an object store or behind HTTP, read and written whole, through whatever fsspec knows.
 
-Nothing is asked of a store but the size of an object and its bytes. What arrives is held against the manifest; a
+Loaders ask a store for nothing but the size of an object and its bytes. What arrives is held against the manifest; a
 connection that drops, a server that is out of breath and bytes that are not the right ones are tried again for a
-minute, with longer and longer pauses. What is missing, or not to be read, is said at once.
+minute, with longer and longer pauses. What is missing, or may not be read or written, is said at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +38,30 @@ def is_url(data: Any) -> bool:
     return isinstance(data, str) and "://" in data
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What a folder of a store holds under a name."""
+
+    name: str
+    size: int | None
+    """In bytes; None of a folder, or where the store does not say."""
+    version: str
+    """Changes with the content, where the store tells; else the size."""
+    folder: bool
+
+
 class Store:
-    """The folder of a data set at an address.
+    """A folder at an address.
 
     Raises:
         DataError: fsspec, or what it reads such addresses with, is not installed; or it knows no such addresses.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        what = f"--data {self.url}"
-        protocol = url.partition("://")[0].lower()
+    def __init__(self, url: str, named: str = "--data") -> None:
+        """`named` is the option that the address was given with, for messages."""
+        self.url, self._named = url.rstrip("/"), named
+        what = f"{named} {self.url}"
+        self.protocol = protocol = url.partition("://")[0].lower()
         if protocol in ("s3", "s3a"):
             need(what, "remote", "fsspec", "s3fs")
         elif protocol in ("http", "https"):
@@ -58,7 +73,7 @@ class Store:
             self._files, self._path = core.url_to_fs(self.url, skip_instance_cache=True, **_options(protocol))
         except (ImportError, ValueError) as error:
             raise DataError(
-                f"--data {self.url} cannot be opened: {in_words(error)}; install what it needs, or name another address"
+                f"{what} cannot be opened: {in_words(error)}; install what it needs, or name another address"
             ) from error
 
     def name(self, file: str) -> str:
@@ -85,33 +100,130 @@ class Store:
         Raises:
             DataError: it is not there, may not be read, or could not be had after all attempts.
         """
-        tries = TRIES if tries is None else tries
-        for attempt in range(1, tries + 1):
+        self._insist(file, lambda: self._attempt(file, into, expected, alive), into, alive, tries)
+
+    def read(self, file: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes of a file from `offset` on, up to its end where `length` is None. Raises as `fetch`."""
+        found = b""
+
+        def attempt() -> str | None:
+            nonlocal found
+            end = None if length is None else offset + length
+            found = self._files.cat_file(f"{self._path}/{file}", start=offset or None, end=end)
+            return None
+
+        self._insist(file, attempt)
+        return found
+
+    def entries(self, folder: str = "") -> list[Entry]:
+        """What is in a folder, in the order of the names; nothing where there is no such folder.
+
+        Raises:
+            DataError: as `fetch`, but for what is not there.
+        """
+        at = f"{self._path}/{folder}".rstrip("/")
+        found: list[Entry] = []
+
+        def attempt() -> str | None:
             try:
-                wrong = self._attempt(file, into, expected, alive)
+                self._files.invalidate_cache(at)
+                listed = self._files.ls(at, detail=True)
+            except FileNotFoundError as error:
+                if not _absent(_reason(error)):
+                    raise
+                listed = []
+            found[:] = _entries(at, listed)
+            return None
+
+        self._insist(folder or ".", attempt)
+        return found
+
+    def find(self, file: str = "") -> Entry | None:
+        """A file, or the folder itself; None where there is no such thing. Raises as `entries`."""
+        at = f"{self._path}/{file}".rstrip("/")
+        found: list[Entry] = []
+
+        def attempt() -> str | None:
+            try:
+                self._files.invalidate_cache(at)
+                found[:] = [_entry(file, self._files.info(at))]
+            except FileNotFoundError as error:
+                if not _absent(_reason(error)):
+                    raise
+            return None
+
+        self._insist(file or ".", attempt)
+        return found[0] if found else None
+
+    def put(self, path: Path, file: str) -> None:
+        """Write a file of this machine to the store; it appears there whole.
+
+        Raises:
+            DataError: it may not be written, or could not be after all attempts.
+        """
+
+        def attempt() -> str | None:
+            self._files.put_file(str(path), f"{self._path}/{file}")
+            self._files.invalidate_cache(f"{self._path}/{file}")
+            found, size = self._files.info(f"{self._path}/{file}").get("size"), path.stat().st_size
+            return None if found in (None, size) else f"{found} of its {size} bytes arrived"
+
+        self._insist(file, attempt, writing=True)
+
+    def remove(self, folder: str) -> None:
+        """Delete a folder with all that is in it; nothing where there is none. Raises as `put`."""
+
+        def attempt() -> str | None:
+            with suppress(FileNotFoundError):
+                self._files.rm(f"{self._path}/{folder}".rstrip("/"), recursive=True)
+            return None
+
+        self._insist(folder, attempt, writing=True)
+
+    def _insist(
+        self,
+        file: str,
+        attempt: Callable[[], str | None],
+        into: Path | None = None,
+        alive: Callable[[], object] = lambda: None,
+        tries: int | None = None,
+        *,
+        writing: bool = False,
+    ) -> None:
+        """Call `attempt`, which says what is wrong with what it got, until nothing is."""
+        tries = TRIES if tries is None else tries
+        begin = "written" if writing else "read"
+        for number in range(1, tries + 1):
+            try:
+                wrong = attempt()
             except Exception as error:  # of every library that fsspec may use
                 cause = _reason(error)
-                if isinstance(error, OSError) and error.errno in _LOCAL:
+                if into is not None and isinstance(error, OSError) and error.errno in _LOCAL:
                     raise DataError(
                         f"{into} cannot be written ({in_words(error)}); name another disk with --cache-dir, or less of "
                         "it with --cache-gb"
                     ) from error
                 if _denied(cause):
                     raise DataError(
-                        f"{self.name(file)} may not be read from here ({_told(cause)}); give this machine the right "
+                        f"{self.name(file)} may not be {begin} from here ({_told(cause)}); give this machine the right "
                         "to, as the store's own tools would have it: of S3, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
                     ) from error
                 if _absent(cause):
                     raise DataError(
-                        f"{self.name(file)} is not there; see that the address is right and the upload complete"
+                        f"{self.name(file)} cannot be written, as there is no such bucket; make it, or name another"
+                        if writing
+                        else f"{self.name(file)} is not there; see that the address is right and the upload complete"
                     ) from error
                 wrong = _told(cause)
             if wrong is None:
                 return
-            if attempt < tries:
-                self._pause(file, wrong, attempt, alive)
+            if number < tries:
+                self._pause(file, wrong, number, alive)
         raise DataError(
-            f"{self.name(file)} could not be had in {tries} attempts, the last time because {wrong}; see that the "
+            f"{self.name(file)} could not be written in {tries} attempts, the last time because {wrong}; see that the "
+            "store answers, and begin again: the same command continues"
+            if writing
+            else f"{self.name(file)} could not be had in {tries} attempts, the last time because {wrong}; see that the "
             "store answers and the object is whole, and begin again: a run goes on with --resume"
         )
 
@@ -142,7 +254,22 @@ class Store:
             time.sleep(min(left, 1.0))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.url,)
+        return type(self), (self.url, self._named)
+
+
+def _entries(at: str, listed: list[dict[str, Any]]) -> list[Entry]:
+    """Of what fsspec lists of the folder `at`; some stores list the folder itself, too."""
+    named = ((one["name"].rstrip("/"), one) for one in listed)
+    found = (_entry(name.rpartition("/")[2], one) for name, one in named if name != at.rstrip("/"))
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _entry(name: str, about: dict[str, Any]) -> Entry:
+    if about.get("type") == "directory":
+        return Entry(name, None, "", True)
+    size = about.get("size")
+    version = next((about[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified") if about.get(key)), size)
+    return Entry(name, None if size is None else int(size), str(version), False)
 
 
 def _reason(error: Exception) -> BaseException:
@@ -182,5 +309,7 @@ def _options(protocol: str) -> dict[str, Any]:
 
         # By default all of a download must be over in five minutes.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True}, "use_listings_cache": False}
+    if protocol == "file":
+        return {"auto_mkdir": True}
     return {}
