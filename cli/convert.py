@@ -35,7 +35,9 @@ _SOURCES = (
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help=_SOURCES)],
-    dest: Annotated[Path | None, typer.Argument(help="the new folder to write")] = None,
+    dest: Annotated[
+        str | None, typer.Argument(help="the new folder to write, or an address such as s3://bucket/photos")
+    ] = None,
     format: Annotated[str, typer.Option(help="dali, ffcv or ffcv,dali")] = "",
     inspect: Annotated[bool, typer.Option("--inspect", help="say what SOURCE is and what would be read")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="with --inspect: as JSON")] = False,
@@ -82,6 +84,10 @@ def convert(
         float, typer.Option(help="seconds without a finished image after which the work is taken to be stuck")
     ] = 60.0,
     part: Annotated[str | None, typer.Option(help="i/n: do one of n shares; the last one merges")] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="with an address: where this machine keeps what it works on [default: ~/.cache/pss]"),
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="drop an unfinished conversion to DEST")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="finish SOURCE, a folder begun with --part")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check the files of SOURCE, a converted folder")] = False,
@@ -143,7 +149,8 @@ def convert(
         )
     if merge:
         with _Display("images") as display:
-            _report(Path(source), conversion.merge(Path(source), jobs, display, _tell, patience), display)
+            made = conversion.merge(source, jobs, display, _tell, patience, _work_dir(work_dir, source))
+            _report(source, made, display)
         return
     if as_json and not inspect:
         raise ValueError("--json is for --inspect; add it, or leave --json out")
@@ -177,6 +184,7 @@ def convert(
         patience=patience,
         part=_part(part),
         restart=restart,
+        work_dir=_work_dir(work_dir, dest),
     )
     if inspect:
         _inspect(source, options, as_json)
@@ -230,6 +238,14 @@ def _inspect(source: str, options: Options, as_json: bool) -> None:
         print("\n".join(inspected.in_words()))
 
 
+def _work_dir(folder: Path | None, *named: str | None) -> Path | None:
+    from pipelines.remote.store import is_url
+
+    if folder is not None and not any(map(is_url, named)):
+        raise ValueError("--work-dir is for a SOURCE or DEST at an address, such as s3://bucket/photos; leave it out")
+    return folder
+
+
 def _part(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
@@ -243,7 +259,7 @@ def _tell(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _report(dest: Path, manifest: Manifest, display: _Display) -> None:
+def _report(dest: str, manifest: Manifest, display: _Display) -> None:
     counts = ", ".join(f"{part.num_samples} {name}" for name, part in manifest.splits.items())
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
     print(f"{dest}: {len(manifest.classes)} classes, {counts} images, {size:.1f} MB")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.server
+import os
 import threading
 import time
+import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ class Served:
     folder: Path
     gets: Counter[str] = field(default_factory=Counter)
     """How often each file was asked for."""
+    puts: Counter[str] = field(default_factory=Counter)
+    """How often each file was written."""
     faults: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """By file, what goes wrong with the next requests for it, one after the other; a last `always ...` stays."""
 
@@ -97,7 +101,8 @@ def http_store(folder: Path) -> Iterator[Served]:
 
 @contextmanager
 def s3_store(folder: Path, monkeypatch: pytest.MonkeyPatch, bucket: str = BUCKET) -> Iterator[Served]:
-    """`folder` in a bucket of moto's server, which the environment names. Faults: 500, 503, 403, 404, wrong."""
+    """`folder` in a bucket of moto's server, which the environment names. Faults: 500, 503, 403, 404, and wrong, of
+    what is read and of what is written."""
     moto_app = pytest.importorskip("moto.moto_server.werkzeug_app", reason="moto is not installed")
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     from werkzeug.serving import WSGIRequestHandler, make_server
@@ -108,10 +113,10 @@ def s3_store(folder: Path, monkeypatch: pytest.MonkeyPatch, bucket: str = BUCKET
     backend = moto_app.DomainDispatcherApplication(moto_app.create_backend_app)
 
     def app(environ: dict[str, Any], start_response: Any) -> Any:
-        name = environ["PATH_INFO"].rpartition("/")[2]
-        if environ["REQUEST_METHOD"] != "GET" or not name or "list-type" in environ.get("QUERY_STRING", ""):
+        name, method = environ["PATH_INFO"].rpartition("/")[2], environ["REQUEST_METHOD"]
+        if method not in ("GET", "PUT") or not name or "list-type" in environ.get("QUERY_STRING", ""):
             return backend(environ, start_response)
-        served.gets[name] += 1
+        (served.gets if method == "GET" else served.puts)[name] += 1
         fault = served.fault(name)
         if fault.isdecimal():
             start_response(f"{fault} Fault", [("Content-Type", "application/xml")])
@@ -131,12 +136,15 @@ def s3_store(folder: Path, monkeypatch: pytest.MonkeyPatch, bucket: str = BUCKET
     try:
         import boto3
 
+        reset = urllib.request.Request(f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")
+        urllib.request.urlopen(reset).close()  # moto keeps buckets as long as the process lives
         client = boto3.client("s3")
         client.create_bucket(Bucket=bucket)
         for path in folder.iterdir():
             if path.is_file() and not path.name.startswith("."):
                 client.put_object(Bucket=bucket, Key=f"sets/small/{path.name}", Body=path.read_bytes())
         served.gets.clear()
+        served.puts.clear()
         yield served
     finally:
         server.shutdown()

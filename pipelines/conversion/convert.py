@@ -26,8 +26,10 @@ from pipelines.conversion.ray_tasks import need_ray
 from pipelines.conversion.scan import Images, Unreadable, check_chunk, checked_images
 from pipelines.conversion.shards import Shard, plan_shards, write_file, write_rows, write_shard
 from pipelines.conversion.splits import SHUFFLE, check_splits, divide, permutation
-from pipelines.conversion.verify import LISTED, check_samples, hashed, listed
-from pipelines.conversion.work import Busy, Crew, Workplace, chunks_of, write_whole
+from pipelines.conversion.verify import LISTED, check_samples, hashed, listed, write_checked
+from pipelines.conversion.work import Busy, Crew, DepotPlace, Workplace, chunks_of
+from pipelines.remote.depot import Depot
+from pipelines.remote.store import is_url, usual_folder
 from pipelines.sources.columns.samples import Samples
 from pipelines.sources.listing import DIGITS, Inspected, Listing, Spool
 from pipelines.storage.beton import stored_path
@@ -37,20 +39,21 @@ from pipelines.storage.manifest import FORMAT_VERSION, MANIFEST, SAMPLE, FileEnt
 
 def convert(
     source: str,
-    dest: Path,
+    dest: Path | str,
     options: Options,
     progress: Progress,
     tell: Callable[[str], None] = lambda message: None,
 ) -> Manifest | None:
-    """Convert `source`, the word "digits", a file or a folder, to the new folder `dest`.
+    """Convert `source`, the word "digits", a file or a folder, to `dest`, a new folder or an address.
 
-    Everything is written beside `dest` and renamed at the end. Raises `DataError` or `ValueError`, with nothing left
-    behind, for what is wrong with source and options. Any other way out, Ctrl-C and `Kept` included, keeps what is
-    finished: the same call continues it. None: the share of `options.part` is done, but others are not. `tell` hears
-    sentences.
+    Everything is written beside `dest` and renamed at the end; at an address, `dataset.json` comes last. Raises
+    `DataError` or `ValueError`, with nothing left behind, for what is wrong with source and options. Any other way out,
+    Ctrl-C and `Kept` included, keeps what is finished: the same call continues it. None: the share of `options.part` is
+    done, but others are not. `tell` hears sentences.
     """
-    if os.path.lexists(dest):
-        link = ", as a link to what is not there" if not dest.exists() else ""
+    depot = _depot(dest, options)
+    if depot is None and os.path.lexists(dest):
+        link = ", as a link to what is not there" if not Path(dest).exists() else ""
         raise DataError(f"{dest} already exists{link}; remove it or choose another name")
     if "ffcv" in options.formats:
         opencv()
@@ -58,12 +61,19 @@ def convert(
         need_ray()
     source = source if source == DIGITS else str(Path(source).resolve())
     purpose = {"source": source, **options.purpose()}
-    place = Workplace(dest, purpose, restart=options.restart, shared=options.part is not None)
-    if place.continued and options.part is None:
-        tell(f"continuing the unfinished conversion to {dest}")
+    shared = options.part is not None
+    place: Workplace
+    if depot is None:
+        place = Workplace(Path(dest), purpose, restart=options.restart, shared=shared)
+    else:
+        below = options.work_dir or usual_folder()
+        place = DepotPlace(depot, below, purpose, restart=options.restart, shared=shared)
+    if place.continued and not shared:
+        tell(f"continuing the unfinished conversion to {place.shown}")
     if not place.locked:
-        tell(f"{dest.parent} lies on a file system without locks: see to it that nothing else writes {dest}")
-    kept = f"what is finished is kept; the same command continues, and --restart drops it ({place.folder})"
+        disk = place.folder.parent
+        tell(f"{disk} lies on a file system without locks: see to it that nothing else writes {place.shown}")
+    kept = f"what is finished is kept; the same command continues, and --restart drops it ({place.keeps})"
     try:
         manifest = _Conversion(place, source, options, progress, tell).run()
     except Kept as error:
@@ -77,7 +87,7 @@ def convert(
         raise
     except BaseException as error:
         place.leave()
-        if options.part is not None and isinstance(error, FileNotFoundError) and dest.exists():
+        if options.part is not None and isinstance(error, FileNotFoundError) and place.dest.exists():
             return None  # the last part has cleared up
         tell(kept)
         if isinstance(error, OSError) and error.errno in _DISK:
@@ -86,7 +96,7 @@ def convert(
                 f"{at} cannot be written ({in_words(error)}); mend that, and the same command continues"
             ) from error
         raise
-    place.leave()
+    place.leave(done=True)
     return manifest
 
 
@@ -95,24 +105,45 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def merge(
-    dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None], patience: float = PATIENCE
+    dest: Path | str,
+    jobs: int,
+    progress: Progress,
+    tell: Callable[[str], None],
+    patience: float = PATIENCE,
+    work_dir: Path | None = None,
 ) -> Manifest:
     """Finish a conversion that was begun in parts: do what is missing, put all together, verify."""
-    journal = dest.with_name(f".{dest.name}.partial") / "journal.json"
-    if not journal.exists():
+    purpose: dict[str, Any] | None
+    if is_url(dest):
+        purpose = Depot(str(dest)).journal()
+    else:
+        journal = Path(dest).with_name(f".{Path(dest).name}.partial") / "journal.json"
+        purpose = read_json(journal, dict[str, Any], remedy="begin again with --restart") if journal.exists() else None
+    if purpose is None:
         raise DataError(f"there is no unfinished conversion to {dest}; start one with --part")
-    purpose = read_json(journal, dict[str, Any], remedy="begin again with --restart")
     source = purpose.pop("source", "")
-    if unknown := set(purpose) ^ set(Options(formats=("dali",)).purpose()):
+    try:
+        options = Options.of_purpose(purpose, jobs=jobs, patience=patience, work_dir=work_dir)
+    except LookupError as error:
         raise DataError(
-            f"{journal} is of another version of pss or damaged ({min(unknown)}); begin again with --restart"
-        )
-    options = Options(
-        **{**purpose, **{name: tuple(purpose[name]) for name in ("formats", "ignore")}}, jobs=jobs, patience=patience
-    )
+            f"the journal of {dest} is of another version of pss or damaged ({error.args[0]}); begin again with "
+            "--restart"
+        ) from error
     manifest = convert(source, dest, options, progress, tell)
     assert manifest is not None
     return manifest
+
+
+def _depot(dest: Path | str, options: Options) -> Depot | None:
+    """The destination, where it is an address."""
+    if not is_url(dest):
+        return None
+    if "ffcv" in options.formats:
+        raise ValueError(
+            f"--format ffcv writes one file of all images, which no loader reads from {dest}; use dali, or name a "
+            "folder"
+        )
+    return Depot(str(dest))
 
 
 _BESIDE = 3000  # bytes in a tar besides an image: headers, label, number
@@ -125,7 +156,11 @@ class _Conversion:
         self, place: Workplace, source: str, options: Options, progress: Progress, tell: Callable[[str], None]
     ) -> None:
         self.place, self.source, self.options, self.progress, self.tell = place, source, options, progress, tell
-        self.crew = Crew(place.work, options.jobs, options.engine, options.part, options.patience)
+        self.crew = Crew(place.work, options.jobs, options.engine, options.part, options.patience, self._depot)
+
+    @property
+    def _depot(self) -> Depot | None:
+        return self.place.depot if isinstance(self.place, DepotPlace) else None
 
     def run(self) -> Manifest | None:
         if self.source == DIGITS and self.options.split is not None:
@@ -150,6 +185,7 @@ class _Conversion:
         # only now: the part that finishes last must find all others finished
         for split, members in images.items():
             tars = self.crew.paths(_tar_phase(split), len(self._shards(split, members)))
+            self.crew.learn(tars)
             if not all(path.exists() for path in (*tars, *self._beton_results(split, members))):
                 return None
         with self.place.merging() as ours:
@@ -159,6 +195,9 @@ class _Conversion:
         """Raise `Kept` where the tars will not fit on the disk. How large FFCV's JPEG files become is not known."""
         tars = [members for split, members in images.items() if "dali" in self.options.formats or split == "val"]
         needed = sum(int(members.column("bytes").sum()) + _BESIDE * len(members) for members in tars)
+        if self._depot is not None:  # tars leave as they are written
+            of_one = needed // max(1, sum(map(len, tars))) * self.options.shard_size
+            needed = min(needed, of_one * (self.options.jobs + 1))
         there = sum(path.stat().st_size for path in self.place.set.iterdir())
         free = shutil.disk_usage(self.place.folder).free
         if needed > free + there:
@@ -179,13 +218,11 @@ class _Conversion:
             digest.update(split.encode())
             for sample in samples:
                 digest.update(f"{sample.name}\0{sample.label}\0{sample.offset}\0{sample.length}\n".encode())
-        path = self.place.work / "listing.sha256"
-        if path.exists() and path.read_text() != digest.hexdigest():
+        if not self.place.agree("listing.sha256", digest.hexdigest().encode()):
             raise Busy(
-                f"{self.source} has changed since the conversion to {self.place.dest} began; give --restart to begin "
+                f"{self.source} has changed since the conversion to {self.place.shown} began; give --restart to begin "
                 "again"
             )
-        write_whole(path, digest.hexdigest().encode())
 
     def _check(
         self, splits: Mapping[str, Samples], classes: Sequence[str]
@@ -226,7 +263,8 @@ class _Conversion:
     def _write_tars(self, split: str, images: Images) -> None:
         if shards := self._shards(split, images):
             self.progress.start(f"writing {split} tars", len(images))
-            self.crew.run(_tar_phase(split), write_shard, shards, self.progress.advance)
+            write = write_shard if self._depot is None else write_checked  # what has left is not read back
+            self.crew.run(_tar_phase(split), write, shards, self.progress.advance)
 
     def _write_beton(self, split: str, images: Images) -> None:
         if not self._ffcv:
@@ -283,7 +321,7 @@ class _Conversion:
         for name, text in companion_files(classes, splits, lengths).items():
             files[name] = write_file(folder / name, text)
         options = self.options
-        problems = check_samples(
+        problems = self._depot is None and check_samples(
             folder,
             splits,
             options.jobs,
@@ -317,7 +355,7 @@ class _Conversion:
             account=_account(self.inspected, splits, skipped),
         )
         write_file(folder / MANIFEST, manifest.to_json().encode())
-        self.place.finish()
+        self.place.finish(files)
         return manifest
 
     def _write_table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.conversion.beton import Store
@@ -24,7 +25,7 @@ PROFILES: Mapping[str, tuple[int, Store]] = {
 }
 """FFCV: longest side in pixels, and whether images are stored as JPEG, as pixels, or half of them each way."""
 
-_HOW = ("jobs", "engine", "part", "patience", "restart")
+_HOW = ("jobs", "engine", "part", "patience", "restart", "work_dir")
 """Options that say how the work is done; the result does not depend on them."""
 
 
@@ -77,6 +78,9 @@ class Options:
     """(i, n): do the i-th of n shares of the work, from 1, in a folder that all n can reach."""
     restart: bool = False
     """Drop what an interrupted conversion to the same destination has left."""
+    work_dir: Path | None = None
+    """Where source or destination are addresses: the folder of this machine in which the work is done; `pss` in the
+    user's cache folder if None."""
 
     def __post_init__(self) -> None:
         if not self.formats or not set(self.formats) <= {"ffcv", "dali"}:
@@ -126,3 +130,10 @@ class Options:
     def purpose(self) -> dict[str, Any]:
         """The options that the result depends on."""
         return {name: value for name, value in asdict(self).items() if name not in _HOW}
+
+    @classmethod
+    def of_purpose(cls, purpose: Mapping[str, Any], **how: Any) -> Options:
+        """Those with that purpose; `LookupError` for one of another version."""
+        if unknown := purpose.keys() ^ cls(formats=("dali",)).purpose().keys():
+            raise LookupError(min(unknown))
+        return cls(**{**purpose, **{name: tuple(purpose[name]) for name in ("formats", "ignore")}}, **how)

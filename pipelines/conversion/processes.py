@@ -70,7 +70,7 @@ def map_processes(
     heard, beats = context.Pipe(duplex=False)
     try:
         pool = ProcessPoolExecutor(
-            min(jobs, len(tasks)), mp_context=context, initializer=_prepare_worker, initargs=(beats,)
+            min(jobs, len(tasks)), mp_context=context, initializer=_prepare_worker, initargs=(beats, dict(os.environ))
         )
     except OSError as error:
         raise DataError(
@@ -189,8 +189,9 @@ def _make_room_for_sockets() -> None:
     )
 
 
-def _prepare_worker(beats: Connection) -> None:
+def _prepare_worker(beats: Connection, environment: dict[str, str]) -> None:
     global _beats
+    os.environ.update(environment)  # the fork server has that of the time at which it was started
     os.set_blocking(beats.fileno(), False)
     _beats = beats
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone reacts

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pipelines.base import DataError, in_words
 from pipelines.conversion.engines import Engine, map_tasks
 from pipelines.conversion.processes import PATIENCE, Progress, beat, check_patience
-from pipelines.conversion.shards import BLOCK, member_header, members_behind
+from pipelines.conversion.shards import BLOCK, Shard, member_header, members_behind, write_shard
+from pipelines.conversion.work import Finished
 from pipelines.sources.columns.samples import MAX_ENCODED
 from pipelines.storage.beton import RAW, STORED, damaged_frame, stored_path
 from pipelines.storage.images import open_image
@@ -194,20 +195,38 @@ def _damaged_in_tars(task: _Task) -> list[str]:
             damaged.append(f"{task.split.table}, sample {i}")
             continue
         tar = task.split.shards[shard]
-        behind = b"".join(
-            member_header(f"{i:08d}.{name}", len(content)) + content + bytes(-len(content) % BLOCK)
-            for name, content in members_behind(int(row["label"]), i, decimal=task.decimal).items()
-        )
-        padding = bytes(-length % BLOCK)
-        content = _read(task.root / tar, offset - BLOCK, BLOCK + length + len(padding) + len(behind))
-        sound = (
-            content.startswith(member_header(f"{i:08d}.jpg", length))
-            and zlib.crc32(content[BLOCK : BLOCK + length]) == row["crc32"]
-            and content[BLOCK + length :] == padding + behind
-        )
-        if not sound:
+        if not _member_sound(task.root / tar, i, row, decimal=task.decimal):
             damaged.append(f"{tar}, member {i:08d}.jpg")
     return damaged
+
+
+def _member_sound(tar: Path, number: int, row: np.void, *, decimal: bool) -> bool:
+    """Whether sample `number` is in a tar as its row of SAMPLE says."""
+    length = int(row["length"])
+    behind = b"".join(
+        member_header(f"{number:08d}.{name}", len(content)) + content + bytes(-len(content) % BLOCK)
+        for name, content in members_behind(int(row["label"]), number, decimal=decimal).items()
+    )
+    padding = bytes(-length % BLOCK)
+    content = _read(tar, int(row["offset"]) - BLOCK, BLOCK + length + len(padding) + len(behind))
+    return (
+        content.startswith(member_header(f"{number:08d}.jpg", length))
+        and zlib.crc32(content[BLOCK : BLOCK + length]) == row["crc32"]
+        and content[BLOCK + length :] == padding + behind
+    )
+
+
+def write_checked(shard: Shard) -> Finished:
+    """As `write_shard`, and read it back; `DataError` if it is not as it was written."""
+    finished, tar = write_shard(shard), Path(shard.tar)
+    bad = [
+        f"{tar.name}, member {number:08d}.jpg"
+        for number, row in enumerate(finished.rows, shard.first)
+        if not _member_sound(tar, number, row, decimal=True)
+    ]
+    if bad:
+        raise DataError(f"{listed(bad)} cannot be read back as written; check the disk of {tar.parent}")
+    return finished
 
 
 def _damaged_in_beton(task: _Task) -> list[str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,11 @@ _REFUSED = ("NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError",
 def is_url(data: Any) -> bool:
     """Whether a data set is named by an address, such as s3://bucket/set, and not by a folder."""
     return isinstance(data, str) and "://" in data
+
+
+def usual_folder() -> Path:
+    """Where this machine keeps what is fetched and made, unless somebody says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pss"
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Store:
 
     def name(self, file: str) -> str:
         """The address of a file, for messages."""
-        return f"{self.url}/{file}"
+        return f"{self.url}/{file}".rstrip("/")
 
     def fetch(
         self,
@@ -135,7 +141,7 @@ class Store:
             found[:] = _entries(at, listed)
             return None
 
-        self._insist(folder or ".", attempt)
+        self._insist(folder, attempt)
         return found
 
     def find(self, file: str = "") -> Entry | None:
@@ -152,33 +158,43 @@ class Store:
                     raise
             return None
 
-        self._insist(file or ".", attempt)
+        self._insist(file, attempt)
         return found[0] if found else None
 
-    def put(self, path: Path, file: str) -> None:
+    def put(self, path: Path, file: str, alive: Callable[[], object] = lambda: None) -> None:
         """Write a file of this machine to the store; it appears there whole.
+
+        Args:
+            path: is read.
+            file: its name in the store.
+            alive: called now and then while bytes leave or the next attempt is waited for.
 
         Raises:
             DataError: it may not be written, or could not be after all attempts.
         """
+        address = f"{self._path}/{file}"
 
         def attempt() -> str | None:
-            self._files.put_file(str(path), f"{self._path}/{file}")
-            self._files.invalidate_cache(f"{self._path}/{file}")
-            found, size = self._files.info(f"{self._path}/{file}").get("size"), path.stat().st_size
+            callback = self._callback(hooks={"alive": lambda size, value, **more: alive()})
+            self._files.put_file(str(path), address, callback=callback)
+            alive()
+            self._files.invalidate_cache(address)
+            found, size = self._files.info(address).get("size"), path.stat().st_size
             return None if found in (None, size) else f"{found} of its {size} bytes arrived"
 
-        self._insist(file, attempt, writing=True)
+        self._insist(file, attempt, alive=alive, writing=True)
 
-    def remove(self, folder: str) -> None:
-        """Delete a folder with all that is in it; nothing where there is none. Raises as `put`."""
+    def remove(self, entries: Sequence[Entry]) -> None:
+        """Delete files, and folders with all that is in them. Raises as `put`."""
 
         def attempt() -> str | None:
             with suppress(FileNotFoundError):
-                self._files.rm(f"{self._path}/{folder}".rstrip("/"), recursive=True)
+                self._files.rm([f"{self._path}/{entry.name}" for entry in entries], recursive=True)
+            self._files.invalidate_cache()
             return None
 
-        self._insist(folder, attempt, writing=True)
+        if entries:
+            self._insist(entries[0].name, attempt, writing=True)
 
     def _insist(
         self,

@@ -12,6 +12,7 @@ from typing import Any
 from pipelines.conversion import convert as conversion
 from pipelines.conversion.options import PROFILES, Options
 from pipelines.conversion.processes import Progress
+from pipelines.remote.store import is_url
 from pipelines.storage.manifest import Manifest
 
 
@@ -19,7 +20,8 @@ from pipelines.storage.manifest import Manifest
 class Converted:
     """A converted data set."""
 
-    folder: Path
+    folder: Path | str
+    """Or the address."""
     manifest: Manifest
     """`dataset.json`: splits, classes, files with their checksums, and the account of what was found."""
 
@@ -54,7 +56,7 @@ def convert(
 
     Args:
         source: a folder, an archive, or the word `digits`.
-        dest: the new folder.
+        dest: the new folder, or an address such as s3://bucket/photos.
         formats: `dali`, `ffcv`, or both with a comma between them.
         profile: for FFCV, one of `pipelines.conversion.options.PROFILES`.
         progress: hears how it is getting on.
@@ -77,6 +79,7 @@ def convert(
     options.setdefault("jobs", len(os.sched_getaffinity(0)))
     chosen: Any = tuple(dict.fromkeys(formats))
     tell = say if say is not None else (lambda line: print(line, file=sys.stderr))
-    made = conversion.convert(str(source), Path(dest), Options(formats=chosen, **options), progress or _Silent(), tell)
+    where = str(dest) if is_url(dest) else Path(dest)
+    made = conversion.convert(str(source), where, Options(formats=chosen, **options), progress or _Silent(), tell)
     assert made is not None, "only a part of a conversion ends without a manifest"
-    return Converted(Path(dest), made)
+    return Converted(where, made)

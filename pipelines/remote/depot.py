@@ -1,0 +1,156 @@
+"""A data set that is being made in a store: tars as they are finished, and what machines tell each other of the work.
+
+URL/.partial/journal.json   what is being converted, and how
+URL/.partial/work/          results of finished pieces
+URL/                        tars and tables; they are a data set once dataset.json is there, which comes last
+
+A store has no locks: two machines may do the same piece. What they write is the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipelines.base import DataError
+from pipelines.remote.store import Store
+from pipelines.storage.manifest import MANIFEST, FileEntry
+
+PARTIAL = ".partial"
+_JOURNAL = f"{PARTIAL}/journal.json"
+_WORK = f"{PARTIAL}/work"
+_AT_ONCE = 16  # small objects that are fetched at the same time
+
+
+class Depot:
+    """The destination of a conversion at an address.
+
+    Raises:
+        DataError: it cannot be opened, or is of a kind that cannot be written.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.store = Store(url, "DEST")
+        self.url = self.store.url
+        if self.store.protocol in ("http", "https"):
+            raise DataError(f"{self.url} cannot be written over HTTP; name a bucket (s3://, gs://) or a folder")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url,)
+
+    def scratch(self, below: Path, purpose: Mapping[str, Any]) -> Path:
+        """Where this machine works on it: another folder for another conversion to the same address."""
+        told = self.url, json.dumps(purpose, sort_keys=True)
+        one, other = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in told)
+        return below / "converting" / one / other / "set"
+
+    def journal(self) -> dict[str, Any] | None:
+        """What is being converted to here, and how; None if nothing is.
+
+        Raises:
+            DataError: there is a finished data set, or something else.
+        """
+        if not self._begun():
+            return None
+        try:
+            told = json.loads(self.store.read(_JOURNAL))
+        except ValueError:
+            told = None
+        if not isinstance(told, dict):
+            raise DataError(f"{self.url}/{_JOURNAL} is damaged; begin again with --restart")
+        return told
+
+    def _begun(self) -> bool:
+        names = {entry.name for entry in self.store.entries()}
+        if MANIFEST in names:
+            raise DataError(f"{self.url} already exists; remove it or choose another name")
+        if not names or self.store.find(_JOURNAL) is not None:
+            return bool(names)
+        raise DataError(f"{self.url} already holds {min(names)}; remove it or choose another name")
+
+    def begin(self, purpose: Mapping[str, Any], scratch: Path) -> None:
+        """Write the journal."""
+        self.write(_JOURNAL, json.dumps(purpose, indent=1).encode(), scratch)
+
+    def write(self, name: str, content: bytes, scratch: Path, alive: Callable[[], object] = lambda: None) -> None:
+        """Write an object, by way of a file in the folder `scratch`."""
+        unfinished = scratch / f"{name.rpartition('/')[2]}.{uuid.uuid4().hex}.unfinished"
+        unfinished.write_bytes(content)
+        try:
+            self.store.put(unfinished, name, alive)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def note(self, name: str, content: bytes, scratch: Path) -> bytes:
+        """What all machines of this conversion know under a name: what the first one says."""
+        if self.store.find(f"{_WORK}/{name}") is None:
+            self.write(f"{_WORK}/{name}", content, scratch)
+            return content
+        return self.store.read(f"{_WORK}/{name}")
+
+    def fetch_result(self, path: Path, alive: Callable[[], object] = lambda: None) -> bool:
+        """Write a piece's result to `path`, called as the piece is; False if it is not finished."""
+        if self.store.find(f"{_WORK}/{path.name}") is None:
+            return False
+        self._fetch(path, alive)
+        return True
+
+    def fetch_results(self, paths: Sequence[Path]) -> None:
+        """As `fetch_result`, of all pieces that are finished and not at their paths yet."""
+        finished = {entry.name for entry in self.store.entries(_WORK)}
+        missing = [path for path in paths if path.name in finished and not path.exists()]
+        if missing:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for _ in pool.map(self._fetch, missing):
+                    pass
+
+    def _fetch(self, path: Path, alive: Callable[[], object] = lambda: None) -> None:
+        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
+        try:
+            self.store.fetch(f"{_WORK}/{path.name}", unfinished, None, alive)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def deliver(
+        self, files: Iterable[Path], result: Path, content: bytes, alive: Callable[[], object] = lambda: None
+    ) -> None:
+        """Move the files of a finished piece to the store, and then its result, which is at `result` as well."""
+        for file in files:
+            self.store.put(file, file.name, alive)
+            file.unlink()
+        self.write(f"{_WORK}/{result.name}", content, result.parent, alive)
+        unfinished = result.with_name(f"{result.name}.{uuid.uuid4().hex}.unfinished")
+        unfinished.write_bytes(content)
+        unfinished.replace(result)
+
+    def finish(self, folder: Path, files: Mapping[str, FileEntry]) -> None:
+        """Bring what is in `folder`, its dataset.json last, once all `files` are there.
+
+        Raises:
+            DataError: a file is missing or has another size; nothing is a data set then.
+        """
+        for path in sorted(folder.iterdir()):
+            if path.name != MANIFEST:
+                self.store.put(path, path.name)
+        there = {entry.name: entry.size for entry in self.store.entries()}
+        for name, expected in files.items():
+            if there.get(name, 0) not in (None, expected.bytes):
+                raise DataError(
+                    f"{self.url}/{name} has {there.get(name, 0)} bytes instead of {expected.bytes}, though it was "
+                    "written; see who else writes there, and begin again with --restart"
+                )
+        self.store.put(folder / MANIFEST, MANIFEST)
+        self.store.remove([entry for entry in self.store.entries() if entry.name == PARTIAL])
+
+    def clear(self) -> None:
+        """Remove all that an unfinished conversion has left here; raises as `journal`."""
+        if self._begun():
+            entries = self.store.entries()
+            for last in (False, True):  # the journal stays while there is anything else
+                self.store.remove([entry for entry in entries if (entry.name == PARTIAL) == last])
