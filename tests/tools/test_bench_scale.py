@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import convert_folder
 
 from pipelines.loaders.order import train_plan
 from pipelines.storage.source import TarSource
-from tools.benchmarks.scale import sets
-from tools.benchmarks.scale.__main__ import main
+from tools.scale import sets, waiting
+from tools.scale.__main__ import main
 
 SMALL = [
     "--samples",
@@ -64,3 +65,18 @@ def test_made_up_folders_are_made_once(tmp_path: Path) -> None:
     assert {parts[1] for parts in files} == {f"n{label:08d}" for label in range(7)}
     assert all(parts[2].startswith(f"{parts[1]}_") for parts in files)
     assert sets.class_folders(tmp_path / "folders", 50, 7) == root
+
+
+@pytest.mark.exhaustive
+def test_training_from_a_store_is_compared_with_training_from_the_disk(
+    tmp_path: Path, image_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert_folder(image_root, tmp_path / "set", "dali", shard_size=4)
+    tiny = ("model.depth=1", "train.batch_size=8", "optim.warmup_epochs=0", "schedule.cooldown_epochs=0")
+    settings = [word for setting in tiny for word in ("--set", setting)]
+    result = waiting.main(["--data", str(tmp_path / "set"), "--epochs", "2", "--rounds", "1", *settings])
+    for kind in waiting.KINDS:
+        (run,) = result[kind]
+        assert all(0 <= part["waited"] <= part["seconds"] for part in run.values())
+        assert run["others"]["seconds"] > 0
+    assert "| the first epoch | " in capsys.readouterr().out

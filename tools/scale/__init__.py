@@ -1,2 +1,4 @@
-"""Data sets of any size on any number of nodes: what the order of samples costs, and what nodes ask of a store; worked
-out, not measured."""
+"""Large data sets, on one machine and on many: what they cost, what their order costs, and what nodes ask of a store.
+
+What is measured runs in processes of its own, which import nothing else, so that their memory is theirs.
+"""

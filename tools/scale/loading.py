@@ -12,7 +12,7 @@ import numpy as np
 from pipelines import DataConfig, build
 from pipelines.loaders import torch_loader  # noqa: F401 - before memory is counted
 from pipelines.storage.source import TarSource
-from tools.benchmarks.scale.processes import Task, serve
+from tools.scale.processes import Task, serve
 
 
 def epochs(task: Task, mark: Callable[[str], None]) -> Task:

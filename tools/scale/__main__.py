@@ -1,7 +1,7 @@
 """What large data sets cost on one machine: opening them, planning their epochs, and converting them.
 
-    python -m tools.benchmarks.scale --json scale.json
-    python -m tools.benchmarks.scale --samples 1280000 --classes 1000 --parts loading
+    python -m tools.scale --json scale.json
+    python -m tools.scale --samples 1280000 --classes 1000 --parts loading
 
 Sets of every size are made up (see `sets`), in FOLDER, where the next run finds them again.
 
@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.benchmarks.measure import Result, conclude, parser, table, told
-from tools.benchmarks.scale.processes import Task, marked, seconds, watched
-from tools.benchmarks.scale.sets import class_folders, converted_set
+from tools.scale.processes import Task, marked, seconds, watched
+from tools.scale.sets import class_folders, converted_set
 
 PARTS = ("loading", "files", "converting")
 _PHASES = {"listing": ("begin", "told"), "reading": ("told", "check"), "plan": ("checked", "tar")}
@@ -45,7 +45,7 @@ def measured(arguments: argparse.Namespace) -> Result:
         if "files" in arguments.parts:
             root = converted_set(folder / f"tars-{arguments.tars}", 2 * arguments.tars, 10, arguments.tars)
             (found["files"],) = watched(
-                "tools.benchmarks.scale.loading", [{"what": "files", "root": str(root), "limit": arguments.limit}]
+                "tools.scale.loading", [{"what": "files", "root": str(root), "limit": arguments.limit}]
             )
         if "converting" in arguments.parts:
             found["converting"] = [converting(folder, *size) for size in sizes for _ in range(arguments.rounds)]
@@ -61,7 +61,7 @@ def loading(folder: Path, samples: int, classes: int, processes: int, arguments:
         "world_size": processes,
         **{name: vars(arguments)[name] for name in ("batch", "epochs", "pause")},
     }
-    ranks = watched("tools.benchmarks.scale.loading", [{**task, "rank": rank} for rank in range(processes)])
+    ranks = watched("tools.scale.loading", [{**task, "rank": rank} for rank in range(processes)])
     return {
         "samples": samples,
         "processes": processes,
@@ -81,7 +81,7 @@ def converting(folder: Path, samples: int, classes: int) -> Result:
     """One conversion."""
     source = class_folders(folder / f"folders-{samples}", samples, classes)
     task = {"source": str(source), "dest": str(folder / "converted")}
-    (found,) = watched("tools.benchmarks.scale.converting", [task])
+    (found,) = watched("tools.scale.converting", [task])
     return {
         "samples": samples,
         **{name: [seconds(found, *marks), seconds(found, *marks, processor=True)] for name, marks in _PHASES.items()},

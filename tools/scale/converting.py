@@ -15,7 +15,7 @@ from pipelines.conversion import work
 from pipelines.conversion.convert import convert
 from pipelines.conversion.options import Options
 from pipelines.conversion.scan import CHECKED
-from tools.benchmarks.scale.processes import Task, serve
+from tools.scale.processes import Task, serve
 
 
 class _Planned(BaseException):
