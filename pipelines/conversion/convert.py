@@ -24,7 +24,15 @@ from pipelines.conversion.options import DIGITS_VAL_FRACTION, Options
 from pipelines.conversion.processes import PATIENCE, Kept, Progress
 from pipelines.conversion.ray_tasks import need_ray
 from pipelines.conversion.scan import Images, Unreadable, check_chunk, checked_images
-from pipelines.conversion.shards import Shard, plan_shards, write_file, write_rows, write_shard
+from pipelines.conversion.shards import (
+    Shard,
+    plan_shards,
+    rows_without_tars,
+    tar_phase,
+    write_file,
+    write_rows,
+    write_shard,
+)
 from pipelines.conversion.splits import SHUFFLE, check_splits, divide, permutation
 from pipelines.conversion.verify import LISTED, check_samples, hashed, listed, write_checked
 from pipelines.conversion.work import Busy, Crew, DepotPlace, Workplace, chunks_of
@@ -34,7 +42,7 @@ from pipelines.sources.columns.samples import Samples
 from pipelines.sources.listing import DIGITS, Inspected, Listing, Spool
 from pipelines.storage.beton import stored_path
 from pipelines.storage.json_files import read_json
-from pipelines.storage.manifest import FORMAT_VERSION, MANIFEST, SAMPLE, FileEntry, Manifest, Split
+from pipelines.storage.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split
 
 
 def convert(
@@ -157,6 +165,7 @@ class _Conversion:
     ) -> None:
         self.place, self.source, self.options, self.progress, self.tell = place, source, options, progress, tell
         self.crew = Crew(place.work, options.jobs, options.engine, options.part, options.patience, self._depot)
+        self._planned: dict[str, list[Shard]] = {}
 
     @property
     def _depot(self) -> Depot | None:
@@ -184,7 +193,7 @@ class _Conversion:
             self._write_beton(split, members)
         # only now: the part that finishes last must find all others finished
         for split, members in images.items():
-            tars = self.crew.paths(_tar_phase(split), len(self._shards(split, members)))
+            tars = self.crew.paths(tar_phase(split), len(self._shards(split, members)))
             self.crew.learn(tars)
             if not all(path.exists() for path in (*tars, *self._beton_results(split, members))):
                 return None
@@ -258,13 +267,16 @@ class _Conversion:
     def _shards(self, split: str, images: Images) -> list[Shard]:
         if "dali" not in self.options.formats and split == "train":
             return []  # validation keeps the original bytes: accuracy is measured on them
-        return plan_shards(self.place.set, self.place.work, split, images, self.options.shard_size)
+        if split not in self._planned:
+            planned = plan_shards(self.place.set, self.place.work, split, images, self.options.shard_size)
+            self._planned[split] = planned
+        return self._planned[split]
 
     def _write_tars(self, split: str, images: Images) -> None:
         if shards := self._shards(split, images):
             self.progress.start(f"writing {split} tars", len(images))
             write = write_shard if self._depot is None else write_checked  # what has left is not read back
-            self.crew.run(_tar_phase(split), write, shards, self.progress.advance)
+            self.crew.run(tar_phase(split), write, shards, self.progress.advance)
 
     def _write_beton(self, split: str, images: Images) -> None:
         if not self._ffcv:
@@ -365,11 +377,11 @@ class _Conversion:
         shards: list[tuple[dict[str, Any], int]] = []
 
         def pieces() -> Iterator[NDArray[Any]]:
-            for tar in self.crew.results(_tar_phase(split), len(self._shards(split, images))):
+            for tar in self.crew.results(tar_phase(split), len(self._shards(split, images))):
                 shards.append((tar.notes["files"], len(tar.rows)))
                 yield tar.rows
             if not shards:
-                yield _rows_without_tars(images)
+                yield rows_without_tars(images)
 
         return write_rows(path, SAMPLE, len(images), pieces()), shards
 
@@ -381,17 +393,3 @@ def _account(inspected: Inspected, splits: Mapping[str, Split], skipped: Sequenc
     found = sum(account["samples"].values())
     assert found == sum(converted.values()) + len(skipped)
     return account | {"samples": {"found": found, **converted, "skipped": len(skipped)}}
-
-
-def _tar_phase(split: str) -> str:
-    """Tars that an older version of the program has begun differ in their members: none of them may be taken over."""
-    return f"tar-{FORMAT_VERSION}-{split}"
-
-
-def _rows_without_tars(images: Images) -> NDArray[Any]:
-    rows = np.zeros(len(images), dtype=SAMPLE)
-    rows["shard"] = -1
-    rows["label"] = images.labels
-    for name in ("height", "width", "crc32"):
-        rows[name] = images.column(name)
-    return rows

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.conversion.processes import beat
-from pipelines.conversion.scan import ImageFile, decode_rgb
+from pipelines.conversion.scan import ImageFile, Images, decode_rgb
 from pipelines.conversion.work import Finished
-from pipelines.storage.manifest import SAMPLE, FileEntry
+from pipelines.storage.manifest import FORMAT_VERSION, SAMPLE, FileEntry
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -78,6 +78,24 @@ def write_shard(shard: Shard) -> Finished:
     unfinished.replace(tar)
     index_entry = write_file(index, ("\n".join(lines) + "\n").encode())
     return Finished(rows, {"files": {tar.name: asdict(out.entry()), index.name: asdict(index_entry)}})
+
+
+def tar_phase(split: str) -> str:
+    """What the pieces of work are called that write the tars of a split.
+
+    Tars that an older version of the program has begun differ in their members: none of them may be taken over.
+    """
+    return f"tar-{FORMAT_VERSION}-{split}"
+
+
+def rows_without_tars(images: Images) -> NDArray[Any]:
+    """The table of a split that has no tars."""
+    rows = np.zeros(len(images), dtype=SAMPLE)
+    rows["shard"] = -1
+    rows["label"] = images.labels
+    for name in ("height", "width", "crc32"):
+        rows[name] = images.column(name)
+    return rows
 
 
 def members_behind(label: int, number: int, *, decimal: bool = True) -> dict[str, bytes]:
