@@ -45,7 +45,7 @@ LONG = {
     "test_two_nodes_are_two_processes": 15, "test_the_demo_ends_with_rows_and_a_picture[anew]": 50,
     "test_a_ray_cluster_of_two_nodes_makes_the_same_set": 10, "test_the_script_trains": 8,
     "test_the_page_runs_as_it_is_printed": 20, "test_two_processes_evaluate_from_a_store": 10,
-    "test_in_tritons_interpreter[8]": 60, "test_a_dry_run_runs_every_part[all]": 60,
+    "test_in_tritons_interpreter[8]": 60, "test_a_dry_run_runs_every_part[all]": 60, "test_killed_runs": 40,
 }  # fmt: skip
 """Seconds of the longest tests, by name or by file: they come first, so that no process ends long after the others."""
 

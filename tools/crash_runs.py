@@ -1,13 +1,14 @@
 """Stop a run again and again, in every way there is, and see that it ends as if nothing had been.
 
-    python -m tools.crash_runs --loader torch --processes 2 [--set method=dense] [--signal KILL --repeat 5]
+    python -m tools.crash_runs --loader torch --processes 2 [--set method=dense] [--signal KILL --repeat 5] [--store]
 
 Trains a small model on the digits twice: once undisturbed, and once with a disturbance in each round, followed by
 `--resume`: SIGKILL, SIGSTOP or SIGTERM, of one process or of all, at its start, in the middle of an epoch, while a
 checkpoint is written, in validation; under torchrun with restarts; with `--change`, with other numbers of processes
-in between, each stopped twice within an epoch. Every round must get further than the one before. Where the number of
-processes never changed, weights, moving average and optimizer state must be those of the undisturbed run, to the bit.
-The log must have each step and epoch once.
+in between, each stopped twice within an epoch; with `--store`, from a bucket of a server on this machine, with a cache
+that holds a part of the set. Every round must get further than the one before. Where the number of processes never
+changed, weights, moving average and optimizer state must be those of the undisturbed run, to the bit. The log must
+have each step and epoch once.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +31,8 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
+from pipelines.remote.place import windowed_bytes
+from pipelines.storage.manifest import read_manifest
 from pss.runs import checkpoint
 from pss.runs.log import read_rows
 
@@ -38,9 +42,11 @@ Moment = Literal["start", "epoch", "saving", "validation"]
 _PATIENCE_SECONDS = 180.0
 _START_SECONDS = 5.0  # which a start takes, about
 _TIMEOUT_SECONDS = 20  # after which a process gives up one that is stopped
+_BATCH, _GROUPS = 16, 4
+_WINDOWED = ("data.window=1", f"data.groups={_GROUPS}")  # of a bucket
 _SETTINGS = (
     "model.embed_dim=24", "model.depth=2", "model.drop_path_rate=0.1", "loss.mixup=0.8", "data.flip=0.5",
-    "train.batch_size=16", "train.num_workers=1", "train.ema_decay=0.9", "train.log_every_steps=10",
+    f"train.batch_size={_BATCH}", "train.num_workers=1", "train.ema_decay=0.9", "train.log_every_steps=10",
     "optim.warmup_epochs=0", f"train.timeout_seconds={_TIMEOUT_SECONDS}", "train.checkpoint_every_minutes=0.001",
 )  # fmt: skip
 
@@ -86,13 +92,14 @@ def every_round(processes: int) -> list[Round]:
     return rounds
 
 
-def changes() -> list[Round]:
-    """2, 1, 2 and 1 processes, each stopped twice within an epoch."""
-    return [Round("KILL", "all", "epoch", processes) for processes in (2, 2, 1, 1, 2, 2, 1, 1)]
+def changes(most: int) -> list[Round]:
+    """2, 1, 2 and 1 processes, or 2, 1, 4 and 2 of them, each stopped twice within an epoch."""
+    worlds = (2, 1, 4, 2) if most == 4 else (2, 1, 2, 1)
+    return [Round("KILL", "all", "epoch", processes) for processes in worlds for _ in range(2)]
 
 
 def crash(
-    data: Path,
+    data: Path | str,
     work: Path,
     *,
     loader: str,
@@ -101,11 +108,12 @@ def crash(
     seconds: float = 0.5,
     seed: int = 0,
     settings: Sequence[str] = (),
+    cache_gb: float | None = None,
 ) -> Crashes:
     """Train in `work/straight` undisturbed, and in `work/disturbed` with a disturbance in each round.
 
     Args:
-        data: A data set that `loader` reads.
+        data: A data set that `loader` reads, or its address.
         work: An empty folder.
         loader: dali, ffcv or torch.
         rounds: What to do; the run must be long enough for all of it.
@@ -113,17 +121,20 @@ def crash(
         seconds: A disturbance comes at a random moment up to so long after it could.
         seed: Of the moments.
         settings: Of the run, as after `--set`.
+        cache_gb: Of a set at an address, what its cache holds, which is in `work` too.
     """
     draw = random.Random(seed)
     settings = (*_SETTINGS, f"train.epochs={epochs}", *settings)
     options = ["digits", "--data", str(data), "--loader", loader, "--resume"]
     options += [word for setting in settings for word in ("--set", setting)]
+    if cache_gb is not None:
+        options += ["--cache-dir", str(work / "cache"), "--cache-gb", repr(cache_gb)]
     straight, disturbed = work / "straight", work / "disturbed"
     _finish(_start(options, straight, Round(processes=rounds[0].processes)))
     folder = disturbed / "checkpoints"
     told, stuck, while_writing = [], [], 0
     for one in rounds:
-        before = _newest(folder)
+        before = newest(folder)
         process = _start(options, disturbed, one)
         try:
             _wait_for(one, process, disturbed, before)
@@ -134,7 +145,7 @@ def crash(
         finally:
             _kill_all(process)
         while_writing += bool(list(folder.glob(".partial-*")))
-        now = _newest(folder)
+        now = newest(folder)
         told.append(f"{one}: at step {now[1]}" + (f" of continuation {now[0]}" if now[0] else ""))
         if now < before or (now == before and one.moment != "start"):
             stuck.append(f"{one}: from {before} to {now}")
@@ -142,17 +153,18 @@ def crash(
         raise ValueError(f"the run had ended before the last of {len(rounds)} disturbances; train more epochs")
     _finish(_start(options, disturbed, Round(processes=rounds[-1].processes)))
     constant = len({one.processes for one in rounds}) == 1
-    differing = _differences(straight, disturbed) if constant else []
+    differing = differences(straight, disturbed) if constant else []
     return Crashes(tuple(told), while_writing, (*differing, *_odd_rows(disturbed)), tuple(stuck))
 
 
-def _newest(folder: Path) -> tuple[int, int]:
+def newest(folder: Path) -> tuple[int, int]:
     """Continuation and step of the newest checkpoint."""
     listed = checkpoint.list_checkpoints(folder)
     return (checkpoint.continuation_of(listed[0]), checkpoint.step_of(listed[0])) if listed else (0, 0)
 
 
-def _differences(straight: Path, disturbed: Path) -> list[str]:
+def differences(straight: Path, disturbed: Path) -> list[str]:
+    """Names of what is not the same in the last checkpoints of two runs, but for what the clock decides."""
     states = []
     for output in (straight, disturbed):
         found = checkpoint.load_latest(output / "checkpoints")
@@ -246,13 +258,13 @@ def _wait_for(one: Round, process: subprocess.Popen[str], output: Path, before: 
             _kill_all(process)
             _, told = process.communicate()
             raise ValueError(f"the run did not get on: {told}")
-        newest = _newest(folder)
-        further = newest > before
+        now = newest(folder)
+        further = now > before
         if moment == "epoch" and further:
             return
         if moment == "saving" and further and list(folder.glob(".partial-*")):
             return
-        if moment == "validation" and further and _is_validating(output, newest[1]):
+        if moment == "validation" and further and _is_validating(output, now[1]):
             return
         time.sleep(0.002)
 
@@ -269,10 +281,49 @@ def _finish(process: subprocess.Popen[str]) -> None:
         raise ValueError(f"the run failed: {told}")
 
 
+@contextmanager
+def _stored(folder: Path) -> Iterator[str]:
+    """`folder` in a bucket of moto's server, which the environment names; its address."""
+    import fsspec
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise ValueError("moto's server does not start; pip install moto[server] s3fs")
+            time.sleep(0.1)
+        files = fsspec.filesystem("s3")
+        files.mkdir("pictures")
+        files.put(f"{folder}/", "s3://pictures/digits/", recursive=True)
+        yield "s3://pictures/digits"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _part(folder: Path, processes: int) -> float:
+    """What a cache must hold at least for so many processes, in GB."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+    try:
+        return windowed_bytes(read_manifest(folder)[0], _GROUPS, 1, _BATCH, processes) / 1e9
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+
+
 def main(
     loader: Annotated[str, typer.Option(help="dali, ffcv or torch.")] = "torch",
-    processes: Annotated[int, typer.Option(help="Of the run.", min=1, max=2)] = 2,
-    change: Annotated[bool, typer.Option("--change", help="Change between 2 processes and 1.")] = False,
+    processes: Annotated[int, typer.Option(help="Of the run.", min=1, max=4)] = 2,
+    change: Annotated[bool, typer.Option("--change", help="Change between 2 processes, 1 and, of 4, 4.")] = False,
+    store: Annotated[bool, typer.Option("--store", help="Train from a bucket.")] = False,
     repeat: Annotated[int, typer.Option(help="How often to do each.", min=1)] = 1,
     epochs: Annotated[int, typer.Option(help="Length of the run; it must outlast all rounds.", min=1)] = 60,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
@@ -281,18 +332,27 @@ def main(
 ) -> None:
     """Stop a run again and again, in every way there is, and see that it ends as if nothing had been."""
     began = time.monotonic()
-    rounds = (changes() if change else every_round(processes)) * repeat
+    rounds = (changes(processes) if change else every_round(processes)) * repeat
     if signal_name is not None:
         rounds = [one for one in rounds if one.signal == signal_name]
         if not rounds:
             raise typer.BadParameter(f"--signal is {signal_name}; it is KILL, STOP or TERM, and KILL with --change")
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "digits"
-        convert = [sys.executable, "-m", "cli.convert", "digits", str(data), "--format", "ffcv,dali"]
+        convert = [sys.executable, "-m", "cli.convert", "digits", str(data)]
+        convert += ["--format", "dali", "--shard-size", "20"] if store else ["--format", "ffcv,dali"]
         subprocess.run(convert, check=True, capture_output=True)
-        done = crash(
-            data, Path(folder), loader=loader, rounds=rounds, epochs=epochs, seed=seed, settings=settings or ()
-        )
+        with _stored(data) if store else nullcontext(data) as place:
+            done = crash(
+                place,
+                Path(folder),
+                loader=loader,
+                rounds=rounds,
+                epochs=epochs,
+                seed=seed,
+                settings=(*(_WINDOWED if store else ()), *(settings or ())),
+                cache_gb=_part(data, max(one.processes for one in rounds)) if store else None,
+            )
     for line in done.told:
         typer.echo(line)
     typer.echo(

@@ -1,5 +1,6 @@
 """A folder on a node's own disk that holds files of data sets from elsewhere, shared by all processes of the node.
 
+CACHE/.opening-…/               a manifest that is being fetched, and a lock
 CACHE/room.lock                 held while somebody makes room
 CACHE/SHA256/dataset.json, …    a data set, named by the sha256 of its manifest
 CACHE/SHA256/train-00000.tar    a tar, whole and verified: it is moved here in one step
@@ -8,12 +9,14 @@ CACHE/SHA256/coming/            what is being fetched; a name ends with the byte
 CACHE/SHA256/plans/             what the processes still need (`pipelines.remote.plans`)
 
 Tars are left out when room is needed: first those that nobody needs, then those that are needed last. What is needed
-sooner than what is to come stays.
+sooner than what is to come stays. What processes that were killed were at is removed by the next one that comes.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,12 +24,13 @@ from pathlib import Path
 from typing import IO, Literal
 
 from pipelines.base import DataError, in_words
-from pipelines.remote.plans import NEVER, steps_until
+from pipelines.remote.plans import NEVER, remove_dead, steps_until
 from pipelines.remote.store import Store
 from pipelines.storage.locks import NoLocks, lock
 from pipelines.storage.manifest import MANIFEST, FileEntry
 
 _LOCKS, _COMING, PLANS = "locks", "coming", "plans"
+_OPENING, _LOCK = ".opening-", "lock"
 Outcome = Literal["there", "busy", "full"]
 
 
@@ -36,6 +40,34 @@ class Cache:
 
     folder: Path
     limit_bytes: int | None = None
+
+    @contextmanager
+    def opening(self) -> Iterator[Path]:
+        """A folder for a manifest, before anybody knows which data set it is of; it is gone afterwards. What dead
+        processes have left in the cache is removed."""
+        self._remove_dead()
+        while True:
+            with (
+                tempfile.TemporaryDirectory(dir=self.folder, prefix=_OPENING, ignore_cleanup_errors=True) as made,
+                self._locked(Path(made) / _LOCK, wait=True),
+            ):
+                if (Path(made) / _LOCK).exists():  # else it was taken for that of a dead process before it was locked
+                    yield Path(made)
+                    return
+
+    def _remove_dead(self) -> None:
+        """What cannot be removed is not in the way."""
+        for left in self.folder.glob(f"{_OPENING}*/{_LOCK}"):
+            with suppress(DataError), self._locked(left, wait=False) as nobody:
+                if nobody:
+                    shutil.rmtree(left.parent, ignore_errors=True)
+        for folder in self._set_folders():
+            with suppress(OSError, DataError):
+                self._coming_bytes(folder)
+                remove_dead(folder / PLANS)
+
+    def _set_folders(self) -> Iterator[Path]:
+        return self.folder.glob("[0-9a-f]" * 64)
 
     def set_folder(self, sha256: str) -> Path:
         """The folder of a data set, made if it is not there. Raises `DataError` where nothing can be written."""
@@ -120,7 +152,7 @@ class Cache:
         """Remove tars until so many bytes fit, unless those are needed in so many steps or sooner."""
         assert self.limit_bytes is not None
         kept, used = [], 0
-        for folder in self.folder.glob("[0-9a-f]" * 64):
+        for folder in self._set_folders():
             used += self._coming_bytes(folder)
             needed = steps_until(folder / PLANS)
             with os.scandir(folder) as entries:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,10 +148,10 @@ def open_remote(url: str, cache_dir: Path | None = None, cache_gb: float | None 
     cache, store = Cache(cache_dir or usual_folder(), limit), Store(url)
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.folder, prefix=".opening-") as found:
-            arrived = Path(found) / MANIFEST
+        with cache.opening() as found:
+            arrived = found / MANIFEST
             store.fetch(MANIFEST, arrived, None, lambda: None, _OPENING_TRIES)
-            manifest, sha256 = _read(store, Path(found))
+            manifest, sha256 = _read(store, found)
             folder = cache.set_folder(sha256)
             arrived.replace(folder / MANIFEST)
     except OSError as error:

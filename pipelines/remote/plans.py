@@ -13,6 +13,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -28,6 +29,7 @@ AGAIN = 1 << 40
 """When a tar is needed of which only that is known; in steps, and more than a run has."""
 
 _WORD = 8
+_PARTIAL = ".partial"
 
 
 class Plan:
@@ -38,15 +40,12 @@ class Plan:
         head = json.dumps(list(names)).encode()
         head += b" " * (-(len(head) + 1) % _WORD) + b"\n"  # numbers begin at a whole word
         path = folder / f"{os.getpid()}-{secrets.token_hex(4)}.plan"
-        partial = path.with_suffix(".partial")
-        length = len(head) + _WORD * (1 + len(names))
-        self._file: IO[bytes] = partial.open("w+b")
-        lock(self._file)
-        self._file.write(head + np.array([0] + [NEVER] * len(names), dtype="<i8").tobytes())
-        self._file.flush()
-        self._memory = mmap.mmap(self._file.fileno(), length)
+        content = head + np.array([0] + [NEVER] * len(names), dtype="<i8").tobytes()
+        while (made := _made(path, content)) is None:
+            pass
+        self._file: IO[bytes] = made
+        self._memory = mmap.mmap(self._file.fileno(), len(content))
         self._words: Int64 = np.frombuffer(self._memory, dtype="<i8", offset=len(head))
-        partial.replace(path)
         self.close = weakref.finalize(self, _close, self._file, path)
         """Need nothing any more."""
 
@@ -64,25 +63,42 @@ class Plan:
 def steps_until(folder: Path) -> dict[str, int]:
     """In how many steps somebody will need each tar of a data set; those that nobody needs may be missing. Removes the
     files of dead readers."""
+    remove_dead(folder)
     soonest: dict[str, int] = {}
     for path in sorted(folder.glob("*.plan")):
         try:
-            with path.open("rb") as file:
-                try:
-                    lock(file, shared=True, wait=False)
-                except BlockingIOError:
-                    pass  # its reader lives
-                else:
-                    path.unlink(missing_ok=True)
-                    continue
-                content = file.read()
+            head, _, rest = path.read_bytes().partition(b"\n")
         except FileNotFoundError:
             continue
-        head, _, rest = content.partition(b"\n")
         words = np.frombuffer(rest[: len(rest) // _WORD * _WORD], dtype="<i8")
         for name, steps in zip(json.loads(head), np.maximum(words[1:] - words[0], 0).tolist(), strict=False):
             soonest[name] = min(steps, soonest.get(name, NEVER))
     return soonest
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove the files of dead readers, those that were not even whole too."""
+    for path in (*folder.glob("*.plan"), *folder.glob(f"*{_PARTIAL}")):
+        with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+            lock(file, shared=True, wait=False)  # or its reader lives
+            path.unlink(missing_ok=True)
+
+
+def _made(path: Path, content: bytes) -> IO[bytes] | None:
+    """A new file that is locked, and appears whole; None where it was taken for that of a dead reader before that."""
+    partial = path.with_suffix(_PARTIAL)
+    file = partial.open("w+b")
+    try:
+        lock(file)
+        file.write(content)
+        file.flush()
+        partial.replace(path)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, FileNotFoundError) and path.parent.is_dir():
+            return None
+        raise
+    return file
 
 
 def _close(file: IO[bytes], path: Path) -> None:

@@ -127,7 +127,27 @@ def wrap(method: Method, world: World) -> nn.Module:
     if world.size == 1:
         return method
     devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=devices, gradient_as_bucket_view=True)
+    engine = DistributedDataParallel(method, device_ids=devices, gradient_as_bucket_view=True)
+    _settle_buckets(engine, method)
+    return engine
+
+
+def _settle_buckets(engine: nn.Module, method: Method) -> None:
+    """Have DDP sort the gradients into buckets now, from the last parameter to the first, and not after a step.
+
+    In which order three processes or more add up a gradient depends on where in its bucket it lies. DDP sorts them once
+    more after its first backward pass: the first step after each start would be rounded as no other.
+    """
+    learnt, attributes = [p for p in method.parameters() if p.requires_grad], vars(method)
+    own = {"forward": attributes["forward"]} if "forward" in attributes else {}
+    attributes["forward"] = lambda: torch.stack([p.sum() for p in learnt]).sum() * 0
+    try:
+        engine().backward()
+    finally:
+        del attributes["forward"]
+        attributes.update(own)
+    for parameter in learnt:
+        parameter.grad = None
 
 
 def build_mixing(config: Config, num_classes: int, rank: int) -> Mixing | None:

@@ -222,7 +222,8 @@ class Trainer:
             del gradients  # they would live on through the next backward pass
             self.step += 1
             self._report_step(inputs.images, measured, waited, at, out)
-            self._stop_or_save(stop)
+            if self.step < (self.epoch + 1) * self.steps_per_epoch:  # then with its row, which others could not make
+                self._stop_or_save(stop)
         self._end_epoch(stop)
 
     def _position(self) -> Progress:
@@ -309,8 +310,7 @@ class Trainer:
         """Validate what is saved, and report on it."""
         pending = self.reporter.pending
         assert pending is not None
-        complete = pending["complete"]
-        where = f"epoch {self.epoch}/{self.epochs}" if complete else f"step {self.step}/{self.total_steps}"
+        where = f"epoch {self.epoch}/{self.epochs}" if pending["complete"] else f"step {self.step}/{self.total_steps}"
         self._settle(self.reporter.epoch(self._validate(stop), where))
 
     def _settle(self, row: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from pss.inference.opening import load_run
 from pss.runs import checkpoint, records
 from pss.runs.log import ABANDONED, read_rows
 from pss.training.reporting import Reporter
+from pss.training.saving import Saver
 from pss.training.setup import Interrupted
 from pss.training.trainer import Trainer
 
@@ -158,6 +159,28 @@ def test_a_stop_by_max_steps_is_no_epoch_and_the_epoch_is_whole_afterwards(tmp_p
     ]  # fmt: skip
     assert [row for row in rows if row["complete"]] == told(straight, "epoch")
     assert shown(tmp_path) == [3, 5, 10, 12, 15, 20]
+
+
+@pytest.mark.parametrize("kill_in", [None, 4, 9, 19])
+def test_what_is_saved_of_the_end_of_an_epoch_has_its_row(tmp_path, straight, monkeypatch, kill_in):
+    """Which others could not make, as sums are kept by process; also where the run is stopped in its last step."""
+    saved, original = [], Saver.save
+
+    def save(self, *, step, epoch, measured, **more):
+        saved.append((step, epoch, measured["pending"]))
+        original(self, step=step, epoch=epoch, measured=measured, **more)
+
+    monkeypatch.setattr(Saver, "save", save)
+    often = "train.checkpoint_every_minutes=1e-9"
+    if kill_in is not None:
+        stopped(run(tmp_path, often, kill_in=kill_in))
+        assert steps(tmp_path)[0] == kill_in + 1
+    run(tmp_path, often).fit()
+    ends = [(step // STEPS, epoch, pending) for step, epoch, pending in saved if step % STEPS == 0]
+    assert [number for number, _, _ in ends] == [1, 2, 3, 4]
+    assert all(epoch == number == pending["epoch"] for number, epoch, pending in ends)
+    for kind in ("step", "epoch"):
+        assert told(tmp_path, kind) == told(straight, kind)
 
 
 @pytest.mark.parametrize("batch", [0, 3, 11, 15])

@@ -91,6 +91,16 @@ def test_two_processes_resume_bit_identically(image_root, runs, tmp_path):
         assert torch.equal(resumed["method"][name], weight), name
 
 
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
+def test_four_processes_resume_bit_identically(image_root, tmp_path, parallel):
+    """The order in which they add up gradients, which two have no choice of, is that of the first step on."""
+    words = [f"train.parallel={parallel}", "optim.warmup_epochs=0"]
+    launch(4, image_root, tmp_path / "straight", *words, "train.max_steps=8")
+    for stop in (4, 8):
+        launch(4, image_root, tmp_path / "resumed", *words, f"train.max_steps={stop}")
+    assert_same_weights(tmp_path / "straight", tmp_path / "resumed")
+
+
 def assert_same_weights(left, right):
     states = [checkpoint.load_latest(folder / "checkpoints")[0] for folder in (left, right)]
     assert states[0]["step"] == states[1]["step"]

@@ -181,6 +181,57 @@ def test_the_plan_of_a_process_that_was_killed(place):
     assert list((place.folder / PLANS).iterdir()) == []
 
 
+def _die_at_everything(place):
+    plan, partial = place.plan(n0=1), (place.folder / PLANS / "1-0.partial").open("w+b")
+    locks.lock(partial)
+    with place.cache.opening():
+        place.bring(0, reserved=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    plan.close()
+
+
+@pytest.mark.parametrize("limit", [3000, None])
+def test_what_a_process_that_was_killed_was_at_goes_as_the_next_one_comes(served, tmp_path, limit):
+    """Whatever that was, and whether or not the cache has a limit; what others are at stays."""
+    place = Place(served, tmp_path / "cache", limit)
+    with place.cache.opening() as others:
+        process = multiprocessing.get_context("fork").Process(target=_die_at_everything, args=(place,))
+        process.start()
+        process.join()
+        plan = place.plan(n0=1)
+        assert [len(list((place.folder / name).iterdir())) for name in (PLANS, "coming")] == [3, 1]
+        assert len(list(place.cache.folder.glob(".opening-*"))) == 2
+        with place.cache.opening() as own:
+            assert set(place.cache.folder.glob(".opening-*")) == {others, own}
+            assert list((place.folder / "coming").iterdir()) == []
+            assert [path.suffix for path in (place.folder / PLANS).iterdir()] == [".plan"]
+    assert steps_until(place.folder / PLANS)["train-00000.tar"] == 1
+    plan.close()
+    assert list(place.cache.folder.glob(".opening-*")) == []
+
+
+@pytest.mark.parametrize(("module", "what"), [("cache", ".opening-*/lock"), ("plans", "*/plans/*.partial")])
+def test_what_is_taken_for_that_of_a_dead_process_before_it_is_locked_is_made_again(
+    served, tmp_path, monkeypatch, module, what
+):
+    place, times = Place(served, tmp_path / "cache", None), []
+
+    def late(file, **how):
+        if not times:
+            times.append(1)
+            for path in place.cache.folder.glob(what):
+                path.unlink()
+        locks.lock(file, **how)
+
+    monkeypatch.setattr(f"pipelines.remote.{module}.lock", late)
+    with place.cache.opening() as made:
+        assert made.is_dir()
+        assert list(place.cache.folder.glob(".opening-*")) == [made]
+        plan = place.plan(n0=1)
+    assert times == [1]
+    assert steps_until(place.folder / PLANS)["train-00000.tar"] == 1
+    plan.close()
+
+
 def test_no_room_beside_what_others_need(place):
     plan = place.plan(n0=0, n1=0, n2=0)
     for number in range(3):
