@@ -26,9 +26,9 @@ app = make_app()
 
 
 _SOURCES = (
-    "'digits'; a folder of CLASS/*.jpg or train|val|test/CLASS/*.jpg; ImageNet's downloaded tars; Parquet; a saved "
-    "Hugging Face data set; WebDataset tars; CIFAR's archive; tiny-imagenet-200, Food-101, CUB, Places365, Kaggle's "
-    "ILSVRC"
+    "'digits'; or a path, or an address such as s3://bucket/photos: a folder of CLASS/*.jpg or "
+    "train|val|test/CLASS/*.jpg; ImageNet's downloaded tars; Parquet; a saved Hugging Face data set; WebDataset tars; "
+    "CIFAR's archive; tiny-imagenet-200, Food-101, CUB, Places365, Kaggle's ILSVRC"
 )
 
 
@@ -83,6 +83,10 @@ def convert(
     ] = 60.0,
     part: Annotated[str | None, typer.Option(help="i/n: do one of n shares; the last one merges")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="drop an unfinished conversion to DEST")] = False,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="SOURCE at an address: where copies of archives and tables are kept meanwhile"),
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="finish SOURCE, a folder begun with --part")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check the files of SOURCE, a converted folder")] = False,
     full: Annotated[bool, typer.Option("--full", help="with --verify: every sample and checksum")] = False,
@@ -143,7 +147,7 @@ def convert(
         )
     if merge:
         with _Display("images") as display:
-            _report(Path(source), conversion.merge(Path(source), jobs, display, _tell, patience), display)
+            _report(Path(source), conversion.merge(Path(source), jobs, display, _tell, patience, work_dir), display)
         return
     if as_json and not inspect:
         raise ValueError("--json is for --inspect; add it, or leave --json out")
@@ -177,6 +181,7 @@ def convert(
         patience=patience,
         part=_part(part),
         restart=restart,
+        work_dir=work_dir,
     )
     if inspect:
         _inspect(source, options, as_json)
@@ -221,9 +226,15 @@ def _label(root: Path, teacher: str, device: str, options: MapOptions) -> None:
 def _inspect(source: str, options: Options, as_json: bool) -> None:
     import json
 
+    from pipelines.remote.store import is_url
     from pipelines.sources.listing import DIGITS
 
-    inspected = options.inspect(source if source == DIGITS else str(Path(source).absolute()))
+    options.check_work_dir(source)
+    if is_url(source):
+        with _Display("files") as display:
+            inspected = options.inspect(source, display, _tell)
+    else:
+        inspected = options.inspect(source if source == DIGITS else str(Path(source).absolute()))
     if as_json:
         print(json.dumps(inspected.as_dict(), indent=1))
     else:

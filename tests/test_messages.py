@@ -13,7 +13,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = [path for package in ("pss", "pipelines", "cli", "tools") for path in sorted((ROOT / package).rglob("*.py"))]
-OURS = {"ValueError", "OSError", "DataError", "SettingError", "Failed", "Busy", "WorkerLost", "LaterVersion"}
+OURS = {
+    "ValueError",
+    "OSError",
+    "DataError",
+    "StoreError",
+    "Missing",
+    "SettingError",
+    "Failed",
+    "Busy",
+    "WorkerLost",
+    "LaterVersion",
+}
 PROPER = r"FFCV|RandAugment|3-Augment|Parquet|DALI|PSS_\w+|CIFAR|Ray"
 NAMES = rf"\{{|--\w|\b\w+[._]\w+|\bpss-\w+|{PROPER}|\bthe (digits|learning)"
 REMEDY = r"[;:,]| (must|needs|expected|takes?|goes|use) |[^ (]\{\.\.\.\}$"  # such as {nearest}, "did you mean"

@@ -28,7 +28,9 @@ from pipelines.conversion.shards import Shard, plan_shards, write_file, write_ro
 from pipelines.conversion.splits import SHUFFLE, check_splits, divide, permutation
 from pipelines.conversion.verify import LISTED, check_samples, hashed, listed
 from pipelines.conversion.work import Busy, Crew, Workplace, chunks_of, write_whole
+from pipelines.remote.store import StoreError
 from pipelines.sources.columns.samples import Samples
+from pipelines.sources.elsewhere import called
 from pipelines.sources.listing import DIGITS, Inspected, Listing, Spool
 from pipelines.storage.beton import stored_path
 from pipelines.storage.json_files import read_json
@@ -56,7 +58,8 @@ def convert(
         opencv()
     if options.engine == "ray":
         need_ray()
-    source = source if source == DIGITS else str(Path(source).resolve())
+    options.check_work_dir(source, dest)
+    given, source = source, source if source == DIGITS else called(source)
     purpose = {"source": source, **options.purpose()}
     place = Workplace(dest, purpose, restart=options.restart, shared=options.part is not None)
     if place.continued and options.part is None:
@@ -65,7 +68,14 @@ def convert(
         tell(f"{dest.parent} lies on a file system without locks: see to it that nothing else writes {dest}")
     kept = f"what is finished is kept; the same command continues, and --restart drops it ({place.folder})"
     try:
-        manifest = _Conversion(place, source, options, progress, tell).run()
+        manifest = _Conversion(place, given, source, options, progress, tell).run()
+    except StoreError as error:
+        if options.part is None and not place.continued:
+            place.remove()
+            raise
+        place.leave()
+        tell(kept)
+        raise Kept(str(error)) from error
     except Kept as error:
         place.leave()
         if not isinstance(error, Busy):
@@ -95,7 +105,12 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def merge(
-    dest: Path, jobs: int, progress: Progress, tell: Callable[[str], None], patience: float = PATIENCE
+    dest: Path,
+    jobs: int,
+    progress: Progress,
+    tell: Callable[[str], None],
+    patience: float = PATIENCE,
+    work_dir: Path | None = None,
 ) -> Manifest:
     """Finish a conversion that was begun in parts: do what is missing, put all together, verify."""
     journal = dest.with_name(f".{dest.name}.partial") / "journal.json"
@@ -108,7 +123,10 @@ def merge(
             f"{journal} is of another version of pss or damaged ({min(unknown)}); begin again with --restart"
         )
     options = Options(
-        **{**purpose, **{name: tuple(purpose[name]) for name in ("formats", "ignore")}}, jobs=jobs, patience=patience
+        **{**purpose, **{name: tuple(purpose[name]) for name in ("formats", "ignore")}},
+        jobs=jobs,
+        patience=patience,
+        work_dir=work_dir,
     )
     manifest = convert(source, dest, options, progress, tell)
     assert manifest is not None
@@ -122,15 +140,23 @@ class _Conversion:
     """One run of a conversion in its workplace."""
 
     def __init__(
-        self, place: Workplace, source: str, options: Options, progress: Progress, tell: Callable[[str], None]
+        self,
+        place: Workplace,
+        given: str,
+        source: str,
+        options: Options,
+        progress: Progress,
+        tell: Callable[[str], None],
     ) -> None:
-        self.place, self.source, self.options, self.progress, self.tell = place, source, options, progress, tell
+        """`given` may have a query, and `source` is what messages name."""
+        self.place, self.given, self.source, self.options = place, given, source, options
+        self.progress, self.tell = progress, tell
         self.crew = Crew(place.work, options.jobs, options.engine, options.part, options.patience)
 
     def run(self) -> Manifest | None:
         if self.source == DIGITS and self.options.split is not None:
             raise DataError("--split is for other sources; the digits are split by --val-fraction")
-        self.inspected = self.options.inspect(self.source)
+        self.inspected = self.options.inspect(self.given, self.progress, self.tell)
         fraction = self.options.val_fraction
         if self.source == DIGITS and fraction is None:
             fraction = DIGITS_VAL_FRACTION
@@ -153,7 +179,11 @@ class _Conversion:
             if not all(path.exists() for path in (*tars, *self._beton_results(split, members))):
                 return None
         with self.place.merging() as ours:
-            return self._merge(listing.classes, images, skipped) if ours else None
+            if not ours:
+                return None
+            manifest = self._merge(listing.classes, images, skipped)
+        self.inspected.remove_copies()
+        return manifest
 
     def _check_room(self, images: Mapping[str, Images]) -> None:
         """Raise `Kept` where the tars will not fit on the disk. How large FFCV's JPEG files become is not known."""

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -70,7 +70,7 @@ def map_processes(
     heard, beats = context.Pipe(duplex=False)
     try:
         pool = ProcessPoolExecutor(
-            min(jobs, len(tasks)), mp_context=context, initializer=_prepare_worker, initargs=(beats,)
+            min(jobs, len(tasks)), mp_context=context, initializer=_prepare_worker, initargs=(beats, dict(os.environ))
         )
     except OSError as error:
         raise DataError(
@@ -189,8 +189,10 @@ def _make_room_for_sockets() -> None:
     )
 
 
-def _prepare_worker(beats: Connection) -> None:
+def _prepare_worker(beats: Connection, environment: Mapping[str, str]) -> None:
     global _beats
+    os.environ.clear()  # the fork server has that of its start, and stores take their settings from it
+    os.environ.update(environment)
     os.set_blocking(beats.fileno(), False)
     _beats = beats
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone reacts

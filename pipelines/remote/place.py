@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.base import DataConfig, DataError, in_words
 from pipelines.remote.cache import Cache, is_whole
-from pipelines.remote.store import Store, is_url
+from pipelines.remote.store import Store, is_url, usual_folder
 from pipelines.remote.windows import deal
 from pipelines.storage.manifest import MANIFEST, Manifest, MapsEntry, canonical_split, read_manifest
 
@@ -146,7 +146,7 @@ def open_remote(url: str, cache_dir: Path | None = None, cache_gb: float | None 
     if cache_gb is not None and not 0 < cache_gb <= 1e9:
         raise DataError(f"--cache-gb is {cache_gb:g}; it must be a number above 0")
     limit = None if cache_gb is None else round(1e9 * cache_gb)
-    cache, store = Cache(cache_dir or _usual_folder(), limit), Store(url)
+    cache, store = Cache(cache_dir or usual_folder(), limit), Store(url)
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.folder, prefix=".opening-") as found:
@@ -254,10 +254,6 @@ def _read(store: Store, folder: Path) -> tuple[Manifest, str]:
     except DataError as error:
         told = str(error).replace(str(folder / MANIFEST), store.name(MANIFEST)).replace(str(folder), store.url)
         raise DataError(told) from error
-
-
-def _usual_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pss"
 
 
 def _gb(num_bytes: int) -> str:

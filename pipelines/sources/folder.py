@@ -303,7 +303,7 @@ def claim_parts(
         dict(splits),
         {split: some([one or "." for one in part.folders]) for split, part in parts.items()},
         f"{', and '.join(dict.fromkeys(told))}, in the order of {order_in_words(classes, layout.choice.class_order)}",
-        lambda spool: {split: file_samples(tree.root, names[split], labels) for split, labels in splits.items()},
+        lambda spool: {split: file_samples(tree.origin, names[split], labels) for split, labels in splits.items()},
         taken=layout.taken([name for left in unused.values() for name in left]),
         metadata=dict(labelled.metadata),
         unused=unused,
