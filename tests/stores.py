@@ -149,6 +149,9 @@ def s3_store(
 
         client = boto3.client("s3")
         client.create_bucket(Bucket=bucket)
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):  # moto keeps what tests leave
+            for one in page.get("Contents", []):
+                client.delete_object(Bucket=bucket, Key=one["Key"])
         for path in folder.rglob("*") if nested else folder.iterdir():
             if path.is_file() and (nested or not path.name.startswith(".")):
                 name = path.relative_to(folder).as_posix()

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,12 @@ class Store:
             raise DataError(
                 f"{what} cannot be opened: {in_words(error)}; install what it needs, or name another address"
             ) from error
+
+    def at(self, folder: str) -> Store:
+        """The same store, seen from a folder in it."""
+        made = copy(self)
+        made.url, made._path = f"{self.url}/{folder}", f"{self._path}/{folder}"
+        return made
 
     def name(self, file: str) -> str:
         """The address of a file, for messages; without a query, which may hold a signature."""

@@ -91,17 +91,20 @@ def list_store(source: str, choice: Choice, ignore: Sequence[str], reach: Reach)
     address = called(source)
     query = f"?{source.split('?', 1)[1]}" if address.partition("://")[0].lower() in _HTTP and "?" in source else ""
     above, _, last = address.rpartition("/")
-    store = Store(address if above.endswith("/") else above, "SOURCE")
-    found = store.find("" if above.endswith("/") else f"{last}{query}")
-    if found is not None and not found.folder and not found.size and Store(address, "SOURCE").entries():
-        found = Entry(last, None, "", True)  # an empty object that stands for the folder
+    if above.endswith("/"):  # a whole bucket
+        store = Store(address, "SOURCE")
+        found = store.find()
+    else:
+        store = Store(above, "SOURCE")
+        found = store.find(f"{last}{query}")
     if found is None:
         raise DataError(f"there is nothing at {shown(address)}; see that the address is right and the upload complete")
-    if not found.folder:
+    if not found.folder and (found.size or not store.at(last).entries()):  # an empty object may stand for a folder
         opened = {last: found} if _is_opened(last, choice) else {}
         mirror = Mirror(store, opened, query, reach)
         return Tree(mirror.root, {"": [last]}, single=last, address=store.url, mirror=mirror)
-    store = Store(address, "SOURCE")
+    if not above.endswith("/"):
+        store = store.at(last)
     folders = _list(store, choice, tuple(ignore), reach)
     rules, opened = Rules(tuple(ignore)), {}
     tree = Tree(Path(), address=store.url)
