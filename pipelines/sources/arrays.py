@@ -18,8 +18,8 @@ from PIL import Image
 
 from pipelines.base import DataError, in_words
 from pipelines.sources.archive import read_compressed
+from pipelines.sources.columns.tree import Tree, join
 from pipelines.sources.sample import UNSPLIT, Choice, Claim, check_class_names
-from pipelines.sources.tree import Tree, join
 
 _SIDE = 32
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))

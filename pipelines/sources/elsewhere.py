@@ -15,10 +15,10 @@ from pipelines.remote.mirror import TELL_SECONDS, Mirror, Reach, at_once
 from pipelines.remote.store import Entry, Store, is_url
 from pipelines.sources.arrays import ARCHIVES
 from pipelines.sources.columns.names import packed
+from pipelines.sources.columns.tree import MAX_NAME, Rules, Tree, check_depth, join, shown
 from pipelines.sources.labels import DEVKIT
 from pipelines.sources.names import is_image, kind_of
 from pipelines.sources.sample import Choice
-from pipelines.sources.tree import MAX_NAME, Rules, Tree, check_depth, join, shown
 
 _LISTED_AT_ONCE = 16  # folders
 _HTTP = ("http", "https")

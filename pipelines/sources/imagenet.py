@@ -9,10 +9,10 @@ from pipelines.base import DataError
 from pipelines.sources import labels as label_files
 from pipelines.sources.archive import Member, image_member, tar_members
 from pipelines.sources.columns.samples import RangeColumns, Sample, Samples, file_samples
+from pipelines.sources.columns.tree import Tree, some
 from pipelines.sources.folder import Layout, Part
 from pipelines.sources.names import is_image, order_classes
 from pipelines.sources.sample import Choice, Claim, ordered_files
-from pipelines.sources.tree import Tree, some
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _NOT_USED = "another archive of ImageNet"

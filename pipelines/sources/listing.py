@@ -13,13 +13,13 @@ from pipelines.remote.mirror import Reach
 from pipelines.remote.store import is_url
 from pipelines.sources.arrays import claim_cifar, claim_digits
 from pipelines.sources.columns.samples import Sample
+from pipelines.sources.columns.tree import HIDDEN, LITTER, Tree, join, list_tree, pattern_of, shown, some
 from pipelines.sources.elsewhere import called, list_store
 from pipelines.sources.folder import claim_folders
 from pipelines.sources.imagenet import claim_imagenet
 from pipelines.sources.names import kind_of, looks_like_image, suffix_of
 from pipelines.sources.sample import UNSPLIT, Choice, Claim, Listing, Spool, check_labels
 from pipelines.sources.tables import claim_parquet, claim_saved
-from pipelines.sources.tree import HIDDEN, LITTER, Tree, join, list_tree, pattern_of, shown, some
 from pipelines.sources.webdataset import claim_webdataset
 from pipelines.storage.manifest import FORMAT, MANIFEST
 

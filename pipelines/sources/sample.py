@@ -16,7 +16,7 @@ from typing import Any
 from pipelines.base import DataError
 from pipelines.sources.columns.names import FullNames
 from pipelines.sources.columns.samples import RangeColumns, Sample, Samples
-from pipelines.sources.tree import some
+from pipelines.sources.columns.tree import some
 from pipelines.storage.locks import NoLocks, lock
 
 _LONGEST = 1000  # characters of a class name
