@@ -26,9 +26,9 @@ app = make_app()
 
 
 _SOURCES = (
-    "'digits'; a folder of CLASS/*.jpg or train|val|test/CLASS/*.jpg; ImageNet's downloaded tars; Parquet; a saved "
-    "Hugging Face data set; WebDataset tars; CIFAR's archive; tiny-imagenet-200, Food-101, CUB, Places365, Kaggle's "
-    "ILSVRC"
+    "'digits'; or a path, or an address such as s3://bucket/photos: a folder of CLASS/*.jpg or "
+    "train|val|test/CLASS/*.jpg; ImageNet's downloaded tars; Parquet; a saved Hugging Face data set; WebDataset tars; "
+    "CIFAR's archive; tiny-imagenet-200, Food-101, CUB, Places365, Kaggle's ILSVRC"
 )
 
 
@@ -149,7 +149,7 @@ def convert(
         )
     if merge:
         with _Display("images") as display:
-            made = conversion.merge(source, jobs, display, _tell, patience, _work_dir(work_dir, source))
+            made = conversion.merge(source, jobs, display, _tell, patience, work_dir)
             _report(source, made, display)
         return
     if as_json and not inspect:
@@ -184,7 +184,7 @@ def convert(
         patience=patience,
         part=_part(part),
         restart=restart,
-        work_dir=_work_dir(work_dir, dest),
+        work_dir=work_dir,
     )
     if inspect:
         _inspect(source, options, as_json)
@@ -229,21 +229,19 @@ def _label(root: Path, teacher: str, device: str, options: MapOptions) -> None:
 def _inspect(source: str, options: Options, as_json: bool) -> None:
     import json
 
+    from pipelines.remote.store import is_url
     from pipelines.sources.listing import DIGITS
 
-    inspected = options.inspect(source if source == DIGITS else str(Path(source).absolute()))
+    options.check_work_dir(source)
+    if is_url(source):
+        with _Display("files") as display:
+            inspected = options.inspect(source, display, _tell)
+    else:
+        inspected = options.inspect(source if source == DIGITS else str(Path(source).absolute()))
     if as_json:
         print(json.dumps(inspected.as_dict(), indent=1))
     else:
         print("\n".join(inspected.in_words()))
-
-
-def _work_dir(folder: Path | None, *named: str | None) -> Path | None:
-    from pipelines.remote.store import is_url
-
-    if folder is not None and not any(map(is_url, named)):
-        raise ValueError("--work-dir is for a SOURCE or DEST at an address, such as s3://bucket/photos; leave it out")
-    return folder
 
 
 def _part(text: str | None) -> tuple[int, int] | None:

@@ -100,9 +100,12 @@ def http_store(folder: Path) -> Iterator[Served]:
 
 
 @contextmanager
-def s3_store(folder: Path, monkeypatch: pytest.MonkeyPatch, bucket: str = BUCKET) -> Iterator[Served]:
-    """`folder` in a bucket of moto's server, which the environment names. Faults: 500, 503, 403, 404, and wrong, of
-    what is read and of what is written."""
+def s3_store(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, bucket: str = BUCKET, *, nested: bool = False
+) -> Iterator[Served]:
+    """The files of `folder` in a bucket of moto's server, which the environment names; `nested`: with all below and
+    what is hidden. Faults: 500, 503, 403, 404, wrong, drop, short (half of the bytes, as if that were all), of what is
+    read and of what is written; also of `list`, which stands for every listing."""
     moto_app = pytest.importorskip("moto.moto_server.werkzeug_app", reason="moto is not installed")
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     from werkzeug.serving import WSGIRequestHandler, make_server
@@ -113,16 +116,28 @@ def s3_store(folder: Path, monkeypatch: pytest.MonkeyPatch, bucket: str = BUCKET
     backend = moto_app.DomainDispatcherApplication(moto_app.create_backend_app)
 
     def app(environ: dict[str, Any], start_response: Any) -> Any:
-        name, method = environ["PATH_INFO"].rpartition("/")[2], environ["REQUEST_METHOD"]
-        if method not in ("GET", "PUT") or not name or "list-type" in environ.get("QUERY_STRING", ""):
+        name, method = environ["PATH_INFO"].rpartition("/")[2].encode("latin-1").decode(), environ["REQUEST_METHOD"]
+        listing = "list-type" in environ.get("QUERY_STRING", "")
+        if method not in ("GET", "PUT") or not name or (listing and not served.faults["list"]):
             return backend(environ, start_response)
+        if listing:
+            name = "list"
         (served.gets if method == "GET" else served.puts)[name] += 1
         fault = served.fault(name)
         if fault.isdecimal():
             start_response(f"{fault} Fault", [("Content-Type", "application/xml")])
             code = {"403": "AccessDenied", "404": "NoSuchKey", "503": "SlowDown"}.get(fault, "InternalError")
             return [f"<Error><Code>{code}</Code><Message>a fault</Message></Error>".encode()]
+        if fault == "short":
+            answer: list[Any] = []
+            content = b"".join(backend(environ, lambda *told: answer.extend(told)))
+            content = content[: len(content) // 2]
+            start_response(answer[0], [*(h for h in answer[1] if h[0].lower() != "content-length"),
+                                       ("Content-Length", str(len(content)))])  # fmt: skip
+            return [content]
         content = b"".join(backend(environ, start_response))
+        if fault == "drop":
+            return [content[: len(content) // 2]]
         return [content[:-1] + bytes([content[-1] ^ 1])] if fault == "wrong" else [content]
 
     server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Silent)
@@ -140,9 +155,10 @@ def s3_store(folder: Path, monkeypatch: pytest.MonkeyPatch, bucket: str = BUCKET
         urllib.request.urlopen(reset).close()  # moto keeps buckets as long as the process lives
         client = boto3.client("s3")
         client.create_bucket(Bucket=bucket)
-        for path in folder.iterdir():
-            if path.is_file() and not path.name.startswith("."):
-                client.put_object(Bucket=bucket, Key=f"sets/small/{path.name}", Body=path.read_bytes())
+        for path in folder.rglob("*") if nested else folder.iterdir():
+            if path.is_file() and (nested or not path.name.startswith(".")):
+                name = path.relative_to(folder).as_posix()
+                client.put_object(Bucket=bucket, Key=f"sets/small/{name}", Body=path.read_bytes())
         served.gets.clear()
         served.puts.clear()
         yield served

@@ -18,9 +18,9 @@ from pipelines.base import DataConfig, DataError
 from pipelines.conversion import convert as conversion
 from pipelines.conversion.options import Options
 from pipelines.extras import install_hint, need
+from pipelines.sources.columns.tree import list_tree
 from pipelines.sources.sample import Choice
 from pipelines.sources.tables import claim_parquet
-from pipelines.sources.tree import list_tree
 from pss.inference import export, report
 
 ROOT = Path(__file__).parent.parent

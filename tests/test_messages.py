@@ -13,8 +13,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = [path for package in ("pss", "pipelines", "cli", "tools") for path in sorted((ROOT / package).rglob("*.py"))]
-OURS = {"ValueError", "OSError", "DataError", "SettingError", "Failed", "Busy", "WorkerLost", "LaterVersion"}
-PROPER = r"FFCV|RandAugment|3-Augment|Parquet|DALI|PSS_\w+|CIFAR|Ray"
+OURS = {
+    "ValueError",
+    "OSError",
+    "DataError",
+    "StoreError",
+    "Missing",
+    "SettingError",
+    "Failed",
+    "Busy",
+    "WorkerLost",
+    "LaterVersion",
+}
+PROPER = r"SOURCE|DEST|FFCV|RandAugment|3-Augment|Parquet|DALI|PSS_\w+|CIFAR|Ray"
 NAMES = rf"\{{|--\w|\b\w+[._]\w+|\bpss-\w+|{PROPER}|\bthe (digits|learning)"
 REMEDY = r"[;:,]| (must|needs|expected|takes?|goes|use) |[^ (]\{\.\.\.\}$"  # such as {nearest}, "did you mean"
 PYTHON_ONLY = r"\b[a-z_]+=(True|False|None|'[^']*'|\"[^\"]*\")|\bpass \w+=|\bkeyword argument|\bargument\b"
@@ -93,6 +104,7 @@ COMPUTED = {
     "pss/runs/log.py": "the system's error, of a row that was written in part",
     "pss/runs/lock.py": "what the main process found, on the others",
     "tools/benchmarks/loader.py": "what another process has said",
+    "pipelines/remote/objects.py": "what a store that cannot be opened says",
     "pipelines/remote/place.py": "what is wrong with a manifest, under its address",
     "pss/runtime/files.py": "the system's error, with the file's name",
 }

@@ -21,6 +21,7 @@ from pipelines.conversion.scan import ImageFile, decode_rgb
 from pipelines.conversion.shards import write_rows
 from pipelines.conversion.work import Finished, load_finished
 from pipelines.extras import require
+from pipelines.sources.columns.samples import reading
 from pipelines.storage.beton import (
     FIELD,
     HEADER,
@@ -64,8 +65,9 @@ def encode_piece(piece: Piece) -> Finished:
     data = Path(piece.data)
     unfinished = data.with_name(f"{data.name}.{uuid.uuid4().hex}.unfinished")
     with unfinished.open("wb") as file:
-        for i, (image, raw) in enumerate(zip(piece.images, piece.raw.tolist(), strict=True)):
-            pixels = _scaled(image, piece.max_size)
+        reads = reading([image.sample for image in piece.images], beat)
+        for i, (image, raw, read) in enumerate(zip(piece.images, piece.raw.tolist(), reads, strict=True)):
+            pixels = _scaled(image, image.read(read), piece.max_size)
             payload = pixels.tobytes() if raw else _jpeg(pixels, piece.quality)
             file.write(payload)
             height, width = pixels.shape[:2]
@@ -91,9 +93,9 @@ def too_narrow(rows: NDArray[Any], max_size: int) -> NDArray[np.bool_]:
     return narrow
 
 
-def _scaled(image: ImageFile, max_size: int) -> NDArray[np.uint8]:
+def _scaled(image: ImageFile, encoded: bytes, max_size: int) -> NDArray[np.uint8]:
     height, width = image.height, image.width
-    pixels = decode_rgb(image.read())
+    pixels = decode_rgb(encoded)
     ratio = max_size / max(height, width)
     if ratio >= 1:
         return pixels

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import importlib.metadata
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,13 +34,13 @@ from pipelines.conversion.shards import (
 )
 from pipelines.conversion.splits import SHUFFLE, check_splits, divide, permutation
 from pipelines.conversion.verify import LISTED, check_samples, hashed, listed, write_checked
-from pipelines.conversion.work import Busy, Crew, DepotPlace, Workplace, chunks_of
+from pipelines.conversion.work import Busy, Crew, DepotPlace, Workplace, begun, chunks_of
 from pipelines.remote.depot import Depot
-from pipelines.remote.store import is_url, usual_folder
+from pipelines.remote.store import StoreError, is_url, usual_folder
 from pipelines.sources.columns.samples import Samples
+from pipelines.sources.elsewhere import called
 from pipelines.sources.listing import DIGITS, Inspected, Listing, Spool
 from pipelines.storage.beton import stored_path
-from pipelines.storage.json_files import read_json
 from pipelines.storage.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split
 
 
@@ -59,23 +58,29 @@ def convert(
     Ctrl-C and `Kept` included, keeps what is finished: the same call continues it. None: the share of `options.part` is
     done, but others are not. `tell` hears sentences.
     """
-    depot = _depot(dest, options)
-    if depot is None and os.path.lexists(dest):
-        link = ", as a link to what is not there" if not Path(dest).exists() else ""
+    dest = _by_its_path(dest)
+    if isinstance(dest, Path) and os.path.lexists(dest):
+        link = ", as a link to what is not there" if not dest.exists() else ""
         raise DataError(f"{dest} already exists{link}; remove it or choose another name")
     if "ffcv" in options.formats:
+        if isinstance(dest, str):
+            raise ValueError(
+                f"--format ffcv writes one file of all images, which no loader reads from {dest}; use dali, or name a "
+                "folder"
+            )
         opencv()
     if options.engine == "ray":
         need_ray()
-    source = source if source == DIGITS else str(Path(source).resolve())
+    options.check_work_dir(source, dest)
+    given, source = source, source if source == DIGITS else called(source)
     purpose = {"source": source, **options.purpose()}
     shared = options.part is not None
     place: Workplace
-    if depot is None:
-        place = Workplace(Path(dest), purpose, restart=options.restart, shared=shared)
+    if isinstance(dest, Path):
+        place = Workplace(dest, purpose, restart=options.restart, shared=shared)
     else:
         below = options.work_dir or usual_folder()
-        place = DepotPlace(depot, below, purpose, restart=options.restart, shared=shared)
+        place = DepotPlace(Depot(dest), below, purpose, restart=options.restart, shared=shared)
     if place.continued and not shared:
         tell(f"continuing the unfinished conversion to {place.shown}")
     if not place.locked:
@@ -83,7 +88,14 @@ def convert(
         tell(f"{disk} lies on a file system without locks: see to it that nothing else writes {place.shown}")
     kept = f"what is finished is kept; the same command continues, and --restart drops it ({place.keeps})"
     try:
-        manifest = _Conversion(place, source, options, progress, tell).run()
+        manifest = _Conversion(place, given, source, options, progress, tell).run()
+    except StoreError as error:
+        if options.part is None and not place.continued:
+            place.remove()
+            raise
+        place.leave()
+        tell(kept)
+        raise Kept(str(error)) from error
     except Kept as error:
         place.leave()
         if not isinstance(error, Busy):
@@ -121,13 +133,8 @@ def merge(
     work_dir: Path | None = None,
 ) -> Manifest:
     """Finish a conversion that was begun in parts: do what is missing, put all together, verify."""
-    purpose: dict[str, Any] | None
-    if is_url(dest):
-        purpose = Depot(str(dest)).journal()
-    else:
-        journal = Path(dest).with_name(f".{Path(dest).name}.partial") / "journal.json"
-        purpose = read_json(journal, dict[str, Any], remedy="begin again with --restart") if journal.exists() else None
-    if purpose is None:
+    dest = _by_its_path(dest)
+    if (purpose := begun(dest) if isinstance(dest, Path) else Depot(dest).journal()) is None:
         raise DataError(f"there is no unfinished conversion to {dest}; start one with --part")
     source = purpose.pop("source", "")
     try:
@@ -142,16 +149,11 @@ def merge(
     return manifest
 
 
-def _depot(dest: Path | str, options: Options) -> Depot | None:
-    """The destination, where it is an address."""
-    if not is_url(dest):
-        return None
-    if "ffcv" in options.formats:
-        raise ValueError(
-            f"--format ffcv writes one file of all images, which no loader reads from {dest}; use dali, or name a "
-            "folder"
-        )
-    return Depot(str(dest))
+def _by_its_path(dest: Path | str) -> Path | str:
+    """A destination that is a folder of this machine as a path; the address of one elsewhere."""
+    return (
+        str(dest) if is_url(dest) and is_url(called(str(dest))) else Path(called(str(dest)) if is_url(dest) else dest)
+    )
 
 
 _BESIDE = 3000  # bytes in a tar besides an image: headers, label, number
@@ -161,9 +163,17 @@ class _Conversion:
     """One run of a conversion in its workplace."""
 
     def __init__(
-        self, place: Workplace, source: str, options: Options, progress: Progress, tell: Callable[[str], None]
+        self,
+        place: Workplace,
+        given: str,
+        source: str,
+        options: Options,
+        progress: Progress,
+        tell: Callable[[str], None],
     ) -> None:
-        self.place, self.source, self.options, self.progress, self.tell = place, source, options, progress, tell
+        """`given` may have a query, and `source` is what messages name."""
+        self.place, self.given, self.source, self.options = place, given, source, options
+        self.progress, self.tell = progress, tell
         self.crew = Crew(place.work, options.jobs, options.engine, options.part, options.patience, self._depot)
         self._planned: dict[str, list[Shard]] = {}
 
@@ -174,7 +184,7 @@ class _Conversion:
     def run(self) -> Manifest | None:
         if self.source == DIGITS and self.options.split is not None:
             raise DataError("--split is for other sources; the digits are split by --val-fraction")
-        self.inspected = self.options.inspect(self.source)
+        self.inspected = self.options.inspect(self.given, self.progress, self.tell)
         fraction = self.options.val_fraction
         if self.source == DIGITS and fraction is None:
             fraction = DIGITS_VAL_FRACTION
@@ -198,7 +208,11 @@ class _Conversion:
             if not all(path.exists() for path in (*tars, *self._beton_results(split, members))):
                 return None
         with self.place.merging() as ours:
-            return self._merge(listing.classes, images, skipped) if ours else None
+            if not ours:
+                return None
+            manifest = self._merge(listing.classes, images, skipped)
+        self.inspected.remove_copies()
+        return manifest
 
     def _check_room(self, images: Mapping[str, Images]) -> None:
         """Raise `Kept` where the tars will not fit on the disk. How large FFCV's JPEG files become is not known."""
@@ -207,14 +221,7 @@ class _Conversion:
         if self._depot is not None:  # tars leave as they are written
             of_one = needed // max(1, sum(map(len, tars))) * self.options.shard_size
             needed = min(needed, of_one * (self.options.jobs + 1))
-        there = sum(path.stat().st_size for path in self.place.set.iterdir())
-        free = shutil.disk_usage(self.place.folder).free
-        if needed > free + there:
-            raise Kept(
-                f"{self.place.folder.parent} has {free / 1e6:,.1f} MB left, and the result needs "
-                f"{(needed - there) / 1e6:,.1f} MB at least; make room, and the same command continues, or choose "
-                "another disk with --restart"
-            )
+        self.place.check_room(needed)
 
     @property
     def _ffcv(self) -> bool:

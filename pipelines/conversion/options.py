@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.base import DataError
 from pipelines.conversion.beton import Store
 from pipelines.conversion.engines import Engine
-from pipelines.conversion.processes import PATIENCE, check_patience
+from pipelines.conversion.processes import PATIENCE, Progress, check_patience
+from pipelines.remote.mirror import Reach
+from pipelines.remote.store import is_url
+from pipelines.sources.elsewhere import called
 from pipelines.sources.listing import FORMATS, Choice, Inspected, inspect
 
 DIGITS_VAL_FRACTION = 0.2
@@ -79,8 +83,8 @@ class Options:
     restart: bool = False
     """Drop what an interrupted conversion to the same destination has left."""
     work_dir: Path | None = None
-    """Where source or destination are addresses: the folder of this machine in which the work is done; `pss` in the
-    user's cache folder if None."""
+    """Where source or destination are addresses: the folder of this machine for copies of what is no image, and for
+    what is being written; `pss` in the user's cache folder if None."""
 
     def __post_init__(self) -> None:
         if not self.formats or not set(self.formats) <= {"ffcv", "dali"}:
@@ -113,8 +117,22 @@ class Options:
             if self.restart:
                 raise ValueError("--restart would drop the work of the other parts; leave --part or --restart out")
 
-    def inspect(self, source: str) -> Inspected:
-        """What there is in a source, as these options have it; `DataError` if it cannot be used."""
+    def check_work_dir(self, *places: object) -> None:
+        """Raise `DataError` where a folder is named that none of these places needs."""
+        if self.work_dir is not None and not any(is_url(place) and is_url(called(str(place))) for place in places):
+            raise DataError(
+                f"--work-dir is for a place at an address, such as s3://bucket/photos, and {places[0]} is none; leave "
+                "it out"
+            )
+
+    def inspect(
+        self, source: str, progress: Progress | None = None, tell: Callable[[str], None] = lambda message: None
+    ) -> Inspected:
+        """What there is in a source, as these options have it; `DataError` if it cannot be used. `progress` and `tell`
+        hear how one that lies elsewhere is listed and fetched."""
+        reach = Reach(self.work_dir, tell=tell)
+        if progress is not None:
+            reach = Reach(self.work_dir, progress.start, progress.advance, tell)
         choice = Choice(
             self.source_format,
             self.images,
@@ -125,7 +143,7 @@ class Options:
             one_split=self.split is not None,
             held_out=self.val_fraction is not None,
         )
-        return inspect(source, choice, self.ignore, self.follow_links)
+        return inspect(source, choice, self.ignore, self.follow_links, reach)
 
     def purpose(self) -> dict[str, Any]:
         """The options that the result depends on."""

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -189,9 +189,10 @@ def _make_room_for_sockets() -> None:
     )
 
 
-def _prepare_worker(beats: Connection, environment: dict[str, str]) -> None:
+def _prepare_worker(beats: Connection, environment: Mapping[str, str]) -> None:
     global _beats
-    os.environ.update(environment)  # the fork server has that of the time at which it was started
+    os.environ.clear()  # the fork server has that of its start, and stores take their settings from it
+    os.environ.update(environment)
     os.set_blocking(beats.fileno(), False)
     _beats = beats
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone reacts

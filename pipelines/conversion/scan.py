@@ -16,7 +16,8 @@ from pipelines.base import DataError, in_words
 from pipelines.conversion.jpeg_warnings import jpeg_warning
 from pipelines.conversion.processes import Kept, beat
 from pipelines.conversion.work import Finished
-from pipelines.sources.columns.samples import Numbers, Sample, Samples, chosen, column
+from pipelines.remote.store import StoreError
+from pipelines.sources.columns.samples import Numbers, Sample, Samples, chosen, column, reading
 from pipelines.storage.images import open_image
 
 # What torchvision, Pillow and DALI all decode to the same colours. MPO is a JPEG with more pictures behind it.
@@ -45,12 +46,15 @@ class ImageFile:
     warning: str | None = None
     """What the JPEG library finds wrong with it, though it decodes."""
 
-    def read(self) -> bytes:
-        """The encoded bytes, which must be those that were checked."""
+    def read(self, read: Callable[[], bytes] | None = None) -> bytes:
+        """The encoded bytes, which must be those that were checked; `read` is that of the sample, or what `reading`
+        has for it."""
         try:
-            encoded = self.sample.read()
+            encoded = self.sample.read() if read is None else read()
         except FileNotFoundError:
             encoded = b""
+        except StoreError as error:
+            raise Kept(str(error)) from error
         except OSError as error:
             raise Kept(
                 f"{self.sample.name} could be read before and cannot now ({in_words(error)}); mend that, and the same "
@@ -76,8 +80,8 @@ def check_chunk(samples: Sequence[Sample]) -> Finished:
     """Check some images: a row of `CHECKED` for each, the reasons against those that are not good, and warnings."""
     rows = np.zeros(len(samples), dtype=CHECKED)
     reasons, warned = {}, {}
-    for i, sample in enumerate(samples):
-        image = check_image(sample)
+    for i, (sample, read) in enumerate(zip(samples, reading(samples, beat), strict=True)):
+        image = check_image(sample, read)
         beat()
         if isinstance(image, ImageFile):
             rows[i] = (image.height, image.width, image.crc32, image.size, image.transcode, True)
@@ -166,9 +170,9 @@ def checked_images(
     return Images(samples, rows, warned, range(first) if good.all() else np.flatnonzero(good).astype(np.int32)), bad
 
 
-def check_image(sample: Sample) -> ImageFile | Unreadable:
-    """Read and fully decode one image."""
-    encoded = _read(sample)
+def check_image(sample: Sample, read: Callable[[], bytes] | None = None) -> ImageFile | Unreadable:
+    """Read and fully decode one image; `read` is as of `ImageFile.read`."""
+    encoded = _read(sample, read or sample.read)
     if isinstance(encoded, Unreadable):
         return encoded
     try:
@@ -187,10 +191,10 @@ def check_image(sample: Sample) -> ImageFile | Unreadable:
         return Unreadable(sample.name, in_words(error))
 
 
-def _read(sample: Sample) -> bytes | Unreadable:
+def _read(sample: Sample, read: Callable[[], bytes]) -> bytes | Unreadable:
     """The encoded bytes. Raises `Kept` for what is no fault of the image: it is gone, or the machine cannot read."""
     try:
-        return sample.read()
+        return read()
     except FileNotFoundError as error:
         raise Kept(
             f"{sample.name} is not there any more; restore it, and the same command continues, or begin again with "
@@ -202,6 +206,8 @@ def _read(sample: Sample) -> bytes | Unreadable:
         raise Kept(
             f"{sample.name} cannot be read ({in_words(error)}); mend that, and the same command continues"
         ) from error
+    except StoreError as error:
+        raise Kept(str(error)) from error
     except DataError as error:
         return Unreadable(sample.name, str(error))
 

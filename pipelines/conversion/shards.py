@@ -13,7 +13,7 @@ import os
 import tarfile
 import uuid
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +25,7 @@ from PIL import Image
 from pipelines.conversion.processes import beat
 from pipelines.conversion.scan import ImageFile, Images, decode_rgb
 from pipelines.conversion.work import Finished
+from pipelines.sources.columns.samples import reading
 from pipelines.storage.manifest import FORMAT_VERSION, SAMPLE, FileEntry
 
 BLOCK = tarfile.BLOCKSIZE
@@ -57,8 +58,9 @@ def write_shard(shard: Shard) -> Finished:
     lines = [f"v1.2 {len(shard.images)}"]
     with unfinished.open("wb") as file:
         out = HashedFile(file)
-        for i, image in enumerate(shard.images):
-            encoded = _encoded(image)
+        reads = reading([image.sample for image in shard.images], beat)
+        for i, (image, read) in enumerate(zip(shard.images, reads, strict=True)):
+            encoded = _encoded(image, read)
             number = shard.first + i
             label = image.sample.label
             members = {"jpg": encoded, **members_behind(label, number)}
@@ -134,8 +136,8 @@ def write_rows(path: Path, dtype: np.dtype[Any], count: int, pieces: Iterable[ND
     return out.entry()
 
 
-def _encoded(image: ImageFile) -> bytes:
-    encoded = image.read()
+def _encoded(image: ImageFile, read: Callable[[], bytes]) -> bytes:
+    encoded = image.read(read)
     if not image.transcode:
         return encoded
     png = io.BytesIO()

@@ -118,6 +118,17 @@ class Workplace:
         write_whole(path, content)
         return True
 
+    def check_room(self, needed: int) -> None:
+        """Raise `Kept` where so many bytes, those in `set` among them, do not fit on the disk."""
+        there = sum(path.stat().st_size for path in self.set.iterdir())
+        free = shutil.disk_usage(self.folder).free
+        if needed > free + there:
+            raise Kept(
+                f"{self.folder.parent} has {free / 1e6:,.1f} MB left, and the result needs "
+                f"{(needed - there) / 1e6:,.1f} MB at least; make room, and the same command continues, or choose "
+                "another disk with --restart"
+            )
+
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         differing = [
             f"{name.replace('_', '-')} was {before.get(name)!r}, is {now.get(name)!r}"
@@ -238,6 +249,12 @@ class DepotPlace(Workplace):
         with reaching():
             self.depot.finish(self.set, files)
         self._remove()
+
+
+def begun(dest: Path) -> dict[str, Any] | None:
+    """What is being converted to a folder, and how; None if nothing is."""
+    journal = dest.with_name(f".{dest.name}.partial") / "journal.json"
+    return read_json(journal, dict[str, Any], remedy="begin again with --restart") if journal.exists() else None
 
 
 @contextlib.contextmanager

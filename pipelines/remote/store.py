@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,23 @@ FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
 _CONNECT_SECONDS, _READ_SECONDS = 30, 60  # without a byte, after which a connection counts as dropped
 
+_S3, _HTTP = ("s3", "s3a"), ("http", "https")
+
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what is wrong is not the store
 _REFUSED = ("NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError", "TokenRetrievalError")
 """Errors of botocore that are no `PermissionError`, and mean the same."""
+
+
+class StoreError(DataError):
+    """A store does not give, or take, what it is asked for; the same may go well at another time."""
+
+
+class Missing(StoreError):
+    """A store says that there is no such object."""
+
+
+class Stopped(Exception):
+    """What `alive` raises to end an attempt, and all others."""
 
 
 def is_url(data: Any) -> bool:
@@ -49,6 +64,7 @@ class Entry:
     """What a folder of a store holds under a name."""
 
     name: str
+    """Empty where the store has a name that no disk could have: with nothing between two slashes."""
     size: int | None
     """In bytes; None of a folder, or where the store does not say."""
     version: str
@@ -68,9 +84,9 @@ class Store:
         self.url, self._named = url.rstrip("/"), named
         what = f"{named} {self.url}"
         self.protocol = protocol = url.partition("://")[0].lower()
-        if protocol in ("s3", "s3a"):
+        if protocol in _S3:
             need(what, "remote", "fsspec", "s3fs")
-        elif protocol in ("http", "https"):
+        elif protocol in _HTTP:
             need(what, "remote", "fsspec", "aiohttp")
         core = require("fsspec.core", "remote", what)
         self._callback = require("fsspec.callbacks", "remote", what).Callback
@@ -82,9 +98,15 @@ class Store:
                 f"{what} cannot be opened: {in_words(error)}; install what it needs, or name another address"
             ) from error
 
+    def at(self, folder: str) -> Store:
+        """The same store, seen from a folder in it."""
+        made = copy(self)
+        made.url, made._path = f"{self.url}/{folder}", f"{self._path}/{folder}"
+        return made
+
     def name(self, file: str) -> str:
-        """The address of a file, for messages."""
-        return f"{self.url}/{file}".rstrip("/")
+        """The address of a file, for messages; without a query, which may hold a signature."""
+        return f"{self.url}/{file.partition('?')[0] if self.protocol in _HTTP else file}".rstrip("/")
 
     def fetch(
         self,
@@ -108,21 +130,28 @@ class Store:
         """
         self._insist(file, lambda: self._attempt(file, into, expected, alive), into, alive, tries)
 
-    def read(self, file: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Bytes of a file from `offset` on, up to its end where `length` is None. Raises as `fetch`."""
+    def read(
+        self, file: str, offset: int = 0, length: int | None = None, alive: Callable[[], object] = lambda: None
+    ) -> bytes:
+        """Bytes of a file from `offset` on, up to its end where `length` is None; `alive` and errors as of `fetch`."""
         found = b""
 
         def attempt() -> str | None:
             nonlocal found
             end = None if length is None else offset + length
-            found = self._files.cat_file(f"{self._path}/{file}", start=offset or None, end=end)
+            try:
+                found = self._files.cat_file(f"{self._path}/{file}", start=offset or None, end=end)
+            except Exception as error:
+                if not _beyond(error):
+                    raise
+                found = b""  # no part of an empty object can be asked for
             return None
 
-        self._insist(file, attempt)
+        self._insist(file, attempt, alive=alive)
         return found
 
-    def entries(self, folder: str = "") -> list[Entry]:
-        """What is in a folder, in the order of the names; nothing where there is no such folder.
+    def entries(self, folder: str = "", alive: Callable[[], object] = lambda: None) -> list[Entry]:
+        """What is in a folder, in the order of the names; nothing where there is no such folder. `alive` as of `fetch`.
 
         Raises:
             DataError: as `fetch`, but for what is not there.
@@ -138,14 +167,14 @@ class Store:
                 if not _absent(_reason(error)):
                     raise
                 listed = []
-            found[:] = _entries(at, listed)
+            found[:] = _entries(at, listed, self.protocol in _S3)
             return None
 
-        self._insist(folder, attempt)
+        self._insist(folder, attempt, alive=alive)
         return found
 
-    def find(self, file: str = "") -> Entry | None:
-        """A file, or the folder itself; None where there is no such thing. Raises as `entries`."""
+    def find(self, file: str = "", alive: Callable[[], object] = lambda: None) -> Entry | None:
+        """A file, or the folder itself; None where there is no such thing. `alive` and errors as of `entries`."""
         at = f"{self._path}/{file}".rstrip("/")
         found: list[Entry] = []
 
@@ -158,7 +187,7 @@ class Store:
                     raise
             return None
 
-        self._insist(file, attempt)
+        self._insist(file, attempt, alive=alive)
         return found[0] if found else None
 
     def put(self, path: Path, file: str, alive: Callable[[], object] = lambda: None) -> None:
@@ -212,20 +241,25 @@ class Store:
         for number in range(1, tries + 1):
             try:
                 wrong = attempt()
+            except Stopped:
+                raise
             except Exception as error:  # of every library that fsspec may use
                 cause = _reason(error)
                 if into is not None and isinstance(error, OSError) and error.errno in _LOCAL:
                     raise DataError(
                         f"{into} cannot be written ({in_words(error)}); name another disk with --cache-dir, or less of "
                         "it with --cache-gb"
+                        if self._named == "--data"
+                        else f"{into} cannot be written ({in_words(error)}); make room, or name another disk with "
+                        "--work-dir"
                     ) from error
                 if _denied(cause):
-                    raise DataError(
+                    raise StoreError(
                         f"{self.name(file)} may not be {begin} from here ({_told(cause)}); give this machine the right "
                         "to, as the store's own tools would have it: of S3, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
                     ) from error
                 if _absent(cause):
-                    raise DataError(
+                    raise Missing(
                         f"{self.name(file)} cannot be written, as there is no such bucket; make it, or name another"
                         if writing
                         else f"{self.name(file)} is not there; see that the address is right and the upload complete"
@@ -235,12 +269,13 @@ class Store:
                 return
             if number < tries:
                 self._pause(file, wrong, number, alive)
-        raise DataError(
+        on = "a run goes on with --resume" if self._named == "--data" else "the same command continues"
+        raise StoreError(
             f"{self.name(file)} could not be written in {tries} attempts, the last time because {wrong}; see that the "
-            "store answers, and begin again: the same command continues"
+            f"store answers, and begin again: {on}"
             if writing
             else f"{self.name(file)} could not be had in {tries} attempts, the last time because {wrong}; see that the "
-            "store answers and the object is whole, and begin again: a run goes on with --resume"
+            f"store answers and the object is whole, and begin again: {on}"
         )
 
     def _attempt(self, file: str, into: Path, expected: FileEntry | None, alive: Callable[[], object]) -> str | None:
@@ -273,10 +308,16 @@ class Store:
         return type(self), (self.url, self._named)
 
 
-def _entries(at: str, listed: list[dict[str, Any]]) -> list[Entry]:
-    """Of what fsspec lists of the folder `at`; some stores list the folder itself, too."""
-    named = ((one["name"].rstrip("/"), one) for one in listed)
-    found = (_entry(name.rpartition("/")[2], one) for name, one in named if name != at.rstrip("/"))
+def _entries(at: str, listed: list[dict[str, Any]], of_s3: bool) -> list[Entry]:
+    """Of what fsspec lists of the folder `at`; some stores list the folder itself, too, or an object that stands for
+    it, which is empty. What S3 has under an empty name looks much like that."""
+    at, found = at.rstrip("/"), []
+    for one in listed:
+        name = one["name"].rstrip("/")
+        if name != at:
+            found.append(_entry(name.rpartition("/")[2], one))
+        elif of_s3 and one["name"] != at and (one["type"] == "directory" or one["size"]):
+            found.append(_entry("", one))
     return sorted(found, key=lambda entry: entry.name)
 
 
@@ -284,8 +325,12 @@ def _entry(name: str, about: dict[str, Any]) -> Entry:
     if about.get("type") == "directory":
         return Entry(name, None, "", True)
     size = about.get("size")
-    version = next((about[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified") if about.get(key)), size)
+    version = next((about[key] for key in _VERSIONS if about.get(key)), size)
     return Entry(name, None if size is None else int(size), str(version), False)
+
+
+_VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "Last-Modified")
+"""What stores call that which changes with the content, the best first."""
 
 
 def _reason(error: Exception) -> BaseException:
@@ -312,20 +357,24 @@ def _absent(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404
 
 
+def _beyond(error: BaseException) -> bool:
+    """Whether a part of an object was asked for that begins behind its end."""
+    told = getattr(error.__cause__, "response", None) or {}
+    return getattr(error, "status", None) == 416 or told.get("Error", {}).get("Code") == "InvalidRange"
+
+
 def _options(protocol: str) -> dict[str, Any]:
     """How long a silent server is waited for. What else a store needs comes from its own environment variables, or
     from fsspec's (FSSPEC_S3_ENDPOINT_URL and the like)."""
-    if protocol in ("s3", "s3a"):
+    if protocol in _S3:
         waits: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS}
         waits |= {"retries": {"total_max_attempts": 1}}  # the pauses are ours
         # One request an object; several objects are fetched at once.
         return {"config_kwargs": waits, "max_concurrency": 1, "use_listings_cache": False}
-    if protocol in ("http", "https"):
+    if protocol in _HTTP:
         import aiohttp
 
         # By default all of a download must be over in five minutes.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)
         return {"client_kwargs": {"timeout": timeout, "trust_env": True}, "use_listings_cache": False}
-    if protocol == "file":
-        return {"auto_mkdir": True}
     return {}

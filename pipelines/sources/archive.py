@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from pipelines.base import DataError, in_words
 from pipelines.sources.columns.samples import MAX_ENCODED
-from pipelines.sources.tree import shown
+from pipelines.sources.columns.tree import shown
 
 _MAX_HEADER = 1 << 20  # bytes of a name or an extension
 _MAX_EXPANDED = 2 << 30  # bytes that a compressed archive may expand to; the largest known one has 190 MB

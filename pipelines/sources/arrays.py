@@ -18,8 +18,8 @@ from PIL import Image
 
 from pipelines.base import DataError, in_words
 from pipelines.sources.archive import read_compressed
+from pipelines.sources.columns.tree import Tree, join
 from pipelines.sources.sample import UNSPLIT, Choice, Claim, check_class_names
-from pipelines.sources.tree import Tree, join
 
 _SIDE = 32
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
@@ -28,7 +28,7 @@ _KINDS = {
     "cifar-10-batches-py": (_BATCHES, ("test_batch",), "batches.meta", b"label_names", b"labels"),
     "cifar-100-python": (("train",), ("test",), "meta", b"fine_label_names", b"fine_labels"),
 }
-_ARCHIVES = {"cifar-10-python.tar.gz": "cifar-10-batches-py", "cifar-100-python.tar.gz": "cifar-100-python"}
+ARCHIVES = {"cifar-10-python.tar.gz": "cifar-10-batches-py", "cifar-100-python.tar.gz": "cifar-100-python"}
 
 
 _BESIDE = {
@@ -79,9 +79,9 @@ def _find(tree: Tree) -> tuple[Path, str, dict[str, list[str]]] | None:
     found: list[tuple[Path, str, dict[str, list[str]]]] = []
     for folder, names in sorted(tree.folders.items()):
         for name in names:
-            if name in _ARCHIVES:
-                found.append((tree.path(join(folder, name)), _ARCHIVES[name], {folder: [name]}))
-        kind = folder.rpartition("/")[2] or tree.root.name
+            if name in ARCHIVES:
+                found.append((tree.path(join(folder, name)), ARCHIVES[name], {folder: [name]}))
+        kind = folder.rpartition("/")[2] or tree.name
         if kind in _KINDS and tree.single is None:
             train, test, meta, *_ = _KINDS[kind]
             own = [name for name in names if name in {*train, *test, meta}]

@@ -10,9 +10,9 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from pipelines.base import DataError
+from pipelines.sources.columns.tree import Tree, join, shown
 from pipelines.sources.names import split_of
 from pipelines.sources.sample import check_class_names
-from pipelines.sources.tree import Tree, join, shown
 from pipelines.storage.json_files import parse_json, read_json
 
 ClassNames = tuple[str, ...]

@@ -15,9 +15,9 @@ from pipelines.base import DataError
 from pipelines.sources import labels as label_files
 from pipelines.sources.columns.names import FullNames, packed
 from pipelines.sources.columns.samples import file_samples
+from pipelines.sources.columns.tree import Tree, and_above, join, pattern_of, shown, some
 from pipelines.sources.names import is_image, order_classes, order_in_words, split_of
 from pipelines.sources.sample import UNSPLIT, Choice, Claim, only_test, ordered_files
-from pipelines.sources.tree import Tree, and_above, join, pattern_of, shown, some
 
 _PLACES = {"data_256": "train", "data_large": "train"}  # Places365 calls its training images so
 _PLAIN = frozenset(("images", "image", "imgs", "img", "jpg", "jpeg", "jpegs", "png", "photos", "pictures", "data"))
@@ -303,7 +303,7 @@ def claim_parts(
         dict(splits),
         {split: some([one or "." for one in part.folders]) for split, part in parts.items()},
         f"{', and '.join(dict.fromkeys(told))}, in the order of {order_in_words(classes, layout.choice.class_order)}",
-        lambda spool: {split: file_samples(tree.root, names[split], labels) for split, labels in splits.items()},
+        lambda spool: {split: file_samples(tree.origin, names[split], labels) for split, labels in splits.items()},
         taken=layout.taken([name for left in unused.values() for name in left]),
         metadata=dict(labelled.metadata),
         unused=unused,

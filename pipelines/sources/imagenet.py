@@ -9,10 +9,10 @@ from pipelines.base import DataError
 from pipelines.sources import labels as label_files
 from pipelines.sources.archive import Member, image_member, tar_members
 from pipelines.sources.columns.samples import RangeColumns, Sample, Samples, file_samples
+from pipelines.sources.columns.tree import Tree, some
 from pipelines.sources.folder import Layout, Part
 from pipelines.sources.names import is_image, order_classes
 from pipelines.sources.sample import Choice, Claim, ordered_files
-from pipelines.sources.tree import Tree, some
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _NOT_USED = "another archive of ImageNet"
@@ -57,16 +57,16 @@ def claim_imagenet(tree: Tree, choice: Choice) -> Claim | None:
         part = layout.part(folders["train"])
         files += part.images
         classes = order_classes(part.classes, choice.class_order, tree.root)
-        splits["train"] = file_samples(tree.root, *ordered_files(tree.root, part.classes, classes, "train"))
+        splits["train"] = file_samples(tree.origin, *ordered_files(tree.root, part.classes, classes, "train"))
         places["train"] = some(folders["train"])
     told, metadata = "the WordNet ids of the training images", dict[str, str]()
     if val_tar or "val" in folders:
         part = layout.part(folders["val"], classes) if "val" in folders else Part([])
         files += part.images
         if part.classes:
-            splits["val"] = file_samples(tree.root, *ordered_files(tree.root, part.classes, classes, "val"))
+            splits["val"] = file_samples(tree.origin, *ordered_files(tree.root, part.classes, classes, "val"))
         else:
-            images = _members(tree, val_tar) if val_tar else file_samples(tree.root, part.flat, [0] * len(part.flat))
+            images = _members(tree, val_tar) if val_tar else file_samples(tree.origin, part.flat, [0] * len(part.flat))
             found = label_files.find(
                 tree, [one.name for one in images], classes, [_last(one) for one in images], split="val"
             )

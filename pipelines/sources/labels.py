@@ -11,9 +11,9 @@ from pathlib import PurePosixPath
 from pipelines.base import DataError, in_words
 from pipelines.sources.archive import read_compressed
 from pipelines.sources.columns.names import FullNames
+from pipelines.sources.columns.tree import Tree, shown, some
 from pipelines.sources.names import is_image, order_is_certain, said_split
 from pipelines.sources.texts import NoTable, rows, text_files
-from pipelines.sources.tree import Tree, shown, some
 
 _TITLES = ("label", "labels", "class", "class_name", "classname", "category", "target", "breed", "species", "wnid")
 _MAX_DIGITS = 9

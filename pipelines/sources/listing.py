@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.base import DataError
+from pipelines.remote.mirror import Reach
+from pipelines.remote.store import is_url
 from pipelines.sources.arrays import claim_cifar, claim_digits
 from pipelines.sources.columns.samples import Sample
+from pipelines.sources.columns.tree import HIDDEN, LITTER, Tree, join, list_tree, pattern_of, shown, some
+from pipelines.sources.elsewhere import called, list_store
 from pipelines.sources.folder import claim_folders
 from pipelines.sources.imagenet import claim_imagenet
 from pipelines.sources.names import kind_of, looks_like_image, suffix_of
 from pipelines.sources.sample import UNSPLIT, Choice, Claim, Listing, Spool, check_labels
 from pipelines.sources.tables import claim_parquet, claim_saved
-from pipelines.sources.tree import HIDDEN, LITTER, Tree, join, list_tree, pattern_of, shown, some
 from pipelines.sources.webdataset import claim_webdataset
 from pipelines.storage.manifest import FORMAT, MANIFEST
 
@@ -61,6 +65,8 @@ class Inspected:
     """Entries that the listing has seen."""
     rest: dict[str, list[str]] = field(default_factory=dict)
     """By rule: what is neither read nor used."""
+    tree: Tree | None = None
+    """Where it has been found; None of a built-in set."""
 
     @property
     def holding(self) -> int:
@@ -69,7 +75,17 @@ class Inspected:
 
     def listing(self, spool: Spool) -> Listing:
         """All samples."""
-        return Listing(self.claim.classes, self.claim.read(spool))
+        if self.tree is None or self.tree.address is None:
+            return Listing(self.claim.classes, self.claim.read(spool))
+        spool.told = self.tree.told
+        with _naming(self.tree):
+            samples = self.claim.read(spool)
+        return Listing(self.claim.classes, {split: some.renamed(self.tree.told) for split, some in samples.items()})
+
+    def remove_copies(self) -> None:
+        """Delete what was copied of a source elsewhere: nobody reads its samples any more."""
+        if self.tree is not None and self.tree.mirror is not None:
+            self.tree.mirror.remove()
 
     def account(self) -> dict[str, Any]:
         """For the manifest: the numbers of `files` add up to `found`."""
@@ -132,26 +148,62 @@ class Inspected:
         return f"{self.found:,} found: {' + '.join(parts)}"
 
 
-def inspect(source: str, choice: Choice, ignore: Sequence[str] = (), follow_links: bool = False) -> Inspected:
-    """Everything in `source`: the word "digits", a file or a folder.
+def inspect(
+    source: str, choice: Choice, ignore: Sequence[str] = (), follow_links: bool = False, reach: Reach | None = None
+) -> Inspected:
+    """Everything in `source`: the word "digits", a file, a folder, or an address, which `reach` is for.
 
     Raises:
+        StoreError: what lies elsewhere cannot be listed or fetched.
         DataError: nobody can read it, more than one reader can, or a part of the data would be left out.
     """
     if source == DIGITS:
         if ignore:
             raise DataError(f"--ignore {ignore[0]} is for folders; leave it out")
         return _checked(Inspected(source, claim_digits()), choice)
+    given, source = source, called(source) if is_url(source) else source
+    if is_url(source):
+        if follow_links:
+            raise DataError(f"--follow-links is for folders of this machine, and {shown(source)} is none; leave it out")
+        return _inspected(list_store(given, choice, ignore, reach or Reach()), source, choice)
     path = Path(source)
     if not path.exists():
         what = "file or folder" if path.suffix else "folder"
         raise DataError(f"there is no {what} {shown(path)}; name one that holds images, or the word digits")
     if not path.is_dir() and not path.is_file():
         raise DataError(f"{shown(path)} is no file or folder; name one that holds images")
-    tree = list_tree(path, ignore, follow_links)
-    _refuse_converted(tree)
-    claim = _only_claim(tree, choice)
-    return _checked(Inspected(source, claim, tree.found, _rest(tree, claim, choice)), choice)
+    return _inspected(list_tree(path, ignore, follow_links), source, choice)
+
+
+def _inspected(tree: Tree, source: str, choice: Choice) -> Inspected:
+    with _naming(tree):
+        _refuse_converted(tree)
+        if tree.mirror is not None:
+            tree.mirror.fetch()
+        claim = _only_claim(tree, choice)
+        rest = _rest(tree, claim, choice)
+    told = replace(
+        claim,
+        places={split: tree.told(place) for split, place in claim.places.items()},
+        labels=tree.told(claim.labels),
+        notes=[tree.told(note) for note in claim.notes],
+    )
+    return _checked(Inspected(source, told, tree.found, rest, tree), choice)
+
+
+@contextmanager
+def _naming(tree: Tree) -> Iterator[None]:
+    """Within, errors name a source elsewhere by its address."""
+    try:
+        yield
+    except DataError as error:
+        if (told := tree.told(str(error))) == str(error):
+            raise
+        raise type(error)(told) from error
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = tree.told(error.filename)
+        raise
 
 
 def _checked(inspected: Inspected, choice: Choice) -> Inspected:
@@ -170,7 +222,7 @@ def _checked(inspected: Inspected, choice: Choice) -> Inspected:
 
 def _refuse_converted(tree: Tree) -> None:
     for folder, names in tree.folders.items():
-        if MANIFEST in names and _is_ours(tree.path(join(folder, MANIFEST))):
+        if MANIFEST in names and _is_ours(tree, join(folder, MANIFEST)):
             if not folder:
                 raise DataError(f"{shown(tree.root)} has been converted already; convert its original source")
             raise DataError(
@@ -179,11 +231,10 @@ def _refuse_converted(tree: Tree) -> None:
             )
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(tree: Tree, name: str) -> bool:
     """Another program may call a file so."""
     try:
-        with path.open("rb") as file:
-            return f'"format": "{FORMAT}"'.encode() in file.read(256)
+        return f'"format": "{FORMAT}"'.encode() in tree.head(name, 256)
     except OSError:
         return False
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipelines.base import DataError, in_words
-from pipelines.sources.tree import Tree, shown
+from pipelines.sources.columns.tree import Tree, shown
 from pipelines.storage.json_files import bounded
 from pipelines.storage.manifest import in_label_order
 from pipelines.storage.source import IMAGE_SUFFIXES

@@ -16,7 +16,7 @@ from typing import Any
 from pipelines.base import DataError
 from pipelines.sources.columns.names import FullNames
 from pipelines.sources.columns.samples import RangeColumns, Sample, Samples
-from pipelines.sources.tree import some
+from pipelines.sources.columns.tree import some
 from pipelines.storage.locks import NoLocks, lock
 
 _LONGEST = 1000  # characters of a class name
@@ -57,6 +57,8 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.told: Callable[[str], str] = lambda name: name
+        """What the names of images are kept as."""
 
     def fill(self, split: str, images: Iterable[tuple[str, int, bytes]], expected_bytes: int = 0) -> Samples:
         """Write the (name, label, encoded image) of `images`, or find that it has been done."""
@@ -79,7 +81,7 @@ class Spool:
             rows.write("[")
             for number, (name, label, encoded) in enumerate(images):
                 file.write(encoded)
-                rows.write(f"{',' if number else ''}\n{json.dumps((name, label, at, len(encoded)))}")
+                rows.write(f"{',' if number else ''}\n{json.dumps((self.told(name), label, at, len(encoded)))}")
                 at += len(encoded)
             rows.write("\n]")
             file.flush()

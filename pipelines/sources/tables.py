@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.base import DataError, in_words
 from pipelines.extras import require
 from pipelines.sources.columns.samples import MAX_ENCODED, Samples
+from pipelines.sources.columns.tree import Tree, shown, some
 from pipelines.sources.features import ClassNames, named_by, saved_files, saved_splits
 from pipelines.sources.names import WORDS, by_split, check_parts, order_classes
 from pipelines.sources.sample import (
@@ -24,7 +25,6 @@ from pipelines.sources.sample import (
     number_classes,
     only_test,
 )
-from pipelines.sources.tree import Tree, shown, some
 
 if TYPE_CHECKING:
     import pyarrow

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.base import DataError, in_words
+from pipelines.sources.columns.tree import Tree, shown
 from pipelines.sources.names import is_image
-from pipelines.sources.tree import Tree, shown
 
 _SUFFIXES = (".txt", ".csv", ".tsv")
 _MAX_BYTES = 256 << 20

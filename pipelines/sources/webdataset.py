@@ -12,9 +12,9 @@ from typing import Any
 from pipelines.base import DataError
 from pipelines.sources.archive import Member, image_member, tar_members
 from pipelines.sources.columns.samples import RangeColumns, Sample, Samples
+from pipelines.sources.columns.tree import Tree, join, shown, some
 from pipelines.sources.names import by_split, check_parts, is_image
 from pipelines.sources.sample import UNSPLIT, Choice, Claim, check_class_names, number_classes, only_test
-from pipelines.sources.tree import Tree, join, shown, some
 from pipelines.storage.json_files import bounded
 
 _LABELS = (".cls", ".lab", ".json")

@@ -55,8 +55,8 @@ def convert(
     """Check every image of a source and write it for DALI (tars, original bytes) or FFCV (.beton).
 
     Args:
-        source: a folder, an archive, or the word `digits`.
-        dest: the new folder, or an address such as s3://bucket/photos.
+        source: a folder, an archive, an address of one such as s3://bucket/photos, or the word `digits`.
+        dest: the new folder, or an address.
         formats: `dali`, `ffcv`, or both with a comma between them.
         profile: for FFCV, one of `pipelines.conversion.options.PROFILES`.
         progress: hears how it is getting on.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,12 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import DataError
-from pipelines.sources.columns.names import FullNames, packed
+from pipelines.remote.objects import read_object
+from pipelines.remote.store import Missing, is_url
+from pipelines.sources.columns.names import FullNames, Names, packed
 
 MAX_ENCODED = 256 << 20
 """Bytes of the largest encoded image that is read."""
 
 _AT_ONCE = 1 << 16
+_AHEAD = 16  # images that are on their way at the same time, for each process
 
 Numbers = range | NDArray[np.int32]
 """Rows of columns."""
@@ -32,15 +39,24 @@ class Sample:
     """For messages and lists: the file, or the archive and the member."""
     label: int
     path: str
+    """A file of this machine, or the address of an object, which is then all of the image."""
     offset: int = 0
     length: int | None = None
     """None: the whole file."""
 
-    def read(self) -> bytes:
-        """The encoded bytes; `DataError` or `OSError` where they cannot be had."""
-        with Path(self.path).open("rb") as file:
-            file.seek(self.offset)
-            encoded = file.read(MAX_ENCODED + 1 if self.length is None else self.length)
+    def read(self, alive: Callable[[], object] = lambda: None) -> bytes:
+        """The encoded bytes; `DataError` or `OSError` where they cannot be had, and `StoreError` of an address, which
+        may keep one waiting: `alive` is called meanwhile."""
+        most = MAX_ENCODED + 1 if self.length is None else self.length
+        if is_url(self.path):
+            try:
+                encoded = read_object(self.path, most, alive)
+            except Missing as error:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path) from error
+        else:
+            with Path(self.path).open("rb") as file:
+                file.seek(self.offset)
+                encoded = file.read(most)
         if len(encoded) > MAX_ENCODED:
             raise DataError(f"larger than {MAX_ENCODED >> 20} MiB")
         if self.length is not None and len(encoded) != self.length:
@@ -123,6 +139,36 @@ class RangeColumns:
         )
 
 
+class _RenamedNames(Names):
+    __slots__ = ("_names", "_told")
+
+    def __init__(self, names: Sequence[str], told: Callable[[str], str]) -> None:
+        self._names, self._told = names, told
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _name(self, at: int) -> str:
+        return self._told(self._names[at])
+
+
+class _Renamed:
+    """Columns whose names are told otherwise."""
+
+    def __init__(self, columns: Columns, told: Callable[[str], str]) -> None:
+        self._columns, self._told = columns, told
+        self.names, self.labels = _RenamedNames(columns.names, told), columns.labels
+
+    def sample(self, i: int) -> Sample:
+        return self._of(self._columns.sample(i))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self._of, self._columns)
+
+    def _of(self, one: Sample) -> Sample:
+        return Sample(self._told(one.name), one.label, one.path, one.offset, one.length)
+
+
 class Samples(Sequence[Sample]):
     """Samples as rows of columns, each made when it is asked for. Slices are views. What is sent to another process is
     a plain list of its own samples."""
@@ -158,6 +204,11 @@ class Samples(Sequence[Sample]):
         """Those at the places `at`."""
         return Samples(self._columns, chosen(self._numbers, at))
 
+    def renamed(self, told: Callable[[str], str]) -> Samples:
+        """The same, called otherwise; whole files keep their names."""
+        columns = self._columns
+        return self if isinstance(columns, FileColumns) else Samples(_Renamed(columns, told), self._numbers)
+
     def name(self, at: int) -> str:
         """Of the one at place `at`."""
         return self._columns.names[int(self._numbers[at])]
@@ -184,6 +235,23 @@ def column(values: NDArray[Any], numbers: Numbers) -> NDArray[Any]:
     return values[numbers]
 
 
-def file_samples(root: Path, names: Sequence[str], labels: Sequence[int]) -> Samples:
-    """Whole files as samples; `names` are relative to `root`."""
-    return Samples(FileColumns(FullNames.of(names).under(str(root)), labels))
+def file_samples(root: str, names: Sequence[str], labels: Sequence[int]) -> Samples:
+    """Whole files as samples; `names` are relative to `root`, a folder or an address."""
+    return Samples(FileColumns(FullNames.of(names).under(root), labels))
+
+
+def reading(samples: Sequence[Sample], alive: Callable[[], object]) -> Iterator[Callable[[], bytes]]:
+    """For one sample after the other, what returns its encoded bytes, or raises as `Sample.read`. Those that lie
+    elsewhere are read ahead, some at a time: they take long to come, not much to read. `alive` as of `Sample.read`."""
+    if not any(is_url(sample.path) for sample in samples):
+        yield from (sample.read for sample in samples)
+        return
+    pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="pss-images")
+    left = iter(samples)
+    try:
+        coming = deque(pool.submit(sample.read, alive) for sample in islice(left, _AHEAD))
+        while coming:
+            yield coming.popleft().result
+            coming.extend(pool.submit(sample.read, alive) for sample in islice(left, 1))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
