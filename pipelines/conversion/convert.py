@@ -36,9 +36,9 @@ from pipelines.conversion.splits import SHUFFLE, check_splits, divide, permutati
 from pipelines.conversion.verify import LISTED, check_samples, hashed, listed, write_checked
 from pipelines.conversion.work import Busy, Crew, DepotPlace, Workplace, begun, chunks_of
 from pipelines.remote.depot import Depot
-from pipelines.remote.store import StoreError, is_url, usual_folder
+from pipelines.remote.store import StoreError, usual_folder
 from pipelines.sources.columns.samples import Samples
-from pipelines.sources.elsewhere import called
+from pipelines.sources.elsewhere import by_its_path, called
 from pipelines.sources.listing import DIGITS, Inspected, Listing, Spool
 from pipelines.storage.beton import stored_path
 from pipelines.storage.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split
@@ -58,7 +58,7 @@ def convert(
     Ctrl-C and `Kept` included, keeps what is finished: the same call continues it. None: the share of `options.part` is
     done, but others are not. `tell` hears sentences.
     """
-    dest = _by_its_path(dest)
+    dest = by_its_path(dest)
     if isinstance(dest, Path) and os.path.lexists(dest):
         link = ", as a link to what is not there" if not dest.exists() else ""
         raise DataError(f"{dest} already exists{link}; remove it or choose another name")
@@ -133,7 +133,7 @@ def merge(
     work_dir: Path | None = None,
 ) -> Manifest:
     """Finish a conversion that was begun in parts: do what is missing, put all together, verify."""
-    dest = _by_its_path(dest)
+    dest = by_its_path(dest)
     if (purpose := begun(dest) if isinstance(dest, Path) else Depot(dest).journal()) is None:
         raise DataError(f"there is no unfinished conversion to {dest}; start one with --part")
     source = purpose.pop("source", "")
@@ -147,13 +147,6 @@ def merge(
     manifest = convert(source, dest, options, progress, tell)
     assert manifest is not None
     return manifest
-
-
-def _by_its_path(dest: Path | str) -> Path | str:
-    """A destination that is a folder of this machine as a path; the address of one elsewhere."""
-    return (
-        str(dest) if is_url(dest) and is_url(called(str(dest))) else Path(called(str(dest)) if is_url(dest) else dest)
-    )
 
 
 _BESIDE = 3000  # bytes in a tar besides an image: headers, label, number

@@ -31,14 +31,12 @@ class Depot:
     """The destination of a conversion at an address.
 
     Raises:
-        DataError: it cannot be opened, or is of a kind that cannot be written.
+        DataError: it cannot be opened.
     """
 
     def __init__(self, url: str) -> None:
         self.store = Store(url, "DEST")
         self.url = self.store.url
-        if self.store.protocol in ("http", "https"):
-            raise DataError(f"{self.url} cannot be written over HTTP; name a bucket (s3://, gs://) or a folder")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.url,)

@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 TRIES = 8
 FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
+_S3_TRIES = 2  # so that a download whose connection drops goes on where it was
 _CONNECT_SECONDS, _READ_SECONDS = 30, 60  # without a byte, after which a connection counts as dropped
 
 _S3, _HTTP = ("s3", "s3a"), ("http", "https")
@@ -97,6 +98,8 @@ class Store:
             raise DataError(
                 f"{what} cannot be opened: {in_words(error)}; install what it needs, or name another address"
             ) from error
+        if self.protocol in _S3:
+            self._files.retries = _S3_TRIES  # of s3fs within one of ours: five, each with a pause
 
     def at(self, folder: str) -> Store:
         """The same store, seen from a folder in it."""

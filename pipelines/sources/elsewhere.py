@@ -30,8 +30,9 @@ _OPENED: Mapping[str | None, tuple[str, ...]] = {
 _NO_PATH = re.compile(r"\.{0,2}|.*\0.*", re.DOTALL)
 
 
-def called(source: str) -> str:
+def called(source: str, named: str = "SOURCE") -> str:
     """A source as messages and records name it: a folder or file by its whole path, an address without its query.
+    `named` is the argument, for messages.
 
     Raises:
         DataError: an address that is not taken.
@@ -45,21 +46,31 @@ def called(source: str) -> str:
     user, _, host = where.rpartition("@")
     if ":" in user:
         raise DataError(
-            f"SOURCE {protocol}://{host}{slash}{path.partition('?')[0]} has a password in its address, which would be "
+            f"{named} {protocol}://{host}{slash}{path.partition('?')[0]} has a password in its address, which would be "
             "written into the data set; leave it out, and give it in the way of the store's own tools"
         )
     if re.match(r"[\w+.-]+::", source) or re.search(r"::[\w+.-]+://", source):
-        raise DataError(f"SOURCE {protocol}://… is an address within an address; name one that is read as it is")
+        raise DataError(f"{named} {protocol}://… is an address within an address; name one that is read as it is")
     if protocol.lower() in _HTTP:
         path = re.split(r"[?#]", path, maxsplit=1)[0]
         if not path or path.endswith("/"):
             raise DataError(
-                f"SOURCE {protocol}://{where}/{path} is a folder, and web servers do not say what is in one; name a "
+                f"{named} {protocol}://{where}/{path} is a folder, and web servers do not say what is in one; name a "
                 "single file, such as a tar, or copy the folder to a bucket or to this machine"
             )
     if not where:
-        raise DataError(f"SOURCE {source} names no bucket or machine; use an address such as s3://bucket/photos")
+        raise DataError(f"{named} {source} names no bucket or machine; use an address such as s3://bucket/photos")
     return f"{protocol}://{where}{slash}{path}".rstrip("/")
+
+
+def by_its_path(dest: Path | str) -> Path | str:
+    """A destination on this machine as a path, and one elsewhere as its address. Raises as `called`."""
+    if not is_url(dest):
+        return Path(dest)
+    if str(dest).lower().startswith(tuple(f"{protocol}://" for protocol in _HTTP)):
+        raise DataError(f"{dest} cannot be written over HTTP; name a bucket (s3://, gs://) or a folder")
+    known = called(str(dest), "DEST")
+    return known if is_url(known) else Path(known)
 
 
 @dataclass
