@@ -137,10 +137,10 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     against, same = found["against_largest"], found["at_equal_top1"]
     yield (
         f"against ρ {against['rho']:g}: {against['difference']:+.2f} ± {against['difference_error']:.2f} points of "
-        f"top-1, {against['saved']:.0%} fewer MACs"
+        f"top-1, {_fewer(against['saved'])} MACs"
     )
     if same is not None:
-        word = f"{abs(same['saved']):.0%} {'fewer' if same['saved'] >= 0 else 'more'}"
+        word = _fewer(same["saved"])
         yield f"against the single ρ of equal top-1 ({per * same['gmacs']:.4g} {unit}MACs): {word} MACs"
     else:
         yield "no single ρ has as much top-1"
@@ -148,3 +148,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"against the single ρ of equal cost: {gained:+.2f} points of top-1 (± {found['top1_error']:.2f})"
     if gained <= 0 and same is not None and same["saved"] <= 0:
         yield "the cascade gains nothing here: a single ρ does as well for as much, or less"
+
+
+def _fewer(saved: float) -> str:
+    """A share that is saved, or spent beyond, in words."""
+    return f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'}"

@@ -261,7 +261,8 @@ def _report(dest: str, manifest: Manifest, display: _Display) -> None:
     counts = ", ".join(f"{part.num_samples} {name}" for name, part in manifest.splits.items())
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
     print(f"{dest}: {len(manifest.classes)} classes, {counts} images, {size:.1f} MB")
-    print(f"images/s: {display.rates()}")
+    if rates := display.rates():
+        print(f"images/s: {rates}")
     if (files := manifest.account.get("files")) and files["found"]:  # a built-in set has none
         rest = sum(rule["count"] for rule in files["not_read"].values())
         print(

@@ -34,7 +34,7 @@ from pipelines.conversion.shards import (
 )
 from pipelines.conversion.splits import SHUFFLE, check_splits, divide, permutation
 from pipelines.conversion.verify import LISTED, check_samples, hashed, listed, write_checked
-from pipelines.conversion.work import Busy, Crew, DepotPlace, Workplace, begun, chunks_of
+from pipelines.conversion.work import Busy, Crew, DepotPlace, Workplace, begun, chunks_of, made
 from pipelines.remote.depot import Depot
 from pipelines.remote.store import StoreError, usual_folder
 from pipelines.sources.columns.samples import Samples
@@ -56,12 +56,9 @@ def convert(
     Everything is written beside `dest` and renamed at the end; at an address, `dataset.json` comes last. Raises
     `DataError` or `ValueError`, with nothing left behind, for what is wrong with source and options. Any other way out,
     Ctrl-C and `Kept` included, keeps what is finished: the same call continues it. None: the share of `options.part` is
-    done, but others are not. `tell` hears sentences.
+    done, but others are not; if the others have finished all of it, it is told what they made. `tell` hears sentences.
     """
     dest = by_its_path(dest)
-    if isinstance(dest, Path) and os.path.lexists(dest):
-        link = ", as a link to what is not there" if not dest.exists() else ""
-        raise DataError(f"{dest} already exists{link}; remove it or choose another name")
     if "ffcv" in options.formats:
         if isinstance(dest, str):
             raise ValueError(
@@ -75,6 +72,12 @@ def convert(
     given, source = source, source if source == DIGITS else called(source)
     purpose = {"source": source, **options.purpose()}
     shared = options.part is not None
+    if options.part is not None and (finished := made(dest, purpose)) is not None:
+        tell(f"part {options.part[0]}/{options.part[1]} finds {dest} finished by the others")
+        return finished
+    if isinstance(dest, Path) and os.path.lexists(dest):
+        link = ", as a link to what is not there" if not dest.exists() else ""
+        raise DataError(f"{dest} already exists{link}; remove it or choose another name")
     place: Workplace
     if isinstance(dest, Path):
         place = Workplace(dest, purpose, restart=options.restart, shared=shared)

@@ -31,7 +31,7 @@ from pipelines.conversion.processes import Kept, beat
 from pipelines.remote.depot import PARTIAL, Depot
 from pipelines.storage.json_files import read_json
 from pipelines.storage.locks import NoLocks, lock
-from pipelines.storage.manifest import FileEntry
+from pipelines.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 
 Task = TypeVar("Task")
 
@@ -249,6 +249,19 @@ class DepotPlace(Workplace):
         with reaching():
             self.depot.finish(self.set, files)
         self._remove()
+
+
+def made(dest: Path | str, purpose: Mapping[str, Any]) -> Manifest | None:
+    """The finished data set at a destination, if there is one and it is what `purpose` makes."""
+    try:
+        if isinstance(dest, Path):
+            manifest = read_manifest(dest)[0] if (dest / MANIFEST).exists() else None
+        else:
+            manifest = Depot(dest).manifest()
+    except DataError:
+        return None  # whatever it is
+    made = {} if manifest is None else {"source": manifest.made.get("source"), **manifest.made.get("options", {})}
+    return manifest if made == json.loads(json.dumps(purpose)) else None
 
 
 def begun(dest: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from typing import Any
 
 from pipelines.base import DataError
 from pipelines.remote.store import Store
-from pipelines.storage.manifest import MANIFEST, FileEntry
+from pipelines.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 
 PARTIAL = ".partial"
 _JOURNAL = f"{PARTIAL}/journal.json"
@@ -46,6 +47,14 @@ class Depot:
         told = self.url, json.dumps(purpose, sort_keys=True)
         one, other = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in told)
         return below / "converting" / one / other / "set"
+
+    def manifest(self) -> Manifest | None:
+        """Of the finished data set, if there is one."""
+        if self.store.find(MANIFEST) is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            self.store.fetch(MANIFEST, Path(folder) / MANIFEST, None, lambda: None)
+            return read_manifest(Path(folder))[0]
 
     def journal(self) -> dict[str, Any] | None:
         """What is being converted to here, and how; None if nothing is.

@@ -166,6 +166,12 @@ def test_three_parts_make_the_same_set(source: Path, whole: dict[str, str], tmp_
     assert [code for code, _, _ in ends] == [0, 0, 0], ends
     assert any("2 classes" in out for _, out, _ in ends)
     assert checksums(dest) == whole
+    code, out, told = end(start(source, dest, "--part", "2/3"))
+    assert (code, "2 classes" in out) == (0, True), told
+    assert f"part 2/3 finds {dest} finished by the others" in told
+    code, _, told = end(start(source, dest, "--part", "2/3", "--seed", "1"))
+    assert code == 2
+    assert "already exists" in told
 
 
 def test_a_lost_part_is_made_up_for_by_merging(source: Path, whole: dict[str, str], tmp_path: Path) -> None:

@@ -169,6 +169,14 @@ def test_parts_on_machines_that_share_nothing(
     assert [result is None for result in results] == [True, True, False], "the last one has put all together"
     assert held(bucket.url) == whole
     assert not any((tmp_path / str(i)).exists() for i in (1, 2, 3))
+    told: list[str] = []
+    late = convert(str(source), bucket.url, settings(tmp_path / "late", part=(1, 3)), Silent(), told.append)
+    assert late is not None
+    assert late.to_json() == results[-1].to_json()  # type: ignore[union-attr]
+    assert told == [f"part 1/3 finds {bucket.url} finished by the others"]
+    with pytest.raises(DataError, match="already exists"):
+        convert(str(source), bucket.url, settings(tmp_path / "late", part=(1, 3), seed=1), Silent())
+    assert not (tmp_path / "late").exists()
 
 
 @pytest.mark.exhaustive
