@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipelines.base import DataError
 from tools.benchmarks.measure import Result, conclude, in_turns, over, parser, spread, table, told
 
 KINDS = ("disk", "store")
@@ -38,7 +39,8 @@ def measured(arguments: argparse.Namespace) -> Result:
             words += ["--set", f"data.groups={arguments.groups}"]
             words += [word for setting in arguments.set for word in ("--set", setting)]
             command = [sys.executable, "-m", "cli.train", arguments.recipe, *words, "--quiet"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+                raise DataError(f"pss-train {arguments.recipe} could not be run on {where[0]}; it has said why")
             return _epochs(output / "log.jsonl")
 
         cases = {"disk": lambda: trained([str(arguments.data)]), "store": lambda: trained([url])}
