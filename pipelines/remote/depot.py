@@ -11,21 +11,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
+import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipelines.base import DataError
-from pipelines.remote.store import Store
+from pipelines.remote.mirror import at_once
+from pipelines.remote.store import Entry, Store, StoreError
 from pipelines.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 
 PARTIAL = ".partial"
 _JOURNAL = f"{PARTIAL}/journal.json"
 _WORK = f"{PARTIAL}/work"
+_BEAT_SECONDS = 1.0
 _AT_ONCE = 16  # small objects that are fetched at the same time
+_OURS = re.compile(r"[a-z]+-\d{5,}\.(tar|idx)|[a-z]+\.samples\.npy|_info\.json|README\.md|classes\.txt")
+"""What a conversion writes beside its journal and its results."""
 
 
 class Depot:
@@ -110,11 +117,8 @@ class Depot:
     def fetch_results(self, paths: Sequence[Path]) -> None:
         """As `fetch_result`, of all pieces that are finished and not at their paths yet."""
         finished = {entry.name for entry in self.store.entries(_WORK)}
-        missing = [path for path in paths if path.name in finished and not path.exists()]
-        if missing:
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                for _ in pool.map(self._fetch, missing):
-                    pass
+        missing = deque(path for path in paths if path.name in finished and not path.exists())
+        at_once(self._fetch, missing, _AT_ONCE, lambda _: None, lambda: None)
 
     def _fetch(self, path: Path, alive: Callable[[], object] = lambda: None) -> None:
         unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
@@ -129,7 +133,8 @@ class Depot:
     ) -> None:
         """Move the files of a finished piece to the store, and then its result, which is at `result` as well."""
         for file in files:
-            self.store.put(file, file.name, alive)
+            with _meanwhile(alive):  # a store may say nothing before all of a tar has left
+                self.store.put(file, file.name, alive)
             file.unlink()
         self.write(f"{_WORK}/{result.name}", content, result.parent, alive)
         unfinished = result.with_name(f"{result.name}.{uuid.uuid4().hex}.unfinished")
@@ -153,11 +158,50 @@ class Depot:
                     "written; see who else writes there, and begin again with --restart"
                 )
         self.store.put(folder / MANIFEST, MANIFEST)
-        self.store.remove([entry for entry in self.store.entries() if entry.name == PARTIAL])
+        with suppress(DataError):  # who may write need not be one who may remove, and it is a data set now
+            self.store.remove([Entry(PARTIAL, None, "", folder=True)])
 
     def clear(self) -> None:
-        """Remove all that an unfinished conversion has left here; raises as `journal`."""
-        if self._begun():
-            entries = self.store.entries()
-            for last in (False, True):  # the journal stays while there is anything else
-                self.store.remove([entry for entry in entries if (entry.name == PARTIAL) == last])
+        """Remove all that an unfinished conversion has left here, and nothing else; raises as `journal`."""
+        if not self._begun():
+            return
+        self.store.remove([entry for entry in self.store.entries() if not entry.folder and _OURS.fullmatch(entry.name)])
+        for folder in (_WORK, PARTIAL):  # the journal stays while there is anything else
+            self.store.remove([Entry(folder, None, "", folder=True)])
+        if left := [name for entry in self.store.entries() if (name := entry.name) == PARTIAL or _OURS.fullmatch(name)]:
+            raise StoreError(
+                f"{self.url}/{left[0]} is still there, though it was to be removed; give this machine the right to (of "
+                "S3, s3:DeleteObject), or name another address"
+            )
+
+
+@contextmanager
+def _meanwhile(alive: Callable[[], object]) -> Iterator[None]:
+    """Within, a thread calls `alive` now and then."""
+    over = threading.Event()
+
+    def call() -> None:
+        with suppress(Exception):  # whoever is at work calls it, too
+            while not over.wait(_BEAT_SECONDS):
+                alive()
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def made(dest: Path | str, purpose: Mapping[str, Any]) -> Manifest | None:
+    """The finished data set at a destination, if there is one and it is what `purpose` makes."""
+    try:
+        if isinstance(dest, Path):
+            manifest = read_manifest(dest)[0] if (dest / MANIFEST).exists() else None
+        else:
+            manifest = Depot(dest).manifest()
+    except DataError:
+        return None  # whatever it is
+    made = {} if manifest is None else {"source": manifest.made.get("source"), **manifest.made.get("options", {})}
+    return manifest if made == json.loads(json.dumps(purpose)) else None
