@@ -72,6 +72,8 @@ def by_its_path(dest: Path | str) -> Path | str:
     known = called(str(dest), "DEST")
     if not is_url(known):
         return Path(known)
+    if any(_NO_PATH.fullmatch(part) for part in known.partition("://")[2].split("/")):
+        raise DataError(f"DEST {known} has '.', '..' or nothing between two slashes; leave it out")
     if magic := re.search(r"[*?[]", known):  # fsspec would remove whatever it fits
         raise DataError(f"DEST {known} has {magic[0]!r} in its name, which stands for other names; choose another")
     return known

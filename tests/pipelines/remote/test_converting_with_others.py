@@ -152,6 +152,8 @@ def test_restart_waits_for_who_is_at_work_on_this_machine(
         ("s3://pictures/raw", "s3://pictures/raw/out", "s3://pictures/raw/out lies in s3://pictures/raw"),
         ("s3://pictures", "s3://pictures/out", "s3://pictures/out lies in s3://pictures"),
         ("s3://pictures/raw", "s3://pictures/raw/", "s3://pictures/raw lies in s3://pictures/raw"),
+        ("digits", "s3://pictures//set", "has '.', '..' or nothing between two slashes"),
+        ("digits", "s3://pictures/../set", "has '.', '..' or nothing between two slashes"),
         ("digits", "s3://pictures/set*", r"has '\*' in its name"),
         ("digits", "s3://pictures/set[1]", r"has '\[' in its name"),
     ],
