@@ -299,7 +299,7 @@ def _stored(folder: Path) -> Iterator[str]:
             with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
             if server.poll() is not None or time.monotonic() > deadline:
-                raise ValueError("moto's server does not start; pip install moto[server] s3fs")
+                raise ValueError("moto's server, which --store needs, does not start; pip install moto[server] s3fs")
             time.sleep(0.1)
         files = fsspec.filesystem("s3")
         files.mkdir("pictures")
