@@ -194,6 +194,7 @@ class DepotPlace(Workplace):
         super().__init__(dest, purpose, restart=restart, shared=shared, shown=depot.url)
 
     def _enter(self, purpose: dict[str, Any], *, shared: bool) -> bool:
+        self.depot.serve(purpose)
         try:
             before = None if self._restart else self.depot.journal()
             if self._restart:

@@ -1,7 +1,7 @@
 """A data set that is being made in a store: tars as they are finished, and what machines tell each other of the work.
 
 URL/.partial/journal.json   what is being converted, and how
-URL/.partial/work/          results of finished pieces
+URL/.partial/work/HASH/     results of finished pieces, of the conversion with this journal
 URL/                        tars and tables; they are a data set once dataset.json is there, which comes last
 
 A store has no locks: two machines may do the same piece. What they write is the same, byte for byte.
@@ -42,18 +42,36 @@ class Depot:
         DataError: it cannot be opened.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, of: str = "") -> None:
+        """`of` says which conversion it serves, as `serve` does."""
         self.store = Store(url, "DEST")
-        self.url = self.store.url
+        self.url, self._of = self.store.url, of
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.url,)
+        return type(self), (self.url, self._of)
+
+    def serve(self, purpose: Mapping[str, Any]) -> None:
+        """Results are from now on those of this conversion: another one may still be at work somewhere."""
+        self._of = _digest(purpose)
+
+    @property
+    def _results(self) -> str:
+        return f"{_WORK}/{self._of}"
+
+    def insist(self) -> None:
+        """Raise `DataError` where somebody has begun another conversion here, and `Missing` where all is removed."""
+        try:
+            other = _digest(json.loads(self.store.read(_JOURNAL))) != self._of
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
+            other = True
+        if other:
+            raise DataError(f"another conversion to {self.url} has been begun meanwhile, with --restart; wait for it")
 
     def scratch(self, below: Path, purpose: Mapping[str, Any]) -> Path:
         """Where this machine works on it: another folder for another conversion to the same address."""
-        told = self.url, json.dumps(purpose, sort_keys=True)
-        one, other = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in told)
-        return below / "converting" / one / other / "set"
+        return below / "converting" / _digest(self.url) / _digest(purpose) / "set"
 
     def manifest(self) -> Manifest | None:
         """Of the finished data set, if there is one."""
@@ -102,28 +120,28 @@ class Depot:
 
     def note(self, name: str, content: bytes, scratch: Path) -> bytes:
         """What all machines of this conversion know under a name: what the first one says."""
-        if self.store.find(f"{_WORK}/{name}") is None:
-            self.write(f"{_WORK}/{name}", content, scratch)
+        if self.store.find(f"{self._results}/{name}") is None:
+            self.write(f"{self._results}/{name}", content, scratch)
             return content
-        return self.store.read(f"{_WORK}/{name}")
+        return self.store.read(f"{self._results}/{name}")
 
     def fetch_result(self, path: Path, alive: Callable[[], object] = lambda: None) -> bool:
         """Write a piece's result to `path`, called as the piece is; False if it is not finished."""
-        if self.store.find(f"{_WORK}/{path.name}") is None:
+        if self.store.find(f"{self._results}/{path.name}") is None:
             return False
         self._fetch(path, alive)
         return True
 
     def fetch_results(self, paths: Sequence[Path]) -> None:
         """As `fetch_result`, of all pieces that are finished and not at their paths yet."""
-        finished = {entry.name for entry in self.store.entries(_WORK)}
+        finished = {entry.name for entry in self.store.entries(self._results)}
         missing = deque(path for path in paths if path.name in finished and not path.exists())
         at_once(self._fetch, missing, _AT_ONCE, lambda _: None, lambda: None)
 
     def _fetch(self, path: Path, alive: Callable[[], object] = lambda: None) -> None:
         unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
         try:
-            self.store.fetch(f"{_WORK}/{path.name}", unfinished, None, alive)
+            self.store.fetch(f"{self._results}/{path.name}", unfinished, None, alive)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -133,10 +151,11 @@ class Depot:
     ) -> None:
         """Move the files of a finished piece to the store, and then its result, which is at `result` as well."""
         for file in files:
+            self.insist()
             with _meanwhile(alive):  # a store may say nothing before all of a tar has left
                 self.store.put(file, file.name, alive)
             file.unlink()
-        self.write(f"{_WORK}/{result.name}", content, result.parent, alive)
+        self.write(f"{self._results}/{result.name}", content, result.parent, alive)
         unfinished = result.with_name(f"{result.name}.{uuid.uuid4().hex}.unfinished")
         unfinished.write_bytes(content)
         unfinished.replace(result)
@@ -147,6 +166,7 @@ class Depot:
         Raises:
             DataError: a file is missing or has another size; nothing is a data set then.
         """
+        self.insist()
         for path in sorted(folder.iterdir()):
             if path.name != MANIFEST:
                 self.store.put(path, path.name)
@@ -173,6 +193,10 @@ class Depot:
                 f"{self.url}/{left[0]} is still there, though it was to be removed; give this machine the right to (of "
                 "S3, s3:DeleteObject), or name another address"
             )
+
+
+def _digest(told: object) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -187,7 +187,7 @@ def test_a_part_that_another_one_overtakes_at_the_end(
 
     def overtake() -> None:
         nonlocal overtaken
-        if not overtaken and len([name for name in names() if "work/tar" in name]) == 5:
+        if not overtaken and len([name for name in names() if "/tar-" in name]) == 5:
             overtaken = True
             convert(str(source), bucket.url, settings(tmp_path / "b", part=(1, 2)), Silent())
             assert f"sets/small/{PARTIAL}/journal.json" not in names()
@@ -218,6 +218,8 @@ def test_a_slow_upload_is_not_taken_for_a_process_that_is_stuck(
     bucket: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     depot = Depot(bucket.url)
+    depot.serve({})
+    depot.begin({}, tmp_path)
     monkeypatch.setattr(depot.store, "put", lambda *_: time.sleep(0.3))
     monkeypatch.setattr(depots, "_BEAT_SECONDS", 0.05)
     (tmp_path / "file").write_bytes(b"x")
@@ -260,3 +262,28 @@ def test_parts_that_begin_at_the_same_time_on_one_machine(
     assert (others[0].work / "result").exists()
     first.leave()
     others[0].leave()
+
+
+def test_who_is_at_work_when_another_machine_restarts_gives_way(
+    source: Path, bucket: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it writes would else be taken for a part of the other set, or its set for that."""
+    write = verify.write_checked
+    options = settings(tmp_path / "b", seed=1, restart=True)
+
+    def meanwhile(shard: shards.Shard) -> Any:
+        monkeypatch.setattr(conversion, "write_checked", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            convert(str(source), bucket.url, options, Silent())
+        return write(shard)
+
+    def stopping(shard: shards.Shard) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "write_checked", meanwhile)
+    with pytest.raises(Kept, match="another conversion to s3://pictures/sets/small has been begun meanwhile"):
+        convert(str(source), bucket.url, settings(tmp_path / "a"), Silent())
+    monkeypatch.setattr(conversion, "write_checked", write)
+    made = convert(str(source), bucket.url, settings(tmp_path / "b", seed=1), Silent())
+    assert made is not None
+    assert made.made["options"]["seed"] == 1
