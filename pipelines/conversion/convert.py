@@ -20,7 +20,7 @@ from pipelines.conversion.companions import companion_files
 from pipelines.conversion.engines import map_tasks
 from pipelines.conversion.jpeg_warnings import turbojpeg_found
 from pipelines.conversion.options import DIGITS_VAL_FRACTION, Options
-from pipelines.conversion.processes import PATIENCE, Kept, Progress
+from pipelines.conversion.processes import PATIENCE, Kept, Progress, Spoilt
 from pipelines.conversion.ray_tasks import need_ray
 from pipelines.conversion.scan import Images, Unreadable, check_chunk, checked_images
 from pipelines.conversion.shards import (
@@ -32,14 +32,14 @@ from pipelines.conversion.shards import (
     write_rows,
     write_shard,
 )
-from pipelines.conversion.splits import SHUFFLE, check_splits, divide, permutation
+from pipelines.conversion.splits import SHUFFLE, account_of, check_splits, divide, permutation
 from pipelines.conversion.verify import LISTED, check_samples, hashed, listed, write_checked
-from pipelines.conversion.work import Busy, Crew, DepotPlace, Workplace, begun, chunks_of, made
-from pipelines.remote.depot import Depot
-from pipelines.remote.store import StoreError, usual_folder
+from pipelines.conversion.work import Busy, Crew, DepotPlace, Workplace, begun, chunks_of
+from pipelines.remote.depot import Depot, made
+from pipelines.remote.store import Missing, StoreError, usual_folder
 from pipelines.sources.columns.samples import Samples
-from pipelines.sources.elsewhere import by_its_path, called
-from pipelines.sources.listing import DIGITS, Inspected, Listing, Spool
+from pipelines.sources.elsewhere import by_its_path, called, check_apart
+from pipelines.sources.listing import DIGITS, Listing, Spool
 from pipelines.storage.beton import stored_path
 from pipelines.storage.manifest import MANIFEST, SAMPLE, FileEntry, Manifest, Split
 
@@ -54,9 +54,10 @@ def convert(
     """Convert `source`, the word "digits", a file or a folder, to `dest`, a new folder or an address.
 
     Everything is written beside `dest` and renamed at the end; at an address, `dataset.json` comes last. Raises
-    `DataError` or `ValueError`, with nothing left behind, for what is wrong with source and options. Any other way out,
-    Ctrl-C and `Kept` included, keeps what is finished: the same call continues it. None: the share of `options.part` is
-    done, but others are not; if the others have finished all of it, it is told what they made. `tell` hears sentences.
+    `DataError` or `ValueError`, with nothing left behind, for what is wrong with source and options as it begins, and
+    with images. Any other way out, Ctrl-C and `Kept` included, keeps what is finished: the same call continues it.
+    None: the share of `options.part` is done, but others are not; if the others have finished all of it, it is told
+    what they made. `tell` hears sentences.
     """
     dest = by_its_path(dest)
     if "ffcv" in options.formats:
@@ -70,10 +71,11 @@ def convert(
         need_ray()
     options.check_work_dir(source, dest)
     given, source = source, source if source == DIGITS else called(source)
+    check_apart(source, dest)
     purpose = {"source": source, **options.purpose()}
     shared = options.part is not None
-    if options.part is not None and (finished := made(dest, purpose)) is not None:
-        tell(f"part {options.part[0]}/{options.part[1]} finds {dest} finished by the others")
+    if shared and (finished := made(dest, purpose)) is not None:
+        tell(f"{options.who} finds {dest} finished by the others")
         return finished
     if isinstance(dest, Path) and os.path.lexists(dest):
         link = ", as a link to what is not there" if not dest.exists() else ""
@@ -92,26 +94,24 @@ def convert(
     kept = f"what is finished is kept; the same command continues, and --restart drops it ({place.keeps})"
     try:
         manifest = _Conversion(place, given, source, options, progress, tell).run()
-    except StoreError as error:
-        if options.part is None and not place.continued:
-            place.remove()
-            raise
-        place.leave()
-        tell(kept)
-        raise Kept(str(error)) from error
-    except Kept as error:
-        place.leave()
-        if not isinstance(error, Busy):
-            tell(kept)
-        raise
-    except ValueError:
-        if options.part is None:
-            place.remove()
-        raise
     except BaseException as error:
+        overtaken = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, Missing)
+        if overtaken and (finished := made(dest, purpose)) is not None:  # the others have cleared up meanwhile
+            place.leave(done=True)
+            tell(f"{options.who} finds {dest} finished by the others")
+            return finished
+        if isinstance(error, ValueError) and not isinstance(error, Kept):
+            if not shared and (not place.continued or isinstance(error, Spoilt)):
+                place.remove()
+                raise
+            place.leave()
+            if shared and not isinstance(error, StoreError):
+                raise
+            tell(kept)
+            raise Kept(str(error)) from error
         place.leave()
-        if options.part is not None and isinstance(error, FileNotFoundError) and place.dest.exists():
-            return None  # the last part has cleared up
+        if isinstance(error, Busy):
+            raise
         tell(kept)
         if isinstance(error, OSError) and error.errno in _DISK:
             at = error.filename if isinstance(error.filename, str) else place.folder.parent
@@ -255,13 +255,13 @@ class _Conversion:
             if self.options.on_error == "skip":
                 left = set(np.unique(images[split].labels).tolist())
                 if empty := [name for label, name in enumerate(classes) if label not in left]:
-                    raise DataError(
+                    raise Spoilt(
                         f"class {empty[0]!r} has no readable image in the {split} split; remove it, or repair one"
                     )
         if unreadable and self.options.on_error == "fail":
             names = "; ".join(f"{bad.name}: {bad.reason}" for bad in unreadable[:LISTED])
             more = f"; and {len(unreadable) - LISTED} more" if len(unreadable) > LISTED else ""
-            raise DataError(
+            raise Spoilt(
                 f"{len(unreadable)} image(s) cannot be used ({names}{more}); repair or remove them, "
                 "or leave them out with --on-error skip"
             )
@@ -346,7 +346,7 @@ class _Conversion:
             patience=options.patience,
         )
         if problems:
-            raise DataError(f"{listed(problems)} cannot be read back as written; check the disk of {folder}")
+            raise Spoilt(f"{listed(problems)} cannot be read back as written; check the disk of {folder}")
         betons = [folder / entry.beton for entry in splits.values() if entry.beton]
         hashes = map_tasks(hashed, betons, options.jobs, lambda _: None, patience=options.patience)
         files.update({path.name: entry for path, entry in zip(betons, hashes, strict=True)})
@@ -367,7 +367,7 @@ class _Conversion:
                 for members in images.values()
                 for name, warning in members.warnings()
             ),
-            account=_account(self.inspected, splits, skipped),
+            account=account_of(self.inspected, splits, len(skipped)),
         )
         write_file(folder / MANIFEST, manifest.to_json().encode())
         self.place.finish(files)
@@ -387,12 +387,3 @@ class _Conversion:
                 yield rows_without_tars(images)
 
         return write_rows(path, SAMPLE, len(images), pieces()), shards
-
-
-def _account(inspected: Inspected, splits: Mapping[str, Split], skipped: Sequence[Unreadable]) -> dict[str, Any]:
-    """What became of every file of the source, and of every sample in them."""
-    account = inspected.account()
-    converted = {split: part.num_samples for split, part in splits.items()}
-    found = sum(account["samples"].values())
-    assert found == sum(converted.values()) + len(skipped)
-    return account | {"samples": {"found": found, **converted, "skipped": len(skipped)}}

@@ -145,6 +145,11 @@ class Options:
         )
         return inspect(source, choice, self.ignore, self.follow_links, reach)
 
+    @property
+    def who(self) -> str:
+        """Who does the work, for messages."""
+        return "this machine" if self.part is None else f"part {self.part[0]}/{self.part[1]}"
+
     def purpose(self) -> dict[str, Any]:
         """The options that the result depends on."""
         return {name: value for name, value in asdict(self).items() if name not in _HOW}

@@ -44,6 +44,10 @@ class Kept(DataError):
     """An end after which what is finished stays, so that the same command continues."""
 
 
+class Spoilt(DataError):
+    """An end after which what is finished is of no use: it would be believed, and is not so."""
+
+
 class WorkerLost(Kept):
     """A process died under its work, or stopped answering. What the others finished is good."""
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import DataError
 from pipelines.sources.columns.samples import Samples
+from pipelines.sources.listing import Inspected
 from pipelines.sources.sample import UNSPLIT, Listing
-from pipelines.storage.manifest import canonical_split
+from pipelines.storage.manifest import Split, canonical_split
 
 SHUFFLE, HOLD_OUT = 1, 1 << 32  # second Philox keys, keeping the uses of the seed apart
 
@@ -66,3 +68,12 @@ def permutation(count: int, seed: int, purpose: int) -> NDArray[np.int32]:
     order = np.arange(count, dtype=np.int32)
     generator.shuffle(order)  # as generator.permutation(count) would be, in half of the memory
     return order
+
+
+def account_of(inspected: Inspected, splits: Mapping[str, Split], skipped: int) -> dict[str, Any]:
+    """What became of every file of the source, and of every sample in them."""
+    account = inspected.account()
+    converted = {split: part.num_samples for split, part in splits.items()}
+    found = sum(account["samples"].values())
+    assert found == sum(converted.values()) + skipped
+    return account | {"samples": {"found": found, **converted, "skipped": skipped}}

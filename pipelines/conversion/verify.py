@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines.base import DataError, in_words
 from pipelines.conversion.engines import Engine, map_tasks
-from pipelines.conversion.processes import PATIENCE, Progress, beat, check_patience
+from pipelines.conversion.processes import PATIENCE, Kept, Progress, beat, check_patience
 from pipelines.conversion.shards import BLOCK, Shard, member_header, members_behind, write_shard
 from pipelines.conversion.work import Finished
 from pipelines.sources.columns.samples import MAX_ENCODED
@@ -217,7 +217,7 @@ def _member_sound(tar: Path, number: int, row: np.void, *, decimal: bool) -> boo
 
 
 def write_checked(shard: Shard) -> Finished:
-    """As `write_shard`, and read it back; `DataError` if it is not as it was written."""
+    """As `write_shard`, and read it back; `Kept` if it is not as it was written: what has left before is good."""
     finished, tar = write_shard(shard), Path(shard.tar)
     bad = [
         f"{tar.name}, member {number:08d}.jpg"
@@ -225,7 +225,7 @@ def write_checked(shard: Shard) -> Finished:
         if not _member_sound(tar, number, row, decimal=True)
     ]
     if bad:
-        raise DataError(f"{listed(bad)} cannot be read back as written; check the disk of {tar.parent}")
+        raise Kept(f"{listed(bad)} cannot be read back as written; check the disk of {tar.parent}")
     return finished
 
 

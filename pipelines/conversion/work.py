@@ -31,7 +31,7 @@ from pipelines.conversion.processes import Kept, beat
 from pipelines.remote.depot import PARTIAL, Depot
 from pipelines.storage.json_files import read_json
 from pipelines.storage.locks import NoLocks, lock
-from pipelines.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest
+from pipelines.storage.manifest import FileEntry
 
 Task = TypeVar("Task")
 
@@ -120,7 +120,7 @@ class Workplace:
 
     def check_room(self, needed: int) -> None:
         """Raise `Kept` where so many bytes, those in `set` among them, do not fit on the disk."""
-        there = sum(path.stat().st_size for path in self.set.iterdir())
+        there = sum(map(_size, self.set.iterdir()))
         free = shutil.disk_usage(self.folder).free
         if needed > free + there:
             raise Kept(
@@ -194,12 +194,11 @@ class DepotPlace(Workplace):
         super().__init__(dest, purpose, restart=restart, shared=shared, shown=depot.url)
 
     def _enter(self, purpose: dict[str, Any], *, shared: bool) -> bool:
+        self.depot.serve(purpose)
         try:
             before = None if self._restart else self.depot.journal()
             if self._restart:
-                self.depot.clear()
-                for other in set(self.dest.parent.parent.iterdir()) - {self.dest.parent}:
-                    shutil.rmtree(other, ignore_errors=True)
+                self._clear()
             if before is None:
                 if self._alone(shared=shared):
                     self._drop()  # of a conversion that somebody has removed from the store
@@ -210,6 +209,22 @@ class DepotPlace(Workplace):
             self.leave(done=True)
             raise
         return before is not None
+
+    def _clear(self) -> None:
+        """Remove what earlier conversions to this address have left in the store and on this machine; `Busy` if one of
+        them is at work here."""
+        others = set(self.dest.parent.parent.iterdir()) - {self.dest.parent}
+        with contextlib.ExitStack() as held:
+            for other in others:
+                with contextlib.suppress(FileNotFoundError, NoLocks):
+                    file = held.enter_context((other / self.folder.name / "lock").open("a"))
+                    try:
+                        lock(file, wait=False)
+                    except BlockingIOError as error:
+                        raise Busy(f"another pss-convert is writing {self.shown}; wait for it, or end it") from error
+            self.depot.clear()
+            for other in others:
+                shutil.rmtree(other, ignore_errors=True)
 
     @property
     def keeps(self) -> str:
@@ -232,8 +247,11 @@ class DepotPlace(Workplace):
         """Whether no other part of the conversion is at work on this machine."""
         try:
             lock(self._lock, wait=False)
+        except NoLocks:
+            return True  # and no parts, which need them
         except OSError:
-            return not shared  # without locks, there are no parts
+            lock(self._lock, shared=shared)  # which the attempt has given up
+            return False
         lock(self._lock, shared=shared)
         return True
 
@@ -249,19 +267,6 @@ class DepotPlace(Workplace):
         with reaching():
             self.depot.finish(self.set, files)
         self._remove()
-
-
-def made(dest: Path | str, purpose: Mapping[str, Any]) -> Manifest | None:
-    """The finished data set at a destination, if there is one and it is what `purpose` makes."""
-    try:
-        if isinstance(dest, Path):
-            manifest = read_manifest(dest)[0] if (dest / MANIFEST).exists() else None
-        else:
-            manifest = Depot(dest).manifest()
-    except DataError:
-        return None  # whatever it is
-    made = {} if manifest is None else {"source": manifest.made.get("source"), **manifest.made.get("options", {})}
-    return manifest if made == json.loads(json.dumps(purpose)) else None
 
 
 def begun(dest: Path) -> dict[str, Any] | None:
@@ -372,6 +377,12 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):  # another part has just moved it to the store
+        return path.stat().st_size
+    return 0
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """A data set that is being made in a store: tars as they are finished, and what machines tell each other of the work.
 
 URL/.partial/journal.json   what is being converted, and how
-URL/.partial/work/          results of finished pieces
+URL/.partial/work/HASH/     results of finished pieces, of the conversion with this journal
 URL/                        tars and tables; they are a data set once dataset.json is there, which comes last
 
 A store has no locks: two machines may do the same piece. What they write is the same, byte for byte.
@@ -11,21 +11,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
+import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipelines.base import DataError
-from pipelines.remote.store import Store
+from pipelines.remote.mirror import at_once
+from pipelines.remote.store import Entry, Store, StoreError
 from pipelines.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 
 PARTIAL = ".partial"
 _JOURNAL = f"{PARTIAL}/journal.json"
 _WORK = f"{PARTIAL}/work"
+_BEAT_SECONDS = 1.0
 _AT_ONCE = 16  # small objects that are fetched at the same time
+_OURS = re.compile(r"[a-z]+-\d{5,}\.(tar|idx)|[a-z]+\.samples\.npy|_info\.json|README\.md|classes\.txt")
+"""What a conversion writes beside its journal and its results."""
 
 
 class Depot:
@@ -35,18 +42,36 @@ class Depot:
         DataError: it cannot be opened.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, of: str = "") -> None:
+        """`of` says which conversion it serves, as `serve` does."""
         self.store = Store(url, "DEST")
-        self.url = self.store.url
+        self.url, self._of = self.store.url, of
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.url,)
+        return type(self), (self.url, self._of)
+
+    def serve(self, purpose: Mapping[str, Any]) -> None:
+        """Results are from now on those of this conversion: another one may still be at work somewhere."""
+        self._of = _digest(purpose)
+
+    @property
+    def _results(self) -> str:
+        return f"{_WORK}/{self._of}"
+
+    def insist(self) -> None:
+        """Raise `DataError` where somebody has begun another conversion here, and `Missing` where all is removed."""
+        try:
+            other = _digest(json.loads(self.store.read(_JOURNAL))) != self._of
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
+            other = True
+        if other:
+            raise DataError(f"another conversion to {self.url} has been begun meanwhile, with --restart; wait for it")
 
     def scratch(self, below: Path, purpose: Mapping[str, Any]) -> Path:
         """Where this machine works on it: another folder for another conversion to the same address."""
-        told = self.url, json.dumps(purpose, sort_keys=True)
-        one, other = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in told)
-        return below / "converting" / one / other / "set"
+        return below / "converting" / _digest(self.url) / _digest(purpose) / "set"
 
     def manifest(self) -> Manifest | None:
         """Of the finished data set, if there is one."""
@@ -95,31 +120,28 @@ class Depot:
 
     def note(self, name: str, content: bytes, scratch: Path) -> bytes:
         """What all machines of this conversion know under a name: what the first one says."""
-        if self.store.find(f"{_WORK}/{name}") is None:
-            self.write(f"{_WORK}/{name}", content, scratch)
+        if self.store.find(f"{self._results}/{name}") is None:
+            self.write(f"{self._results}/{name}", content, scratch)
             return content
-        return self.store.read(f"{_WORK}/{name}")
+        return self.store.read(f"{self._results}/{name}")
 
     def fetch_result(self, path: Path, alive: Callable[[], object] = lambda: None) -> bool:
         """Write a piece's result to `path`, called as the piece is; False if it is not finished."""
-        if self.store.find(f"{_WORK}/{path.name}") is None:
+        if self.store.find(f"{self._results}/{path.name}") is None:
             return False
         self._fetch(path, alive)
         return True
 
     def fetch_results(self, paths: Sequence[Path]) -> None:
         """As `fetch_result`, of all pieces that are finished and not at their paths yet."""
-        finished = {entry.name for entry in self.store.entries(_WORK)}
-        missing = [path for path in paths if path.name in finished and not path.exists()]
-        if missing:
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                for _ in pool.map(self._fetch, missing):
-                    pass
+        finished = {entry.name for entry in self.store.entries(self._results)}
+        missing = deque(path for path in paths if path.name in finished and not path.exists())
+        at_once(self._fetch, missing, _AT_ONCE, lambda _: None, lambda: None)
 
     def _fetch(self, path: Path, alive: Callable[[], object] = lambda: None) -> None:
         unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
         try:
-            self.store.fetch(f"{_WORK}/{path.name}", unfinished, None, alive)
+            self.store.fetch(f"{self._results}/{path.name}", unfinished, None, alive)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -129,9 +151,11 @@ class Depot:
     ) -> None:
         """Move the files of a finished piece to the store, and then its result, which is at `result` as well."""
         for file in files:
-            self.store.put(file, file.name, alive)
+            self.insist()
+            with _meanwhile(alive):  # a store may say nothing before all of a tar has left
+                self.store.put(file, file.name, alive)
             file.unlink()
-        self.write(f"{_WORK}/{result.name}", content, result.parent, alive)
+        self.write(f"{self._results}/{result.name}", content, result.parent, alive)
         unfinished = result.with_name(f"{result.name}.{uuid.uuid4().hex}.unfinished")
         unfinished.write_bytes(content)
         unfinished.replace(result)
@@ -142,6 +166,7 @@ class Depot:
         Raises:
             DataError: a file is missing or has another size; nothing is a data set then.
         """
+        self.insist()
         for path in sorted(folder.iterdir()):
             if path.name != MANIFEST:
                 self.store.put(path, path.name)
@@ -153,11 +178,54 @@ class Depot:
                     "written; see who else writes there, and begin again with --restart"
                 )
         self.store.put(folder / MANIFEST, MANIFEST)
-        self.store.remove([entry for entry in self.store.entries() if entry.name == PARTIAL])
+        with suppress(DataError):  # who may write need not be one who may remove, and it is a data set now
+            self.store.remove([Entry(PARTIAL, None, "", folder=True)])
 
     def clear(self) -> None:
-        """Remove all that an unfinished conversion has left here; raises as `journal`."""
-        if self._begun():
-            entries = self.store.entries()
-            for last in (False, True):  # the journal stays while there is anything else
-                self.store.remove([entry for entry in entries if (entry.name == PARTIAL) == last])
+        """Remove all that an unfinished conversion has left here, and nothing else; raises as `journal`."""
+        if not self._begun():
+            return
+        self.store.remove([entry for entry in self.store.entries() if not entry.folder and _OURS.fullmatch(entry.name)])
+        for folder in (_WORK, PARTIAL):  # the journal stays while there is anything else
+            self.store.remove([Entry(folder, None, "", folder=True)])
+        if left := [name for entry in self.store.entries() if (name := entry.name) == PARTIAL or _OURS.fullmatch(name)]:
+            raise StoreError(
+                f"{self.url}/{left[0]} is still there, though it was to be removed; give this machine the right to (of "
+                "S3, s3:DeleteObject), or name another address"
+            )
+
+
+def _digest(told: object) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _meanwhile(alive: Callable[[], object]) -> Iterator[None]:
+    """Within, a thread calls `alive` now and then."""
+    over = threading.Event()
+
+    def call() -> None:
+        with suppress(Exception):  # whoever is at work calls it, too
+            while not over.wait(_BEAT_SECONDS):
+                alive()
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def made(dest: Path | str, purpose: Mapping[str, Any]) -> Manifest | None:
+    """The finished data set at a destination, if there is one and it is what `purpose` makes."""
+    try:
+        if isinstance(dest, Path):
+            manifest = read_manifest(dest)[0] if (dest / MANIFEST).exists() else None
+        else:
+            manifest = Depot(dest).manifest()
+    except DataError:
+        return None  # whatever it is
+    made = {} if manifest is None else {"source": manifest.made.get("source"), **manifest.made.get("options", {})}
+    return manifest if made == json.loads(json.dumps(purpose)) else None

@@ -220,8 +220,10 @@ class Store:
         """Delete files, and folders with all that is in them. Raises as `put`."""
 
         def attempt() -> str | None:
-            with suppress(FileNotFoundError):
-                self._files.rm([f"{self._path}/{entry.name}" for entry in entries], recursive=True)
+            for folders in (False, True):  # of a file, it would ask what is in it
+                paths = [f"{self._path}/{entry.name}" for entry in entries if entry.folder == folders]
+                with suppress(FileNotFoundError):
+                    _ = paths and self._files.rm(paths, recursive=folders)
             self._files.invalidate_cache()
             return None
 

@@ -70,7 +70,20 @@ def by_its_path(dest: Path | str) -> Path | str:
     if str(dest).lower().startswith(tuple(f"{protocol}://" for protocol in _HTTP)):
         raise DataError(f"{dest} cannot be written over HTTP; name a bucket (s3://, gs://) or a folder")
     known = called(str(dest), "DEST")
-    return known if is_url(known) else Path(known)
+    if not is_url(known):
+        return Path(known)
+    if any(_NO_PATH.fullmatch(part) for part in known.partition("://")[2].split("/")):
+        raise DataError(f"DEST {known} has '.', '..' or nothing between two slashes; leave it out")
+    if magic := re.search(r"[*?[]", known):  # fsspec would remove whatever it fits
+        raise DataError(f"DEST {known} has {magic[0]!r} in its name, which stands for other names; choose another")
+    return known
+
+
+def check_apart(source: str, dest: Path | str) -> None:
+    """Raise `DataError` for an address in a source at one: going on, it would be read."""
+    inside, outside = (re.sub("^s3a:", "s3:", f"{place}/") for place in (dest, source))
+    if is_url(source) and inside.startswith(outside):
+        raise DataError(f"DEST {dest} lies in {source}, of which it would become a part; choose another name")
 
 
 @dataclass

@@ -76,6 +76,8 @@ def convert(
     known = [name for name in Options.__dataclass_fields__ if name not in ("formats", "part")]
     if unknown := [name for name in options if name not in known]:
         raise ValueError(f"there is no option {unknown[0]!r}; options are {', '.join(known)}")
+    if options.get("work_dir") is not None:
+        options["work_dir"] = Path(options["work_dir"])
     options.setdefault("jobs", len(os.sched_getaffinity(0)))
     chosen: Any = tuple(dict.fromkeys(formats))
     tell = say if say is not None else (lambda line: print(line, file=sys.stderr))

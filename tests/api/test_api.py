@@ -140,3 +140,11 @@ def test_the_page_on_recipes_runs_as_printed(tmp_path, monkeypatch, capsys):
     (recipe,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     Path("mine.yaml").write_text(recipe, encoding="utf-8")
     assert configuration("mine.yaml").optim.lr == 1e-3
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_work_dir_is_a_text_or_a_path(tmp_path, monkeypatch, as_text):
+    seen = []
+    monkeypatch.setattr("pss.api.conversion.conversion.convert", lambda *told: seen.append(told[2].work_dir) or 1)
+    pss.convert("digits", "s3://bucket/set", work_dir=str(tmp_path) if as_text else tmp_path)
+    assert seen == [tmp_path]

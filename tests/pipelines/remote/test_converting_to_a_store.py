@@ -223,7 +223,7 @@ def test_what_goes_wrong_for_a_while_is_tried_again(
         pytest.param(
             "tar-3-val-000000",
             "500",
-            f"{PARTIAL}/work/tar-3-val-000000 could not be written in 8 attempts",
+            f"{PARTIAL}/work/[0-9a-f]+/tar-3-val-000000 could not be written in 8 attempts",
             marks=pytest.mark.exhaustive,
         ),
     ],
@@ -354,7 +354,7 @@ def test_a_tar_that_cannot_be_read_back_does_not_leave(
     monkeypatch.setattr(verify, "write_shard", damaging)
     with pytest.raises(DataError, match=r"train-00000.tar, member 00000001.jpg cannot be read back as written; check"):
         convert(str(source), bucket.url, settings(tmp_path / "work"), Silent())
-    assert held(bucket.url) == {}
+    assert not any(name.endswith(".tar") for name in held(bucket.url))
 
 
 def test_a_folder_by_its_address(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
