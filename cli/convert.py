@@ -120,11 +120,17 @@ def convert(
     from pipelines.conversion import convert as conversion
     from pipelines.conversion import verify as verification
     from pipelines.conversion.options import PROFILES, Options
+    from pipelines.remote.store import is_url
 
     signal.signal(signal.SIGTERM, _terminate)
     jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
     if full and not verify:
         raise ValueError("--full is for --verify; add it, or leave --full out")
+    if (verify or token_labels is not None) and is_url(source):
+        option, why = ("--verify", "its tars are verified as they are fetched") if verify else (
+            "--token-labels", "label a copy of it, and upload that"
+        )  # fmt: skip
+        raise ValueError(f"{option} is for a converted folder, and {source} is an address: {why}")
     if verify:
         with _Display("files") as display:
             manifest = verification.verify(Path(source), jobs, display, full=full, patience=patience)

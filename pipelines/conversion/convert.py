@@ -84,7 +84,7 @@ def convert(
     if isinstance(dest, Path):
         place = Workplace(dest, purpose, restart=options.restart, shared=shared)
     else:
-        below = options.work_dir or usual_folder()
+        below = (options.work_dir or usual_folder()).absolute()
         place = DepotPlace(Depot(dest), below, purpose, restart=options.restart, shared=shared)
     if place.continued and not shared:
         tell(f"continuing the unfinished conversion to {place.shown}")

@@ -339,6 +339,16 @@ def test_what_is_refused_is_one_sentence(
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "option"), [(["--verify"], "--verify"), (["--token-labels", "timm:x"], "--token-labels")]
+)
+def test_what_is_for_folders_alone(capsys: pytest.CaptureFixture[str], words: list[str], option: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(cli.convert.app, ["s3://pictures/set", *words])
+    assert ended.value.code == 2
+    assert f"{words[0]} is for a converted folder, and s3://pictures/set is an address" in capsys.readouterr().err
+
+
 def test_a_tar_that_cannot_be_read_back_does_not_leave(
     source: Path, bucket: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
