@@ -119,7 +119,7 @@ def test_a_set_that_does_not_fit_is_read_in_windows_and_the_run_keeps_them(tmp_p
     write_folder(tmp_path / "photos" / "train", {"cat": 66, "dog": 66}, seed=4)
     convert_folder(tmp_path / "photos", tmp_path / "set", "dali", shard_size=1)
     limit = place.windowed_bytes(read_manifest(tmp_path / "set")[0], 64, 1, 64, 1)
-    more = ["--set", "train.batch_size=64", "--set", "train.num_workers=0"]
+    more = ["--set", "train.batch_size=64", "--set", "train.num_workers=0", "--set", "schedule.lengths=1,1"]
     cache = [*more, "--cache-dir", str(tmp_path / "cache"), "--cache-gb"]
     with http_store(tmp_path / "set") as served:
         words = train(served.url, tmp_path / "run", *cache)[1:]

@@ -15,7 +15,8 @@ from test_kinds import look, refused, rows
 from test_layouts import LAYOUTS, WNIDS, images, jpeg, parquet, put, pyarrow, pyarrow_parquet, tar, wds
 
 from pipelines.base import DataError
-from pipelines.sources import texts, tree
+from pipelines.sources import texts
+from pipelines.sources.columns import tree
 from pipelines.sources.listing import Choice
 
 ROOT = Path(__file__).parents[3]
