@@ -75,7 +75,9 @@ def pane(words, width, *, until=None):
     return [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()], code
 
 
-@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize(
+    "width", [80, pytest.param(100, marks=pytest.mark.exhaustive), pytest.param(120, marks=pytest.mark.exhaustive)]
+)
 def test_bar_and_eta_are_always_on_the_screen(image_root, tmp_path, width):
     lines, code = pane(command(image_root, tmp_path / "run"), width)
     assert code == 0

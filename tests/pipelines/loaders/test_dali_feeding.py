@@ -91,7 +91,7 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 @pytest.mark.parametrize("decode_once", [1, 3])
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("form", ["folder", "set"])
+@pytest.mark.parametrize("form", [pytest.param("folder", marks=pytest.mark.exhaustive), "set"])
 def test_by_address_come_the_pixels_that_come_by_array(
     form: str, split: str, decode_once: int, mixed: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,7 +202,7 @@ def tree_of(draw: random.Random, root: Path) -> None:
     (root / "one.jpg").write_bytes(b"1")
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(i, marks=pytest.mark.exhaustive) for i in range(2, 12))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.exhaustive) for i in range(1, 12))])
 def test_a_listing_is_that_of_the_same_tree_on_the_disk(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
