@@ -165,3 +165,24 @@ def s3_store(
     finally:
         server.shutdown()
         thread.join()
+
+
+def s3() -> Any:
+    """The store that the environment names, as it is now."""
+    import s3fs
+
+    return s3fs.S3FileSystem(skip_instance_cache=True)
+
+
+@contextmanager
+def empty_bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """A bucket in which there is nothing; `folder` is for a folder that is as empty."""
+    (folder / "empty").mkdir()
+    with s3_store(folder / "empty", monkeypatch) as served:
+        yield served
+
+
+def one_by_one(function: Any, tasks: Any, jobs: int, on_result: Any, *_: Any) -> None:
+    """In place of a conversion's `map_tasks`: in this process, where patches are seen."""
+    for task in tasks:
+        on_result(function(task))

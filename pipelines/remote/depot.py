@@ -111,12 +111,9 @@ class Depot:
 
     def write(self, name: str, content: bytes, scratch: Path, alive: Callable[[], object] = lambda: None) -> None:
         """Write an object, by way of a file in the folder `scratch`."""
-        unfinished = scratch / f"{name.rpartition('/')[2]}.{uuid.uuid4().hex}.unfinished"
-        unfinished.write_bytes(content)
-        try:
-            self.store.put(unfinished, name, alive)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with _unfinished(scratch / name.rpartition("/")[2]) as path:
+            path.write_bytes(content)
+            self.store.put(path, name, alive)
 
     def note(self, name: str, content: bytes, scratch: Path) -> bytes:
         """What all machines of this conversion know under a name: what the first one says."""
@@ -139,12 +136,9 @@ class Depot:
         at_once(self._fetch, missing, _AT_ONCE, lambda _: None, lambda: None)
 
     def _fetch(self, path: Path, alive: Callable[[], object] = lambda: None) -> None:
-        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
-        try:
-            self.store.fetch(f"{self._results}/{path.name}", unfinished, None, alive)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with _unfinished(path) as coming:
+            self.store.fetch(f"{self._results}/{path.name}", coming, None, alive)
+            coming.replace(path)
 
     def deliver(
         self, files: Iterable[Path], result: Path, content: bytes, alive: Callable[[], object] = lambda: None
@@ -155,10 +149,10 @@ class Depot:
             with _meanwhile(alive):  # a store may say nothing before all of a tar has left
                 self.store.put(file, file.name, alive)
             file.unlink()
-        self.write(f"{self._results}/{result.name}", content, result.parent, alive)
-        unfinished = result.with_name(f"{result.name}.{uuid.uuid4().hex}.unfinished")
-        unfinished.write_bytes(content)
-        unfinished.replace(result)
+        with _unfinished(result) as path:
+            path.write_bytes(content)
+            self.store.put(path, f"{self._results}/{result.name}", alive)
+            path.replace(result)
 
     def finish(self, folder: Path, files: Mapping[str, FileEntry]) -> None:
         """Bring what is in `folder`, its dataset.json last, once all `files` are there.
@@ -197,6 +191,16 @@ class Depot:
 
 def _digest(told: object) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """A name beside `path` for what becomes it; what is left there is removed."""
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
+    try:
+        yield unfinished
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import warm
 from conftest import Silent, convert_folder, write_folder
-from stores import Served, s3_store
+from stores import Served, empty_bucket, one_by_one, s3
 
 import cli.convert
 from cli.errors import run
@@ -44,11 +44,6 @@ def brief_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces are done one after the other, unless a test asks for `processes`."""
-
-    def one_by_one(function: Any, tasks: Any, jobs: int, on_result: Any, *_: Any) -> None:
-        for task in tasks:
-            on_result(function(task))
-
     if "processes" not in request.fixturenames:
         monkeypatch.setattr("pipelines.conversion.work.map_tasks", one_by_one)
 
@@ -76,15 +71,8 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    (tmp_path / "empty").mkdir()
-    with s3_store(tmp_path / "empty", monkeypatch) as served:
+    with empty_bucket(tmp_path, monkeypatch) as served:
         yield served
-
-
-def s3() -> Any:
-    import s3fs
-
-    return s3fs.S3FileSystem(skip_instance_cache=True)
 
 
 def held(url: str) -> dict[str, bytes]:

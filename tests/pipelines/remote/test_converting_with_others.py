@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import Silent, write_folder
-from stores import Served, s3_store
+from stores import Served, empty_bucket, one_by_one, s3
 
 from pipelines.base import DataError
 from pipelines.conversion import convert as conversion
@@ -27,10 +27,6 @@ from pipelines.storage.manifest import MANIFEST
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_by_one(function: Any, tasks: Any, jobs: int, on_result: Any, *_: Any) -> None:
-        for task in tasks:
-            on_result(function(task))
-
     monkeypatch.setattr("pipelines.conversion.work.map_tasks", one_by_one)
 
 
@@ -42,15 +38,8 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    (tmp_path / "empty").mkdir()
-    with s3_store(tmp_path / "empty", monkeypatch) as served:
+    with empty_bucket(tmp_path, monkeypatch) as served:
         yield served
-
-
-def s3() -> Any:
-    import s3fs
-
-    return s3fs.S3FileSystem(skip_instance_cache=True)
 
 
 def names(url: str = "s3://pictures") -> set[str]:
