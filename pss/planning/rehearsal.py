@@ -31,6 +31,8 @@ from pss.training.trainer import Trainer
 
 _STRETCH_SECONDS = 0.1  # of steps that are timed together: on a GPU they overlap
 _FEWEST_ROUNDS, _MOST_ROUNDS, _MOST_STEPS = 3, 25, 100
+_WARM_SHARE = 3  # the first rounds, one in so many, do not count: caches, clocks and allocators still settle
+_QUEUED_BATCHES = 4
 
 MakeLoaders = Callable[[Config], tuple[Loader, Loader | None]]
 """Makes the loaders of the training images and of the validation images, if there are any."""
@@ -49,7 +51,8 @@ class Taken:
     build: float
     """Loaders, model and optimizer, and what the first steps take longer than others, to compile, say."""
     steps: dict[Key, float]
-    """A step, by level, with the loader in its path and nothing kept ready."""
+    """A step, by level: on a GPU with the loader in its path and nothing kept ready, on a CPU with what the loader
+    takes of its cores."""
     waits: dict[Key, float]
     """Of it, what was waited for the loader."""
     epoch: float
@@ -96,8 +99,7 @@ def rehearse(
         seconds: How long to measure, about; it takes longer where few steps do.
     """
     began = time.perf_counter()
-    # A queue would fill while little is trained, and would be paid for by steps that never come.
-    config = replace(config, data=replace(config.data, prefetch_gb=0.0))
+    config = replace(config, data=replace(config.data, prefetch_gb=_queue(config, world) / 1e9))
     with opened(make_loaders, config) as (train_loader, val_loader):
         options: dict[str, Any] = {"classes": list(classes), "output": folder, "world": world, "quiet": True}
         run = _Rehearsal(config, train_loader, val_loader, **options)
@@ -106,6 +108,18 @@ def rehearse(
     told = world.broadcast(found.to_json() if world.is_main else None)
     assert told is not None
     return Taken.from_json(told)
+
+
+def _queue(config: Config, world: World) -> int:
+    """Bytes of the loader's queue while steps are timed.
+
+    The run's own would fill while little is trained, and would be paid for by steps that never come; a short one
+    overlaps decoding with the steps as the run does. On a GPU there is none: the run's is simulated.
+    """
+    if world.device.type != "cpu":
+        return 0
+    batch_bytes = config.train.batch_size // world.size * 3 * config.data.img_size**2
+    return min(config.data.prefetch_bytes("cpu"), _QUEUED_BATCHES * batch_bytes)
 
 
 @contextmanager
@@ -152,8 +166,9 @@ class _Rehearsal(Trainer):
             self.inputs.rest()
             if self.val_inputs is not None:
                 self.val_inputs.rest()
-        steps = {key: statistics.median(total for total, _ in found) for key, found in self._kept.items()}
-        waits = {key: statistics.median(waited for _, waited in found) for key, found in self._kept.items()}
+        settled = {key: found[len(found) // _WARM_SHARE :] for key, found in self._kept.items()}
+        steps = {key: statistics.median(total for total, _ in found) for key, found in settled.items()}
+        waits = {key: statistics.median(waited for _, waited in found) for key, found in settled.items()}
         build += sum(max(0.0, sum(warm) - len(warm) * steps[key]) for key, warm in self._warm.items())
         return Taken(build, steps, waits, epoch, validation, checkpoint)
 
@@ -271,9 +286,23 @@ class _Rehearsal(Trainer):
         return taken
 
     def _validation_seconds(self, seconds: float) -> float:
-        """Of a whole validation: measured, or what it comes to from a part of its batches; 0 where there is none."""
+        """Of a whole validation: measured, again and again while there is time, or what it comes to from a part of its
+        batches; 0 where there is none."""
         if self.val_inputs is None:
             return 0.0
+        found: list[float] = []
+        began = time.perf_counter()
+        while not found or self._told(time.perf_counter() - began + max(found)) < seconds:
+            found.append(self._one_validation(len(self.val_inputs), seconds))
+        return statistics.median(found[1:] or found)
+
+    def _told(self, seconds: float) -> float:
+        """What the main process says, for all to do the same."""
+        told = self.world.broadcast(str(seconds))
+        assert told is not None
+        return float(told)
+
+    def _one_validation(self, num_batches: int, seconds: float) -> float:
         self.vote = clock = _Clock(self.world, seconds)
         began = time.perf_counter()
         with suppress(Interrupted):
@@ -282,7 +311,7 @@ class _Rehearsal(Trainer):
         passes = 1 + (self.ema is not None)
         first, last = clock.times[0], clock.times[-1]
         each = (last - first) / max(1, len(clock.times) - 1)
-        return passes * (first - began + each * (len(self.val_inputs) - 1))
+        return passes * (first - began + each * (num_batches - 1))
 
 
 class _Clock(Vote):
