@@ -16,7 +16,8 @@ from pss.config import Config
 from pss.planning.budget import Budget, Chosen, Clock, check_settings, choose, dense_of, named, said
 from pss.planning.length import of_length
 from pss.planning.plan import Level, Plan
-from pss.planning.rehearsal import MakeLoaders, Taken, opened, rehearse
+from pss.planning.rehearsal import MakeLoaders, opened, rehearse
+from pss.planning.taken import Taken
 from pss.runs import records
 from pss.runs.lock import BUDGET, CONFIG, SUMMARY
 from pss.runtime.files import in_words

@@ -12,8 +12,8 @@ from pss.config import Config
 from pss.methods import PLAIN
 from pss.planning.length import fewest_epochs, of_length
 from pss.planning.plan import Level, Plan, plan
-from pss.planning.rehearsal import Key, Taken, key_of
 from pss.planning.simulation import batches_in, prepared_batches, simulate
+from pss.planning.taken import Key, Taken, key_of
 
 Rehearse = Callable[[Config, Plan, list[Level]], Taken]
 """Measures a run at some levels of its plan; see `pss.planning.rehearsal.rehearse`."""
@@ -139,15 +139,17 @@ class Clock:
         assert self._taken is not None
         return self._taken
 
-    def predict(self, epochs: int, before: float = 0.0) -> Parts:
-        """Of a run of that length whose levels are known, or of those that are, `before` seconds after its start."""
+    def predict(self, epochs: int, before: float = 0.0, *, rehearsed: bool = True) -> Parts:
+        """Of a run of that length whose levels are known, or of those that are, `before` seconds after it began. In the
+        process that rehearsed it, or in one of its own."""
         config, planned = self.planned(epochs)
         taken = self._taken
         assert taken is not None
         training = self._training_seconds(config, planned, taken) + epochs * taken.epoch
         minutes = training / 60
         saved = epochs + int(minutes / config.train.checkpoint_every_minutes)
-        return Parts(before + taken.build, training, epochs * taken.validation, saved * taken.checkpoint)
+        build = taken.again if rehearsed else taken.build
+        return Parts(before + build, training, epochs * taken.validation, saved * taken.checkpoint)
 
     def _training_seconds(self, config: Config, planned: Plan, taken: Taken) -> float:
         steps = [_nearest(level, planned, taken.steps) for level in planned.levels]
@@ -191,7 +193,7 @@ def choose(budget: Budget, clock: Clock, dense: Clock, now: Callable[[], float])
     least, own, dense_seconds = clock.fewest(), clock.config.train.epochs, None
     if budget.of_dense is not None:
         dense.measured(own)
-        dense_seconds = dense.predict(own, begun).total
+        dense_seconds = dense.predict(own, begun, rehearsed=False).total
         given = budget.of_dense * dense_seconds
     else:
         given = 3600 * budget.value

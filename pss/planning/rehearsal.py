@@ -6,12 +6,13 @@ over the run, and leave nothing behind.
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from pipelines.base import DataError, Loader
 from pss.config import Config
-from pss.methods import Progress
+from pss.methods import Phase, Progress
 from pss.planning.plan import Level, Plan
+from pss.planning.taken import Key, Taken, key_of
 from pss.runtime.processes import Vote, World
 from pss.training import setup
 from pss.training.inputs import StepInputs
@@ -36,43 +38,6 @@ _QUEUED_BATCHES = 4
 
 MakeLoaders = Callable[[Config], tuple[Loader, Loader | None]]
 """Makes the loaders of the training images and of the validation images, if there are any."""
-Key = tuple[int, float, str]
-"""Size of the images, and the stage: what `Level` is known by in plans of runs of other lengths."""
-
-
-def key_of(level: Level) -> Key:
-    return level.img_size, level.stage.rho, level.stage.name
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What the parts of a run take, in seconds."""
-
-    build: float
-    """Loaders, model and optimizer, and what the first steps take longer than others, to compile, say."""
-    steps: dict[Key, float]
-    """A step, by level: on a GPU with the loader in its path and nothing kept ready, on a CPU with what the loader
-    takes of its cores."""
-    waits: dict[Key, float]
-    """Of it, what was waited for the loader."""
-    epoch: float
-    """From the beginning of an epoch to its first batch."""
-    validation: float
-    """After each epoch."""
-    checkpoint: float
-
-    def to_json(self) -> str:
-        values = asdict(self)
-        for name in ("steps", "waits"):
-            values[name] = [[*key, seconds] for key, seconds in values[name].items()]
-        return json.dumps(values)
-
-    @classmethod
-    def from_json(cls, text: str) -> Taken:
-        values = json.loads(text)
-        for name in ("steps", "waits"):
-            values[name] = {(size, rho, stage): seconds for size, rho, stage, seconds in values[name]}
-        return cls(**values)
 
 
 def rehearse(
@@ -98,19 +63,30 @@ def rehearse(
         world: The processes: all must call this, and the main one's clock counts.
         seconds: How long to measure, about; it takes longer where few steps do.
     """
-    began = time.perf_counter()
-    config = replace(config, data=replace(config.data, prefetch_gb=_queue(config, world) / 1e9))
-    with opened(make_loaders, config) as (train_loader, val_loader):
-        options: dict[str, Any] = {"classes": list(classes), "output": folder, "world": world, "quiet": True}
-        run = _Rehearsal(config, train_loader, val_loader, **options)
-        build = time.perf_counter() - began
-        found = run.measure(planned, list(wanted), build, seconds)
+
+    def rehearsed(name: str, queue_bytes: int, measure: Callable[[_Rehearsal, float], Taken]) -> Taken:
+        began = time.perf_counter()
+        own = replace(config, data=replace(config.data, prefetch_gb=queue_bytes / 1e9))
+        if world.is_main:
+            (folder / name).mkdir()
+        with opened(make_loaders, own) as (train_loader, val_loader):
+            options: dict[str, Any] = {"classes": list(classes), "output": folder / name, "world": world, "quiet": True}
+            run = _Rehearsal(own, train_loader, val_loader, **options)
+            return measure(run, time.perf_counter() - began)
+
+    levels = list(wanted)
+    found = rehearsed(
+        "first", _short_queue(config, world), lambda run, took: run.measure(planned, levels, took, seconds)
+    )
+    gc.collect()  # there may not be room for both
+    usual = config.data.prefetch_bytes(world.device.type)
+    found = rehearsed("again", usual, lambda run, took: run.repeat(planned, levels, found, took, seconds))
     told = world.broadcast(found.to_json() if world.is_main else None)
     assert told is not None
     return Taken.from_json(told)
 
 
-def _queue(config: Config, world: World) -> int:
+def _short_queue(config: Config, world: World) -> int:
     """Bytes of the loader's queue while steps are timed.
 
     The run's own would fill while little is trained, and would be paid for by steps that never come; a short one
@@ -146,56 +122,116 @@ class _Stretch:
 
 
 class _Rehearsal(Trainer):
-    """The trainer, at steps of its run that are chosen one by one. It saves once, and reports nothing."""
+    """The trainer, at steps of its run that are chosen one by one, and then in whole epochs. It saves once, and reports
+    nothing."""
+
+    _stretch: _Stretch | None
+    """None in a whole epoch."""
 
     def measure(self, planned: Plan, levels: list[Level], build: float, seconds: float) -> Taken:
-        self._kept: dict[Key, list[tuple[float, float]]] = {}
-        self._warm: dict[Key, list[float]] = {}
-        places = {level: planned.level_of_step.index(planned.levels.index(level)) for level in levels}
-        groups: dict[tuple[int, int], list[Level]] = {}  # of one phase and size: those may follow each other
-        for level in levels:
-            groups.setdefault((self._at(places[level]).phase, level.img_size), []).append(level)
-        try:
-            for (phase, _), group in groups.items():
-                self._run_group(phase, {level: places[level] for level in group}, seconds / len(groups))
+        """Everything, `build` being what it took to make this object."""
+        groups = self._groups(planned, levels)
+        with self._resting():
+            for number, places in groups:
+                self._run(*self._begin(number, places), self._chosen(places, seconds / len(groups)))
             epoch = self._begin_epoch_seconds()
             checkpoint = self._checkpoint_seconds()
             self.inputs.rest()
             validation = self._validation_seconds(seconds / 4)
+        settled = {key: found[len(found) // _WARM_SHARE :] for key, found in self._kept.items()}
+        steps = {key: statistics.median(total for total, _ in found) for key, found in settled.items()}
+        waits = {key: statistics.median(waited for _, waited in found) for key, found in settled.items()}
+        build += self._excess(steps)
+        return Taken(build, build, steps, waits, epoch, validation, checkpoint)
+
+    def repeat(self, planned: Plan, levels: list[Level], taken: Taken, build: float, seconds: float) -> Taken:
+        """What was measured, and what beginning once more takes; on a CPU, whose cores decode, too, whole epochs if
+        they are short."""
+        found: list[float] = []
+        epoch, steps = self._whole_epoch(planned, taken)
+        with self._resting():
+            for number, places in self._groups(planned, levels):
+                engine, phase = self._begin(number, places)
+                self._run(engine, phase, self._warming(places))
+                if epoch and not found and self._at(epoch * self.steps_per_epoch).phase == number:
+                    began = time.perf_counter()
+                    while len(found) < 2 or self._told(time.perf_counter() - began) < seconds / 2:
+                        found.append(self._epoch_seconds(engine, phase, epoch))
+                        if self._told(2 * found[0]) > seconds:  # a long one
+                            break
+        if len(found) > 1:
+            taken = replace(taken, epoch=statistics.median(found[1:]) - steps)
+        return replace(taken, again=build + self._excess(taken.steps))
+
+    def _groups(self, planned: Plan, levels: list[Level]) -> list[tuple[int, dict[Level, int]]]:
+        """Of one phase and size, which may follow each other: the phase, and where in the run there is such a step."""
+        places = {level: planned.level_of_step.index(planned.levels.index(level)) for level in levels}
+        groups: dict[tuple[int, int], dict[Level, int]] = {}
+        for level, step in places.items():
+            groups.setdefault((self._at(step).phase, level.img_size), {})[level] = step
+        return [(phase, group) for (phase, _), group in groups.items()]
+
+    def _whole_epoch(self, planned: Plan, taken: Taken) -> tuple[int, float]:
+        """An epoch from the middle of those whose steps are all known, and what they come to; 0 if there is none."""
+        if self.world.device.type != "cpu":
+            return 0, 0.0
+        known, count = [], self.steps_per_epoch
+        for epoch in range(1, self.epochs):  # the first is one of its own
+            keys = [key_of(planned.levels[one]) for one in planned.level_of_step[epoch * count : (epoch + 1) * count]]
+            if all(key in taken.steps for key in keys):
+                known.append((epoch, sum(taken.steps[key] for key in keys)))
+        return known[len(known) // 2] if known else (0, 0.0)
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        self._kept: dict[Key, list[tuple[float, float]]] = {}
+        self._warm: dict[Key, list[float]] = {}
+        try:
+            yield
         finally:
             self.inputs.rest()
             if self.val_inputs is not None:
                 self.val_inputs.rest()
-        settled = {key: found[len(found) // _WARM_SHARE :] for key, found in self._kept.items()}
-        steps = {key: statistics.median(total for total, _ in found) for key, found in settled.items()}
-        waits = {key: statistics.median(waited for _, waited in found) for key, found in settled.items()}
-        build += sum(max(0.0, sum(warm) - len(warm) * steps[key]) for key, warm in self._warm.items())
-        return Taken(build, steps, waits, epoch, validation, checkpoint)
+
+    def _excess(self, steps: dict[Key, float]) -> float:
+        return sum(max(0.0, sum(warm) - len(warm) * steps[key]) for key, warm in self._warm.items())
 
     def _at(self, step: int) -> Progress:
         return position_of(self.method, step)._replace(rank=self.world.rank)
 
-    def _run_group(self, number: int, places: dict[Level, int], seconds: float) -> None:
+    def _begin(self, number: int, places: dict[Level, int]) -> tuple[nn.Module, Phase]:
         phase = self.method.phases()[number]
-        first = min(places.values())
-        self.phase, self.epoch = number, first // self.steps_per_epoch
+        self.phase, self.epoch = number, min(places.values()) // self.steps_per_epoch
         self.method.begin_phase(phase)
         self.optimizer, self.lr_schedule = build_optimizer(
             self.method, phase, batch_size=self.config.train.batch_size, steps_per_epoch=self.steps_per_epoch
         )
-        engine = self.method if self.sharded else setup.wrap(self.method, self.world)
-        self._stretches = self._chosen(places, seconds)
-        self._stretch, self._done, self._waited = next(self._stretches), 0, 0.0
+        return (self.method if self.sharded else setup.wrap(self.method, self.world)), phase
+
+    def _run(self, engine: nn.Module, phase: Phase, stretches: Iterator[_Stretch]) -> None:
+        self._stretches = stretches
+        self._stretch, self._done, self._waited = next(stretches), 0, 0.0
         self._stream: Iterator[StepInputs] | None = None
         self.step = self.epoch * self.steps_per_epoch
         self._clock = time.perf_counter()
         self._run_epoch(engine, phase, self.step, [])
 
-    def _chosen(self, places: dict[Level, int], seconds: float) -> Iterator[_Stretch]:
-        """Twice each level to warm up; then rounds of all, as many as there is time for."""
+    def _epoch_seconds(self, engine: nn.Module, phase: Phase, epoch: int) -> float:
+        """Of one that is trained as the run will."""
+        self._stretch = None
+        self.epoch, self.step = epoch, epoch * self.steps_per_epoch
+        began = time.perf_counter()
+        self._run_epoch(engine, phase, self.step, [])
+        return time.perf_counter() - began
+
+    def _warming(self, places: dict[Level, int]) -> Iterator[_Stretch]:
         for _ in range(2):
             for level, step in places.items():
                 yield _Stretch(level, step, 1, kept=False)
+
+    def _chosen(self, places: dict[Level, int], seconds: float) -> Iterator[_Stretch]:
+        """Each level warms up; then rounds of all, as many as there is time for."""
+        yield from self._warming(places)
         last = {level: self._warm[key_of(level)][-1] for level in places}
         counts = {level: min(_MOST_STEPS, max(1, round(_STRETCH_SECONDS / last[level]))) for level in places}
         rounds = int(seconds / sum(counts[level] * last[level] for level in places))
@@ -207,15 +243,17 @@ class _Rehearsal(Trainer):
             for (level, step), count in zip(places.items(), lengths, strict=True):
                 yield _Stretch(level, step, count, kept=True)
 
-    def _run_epoch(self, engine: nn.Module, phase: Any, first_step: int, stop: list[int]) -> None:
+    def _run_epoch(self, engine: nn.Module, phase: Phase, first_step: int, stop: list[int]) -> None:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         super()._run_epoch(engine, phase, first_step, stop)
 
     def _position(self) -> Progress:
-        return self._at(self._stretch.step)
+        return super()._position() if self._stretch is None else self._at(self._stretch.step)
 
     def _next(self, every_inputs: Iterator[StepInputs]) -> tuple[StepInputs, float]:
+        if self._stretch is None:
+            return super()._next(every_inputs)
         before = self.inputs.seconds_waited
         if self._stream is None:
             self._stream = every_inputs
@@ -233,10 +271,12 @@ class _Rehearsal(Trainer):
     def _report_step(
         self, images: Tensor, measured: Tensor, waited: float, at: Progress, out: dict[str, Tensor]
     ) -> None:
+        stretch = self._stretch
+        if stretch is None:
+            return
         # Whatever is chosen, the epoch goes on until all is measured; step 0 comes once only.
         self.step = self.epoch * self.steps_per_epoch + min(1, self.steps_per_epoch - 1)
         self._done, self._waited = self._done + 1, self._waited + waited
-        stretch = self._stretch
         if self._done < stretch.count:
             return
         if self.world.device.type == "cuda":

@@ -21,7 +21,8 @@ from pss.overrides import changes
 from pss.planning.budget import Budget, Clock, check_settings, choose, dense_of, in_words, longest
 from pss.planning.length import fewest_epochs, of_length
 from pss.planning.plan import plan
-from pss.planning.rehearsal import Taken, key_of, rehearse
+from pss.planning.rehearsal import rehearse
+from pss.planning.taken import Taken, key_of
 from pss.runs import checkpoint
 from pss.runtime.processes import World
 from pss.sections import RunSettings, ScheduleConfig
@@ -87,7 +88,7 @@ def machine(seconds: float = 0.01, calls: list[Any] | None = None) -> Any:
         if calls is not None:
             calls.append({key_of(level) for level in levels})
         steps = {key_of(level): seconds * level.cost.training / 1e6 for level in levels}
-        return Taken(2.0, steps, dict.fromkeys(steps, 0.0), 0.1, 0.5, 0.05)
+        return Taken(3.0, 2.0, steps, dict.fromkeys(steps, 0.0), 0.1, 0.5, 0.05)
 
     return measure
 
@@ -116,7 +117,7 @@ def test_a_share_of_dense_training_is_of_the_same_epochs() -> None:
     dense = clock(dense_of(config), machine())
     found = choose(Budget(of_dense=0.5), clock(config, machine()), dense, lambda: 0.0)
     each = 50 * 0.01 * plan(config, num_images=400, num_classes=4).dense.training / 1e6
-    assert found.dense_seconds == pytest.approx(2 + 30 * (each + 0.1 + 0.5 + 0.05), rel=1e-6)
+    assert found.dense_seconds == pytest.approx(3 + 30 * (each + 0.1 + 0.5 + 0.05), rel=1e-6)
     assert 0.9 < found.predicted.total / (0.5 * found.dense_seconds) <= 1
     assert "50% of the" in found.words()[0]
 
@@ -196,7 +197,7 @@ def test_a_rehearsal_measures_every_level_and_leaves_no_trace(tmp_path: Any, ext
     taken = measure(config, planned, list(planned.levels), folder=tmp_path / "scratch")
     assert set(taken.steps) == {key_of(level) for level in planned.levels} == set(taken.waits)
     assert all(seconds > 0 for seconds in taken.steps.values())
-    assert min(taken.build, taken.epoch, taken.validation, taken.checkpoint) > 0
+    assert min(taken.build, taken.again, taken.validation, taken.checkpoint) > 0
     assert Taken.from_json(taken.to_json()) == taken
     after = tmp_path / "after"
     fit(config.with_settings(["data.progressive.start_size=none"]), after)
