@@ -352,6 +352,11 @@ class Inputs(_Ahead[Item]):
         if self.overlap and isinstance(source, Prefetcher):
             source.reserve(prefetch_bytes)  # until it is known how large prepared batches are
 
+    @property
+    def waiting_batches(self) -> int:
+        """Decoded ones that wait to be prepared."""
+        return self.source.buffered_batches if isinstance(self.source, Prefetcher) else 0
+
     def _make(self, epoch: int, batch: Batch, step: int) -> Item:
         item = self._prepare(batch.to(self.device), epoch, step)
         if self.overlap and isinstance(self.source, Prefetcher):

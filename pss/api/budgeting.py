@@ -25,8 +25,8 @@ from pss.runtime.processes import World
 
 Say = Callable[[str], None]
 
-_SHARE, _LEAST_SECONDS, _MOST_SECONDS = 0.08, 3.0, 30.0  # of the time that there is, what measuring takes, about
-_USUAL_SECONDS = 10.0  # where it is not known yet how much time there is
+_SHARE, _LEAST_SECONDS, _MOST_SECONDS = 0.06, 3.0, 30.0  # of the time that there is, what measuring takes, about
+_USUAL_SECONDS = 6.0  # where it is not known yet how much time there is
 _LOADER_SECONDS = 2.0
 
 

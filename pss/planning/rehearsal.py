@@ -23,7 +23,7 @@ from pipelines.base import DataError, Loader
 from pss.config import Config
 from pss.methods import Phase, Progress
 from pss.planning.plan import Level, Plan
-from pss.planning.taken import Key, Taken, key_of
+from pss.planning.taken import Key, Taken, key_of, whole_epoch
 from pss.runtime.processes import Vote, World
 from pss.training import setup
 from pss.training.inputs import StepInputs
@@ -126,7 +126,9 @@ class _Rehearsal(Trainer):
     nothing."""
 
     _stretch: _Stretch | None
-    """None in a whole epoch."""
+    """None in an epoch that is trained as the run will."""
+    _ends: list[tuple[float, int]]
+    """Seconds from its beginning to the end of each step, and how many batches waited then."""
 
     def measure(self, planned: Plan, levels: list[Level], build: float, seconds: float) -> Taken:
         """Everything, `build` being what it took to make this object."""
@@ -145,22 +147,22 @@ class _Rehearsal(Trainer):
         return Taken(build, build, steps, waits, epoch, validation, checkpoint)
 
     def repeat(self, planned: Plan, levels: list[Level], taken: Taken, build: float, seconds: float) -> Taken:
-        """What was measured, and what beginning once more takes; on a CPU, whose cores decode, too, whole epochs if
-        they are short."""
+        """What was measured, and what beginning once more takes. On a CPU, whose cores decode, too, also epochs as the
+        run will train them, or as much of one as there is time for."""
+        epoch, steps = self._known_epoch(planned, taken)
         found: list[float] = []
-        epoch, steps = self._whole_epoch(planned, taken)
         with self._resting():
             for number, places in self._groups(planned, levels):
                 engine, phase = self._begin(number, places)
                 self._run(engine, phase, self._warming(places))
-                if epoch and not found and self._at(epoch * self.steps_per_epoch).phase == number:
-                    began = time.perf_counter()
-                    while len(found) < 2 or self._told(time.perf_counter() - began) < seconds / 2:
-                        found.append(self._epoch_seconds(engine, phase, epoch))
-                        if self._told(2 * found[0]) > seconds:  # a long one
-                            break
-        if len(found) > 1:
-            taken = replace(taken, epoch=statistics.median(found[1:]) - steps)
+                if not steps or found or self._at(epoch * self.steps_per_epoch).phase != number:
+                    continue
+                began, whole = time.perf_counter(), True
+                while whole and (not found or self._told(time.perf_counter() - began) < seconds / 2):
+                    taken_seconds, whole = self._epoch_seconds(engine, phase, epoch, steps, seconds / 2)
+                    found.append(taken_seconds)
+        if found:
+            taken = replace(taken, epoch=statistics.median(found[1:] or found) - sum(steps))
         return replace(taken, again=build + self._excess(taken.steps))
 
     def _groups(self, planned: Plan, levels: list[Level]) -> list[tuple[int, dict[Level, int]]]:
@@ -171,16 +173,16 @@ class _Rehearsal(Trainer):
             groups.setdefault((self._at(step).phase, level.img_size), {})[level] = step
         return [(phase, group) for (phase, _), group in groups.items()]
 
-    def _whole_epoch(self, planned: Plan, taken: Taken) -> tuple[int, float]:
-        """An epoch from the middle of those whose steps are all known, and what they come to; 0 if there is none."""
-        if self.world.device.type != "cpu":
-            return 0, 0.0
+    def _known_epoch(self, planned: Plan, taken: Taken) -> tuple[int, list[float]]:
+        """One from the middle of those whose steps are all known, and what these take; none if there is none."""
         known, count = [], self.steps_per_epoch
-        for epoch in range(1, self.epochs):  # the first is one of its own
-            keys = [key_of(planned.levels[one]) for one in planned.level_of_step[epoch * count : (epoch + 1) * count]]
-            if all(key in taken.steps for key in keys):
-                known.append((epoch, sum(taken.steps[key] for key in keys)))
-        return known[len(known) // 2] if known else (0, 0.0)
+        if self.world.device.type == "cpu":
+            for epoch in range(1, self.epochs):  # the first begins the run besides
+                levels = planned.level_of_step[epoch * count : (epoch + 1) * count]
+                steps = [taken.steps.get(key_of(planned.levels[one])) for one in levels]
+                if None not in steps:
+                    known.append((epoch, [one for one in steps if one is not None]))
+        return known[len(known) // 2] if known else (0, [])
 
     @contextmanager
     def _resting(self) -> Iterator[None]:
@@ -216,13 +218,16 @@ class _Rehearsal(Trainer):
         self._clock = time.perf_counter()
         self._run_epoch(engine, phase, self.step, [])
 
-    def _epoch_seconds(self, engine: nn.Module, phase: Phase, epoch: int) -> float:
-        """Of one that is trained as the run will."""
-        self._stretch = None
+    def _epoch_seconds(
+        self, engine: nn.Module, phase: Phase, epoch: int, steps: list[float], seconds: float
+    ) -> tuple[float, bool]:
+        """What an epoch takes whose steps alone take `steps`, trained as the run will, and whether all of it was. It
+        ends after `seconds`."""
+        self._stretch, self._limit, self._ends = None, seconds, []
         self.epoch, self.step = epoch, epoch * self.steps_per_epoch
-        began = time.perf_counter()
+        self._clock = time.perf_counter()
         self._run_epoch(engine, phase, self.step, [])
-        return time.perf_counter() - began
+        return whole_epoch(self._ends, steps), len(self._ends) == len(steps)
 
     def _warming(self, places: dict[Level, int]) -> Iterator[_Stretch]:
         for _ in range(2):
@@ -273,6 +278,7 @@ class _Rehearsal(Trainer):
     ) -> None:
         stretch = self._stretch
         if stretch is None:
+            self._end_step()
             return
         # Whatever is chosen, the epoch goes on until all is measured; step 0 comes once only.
         self.step = self.epoch * self.steps_per_epoch + min(1, self.steps_per_epoch - 1)
@@ -292,6 +298,12 @@ class _Rehearsal(Trainer):
             self.step = (self.epoch + 1) * self.steps_per_epoch
             return
         self._stretch, self._done, self._waited, self._clock = chosen, 0, 0.0, time.perf_counter()
+
+    def _end_step(self) -> None:
+        """Of an epoch that is trained as the run will."""
+        self._ends.append((time.perf_counter() - self._clock, self.inputs.waiting_batches))
+        if self._told(self._ends[-1][0]) > self._limit:
+            self.step = (self.epoch + 1) * self.steps_per_epoch
 
     def _stop_or_save(self, stop: list[int]) -> None:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from pss.planning.plan import Level
@@ -47,3 +48,23 @@ class Taken:
         for name in ("steps", "waits"):
             values[name] = {(size, rho, stage): seconds for size, rho, stage, seconds in values[name]}
         return cls(**values)
+
+
+def whole_epoch(ends: Sequence[tuple[float, int]], steps: Sequence[float]) -> float:
+    """What an epoch takes, in seconds, from its first steps.
+
+    A loader that is ahead decodes while these are trained, and no more once all of the epoch waits for its steps. So
+    the rest is held to go on at the rate of those that nothing was decoded beside, if they are a quarter of them at
+    least; or at the rate of all, where the queue has no room for a whole epoch.
+
+    Args:
+        ends: Seconds from its beginning to the end of each of its first steps, at least one, and how many batches
+            waited then.
+        steps: What all of its steps take by themselves, or in proportion.
+    """
+    done, first, before = len(ends), 0, 0.0
+    decoded = next((number for number, (_, ready) in enumerate(ends, 1) if number + ready >= len(steps)), done)
+    if decoded <= 0.75 * done:
+        first, before = decoded, ends[decoded - 1][0]
+    last = ends[-1][0]
+    return last + (last - before) / sum(steps[first:done]) * sum(steps[done:])

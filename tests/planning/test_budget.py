@@ -22,7 +22,7 @@ from pss.planning.budget import Budget, Clock, check_settings, choose, dense_of,
 from pss.planning.length import fewest_epochs, of_length
 from pss.planning.plan import plan
 from pss.planning.rehearsal import rehearse
-from pss.planning.taken import Taken, key_of
+from pss.planning.taken import Taken, key_of, whole_epoch
 from pss.runs import checkpoint
 from pss.runtime.processes import World
 from pss.sections import RunSettings, ScheduleConfig
@@ -176,6 +176,21 @@ def test_the_largest_that_fits_is_found_from_any_guess(most: int, least: int, gu
 )  # fmt: skip
 def test_times_in_words(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
+
+
+def test_an_epoch_follows_from_its_beginning() -> None:
+    """Of 20 steps of 1 s, or of any other length, the first four take twice as long: the loader decodes beside them."""
+    ends = [2.0, 4.0, 6.0, 8.0, *(8.0 + number for number in range(1, 17))]
+    ready = [*(5 * number for number in range(1, 4)), *range(16, -1, -1)]
+    seen = list(zip(ends, ready, strict=True))
+    for steps in ([1.0] * 20, [0.01] * 20):
+        assert whole_epoch(seen, steps) == pytest.approx(24)
+        assert whole_epoch(seen[:8], steps) == pytest.approx(24)  # goes on as since all is decoded
+        assert whole_epoch(seen[:3], steps) == pytest.approx(40)  # it is not yet
+    longer = [1.0] * 10 + [3.0] * 10
+    assert whole_epoch(seen[:10], longer) == pytest.approx(14 + 30)
+    bounded = [(end, min(2, waiting)) for end, waiting in seen]
+    assert whole_epoch(bounded[:8], [1.0] * 20) == pytest.approx(12 * 20 / 8)  # a queue that never holds it all
 
 
 @pytest.mark.parametrize("extra", [[], ["train.ema_decay=0.9", "train.accumulate=2"], ["method=dynamicvit",
