@@ -147,7 +147,9 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     gained = found["top1"] - found["at_equal_cost"]["top1"]
     yield f"against the single ρ of equal cost: {gained:+.2f} points of top-1 (± {found['top1_error']:.2f})"
     if gained <= 0 and same is not None and same["saved"] <= 0:
-        yield "the cascade gains nothing here: a single ρ does as well for as much, or less"
+        enough = [one for one in found["singles"] if one["top1"] >= found["top1"] and one["gmacs"] <= found["gmacs"]]
+        alone = f": ρ {enough[0]['rho']:g} alone, say" if enough else ""
+        yield f"the cascade gains nothing here: a single ρ does as well for as much, or less{alone}"
 
 
 def _fewer(saved: float) -> str:

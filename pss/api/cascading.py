@@ -58,7 +58,8 @@ class Target:
         tried = ", ".join(f"{rho:g}" for rho in sorted(rhos))
         if self.gmacs is None:
             raise ValueError(
-                f"no cascade of ρ {tried} is within {self.max_drop:g} points of the largest; raise --max-drop"
+                f"no cascade of ρ {tried} is within {self.max_drop:g} points of the largest and costs less than that "
+                "alone; raise --max-drop, or leave out --cascade and take one ρ"
             )
         least = answers.at([min(rhos)]).macs[0] / 1e9
         raise ValueError(

@@ -124,19 +124,20 @@ def outcome(answers: Answers, cascade: Cascade) -> Outcome:
 def fit(
     answers: Answers, rhos: Sequence[float], *, least_top1: float | None = None, most_macs: float | None = None
 ) -> Cascade | None:
-    """The cascade of at least two of `rhos` that is the cheapest with a top-1 of `least_top1` percent, or the most
-    accurate that takes `most_macs` on average; None where there is none.
+    """The cascade of at least two of `rhos` that is the cheapest with a top-1 of `least_top1` percent, if it costs less
+    than the largest of them alone, or the most accurate that takes `most_macs` on average; None where there is none.
 
     All thresholds are tried together that lie at quantiles of the probabilities.
     """
     assert (least_top1 is None) != (most_macs is None)
     best: tuple[tuple[float, float], Cascade] | None = None
+    largest = answers.at([max(rhos)]).macs[0] * (1 - 1e-6)
     for count in range(2, len(rhos) + 1):
         for chosen in combinations(sorted(rhos), count):
             own = answers.at(chosen)
             tried, top1, macs = _tried(own)
             if least_top1 is not None:
-                allowed, order = top1 >= least_top1 - 1e-9, (macs, -top1)
+                allowed, order = (top1 >= least_top1 - 1e-9) & (macs < largest), (macs, -top1)
             else:
                 assert most_macs is not None
                 allowed, order = macs <= most_macs * (1 + 1e-9), (-top1, macs)

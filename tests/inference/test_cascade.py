@@ -54,7 +54,9 @@ def test_no_thresholds_are_better_than_those_that_are_fitted(
         for rhos in itertools.combinations(own.rhos, size):
             for thresholds in itertools.product(*(np.unique(sure) for sure in own.at(rhos).sure[:-1])):
                 got = outcome(own, Cascade(rhos, thresholds))
-                meets = got.macs <= wanted["most_macs"] + 1e-9 if by_cost else got.top1 >= target - 1e-9
+                meets = (
+                    got.macs <= wanted["most_macs"] + 1e-9 if by_cost else got.top1 >= target - 1e-9 and got.macs < 10
+                )
                 score = (-got.top1, got.macs) if by_cost else (got.macs, -got.top1)
                 if meets and (best is None or score < best):
                     best = score
@@ -72,6 +74,19 @@ def test_what_is_fitted_keeps_its_word_with_four_stages() -> None:
         assert outcome(own, found).macs <= most + 1e-4
     assert fit(own, own.rhos, most_macs=1.9) is None
     assert fit(own, own.rhos, least_top1=100.0) is None
+
+
+def test_what_costs_more_than_the_largest_alone_is_no_answer() -> None:
+    """Of a model that is never sure of anything it is right about at a small ρ."""
+    right = np.stack([np.zeros(40), np.ones(40)])
+    own = Answers((0.4, 1.0), (4.0, 10.0), np.full((2, 40), 0.5), right)
+    assert fit(own, own.rhos, least_top1=100.0) is None  # all would go on, for 14
+    half = Answers(
+        own.rhos, own.macs, np.stack([np.linspace(0, 1, 40), own.sure[1]]), np.stack([[0, 1] * 20, right[1]])
+    )
+    for least in (100.0, 60.0, 50.0):
+        found = fit(half, half.rhos, least_top1=least)
+        assert found is None or outcome(half, found).macs < 10
 
 
 def test_the_ends_of_the_thresholds_are_single_models() -> None:
@@ -130,7 +145,7 @@ def test_what_is_told_adds_up_and_is_drawn(tmp_path: Path) -> None:
     assert max(costs) <= 1.1e-8
     assert {path.name for path in found.write(tmp_path)} == {"cascade.json", "cascade.png"}
     assert json.loads((tmp_path / "cascade.json").read_text()) == values
-    with pytest.raises(ValueError, match="is within -100 points of the largest; raise --max-drop"):
+    with pytest.raises(ValueError, match="is within -100 points of the largest and costs less"):
         Target(-100.0).fitted(fitted, fitted.rhos)
     with pytest.raises(ValueError, match="as the first alone takes 4e-09; raise --target-gmacs"):
         Target(None, 1e-9).fitted(fitted, fitted.rhos)
