@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +58,8 @@ def install(folder: Path) -> None:
     _call(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder / "checkout")
     shutil.rmtree(folder / "checkout")
     (packed,) = (folder / "dist").glob("*.tar.gz")
-    with tarfile.open(packed) as tar:
-        tar.extractall(folder / "sdist", filter="data")
+    (folder / "sdist").mkdir()
+    _call("tar", "-xf", packed, "-C", folder / "sdist")
     (wheel,) = (folder / "dist").glob("*.whl")
     _call(sys.executable, "-m", "venv", "--without-pip", folder / "venv")
     python = folder / "venv" / "bin" / "python"

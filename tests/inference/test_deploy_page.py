@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from pipelines.storage.source import FileSource
 from pss import methods, recipes
 from pss.inference import export
 from pss.inference.opening import Run
+from tools.real_data import unpack
 
 PAGE = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
 CODE = dict(re.findall(r"\n## (\w+)\n.*?```python\n(.*?)```", PAGE, flags=re.DOTALL))
@@ -97,8 +97,7 @@ def test_photographs_are_prepared_as_in_evaluation(prepare, tmp_path, crop):
     sample = os.environ.get("PSS_IMAGENET_SAMPLE")
     if not sample or not Path(sample).exists():
         pytest.skip("PSS_IMAGENET_SAMPLE names no tar of photographs")
-    with tarfile.open(sample) as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(Path(sample), tmp_path)
     files = sorted(tmp_path.rglob("*.JPEG"))
     assert len(files) > 500
     check_alike(prepare, files, settings_of(crop_pct=crop))

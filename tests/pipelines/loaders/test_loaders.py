@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from pipelines.conversion.options import PROFILES
 from pipelines.loaders.prefetch import Inputs
 from pipelines.storage.beton import JPEG, RAW
 from pipelines.storage.manifest import read_manifest
+from tools.real_data import unpack
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(missing(name) is not None, reason=str(missing(name))))
@@ -668,8 +668,7 @@ needs_photographs = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("photographs")
-    with tarfile.open(os.environ["PSS_IMAGENET_SAMPLE"]) as tar:
-        tar.extractall(root / "val", filter="data")
+    unpack(Path(os.environ["PSS_IMAGENET_SAMPLE"]), root / "val")
     return root
 
 

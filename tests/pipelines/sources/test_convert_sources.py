@@ -22,6 +22,7 @@ from pipelines.sources.listing import Choice, Spool, inspect
 from pipelines.storage.beton import RAW, stored_path
 from pipelines.storage.manifest import SPLIT_ALIASES, read_manifest
 from pipelines.storage.source import TarSource
+from tools.real_data import unpack
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 parquet_files = pytest.importorskip("pyarrow.parquet")
@@ -421,8 +422,7 @@ def _round_trip(folder: Path, dest: Path, split: str | None, **options: Any) -> 
 
 @pytest.mark.skipif("PSS_IMAGENET_SAMPLE" not in os.environ, reason="PSS_IMAGENET_SAMPLE names no tar of photographs")
 def test_photographs(tmp_path: Path) -> None:
-    with tarfile.open(os.environ["PSS_IMAGENET_SAMPLE"]) as tar:
-        tar.extractall(tmp_path / "src", filter="data")
+    unpack(Path(os.environ["PSS_IMAGENET_SAMPLE"]), tmp_path / "src")
     (root,) = {path.parent.parent for path in (tmp_path / "src").rglob("*.JPEG")}
     _round_trip(root, tmp_path / "set", "train")
 
@@ -430,9 +430,7 @@ def test_photographs(tmp_path: Path) -> None:
 @pytest.mark.skipif("PSS_CIFAR10" not in os.environ, reason="PSS_CIFAR10 names no tar of CIFAR-10 images")
 def test_cifar10(tmp_path: Path) -> None:
     """Every fiftieth image."""
-    with tarfile.open(os.environ["PSS_CIFAR10"]) as tar:
-        files = [member for member in tar.getmembers() if member.isfile()]
-        tar.extractall(tmp_path / "src", members=files[::50], filter="data")
+    unpack(Path(os.environ["PSS_CIFAR10"]), tmp_path / "src", every=50)
     _round_trip(tmp_path / "src", tmp_path / "set", None, store="raw")
     assert len(read_manifest(tmp_path / "set")[0].classes) == 10
 
