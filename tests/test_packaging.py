@@ -8,9 +8,11 @@ import tarfile
 import tomllib
 import zipfile
 from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -143,6 +145,19 @@ def test_the_wheel_has_code_types_and_the_reports_parts_and_nothing_else(install
     assert versions
     assert f">={versions[0]}" in metadata["Requires-Python"]
     assert f"<3.{int(versions[-1].partition('.')[2]) + 1}" in metadata["Requires-Python"]
+
+
+def test_what_is_pinned_installs_on_the_oldest_python():
+    """Debian 12 has 3.11.2: a release that needs 3.11.5, as some do, leaves its users without an environment."""
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    assert len(pinned) > 100
+    oldest = re.search(r">=([\d.]+)", PROJECT["requires-python"])[1] + ".0"
+    for name in pinned:
+        try:
+            needs = metadata.metadata(name)["Requires-Python"] or ""
+        except metadata.PackageNotFoundError:  # an extra's, which is not installed here
+            continue
+        assert SpecifierSet(needs).contains(oldest), f"{name} {metadata.version(name)} needs Python {needs}"
 
 
 def test_what_an_index_shows_needs_no_file_beside_it():

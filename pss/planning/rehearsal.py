@@ -78,9 +78,10 @@ def rehearse(
     found = rehearsed(
         "first", _short_queue(config, world), lambda run, took: run.measure(planned, levels, took, seconds)
     )
-    gc.collect()  # there may not be room for both
+    gc.collect()  # there may not be room for two
     usual = config.data.prefetch_bytes(world.device.type)
     found = rehearsed("again", usual, lambda run, took: run.repeat(planned, levels, found, took, seconds))
+    gc.collect()
     told = world.broadcast(found.to_json() if world.is_main else None)
     assert told is not None
     return Taken.from_json(told)
