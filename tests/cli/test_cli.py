@@ -217,6 +217,7 @@ def test_eval_refuses_data_of_another_class_count(capsys, trained, bad_data):
 
 
 @pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
 def test_eval_counts_every_image_once_on_two_processes(trained, image_root, tmp_path, torchrun):
     """Started by torchrun, or by ourselves with what torchrun would tell them."""
     rows = {}
@@ -351,7 +352,7 @@ def test_every_kind_of_position_trains_and_resumes_bit_identical(image_root, tmp
             assert weight.equal(resumed[part][name]), name
 
 
-@pytest.mark.parametrize("loader", ["torch", "dali"])
+@pytest.mark.parametrize("loader", [pytest.param("torch", marks=pytest.mark.exhaustive), "dali"])
 def test_stopped_after_an_epoch_and_resumed_is_bit_identical(image_root, tmp_path, loader):
     """Each stretch in a process of its own, so that nothing but the checkpoint connects them. With torch's loader, the
     straight one has a hash seed of its own, too."""
@@ -503,6 +504,7 @@ def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(capsys, image_ro
     assert train(image_root, output, "train.epochs=4000", stop, options=("--loader", "torch", "--resume")) in (0, None)
 
 
+@pytest.mark.exhaustive
 def test_the_best_checkpoint_can_be_evaluated(capsys, image_root, tmp_path):
     output = tmp_path / "run"
     assert train(image_root, output, "train.epochs=3", "train.keep_checkpoints=3") in (0, None)

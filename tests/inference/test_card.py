@@ -200,6 +200,7 @@ torch.save(biased(x, rho=0.6), sys.argv[3])
 """
 
 
+@pytest.mark.exhaustive
 def test_timm_alone_refuses_a_bias_until_pss_is_imported(trained: Path, tmp_path: Path) -> None:
     runs = {name: open_run(str(trained / name), CPU) for name in ("plain", "biased")}
     for name, run in runs.items():

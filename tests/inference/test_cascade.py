@@ -192,6 +192,7 @@ def test_another_split_to_fit_on(run: Path, image_root: Path, tmp_path: Path) ->
     assert (found.fitted.sure.shape[1], found.told.sure.shape[1]) == (53, 23)
 
 
+@pytest.mark.exhaustive
 def test_a_split_that_is_not_there_is_found_before_anything_is_evaluated(
     run: Path, image_root: Path, monkeypatch: Any
 ) -> None:

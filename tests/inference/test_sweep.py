@@ -82,6 +82,7 @@ def test_rows_hold_what_one_can_recompute(folder, swept):
     assert rows[0]["gflops"] > rows[1]["gflops"] > rows[2]["gflops"]
 
 
+@pytest.mark.exhaustive
 def test_the_average_and_another_sort_are_other_models(folder, swept):
     averaged, random = (
         sweep_of(folder, ["sampled"], **options).rows for options in ({"ema": True}, {"sort": "random"})

@@ -193,8 +193,16 @@ def test_an_epoch_follows_from_its_beginning() -> None:
     assert whole_epoch(bounded[:8], [1.0] * 20) == pytest.approx(12 * 20 / 8)  # a queue that never holds it all
 
 
-@pytest.mark.parametrize("extra", [[], ["train.ema_decay=0.9", "train.accumulate=2"], ["method=dynamicvit",
-                                   "dynamicvit.frozen_epochs=1", "model.depth=4"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["train.ema_decay=0.9", "train.accumulate=2"],
+        pytest.param([], marks=pytest.mark.exhaustive),
+        pytest.param(
+            ["method=dynamicvit", "dynamicvit.frozen_epochs=1", "model.depth=4"], marks=pytest.mark.exhaustive
+        ),
+    ],
+)
 def test_a_rehearsal_measures_every_level_and_leaves_no_trace(tmp_path: Any, extra: list[str]) -> None:
     config = digits("train.epochs=3", "data.progressive.start_size=16", "data.progressive.end_epoch=1",
                     "data.progressive.multiple=8", *extra)  # fmt: skip
@@ -272,6 +280,7 @@ def test_it_is_resumed_at_its_length_and_equals_the_run_by_hand(budgeted: Any, i
     assert json.loads((run.folder / "budget.json").read_text())["epochs"] == epochs
 
 
+@pytest.mark.exhaustive
 def test_a_run_for_a_share_of_dense_training_is_planned_from_rehearsals_of_both(
     image_root: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

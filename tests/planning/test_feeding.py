@@ -171,6 +171,7 @@ def test_what_describes_no_machine_is_refused(wanted: Wanted, message: str) -> N
         wanted.check()
 
 
+@pytest.mark.exhaustive
 def test_the_command_takes_a_card_and_cores() -> None:
     words = ["digits", "--plan", "--gpu", "a100", "--cores", "8", "--gpus", "2", "--loader", "torch"]
     done = warm.run(

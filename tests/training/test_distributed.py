@@ -92,6 +92,7 @@ def test_two_processes_resume_bit_identically(image_root, runs, tmp_path):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
 def test_four_processes_resume_bit_identically(image_root, tmp_path, parallel):
     """The order in which they add up gradients, which two have no choice of, is that of the first step on."""
     words = [f"train.parallel={parallel}", "optim.warmup_epochs=0"]
@@ -258,6 +259,7 @@ def stopped(image_root, tmp_path_factory):
         yield output
 
 
+@pytest.mark.exhaustive
 def test_sharded_processes_resume_bit_identically(image_root, sharded, stopped, tmp_path):
     output, _ = sharded
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)

@@ -276,6 +276,7 @@ def test_no_gradient_outlives_its_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.exhaustive
 def test_activations_computed_twice_train_to_the_bit(tmp_path, uninterrupted, compiling):
     settings = [*COMPILED, "train.epochs=1", "model.drop_path_rate=0"] if compiling else []
     expected = uninterrupted

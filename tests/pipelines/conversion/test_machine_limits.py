@@ -71,7 +71,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-@pytest.mark.parametrize("ending", ["patience", "SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("ending", [pytest.param("patience", marks=pytest.mark.exhaustive), "SIGINT", "SIGTERM"])
 def test_a_worker_that_stops_does_not_stop_the_conversion_for_ever(ending: str, large: Path, tmp_path: Path) -> None:
     patience = "2" if ending == "patience" else "600"
     arguments = [large, tmp_path / "set", "--format", "dali", "--split", "train", "--jobs", "2", "--patience", patience]
@@ -125,6 +125,7 @@ _ENDS = {
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 @pytest.mark.parametrize("end", _ENDS)
+@pytest.mark.exhaustive
 def test_no_end_waits_for_what_is_stopped(end: str) -> None:
     tasks, on_result, said = _ENDS[end]
     code = f"""

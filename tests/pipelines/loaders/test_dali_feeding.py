@@ -239,7 +239,7 @@ class Event:
         return self.done
 
 
-@pytest.mark.parametrize("form", ["folder", "set"])
+@pytest.mark.parametrize("form", ["set", pytest.param("folder", marks=pytest.mark.exhaustive)])
 def test_inputs_live_until_a_gpu_has_their_outputs(
     form: str, mixed: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,12 +25,12 @@ ROOT = Path(__file__).parents[3]
 
 def counts() -> tuple[int, int, int]:
     """Threads that Python knows of, all threads, and open files."""
-    gc.collect()
     return (len(threading.enumerate()), *(len(list(Path(f"/proc/self/{kind}").iterdir())) for kind in ("task", "fd")))
 
 
 def settled(before: tuple[int, int, int]) -> bool:
     """Whether there are no more than before; a thread that has been joined leaves the system a moment later."""
+    gc.collect()
     deadline = time.monotonic() + 5
     while not (fits := all(now <= then for now, then in zip(counts(), before, strict=True))):
         if time.monotonic() > deadline:
@@ -94,7 +94,7 @@ def test_threads_end_with_the_iterator(
             thread.join()
     before = counts()[:2]
     if prefetch:
-        loader = Prefetcher(loader, 1 << 20)
+        loader = Prefetcher(loader, 1)  # has room for one batch, so that its thread lives as long as it is read
     broken_off(loader)  # opens the files of a converted set, which stay open
     before = (*before, counts()[2])
     for leave in LEFT:

@@ -150,6 +150,7 @@ def test_killed_and_continued_on_another_machine(
     assert held(bucket.url) == whole
 
 
+@pytest.mark.exhaustive
 def test_parts_on_machines_that_share_nothing(
     source: Path, whole: dict[str, bytes], bucket: Served, tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ def test_a_lost_part_is_made_up_for_by_merging(
         merge("s3://pictures/x", 1, Silent(), lambda line: None, work_dir=tmp_path / "b")
 
 
+@pytest.mark.exhaustive
 def test_what_goes_wrong_for_a_while_is_tried_again(
     source: Path, whole: dict[str, bytes], bucket: Served, tmp_path: Path
 ) -> None:
@@ -233,6 +235,7 @@ def test_what_stays_wrong_is_one_sentence_and_the_same_command_continues(
     assert bucket.puts["train-00000.tar"] == written["train-00000.tar"], "what was finished is not done again"
 
 
+@pytest.mark.exhaustive
 def test_an_object_that_somebody_removes_meanwhile(
     source: Path, bucket: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +256,7 @@ def test_what_is_wrong_with_the_source_leaves_nothing(bucket: Served, tmp_path: 
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.exhaustive
 def test_another_conversion_is_refused_until_restart(
     source: Path, whole: dict[str, bytes], bucket: Served, tmp_path: Path
 ) -> None:
@@ -276,6 +280,7 @@ def test_a_source_that_changed_is_refused_until_restart(bucket: Served, tmp_path
     assert MANIFEST in held(bucket.url)
 
 
+@pytest.mark.exhaustive
 def test_other_objects_are_left_alone(source: Path, bucket: Served, tmp_path: Path) -> None:
     s3().pipe_file("pictures/sets/small/notes.txt", b"mine")
     for restart in (False, True):
@@ -285,6 +290,7 @@ def test_other_objects_are_left_alone(source: Path, bucket: Served, tmp_path: Pa
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_damaged_journal(source: Path, bucket: Served, tmp_path: Path) -> None:
     s3().pipe_file(f"pictures/sets/small/{PARTIAL}/journal.json", b"[")
     with pytest.raises(DataError, match=r"journal.json is damaged; begin again with --restart"):
@@ -369,6 +375,7 @@ def test_ray_nodes(source: Path, whole: dict[str, bytes], bucket: Served, tmp_pa
     assert held(bucket.url) == whole
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_while_a_store_does_not_answer(source: Path, bucket: Served, tmp_path: Path) -> None:
     bucket.faults["train-00002.tar"] = ["always 503"]
     process = command(source, bucket.url, tmp_path / "work")

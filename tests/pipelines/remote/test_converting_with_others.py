@@ -101,6 +101,7 @@ def test_a_disk_that_damages_a_tar_costs_that_tar_alone(
     assert bucket.puts["train-00000.tar"] == bucket.puts["train-00002.tar"] == 1
 
 
+@pytest.mark.exhaustive
 def test_restart_leaves_what_is_not_ours(
     source: Path, bucket: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +155,7 @@ def test_destinations_that_are_refused(bucket: Served, tmp_path: Path, source: s
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.exhaustive
 def test_who_may_write_and_not_remove_has_a_set(
     source: Path, bucket: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +168,7 @@ def test_who_may_write_and_not_remove_has_a_set(
 
 
 @pytest.mark.parametrize("at", ["fetch_results", "merging"])
+@pytest.mark.exhaustive
 def test_a_part_that_another_one_overtakes_at_the_end(
     source: Path, bucket: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:

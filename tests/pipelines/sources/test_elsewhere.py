@@ -259,6 +259,7 @@ def test_names_that_are_no_paths_are_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
 
 
+@pytest.mark.exhaustive
 def test_a_name_that_is_no_path_can_be_left_out(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with s3_store(photos, monkeypatch, nested=True) as served:
         put("train/../x.txt", b"content")
@@ -282,15 +283,25 @@ def test_faults_that_pass(name: str, fault: str, photos: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("name", "fault", "words"),
     [
-        ("list", "500", "s3://pictures/sets/small could not be had in 3 attempts"),
+        pytest.param(
+            *("list", "500", "s3://pictures/sets/small could not be had in 3 attempts"), marks=pytest.mark.exhaustive
+        ),
         ("notes.txt", "500", "small/notes.txt could not be had in 3 attempts, .* the same command continues"),
-        ("notes.txt", "short", "small/notes.txt could not be had in 3 attempts"),
-        ("003.jpg", "500", "train/cat/003.jpg could not be had in 3 attempts, .* the same command continues"),
+        pytest.param(
+            *("notes.txt", "short", "small/notes.txt could not be had in 3 attempts"), marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            *("003.jpg", "500", "train/cat/003.jpg could not be had in 3 attempts, .* the same command continues"),
+            marks=pytest.mark.exhaustive,
+        ),
         pytest.param(  # s3fs itself asks five times again each time
             *("003.jpg", "drop", "train/cat/003.jpg could not be had in 3 attempts"), marks=pytest.mark.exhaustive
         ),
         ("003.jpg", "403", "train/cat/003.jpg may not be read from here"),
-        ("003.jpg", "404", "train/cat/003.jpg is not there any more; restore it, and the same command continues"),
+        pytest.param(
+            *("003.jpg", "404", "train/cat/003.jpg is not there any more; restore it, and the same command continues"),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_faults_that_stay_end_in_a_sentence_and_the_same_command_continues(
@@ -351,6 +362,7 @@ def make_and_tell(source: str, dest: Path, **options: Any) -> list[str]:
     return told
 
 
+@pytest.mark.exhaustive
 def test_a_file_that_changes_between_fetches_is_fetched_again(
     tmp_path: Path, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +412,7 @@ def test_an_image_that_changes_after_it_was_checked_is_noticed(
             make(served.url, tmp_path / "there")
 
 
+@pytest.mark.exhaustive
 def test_parts_read_their_share_and_the_last_one_clears_up(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,6 +436,7 @@ def test_merging_a_conversion_in_parts(photos: Path, tmp_path: Path, monkeypatch
     check_same(tmp_path / "there", tmp_path / "here", served.url, photos)
 
 
+@pytest.mark.exhaustive
 def test_a_copy_that_another_process_uses_stays(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with s3_store(photos, monkeypatch, nested=True) as served:
         used = inspect(served.url, Choice())
@@ -475,6 +489,7 @@ def test_errors_name_the_address(tmp_path: Path, samples: Samples, monkeypatch: 
         assert served.gets["val-0002.tar.zst"] == 0  # nobody would read it
 
 
+@pytest.mark.exhaustive
 def test_unreadable_images_are_named_by_the_address(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
