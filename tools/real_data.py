@@ -79,7 +79,7 @@ def train(recipe: str, data: Path, output: Path, loader: str, settings: list[str
 
 def unpack(archive: Path, folder: Path, every: int = 1) -> None:
     """A tar's files, or every so many of them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     # Debian 12's Python, 3.11.2, is too old to be told that it is only data.
     options: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(archive) as tar:

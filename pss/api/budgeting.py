@@ -95,9 +95,7 @@ def choose_run(
             )
 
     def now() -> float:
-        told = world.broadcast(str(time.perf_counter() - began))
-        assert told is not None
-        return float(told)
+        return world.agreed(time.perf_counter() - began)
 
     rate = _loader_rate(config, make_loaders, world) if world.device.type == "cuda" else None
     options: dict[str, Any] = {"rehearse": measure, "loader_rate": rate, "processes": world.size, **sizes}
@@ -187,6 +185,4 @@ def scratch(output: Path | None, world: World) -> Iterator[Path]:
 def _loader_rate(config: Config, make_loaders: MakeLoaders, world: World) -> float:
     """Images per second that all processes decode, each for itself."""
     with opened(make_loaders, config) as (train_loader, _):
-        told = world.broadcast(str(world.size * images_per_second(train_loader, _LOADER_SECONDS)))
-    assert told is not None
-    return float(told)
+        return world.agreed(world.size * images_per_second(train_loader, _LOADER_SECONDS))

@@ -131,7 +131,7 @@ def fit(
     """
     assert (least_top1 is None) != (most_macs is None)
     best: tuple[tuple[float, float], Cascade] | None = None
-    largest = answers.at([max(rhos)]).macs[0] * (1 - 1e-6)
+    largest = answers.at([max(rhos)]).macs[0] * (1 - 1e-6)  # costs below are rounded to seven digits
     for count in range(2, len(rhos) + 1):
         for chosen in combinations(sorted(rhos), count):
             own = answers.at(chosen)

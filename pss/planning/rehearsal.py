@@ -159,7 +159,7 @@ class _Rehearsal(Trainer):
                 if not steps or found or self._at(epoch * self.steps_per_epoch).phase != number:
                     continue
                 began, whole = time.perf_counter(), True
-                while whole and (not found or self._told(time.perf_counter() - began) < seconds / 2):
+                while whole and (not found or self.world.agreed(time.perf_counter() - began) < seconds / 2):
                     taken_seconds, whole = self._epoch_seconds(engine, phase, epoch, steps, seconds / 2)
                     found.append(taken_seconds)
         if found:
@@ -176,14 +176,18 @@ class _Rehearsal(Trainer):
 
     def _known_epoch(self, planned: Plan, taken: Taken) -> tuple[int, list[float]]:
         """One from the middle of those whose steps are all known, and what these take; none if there is none."""
-        known, count = [], self.steps_per_epoch
-        if self.world.device.type == "cpu":
-            for epoch in range(1, self.epochs):  # the first begins the run besides
-                levels = planned.level_of_step[epoch * count : (epoch + 1) * count]
-                steps = [taken.steps.get(key_of(planned.levels[one])) for one in levels]
-                if None not in steps:
-                    known.append((epoch, [one for one in steps if one is not None]))
-        return known[len(known) // 2] if known else (0, [])
+        levels = enumerate(planned.levels)
+        known = {number: taken.steps[key] for number, level in levels if (key := key_of(level)) in taken.steps}
+
+        def of(epoch: int) -> Sequence[int]:
+            return planned.level_of_step[epoch * self.steps_per_epoch : (epoch + 1) * self.steps_per_epoch]
+
+        # The first epoch begins the run besides.
+        whole = [epoch for epoch in range(1, self.epochs) if known.keys() >= set(of(epoch))]
+        if self.world.device.type != "cpu" or not whole:
+            return 0, []
+        chosen = whole[len(whole) // 2]
+        return chosen, [known[number] for number in of(chosen)]
 
     @contextmanager
     def _resting(self) -> Iterator[None]:
@@ -303,7 +307,7 @@ class _Rehearsal(Trainer):
     def _end_step(self) -> None:
         """Of an epoch that is trained as the run will."""
         self._ends.append((time.perf_counter() - self._clock, self.inputs.waiting_batches))
-        if self._told(self._ends[-1][0]) > self._limit:
+        if self.world.agreed(self._ends[-1][0]) > self._limit:
             self.step = (self.epoch + 1) * self.steps_per_epoch
 
     def _stop_or_save(self, stop: list[int]) -> None:
@@ -345,15 +349,9 @@ class _Rehearsal(Trainer):
             return 0.0
         found: list[float] = []
         began = time.perf_counter()
-        while not found or self._told(time.perf_counter() - began + max(found)) < seconds:
+        while not found or self.world.agreed(time.perf_counter() - began + max(found)) < seconds:
             found.append(self._one_validation(len(self.val_inputs), seconds))
         return statistics.median(found[1:] or found)
-
-    def _told(self, seconds: float) -> float:
-        """What the main process says, for all to do the same."""
-        told = self.world.broadcast(str(seconds))
-        assert told is not None
-        return float(told)
 
     def _one_validation(self, num_batches: int, seconds: float) -> float:
         self.vote = clock = _Clock(self.world, seconds)

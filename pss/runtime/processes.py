@@ -50,6 +50,12 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def agreed(self, value: float) -> float:
+        """The main process's number, on every process."""
+        told = self.broadcast(repr(value))
+        assert told is not None
+        return float(told)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

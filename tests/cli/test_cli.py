@@ -216,7 +216,7 @@ def test_eval_refuses_data_of_another_class_count(capsys, trained, bad_data):
     assert "has 2" in sentence
 
 
-@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("torchrun", [False, True])
 @pytest.mark.exhaustive
 def test_eval_counts_every_image_once_on_two_processes(trained, image_root, tmp_path, torchrun):
     """Started by torchrun, or by ourselves with what torchrun would tell them."""

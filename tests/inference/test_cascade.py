@@ -20,6 +20,7 @@ from test_export import made, need
 
 import cli.eval
 import pss
+from cli.cascades import lines
 from cli.errors import run as run_command
 from pss.api import cascading
 from pss.api.cascading import Found, Target
@@ -81,12 +82,29 @@ def test_what_costs_more_than_the_largest_alone_is_no_answer() -> None:
     right = np.stack([np.zeros(40), np.ones(40)])
     own = Answers((0.4, 1.0), (4.0, 10.0), np.full((2, 40), 0.5), right)
     assert fit(own, own.rhos, least_top1=100.0) is None  # all would go on, for 14
-    half = Answers(
-        own.rhos, own.macs, np.stack([np.linspace(0, 1, 40), own.sure[1]]), np.stack([[0, 1] * 20, right[1]])
-    )
-    for least in (100.0, 60.0, 50.0):
+    sure = np.stack([np.linspace(0, 1, 40), own.sure[1]])
+    half = Answers(own.rhos, own.macs, sure, np.stack([np.array([0.0, 1.0] * 20), right[1]]))
+    assert fit(half, half.rhos, least_top1=100.0) is None  # the second surest is wrong
+    for least in (50.0, 60.0):
         found = fit(half, half.rhos, least_top1=least)
-        assert found is None or outcome(half, found).macs < 10
+        assert found is not None
+        assert outcome(half, found).macs < 10
+
+
+def test_where_a_single_one_does_as_well_it_is_named() -> None:
+    """A cascade whose last stage alone is right, and a single ρ that is as often right for less."""
+    right = np.stack([np.zeros(40), np.ones(40), np.ones(40)])
+    own = Answers((0.4, 0.7, 1.0), (4.0, 7.0, 10.0), np.full((3, 40), 0.5), right)
+    speeds = {rho: Spread(9.0, 8.0, 10.0) for rho in (None, *own.rhos)}
+    found = Found(Cascade((0.4, 1.0), (0.9,)), Target(), own, own, own.rhos, speeds, "made up")
+    assert list(lines(found.to_dict()))[-1].endswith("a single ρ does as well for as much, or less: ρ 0.7 alone, say")
+    sure = np.stack([np.linspace(0, 1, 40)] * 2)
+    between = Answers((0.4, 1.0), (4.0, 10.0), sure, np.stack([np.array([0.0, 1.0] * 20), np.ones(40)]))
+    cascade = Cascade(between.rhos, (float(sure[0, 8]),))  # eight go on: 60 % for 6, and a ρ between the two for 5.2
+    found = Found(cascade, Target(), between, between, between.rhos, speeds, "made up")
+    assert list(lines(found.to_dict()))[-1].endswith(
+        "a single ρ does as well for as much, or less"
+    )  # none was measured
 
 
 def test_the_ends_of_the_thresholds_are_single_models() -> None:

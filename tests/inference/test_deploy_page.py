@@ -97,8 +97,8 @@ def test_photographs_are_prepared_as_in_evaluation(prepare, tmp_path, crop):
     sample = os.environ.get("PSS_IMAGENET_SAMPLE")
     if not sample or not Path(sample).exists():
         pytest.skip("PSS_IMAGENET_SAMPLE names no tar of photographs")
-    unpack(Path(sample), tmp_path)
-    files = sorted(tmp_path.rglob("*.JPEG"))
+    unpack(Path(sample), tmp_path / "photographs")
+    files = sorted((tmp_path / "photographs").rglob("*.JPEG"))
     assert len(files) > 500
     check_alike(prepare, files, settings_of(crop_pct=crop))
 

@@ -221,6 +221,8 @@ def test_a_rehearsal_measures_every_level_and_leaves_no_trace(tmp_path: Any, ext
     assert set(taken.steps) == {key_of(level) for level in planned.levels} == set(taken.waits)
     assert all(seconds > 0 for seconds in taken.steps.values())
     assert min(taken.build, taken.again, taken.validation, taken.checkpoint) > 0
+    last = planned.level_of_step[-planned.steps_per_epoch :]
+    assert sum(taken.steps[key_of(planned.levels[number])] for number in last) + taken.epoch > 0
     assert Taken.from_json(taken.to_json()) == taken
     after = tmp_path / "after"
     fit(config.with_settings(["data.progressive.start_size=none"]), after)

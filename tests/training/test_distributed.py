@@ -91,7 +91,7 @@ def test_two_processes_resume_bit_identically(image_root, runs, tmp_path):
         assert torch.equal(resumed["method"][name], weight), name
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.exhaustive
 def test_four_processes_resume_bit_identically(image_root, tmp_path, parallel):
     """The order in which they add up gradients, which two have no choice of, is that of the first step on."""

@@ -24,15 +24,20 @@ ROOT = Path(__file__).parents[3]
 
 
 def counts() -> tuple[int, int, int]:
-    """Threads that Python knows of, all threads, and open files."""
+    """Threads that Python knows of, all threads, and open files, without those that only garbage holds."""
+    gc.collect()
+    return now()
+
+
+def now() -> tuple[int, int, int]:
     return (len(threading.enumerate()), *(len(list(Path(f"/proc/self/{kind}").iterdir())) for kind in ("task", "fd")))
 
 
 def settled(before: tuple[int, int, int]) -> bool:
     """Whether there are no more than before; a thread that has been joined leaves the system a moment later."""
-    gc.collect()
+    gc.collect()  # takes long in a process that has run many tests
     deadline = time.monotonic() + 5
-    while not (fits := all(now <= then for now, then in zip(counts(), before, strict=True))):
+    while not (fits := all(one <= then for one, then in zip(now(), before, strict=True))):
         if time.monotonic() > deadline:
             break
         time.sleep(0.01)
